@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jinja2
 import torch
-from dialogues import Dialogue, World, mixture
+from dialogues import SKILLS, Dialogue, World, mixture
 from tokenizer import render
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -25,6 +25,12 @@ DRILLS = 0.1
 They have the model copy what stands in its context, whatever it is; and names, numbers and tools
 of dialogues are little else than copying.
 """
+
+HARD = {"arithmetic": 4, "one call": 2, "two calls": 3, "named call": 2, "count": 2, "list": 1}
+"""Skills that take longest to learn, with their weights among one another."""
+
+HARD_SHARE = 0.35
+"""Share of dialogues drawn from those skills alone, beside what the mixture has of them."""
 
 Example = tuple[list[int], list[float]]
 
@@ -79,6 +85,14 @@ def drill(world: World, vocabulary: int) -> Example:
     return passage * repeats, (first + [1.0] * (len(passage) * repeats))[: len(passage) * repeats]
 
 
+def dialogue(world: World) -> Dialogue:
+    """One of the mixture, or of the hard skills."""
+    if not world.chance(HARD_SHARE):
+        return mixture(world)
+    make, _ = SKILLS[world.rng.choices(list(HARD), list(HARD.values()))[0]]
+    return make(world)
+
+
 def packed(rows: list[list[Example]], length: int) -> Batch:
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -113,7 +127,7 @@ def batches(
                     waiting.append(
                         drill(world, tokenizer.get_vocab_size())
                         if world.chance(DRILLS)
-                        else weighed(tokenizer, compiled, mixture(world))
+                        else weighed(tokenizer, compiled, dialogue(world))
                     )
                 fitting = (n for n, (tokens, _) in enumerate(waiting) if len(tokens) <= left)
                 chosen = next(fitting, None)
