@@ -1,1 +1,1 @@
-"""Measurements against mlx-lm: the engine alone, and through HTTP. See docs/benchmarks.md."""
+"""Measurements, against mlx-lm and of what features cost. See docs/benchmarks.md."""

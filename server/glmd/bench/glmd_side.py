@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from glmd.bench.side import Progress, Session
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
+from glmd.engine.constraint import Constraints
 from glmd.engine.core import Engine
 from glmd.messages import Generate, Output, SamplingParams, TokenArray, pack_tokens
 from glmd.model.loading import load_model
@@ -35,24 +36,37 @@ class GlmdSide:
 
     def open(self) -> Session:
         """A session with an empty KV store."""
-        return GlmdSession(Engine(self._model, self._config, self._budget))
+        return GlmdSession(self.engine())
+
+    def engine(self, constraints: Constraints | None = None) -> Engine:
+        """An engine with an empty KV store.
+
+        Args:
+            constraints: with grammars that are compiled already; None: its own.
+        """
+        return Engine(self._model, self._config, self._budget, constraints)
 
 
 class GlmdSession:
-    """One engine."""
+    """One engine.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        form: fields of `Generate` that all requests have beside the benchmark's own.
+    """
+
+    def __init__(self, engine: Engine, **form: Any) -> None:
         self._engine = engine
+        self._form = form
 
     def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None:
         self._engine.submit(
             Generate(
                 id=str(request),
                 prompt=pack_tokens(prompt),
-                sampling=SamplingParams(temperature=0),
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 prompt_progress=True,
+                **{"sampling": SamplingParams(temperature=0), **self._form},
             )
         )
 

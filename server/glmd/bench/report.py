@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from glmd.bench.compiling import CompileTimes
 from glmd.bench.drafting import DraftingReport
 from glmd.bench.engine import Report, Row
+from glmd.bench.grammar import TARGET, GrammarReport
 from glmd.bench.serving import PERCENTILES, Check, Figures
 
 
@@ -77,6 +79,43 @@ def drafting_tables(report: DraftingReport) -> list[Table]:
         ratios = f"{row.with_draft:.2f}×", f"{row.gate:.2f}×"
         speed.add_row(str(row.batch), *ratios, f"{row.gate_drafts:.0%}")
     return [acceptance, speed]
+
+
+def grammar_table(report: GrammarReport) -> Table:
+    """One line per form."""
+    table = Table(title=f"{report.rows} rows with and without a form, medians")
+    table.add_column("form")
+    for column in (
+        "tokens/s without", "with", "ratio", "target", "", "ms per step without", "with",
+        "of which masks",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in report.forms:
+        table.add_row(
+            row.form,
+            number(row.free),
+            number(row.held),
+            f"{row.ratio:.3f}×",
+            f"≥ {TARGET:g}×",
+            _verdict(row.met),
+            *(number(1000 * seconds) for seconds in (row.free_step, row.held_step, row.masks)),
+        )
+    return table
+
+
+def compiling_table(times: CompileTimes) -> Table:
+    """Where a form is compiled, the first time and again."""
+    table = Table(title="Compiling an agent's 20 tools, medians in ms")
+    table.add_column("where")
+    for column in ("first time", "again"):
+        table.add_column(column, justify="right")
+    for where, *seconds in (
+        ("in the API: checked, in a process of its own", times.check, times.check_again),
+        ("in the engine: up to the first mask, in a thread", times.follow, times.follow_again),
+    ):
+        table.add_row(where, *(number(1000 * each) for each in seconds))
+    table.caption = f"The process is started by a server's first form: {times.start:.2f} s."
+    return table
 
 
 def checks_table(checks: Sequence[Check]) -> Table:

@@ -1,4 +1,4 @@
-"""`glmd bench`: measure glmd against mlx-lm on this machine."""
+"""`glmd bench`: measure glmd on this machine, against mlx-lm and against itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Measure glmd against mlx-lm on this machine; see docs/benchmarks.md.",
+    help="Measure glmd on this machine; see docs/benchmarks.md.",
     no_args_is_help=True,
 )
 
@@ -113,6 +113,32 @@ def mtp(
     )
     if json_file is not None:
         _write(json_file, {**environment(folder, 1.0, repeat), **asdict(report)})
+
+
+@app.command()
+def grammar(
+    model: Model = None,
+    scale: Scale = 1.0,
+    repeat: Repeat = 5,
+    only: Only = "",
+    json_file: Json = None,
+) -> None:
+    """What forms cost: 16 rows with and without one, and compiling an agent's tools."""
+    from glmd.bench.checkpoints import middle_checkpoint
+    from glmd.bench.environment import environment
+    from glmd.bench.grammar import bench_grammar
+    from glmd.bench.report import compiling_table, grammar_table
+
+    folder = model or middle_checkpoint()
+    with _progress() as on_progress:
+        report = bench_grammar(
+            folder, scale=scale, repeat=repeat, only=only, on_progress=on_progress
+        )
+    console = _console()
+    console.print(grammar_table(report))
+    console.print(compiling_table(report.compiling))
+    if json_file is not None:
+        _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
 
 
 @contextmanager
