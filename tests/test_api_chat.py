@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import sse
+from glmd.api.openai.chat_request import ChatCompletionRequest
 from live import LiveServer, live_server
 
 TOOL = {
@@ -267,12 +268,15 @@ def test_every_sampling_parameter_reaches_the_engine(http: httpx.Client) -> None
 
 
 def test_unsaid_and_null_parameters_are_the_checkpoints(http: httpx.Client) -> None:
-    nulls = dict.fromkeys(
-        ["temperature", "top_p", "seed", "stop", "max_tokens", "n", "logit_bias", "tools", "user"]
-    )
+    nulls = dict.fromkeys(set(ChatCompletionRequest.model_fields) - {"messages"})
     expected = {"temperature": 0.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     assert request_of(ask(http, "</think>{request}"))["sampling"] == expected
     assert request_of(ask(http, "</think>{request}", **nulls))["sampling"] == expected
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_no_limit_may_be_written_as_minus_one(http: httpx.Client, name: str) -> None:
+    assert request_of(ask(http, "</think>{request}", **{name: -1}))["max_tokens"] is None
 
 
 def test_settings_change_the_defaults_and_requests_still_win() -> None:
@@ -401,17 +405,20 @@ def test_unknown_parameters_are_named_in_a_header(http: httpx.Client) -> None:
             },
             "messages[0].content[0]",
         ),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": 1e999}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
         ({"min_p": -0.1}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": "2"}, "n"),
         ({"seed": 2**63}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
         ({"stop": 5}, "stop"),
@@ -466,6 +473,24 @@ def test_what_cannot_be_honoured_is_400_and_names_the_field(
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert param.rpartition(".")[2].rpartition("[")[0] in error["message"]
+
+
+def test_numbers_that_are_none_do_not_reach_the_prompt(http: httpx.Client) -> None:
+    function = {"name": "f", "parameters": {"properties": {"x": {"maximum": 1e999}}}}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1e999}'}}
+    for body, param in (
+        ({"tools": [{"type": "function", "function": function}]}, "messages"),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "tool_calls": [call]}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+    ):
+        text = json.dumps({"messages": [user("Hi")]} | body).replace("Infinity", "1e999")
+        response = http.post(
+            "/v1/chat/completions", content=text, headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == param
 
 
 def test_an_unknown_model_is_404(http: httpx.Client) -> None:

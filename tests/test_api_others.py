@@ -22,6 +22,22 @@ def test_lm_studios_front_ends_learn_state_and_context(http: httpx.Client) -> No
     assert http.get("/api/v0/models/other").status_code == 404
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_lm_studios_front_ends_may_ask_beside_its_list(http: httpx.Client, stream: bool) -> None:
+    """Zed's LM Studio provider does, and clients that copied `max_tokens: -1` from its pages."""
+    chat = {"messages": [{"role": "user", "content": "⟦</think>Yes.⟧"}], "max_tokens": -1}
+    for path, body in (("chat/completions", chat), ("completions", {"prompt": "⟦Yes.⟧"})):
+        response = http.post(f"/api/v0/{path}", json=body | {"stream": stream})
+        assert response.status_code == 200, response.text
+        assert '"choices"' in response.text
+
+
+def test_claude_code_is_answered_when_it_asks_whether_anyone_is_there() -> None:
+    with live_server(api_key="secret", ready=False) as live, live.client() as http:
+        assert http.head("/api/hello").status_code == 200
+        assert http.get("/api/hello").status_code == 200
+
+
 def test_while_loading_the_model_is_not_loaded(tmp_path: Path) -> None:
     with live_server(engine="fake_engine", config={"on_load": "wait"}, ready=False) as live:
         live.wait_for("loading")
@@ -58,6 +74,10 @@ def test_an_alias_may_stand_for_many_names() -> None:
         ("/v1/files", "no files"),
         ("/v1/threads/thread_1/runs", "Responses API"),
         ("/api/chat", "under /v1"),
+        ("/api/show", "under /v1"),
+        ("/api/v1/chat", "/api/v0"),
+        ("/chat/completions", "it is at /v1/chat/completions"),
+        ("/v1/v1/messages", "base URL"),
         ("/v1/nothing", "There is no /v1/nothing here."),
     ],
 )

@@ -78,7 +78,7 @@ def test_an_unknown_path_and_a_wrong_method_keep_the_shape(http: httpx.Client) -
         b'{"messages": NaN}',
         b"[" * 1000,
         b"\xff",
-        b'{"messages": "\\ud800"}',
+        b'{"messages": "\\ud8"}',
         b"[]",
         b"1",
     ],
@@ -89,6 +89,37 @@ def test_a_broken_body_is_400(http: httpx.Client, body: bytes) -> None:
     )
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"cut \ud83d", "cut \ufffd"),
+        (r"\uDE00 cut", "\ufffd cut"),
+        (r"\ud83d\ud83d\ude00", "\ufffd😀"),
+        (r"\ud83dx\ude00", "\ufffdx\ufffd"),
+        (r"\\ud83d \\\ud83d", "\\ud83d \\\ufffd"),
+    ],
+)
+def test_half_of_a_surrogate_pair_does_not_end_a_conversation(
+    http: httpx.Client, sent: str, read: str
+) -> None:
+    """As agents send it, who cut what tools print without regard for pairs."""
+    body = f'{{"messages": [{{"role": "user", "content": "{sent}"}}]}}'
+    response = http.post(
+        "/apply-template", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 200, response.text
+    assert f"<|user|>{read}<|assistant|>" in response.json()["prompt"]
+
+
+def test_head_is_answered_wherever_get_is(http: httpx.Client) -> None:
+    for path in ("/livez", "/health", "/v1/models", "/v1/models/tiny", "/openapi.json"):
+        response = http.head(path)
+        assert response.status_code == 200
+        assert response.content == b""
+    assert http.head("/v1/models/nobody").status_code == 404
+    assert http.head("/v1/messages").status_code == 405
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from glmd.api.anthropic import request as messages
@@ -49,6 +50,23 @@ def on_the_page(api: str) -> dict[str, str]:
             assert name not in marks, f"{name} is there twice"
             marks[name] = mark
     return marks
+
+
+MINIMAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "C": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "⟦</think>Yes.⟧"}]}),
+    "T": ("/v1/completions", {"prompt": "⟦Yes.⟧"}),
+    "R": ("/v1/responses", {"input": "⟦</think>Yes.⟧"}),
+    "M": ("/v1/messages", {"messages": [{"role": "user", "content": "⟦Yes.⟧"}], "max_tokens": 9}),
+}
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_null_means_the_same_as_leaving_a_field_out(http: httpx.Client, api: str) -> None:
+    model, refused = APIS[api]
+    path, body = MINIMAL[api]
+    response = http.post(path, json=dict.fromkeys([*model.model_fields, *refused]) | body)
+    assert response.status_code == 200, response.text
+    assert "x-glmd-ignored-parameters" not in response.headers
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -20,11 +20,16 @@ REASONS = {
     "/v1/threads": "the Assistants API is not served; the Responses API is",
     "/v1/conversations": "it keeps no conversations; send previous_response_id to /v1/responses",
     "/api/v0/embeddings": "it serves a chat model, which makes no embeddings",
-    "/api/v0/chat/completions": "it is at /v1/chat/completions",
-    "/api/v0/completions": "it is at /v1/completions",
-    "/api/chat": "Ollama's API is not served; OpenAI's is, under /v1",
-    "/api/generate": "Ollama's API is not served; OpenAI's is, under /v1",
-    "/api/tags": "Ollama's API is not served; OpenAI's is, under /v1",
+    "/api/v1": "LM Studio's newer API is not served; /api/v0 is, and OpenAI's under /v1",
+    **dict.fromkeys(
+        (f"/api/{name}" for name in ("chat", "generate", "tags", "show", "ps", "version", "embed")),
+        "Ollama's API is not served; OpenAI's is, under /v1",
+    ),
+    **{
+        path: f"it is at /v1{path}"
+        for path in ("/chat/completions", "/completions", "/responses", "/messages", "/models")
+    },
+    "/v1/v1": "a base URL that ends in /v1 is one for OpenAI's clients only, and ends in it once",
 }
 """By path, and for all paths below it."""
 

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from glmd import __version__
 from glmd.api import errors, health, lmstudio, models, tokens
 from glmd.api.anthropic import messages
-from glmd.api.middleware import ApiKey, RequestId, WholeBody
+from glmd.api.middleware import ApiKey, HeadAsGet, RequestId, WholeBody
 from glmd.api.openai import chat, completions
 from glmd.api.openapi import document
 from glmd.api.responses import endpoints as responses
@@ -36,7 +36,7 @@ def create_app(service: Service) -> FastAPI:
     middleware = [Middleware(RequestId)]
     if settings.api_key is not None:
         middleware.append(Middleware(ApiKey, key=settings.api_key.get_secret_value()))
-    middleware.append(Middleware(WholeBody, limit=settings.max_body))
+    middleware += [Middleware(WholeBody, limit=settings.max_body), Middleware(HeadAsGet)]
     app = FastAPI(
         title="glmd",
         version=__version__,

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api.errors import Problem, respond
 
-OPEN_PATHS = frozenset({"/livez", "/health"})
+OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"})
 """Answer without a key: a supervisor needs no secret to ask how we are."""
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
@@ -83,6 +83,21 @@ class ApiKey:
     def _is_key(self, guess: str) -> bool:
         # Comparing digests takes the same time whatever the length and content of the guess.
         return hmac.compare_digest(digest(guess.encode("latin-1")), self._digest)
+
+
+class HeadAsGet:
+    """Answer HEAD as GET; the HTTP server leaves the body out.
+
+    Clients ask so whether anyone is there, before they send a prompt.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class WholeBody:

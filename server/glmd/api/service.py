@@ -67,9 +67,9 @@ class ServedModel:
             names=tuple(dict.fromkeys((id, short, "default", *aliases))),
         )
 
-    def require(self, name: str) -> None:
-        """Raise ModelNotFound unless this model answers to `name`."""
-        if not any(fnmatchcase(name, own) for own in self.names):
+    def require(self, name: str | None) -> None:
+        """Raise ModelNotFound unless this model answers to `name`; None means the one there is."""
+        if name is not None and not any(fnmatchcase(name, own) for own in self.names):
             raise ModelNotFound(
                 f"There is no model {name!r} here; this server has {self.id!r} (or 'default')."
             )

@@ -23,14 +23,14 @@ GivenService = Annotated[Service, Depends(get_service)]
 class TokenizeText(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    model: str = "default"
+    model: str | None = None
     prompt: str | None = Field(None, description="Text whose tags are tags.")
     content: str | None = Field(None, description="The same, under llama.cpp's name.")
     return_token_strs: bool | None = Field(None, description="Spell the tokens, too.")
 
 
 class TokenizeChat(ConversationFields):
-    model: str = "default"
+    model: str | None = None
     return_token_strs: bool | None = Field(None, description="Spell the tokens, too.")
 
 
@@ -54,7 +54,7 @@ class Tokenized(BaseModel):
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    model: str = "default"
+    model: str | None = None
     tokens: list[TokenId]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isinf
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from glmd.errors import InvalidRequest
@@ -119,7 +120,7 @@ def arguments_of(value: object, param: str) -> dict[str, Json]:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, parse_constant=_no_constant)
+            value = json.loads(value, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{param} is not valid JSON: {error}", param=param) from error
     if not isinstance(value, dict):
@@ -213,6 +214,9 @@ def _read_message(raw: object, param: str) -> Message:
                 raise InvalidRequest(
                     f"{field} is the old form of tool_calls, which is what glmd takes.", param=field
                 )
+            if raw.get("audio") is not None:
+                field = f"{param}.audio"
+                raise InvalidRequest(f"{field}: the model reads text only.", param=field)
             refusal = _string(raw, "refusal", param) or ""
             reasoning = _string(raw, "reasoning_content", param) or _string(raw, "reasoning", param)
             return AssistantMessage(text + refusal, reasoning, _read_calls(raw, param))
@@ -274,3 +278,10 @@ def _string(raw: Mapping[str, Any], key: str, param: str) -> str | None:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"{text} is out of range")
+    return number

@@ -223,6 +223,7 @@ def _tojson(
 ) -> str:
     return json.dumps(
         value,
+        allow_nan=False,  # what JSON calls 1e999 is no number that could be written
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,

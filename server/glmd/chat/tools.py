@@ -54,7 +54,7 @@ def read_tools(raw: Sequence[Mapping[str, Any]] | None, param: str = "tools") ->
 def _read_tool(raw: object, param: str) -> Tool:
     if not isinstance(raw, Mapping):
         raise InvalidRequest(f"{param} must be an object.", param=param)
-    if raw.get("type", "function") != "function":
+    if raw.get("type") not in (None, "function"):
         field = f"{param}.type"
         raise InvalidRequest(f'{field} must be "function".', param=field)
     function = raw.get("function")

@@ -75,7 +75,7 @@ def check_stops(value: list[str] | None) -> list[str] | None:
 class CountTokensRequest(SamplingFields):
     """What decides the prompt. Sampling is here because clients send one body to both routes."""
 
-    model: str = Field("default", description="The served model's id, short name or an alias.")
+    model: str | None = Field(None, description="The served model's id, short name or an alias.")
     messages: list[dict[str, Any]] = Field(json_schema_extra=MESSAGES_SCHEMA)
     system: str | list[dict[str, Any]] | None = Field(
         None, description="Text, or text blocks.", json_schema_extra=SYSTEM_SCHEMA

@@ -18,6 +18,7 @@ from glmd.api.turn import start_turn
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
 
+@router.post("/api/v0/chat/completions", include_in_schema=False)  # as LM Studio has it
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(
     body: ChatCompletionRequest,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from glmd.api.openai.conversation import BUDGETS, ConversationFields
-from glmd.api.openai.parameters import Parameters
+from glmd.api.openai.parameters import Limit, Parameters
 from glmd.api.sampling import INT64, NO_OP
 from glmd.chat.grammar import Structure, make_structure, only_format, read_response_format
 from glmd.chat.tools import Tool, read_tools
@@ -38,8 +38,8 @@ class ChatCompletionRequest(Parameters, ConversationFields):
     response_format: dict[str, Any] | None = Field(
         None, description="text, json_object, or json_schema, which the answer then is for sure."
     )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="The same as max_tokens, under its newer name."
+    max_completion_tokens: Limit = Field(
+        None, description="The same as max_tokens, under its newer name."
     )
     logprobs: bool | None = Field(None, description="Log-probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(

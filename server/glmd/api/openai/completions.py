@@ -24,6 +24,7 @@ from glmd.messages import Generate, TokenArray, pack_tokens
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
 
+@router.post("/api/v0/completions", include_in_schema=False)  # as LM Studio has it
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(
     body: CompletionRequest,

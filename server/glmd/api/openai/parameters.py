@@ -36,6 +36,15 @@ def check_stops(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+def check_limit(value: int | None) -> int | None:
+    if value == 0:
+        raise ValueError("must be at least 1")
+    return None if value == -1 else value
+
+
+Limit = Annotated[int | None, Field(ge=-1), AfterValidator(check_limit)]
+"""Tokens; -1, which LM Studio's clients send, is no limit."""
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -49,13 +58,13 @@ class StreamOptions(BaseModel):
 class Parameters(SamplingFields):
     """The common parameters."""
 
-    model: str = Field("default", description="The served model's id, short name or an alias.")
+    model: str | None = Field(None, description="The served model's id, short name or an alias.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128, description="Answers to the same prompt.")
 
-    max_tokens: int | None = Field(
-        None, ge=1, description="Most tokens of the answer, reasoning included."
+    max_tokens: Limit = Field(
+        None, description="Most tokens of the answer, reasoning included; -1: no limit."
     )
     min_tokens: int | None = Field(None, ge=0, description="No end before this many tokens.")
     stop: Annotated[str | list[str] | None, AfterValidator(check_stops)] = Field(

@@ -77,7 +77,7 @@ class ResponsesStreamOptions(BaseModel):
 
 
 class ResponsesRequest(SamplingFields):
-    model: str = Field("default", description="The served model's id, short name or an alias.")
+    model: str | None = Field(None, description="The served model's id, short name or an alias.")
     input: str | list[dict[str, Any]] = Field(json_schema_extra=INPUT_SCHEMA)
     instructions: str | None = Field(None, description="A system message, for this answer alone.")
     previous_response_id: str | None = Field(
