@@ -53,6 +53,10 @@ class EngineUnavailable(GlmdError):
     """The engine is loading, restarting, or died under the request (HTTP 503)."""
 
 
+class CrashesEngine(GlmdError):
+    """The engine died more than once on this very request, which is not tried again (HTTP 422)."""
+
+
 class EngineError(GlmdError):
     """The engine failed on this request, by a fault of its own (HTTP 500)."""
 

@@ -26,6 +26,7 @@ from starlette.types import Scope
 from glmd.api import absent
 from glmd.api.anthropic import errors as anthropic
 from glmd.errors import (
+    CrashesEngine,
     EngineUnavailable,
     GlmdError,
     InvalidRequest,
@@ -115,6 +116,9 @@ def problem_of_ours(error: GlmdError) -> Problem:
             return Problem(503, "overloaded_error", message, code="overloaded", retry_after=seconds)
         case EngineUnavailable():
             return Problem(503, "server_error", message, code="engine_unavailable", retry_after=1.0)
+        case CrashesEngine():
+            # Not 4xx that clients send again by themselves (408, 409, 429), and not 5xx.
+            return Problem(422, "invalid_request_error", message, code="crashes_engine")
         case _:
             return Problem(500, "server_error", message)
 

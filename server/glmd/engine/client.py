@@ -18,6 +18,7 @@ import zmq.asyncio
 from glmd.engine.process import EXIT_TOLD
 from glmd.engine.stream import Stream, error_of
 from glmd.engine.supervisor import EngineProcess, Launch
+from glmd.engine.suspects import Suspects
 from glmd.errors import EngineUnavailable
 from glmd.messages import (
     Cancel,
@@ -81,6 +82,7 @@ class EngineClient:
         self._buffer_tokens = buffer_tokens
         self._changed = asyncio.Event()
         self._streams: dict[str, Stream] = {}
+        self._suspects = Suspects()
         self._process: EngineProcess | None = None
         self._supervision: asyncio.Task[None] | None = None
 
@@ -131,25 +133,31 @@ class EngineClient:
             InvalidRequest: the engine cannot honour the request.
             Overloaded: there is no room, or the reader fell too far behind.
             EngineUnavailable: the engine is not ready, or died meanwhile.
+            CrashesEngine: the engine died on this request more than once.
             EngineError: the engine failed on this request alone.
         """
         self.require_ready()
-        process = self._process
-        assert process is not None
         if request.id in self._streams:
             raise ValueError(f"a request with the id {request.id!r} is in flight already")
         stream = Stream(request.n, self._buffer_tokens)
         self._streams[request.id] = stream
-        process.send(request)
+        process = None
         try:
-            while not stream.finished:
-                for output in await stream.take():
-                    if output.finish == "error":
-                        raise error_of(output)
-                    yield output
+            async with self._suspects.case(request) as case:
+                self.require_ready()
+                process = self._process
+                assert process is not None
+                process.send(request)
+                while not stream.finished:
+                    for output in await stream.take():
+                        if output.finish == "error":
+                            raise error_of(output)
+                        self._suspects.advance(case, len(output.tokens))
+                        yield output
+                self._suspects.acquit(case)
         finally:
             del self._streams[request.id]
-            if not stream.finished:
+            if process is not None and not stream.finished:
                 process.send(Cancel(request.id))
 
     def cancel(self, id: str, index: int) -> None:
@@ -209,6 +217,7 @@ class EngineClient:
             self._process = None
             if self.state == "ready":
                 self._enter("restarting")
+                self._suspects.died()
             self._fail_streams("The engine stopped while it worked on this request.")
             listener.cancel()
             exited.cancel()
@@ -245,6 +254,7 @@ class EngineClient:
         self._changed = asyncio.Event()
 
     def _fail_streams(self, message: str) -> None:
+        self._suspects.give_up(message)
         for stream in self._streams.values():
             stream.fail(EngineUnavailable(message))
 

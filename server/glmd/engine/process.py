@@ -164,10 +164,8 @@ def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
             msgspec.convert(config, implementation.EngineConfig),
             progress_reporter(channel),
         )
-        try:
-            serve(engine, channel)
-        finally:
-            engine.close()
+        serve(engine, channel)
+        engine.close()  # Not after an error: there is no telling what that would meet.
     except GlmdError as error:
         channel.send(Failed(error.message))
         return EXIT_TOLD
