@@ -178,8 +178,7 @@ class EngineClient:
             born = time.monotonic()
             told = await self._live()
             if self.info is None and (told or starts == FIRST_STARTS):
-                log.error("%s", self.failure)
-                self._enter("failed")
+                self._enter("failed")  # The server ends with `failure` as its last word.
                 return
             if time.monotonic() - born > LONG_LIFE:
                 pause = SHORTEST_PAUSE
