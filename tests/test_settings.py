@@ -123,3 +123,34 @@ def test_a_bad_key_is_not_repeated_in_the_error() -> None:
 @pytest.mark.parametrize(("given", "meant"), [("off", 0), ("auto", "auto"), ("1", 1), ("3", 3)])
 def test_drafting_is_handed_to_the_engine_as_it_counts(given: str, meant: int | str) -> None:
     assert load({"mtp": given}).engine_config["mtp"] == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[profiles.a]\ntemprature = 1",
+            "profiles.a: There is no setting of a profile temprature; did you mean temperature?",
+        ),
+        ("[profiles.a]\ntop_p = 2", "profiles.a.top_p: Input should be less than or equal to 1."),
+        ("[profiles.'a b']\ntop_p = 1", "profiles.a b: String should match pattern"),
+        ("profiles = 1", "profiles: Input should be a valid dictionary."),
+        ("profile = 'tols'", "profile: There is no profile tols; did you mean tools?"),
+    ],
+)
+def test_a_mistake_in_a_profile_names_file_table_and_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = config(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        load({}, file)
+    assert caught.value.message.startswith(f"{file}: {message}")
+    assert "\n" not in caught.value.message
+
+
+def test_profiles_can_stand_in_the_environment_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLMD_PROFILES", '{"a": {"top_k": 3}}')
+    assert load({}).profiles["a"].top_k == 3
+    monkeypatch.setenv("GLMD_PROFILES", "a")
+    with pytest.raises(SettingsError, match=r"^GLMD_PROFILES: .* JSON"):
+        load({})

@@ -20,6 +20,7 @@ from pydantic import ByteSize, SecretStr  # noqa: E402
 from glmd.api.app import create_app  # noqa: E402
 from glmd.api.service import ServedModel, Service  # noqa: E402
 from glmd.checkpoint.config import load_config  # noqa: E402
+from glmd.configuration import in_units  # noqa: E402
 from glmd.engine.config import EngineConfig  # noqa: E402
 from glmd.engine.memory import MIN_KV_TOKENS, TAIL_ROOM, working_memory  # noqa: E402
 from glmd.engine.supervisor import Launch  # noqa: E402
@@ -110,10 +111,10 @@ def settings_table() -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, field in Settings.model_fields.items():
         default = field.default
-        if default is None or default == ():
+        if default in (None, (), {}):
             shown = ""
         elif isinstance(default, ByteSize):
-            shown = f"`{default.human_readable()}`"
+            shown = f"`{in_units(default)}`"
         else:
             shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
         meaning = field.description or ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import shutil
@@ -28,7 +27,7 @@ from glmd.quant.inspection import inspect
 from glmd.quant.units import gib
 from glmd.service.find import find_manager
 from glmd.service.health import ask, describe_exit, look
-from glmd.settings import Settings, default_configs, load
+from glmd.settings import Settings, find_config, load
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -171,8 +170,7 @@ def check_settings(flags: Mapping[str, Any], config: Path | None) -> tuple[Setti
     except SettingsError as error:
         finding = Finding("settings", "problem", error.message, "Correct it where it is named.")
         return Settings.model_validate({}), finding
-    file = config or os.environ.get("GLMD_CONFIG")
-    file = file or next((path for path in default_configs() if path.is_file()), None)
+    file = config or find_config()
     return settings, Finding("settings", "ok", str(file or "no configuration file"))
 
 

@@ -94,11 +94,17 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     index: int | None = None
 
 
+class LogLevel(msgspec.Struct, tag="log_level", frozen=True):
+    """Log from this level on, as `logging` names it."""
+
+    level: str
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Leave after the present step."""
 
 
-ToEngine = Generate | Cancel | Shutdown
+ToEngine = Generate | Cancel | LogLevel | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

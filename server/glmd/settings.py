@@ -6,10 +6,10 @@ configuration file (TOML), its default.
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,11 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+from pydantic_settings import SettingsError as SourceError
 
 from glmd.errors import SettingsError
+from glmd.names import nearest
+from glmd.profiles import BUILT_IN, Profile, ProfileName
 
 PREFIX = "GLMD_"
 
@@ -127,6 +130,15 @@ class Settings(BaseSettings):
         None, ge=1, description="Default limit of an answer's tokens; none: the context's."
     )
 
+    profile: str | None = Field(
+        None, description="Profile of requests that name none, such as card, general or tools."
+    )
+    profiles: dict[ProfileName, Profile] = Field(
+        {},
+        description="More profiles, each a table `[profiles.NAME]` of the file; in the environment"
+        " an object in JSON.",
+    )
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least severe log lines to write."
     )
@@ -144,6 +156,11 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     @property
+    def all_profiles(self) -> dict[str, Profile]:
+        """The built-in profiles, and those defined here, which win."""
+        return {**BUILT_IN, **self.profiles}
+
+    @property
     def engine_config(self) -> dict[str, int | str]:
         """The fields of the engine's configuration that are set here."""
         names = ("max_context", "max_running", "max_step_tokens", "memory_budget")
@@ -155,40 +172,84 @@ DRAFTS: dict[str, int | str] = {"off": 0, "auto": "auto", "1": 1, "2": 2, "3": 3
 """`Settings.mtp` as the engine knows it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, and where they come from.
+
+    Attributes:
+        settings: the values.
+        file: the configuration file that was read; None: there is none.
+        origins: of each setting that is not at its default, as its source spells it:
+            `--port`, `GLMD_PORT`, `/path/to/config.toml: port`.
+    """
+
+    settings: Settings
+    file: Path | None
+    origins: Mapping[str, str]
+
+
 def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """The settings from flags, environment and configuration file; see `load_with_origins`."""
+    return load_with_origins(flags, config).settings
+
+
+def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> Loaded:
     """The settings from flags, environment and configuration file.
 
     Args:
         flags: settings given on the command line; None means not given.
-        config: the configuration file; None: the one `GLMD_CONFIG` names, else the first of
-            `default_configs()` that exists, else none.
+        config: the configuration file; None: the one `find_config` finds.
 
     Raises:
         SettingsError: a key is unknown or a value is bad, in one line that says where.
     """
-    if config is None and os.environ.get(CONFIG_VARIABLE):
-        config = Path(os.environ[CONFIG_VARIABLE]).expanduser()
-    if config is None:
-        config = next((path for path in default_configs() if path.is_file()), None)
-
+    config = config or find_config()
     known = Settings.model_fields.keys()
     from_file = {} if config is None else read_toml(config)
     refuse_unknown(from_file, known, place=f"{config}: ")
+    refuse_unknown_in_profiles(from_file.get("profiles"), place=f"{config}: ")
     variables = [name for name in os.environ if name.upper().startswith(PREFIX)]
     refuse_unknown(variables, [CONFIG_VARIABLE, *(PREFIX + name.upper() for name in known)])
     layers = [
         (f"{config}: ", from_file),
-        (PREFIX, EnvSettingsSource(Settings)()),
+        (PREFIX, read_environment()),
         ("--", {name: value for name, value in flags.items() if value is not None}),
     ]
     values = {name: value for _, layer in layers for name, value in layer.items()}
-    origins = {name: place for place, layer in layers for name in layer}
+    origins = {name: spell(place, name) for place, layer in layers for name in layer}
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        raise SettingsError(f"{spell(origins[name], name)}: {first['msg']}.") from error
+        name, *inner = (str(part) for part in first["loc"] if part != "[key]")
+        where = ".".join([origins[name], *inner])
+        raise SettingsError(f"{where}: {first['msg']}.") from error
+    if settings.profile is not None and settings.profile not in settings.all_profiles:
+        raise SettingsError(
+            f"{origins['profile']}: There is no profile {settings.profile}"
+            f"{nearest(settings.profile, settings.all_profiles)}"
+        )
+    return Loaded(settings, config, origins)
+
+
+def find_config() -> Path | None:
+    """The file that `GLMD_CONFIG` names, else the first of `default_configs()` that is there."""
+    if os.environ.get(CONFIG_VARIABLE):
+        return Path(os.environ[CONFIG_VARIABLE]).expanduser()
+    return next((path for path in default_configs() if path.is_file()), None)
+
+
+def read_environment() -> dict[str, Any]:
+    """The settings that the environment holds, as far as it holds any.
+
+    Raises:
+        SettingsError: one that must be JSON is not.
+    """
+    try:
+        return EnvSettingsSource(Settings)()
+    except SourceError as error:
+        name = next((each for each in Settings.model_fields if f'"{each}"' in str(error)), "")
+        raise SettingsError(f"{spell(PREFIX, name)}: This must be an object in JSON.") from error
 
 
 def spell(place: str, name: str) -> str:
@@ -218,11 +279,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: {error}.") from error
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], place: str = "") -> None:
+def refuse_unknown(
+    names: Iterable[str], known: Iterable[str], place: str = "", kind: str = "setting"
+) -> None:
     """Raise a SettingsError that names the nearest known name, if one of `names` is not known."""
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise SettingsError(f"{place}There is no setting {name}{hint}")
+            hint = nearest(name.replace("-", "_"), known)
+            raise SettingsError(f"{place}There is no {kind} {name}{hint}")
+
+
+def refuse_unknown_in_profiles(profiles: object, place: str) -> None:
+    """The same for the tables `[profiles.NAME]`; what is no table is left to validation."""
+    tables = profiles if isinstance(profiles, dict) else {}
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            refuse_unknown(
+                table, Profile.model_fields, f"{place}profiles.{name}: ", "setting of a profile"
+            )

@@ -47,7 +47,7 @@ async def list_models(service: GivenService) -> LMStudioModels:
 @router.get("/api/v0/models/{id:path}")
 async def retrieve_model(id: str, service: GivenService) -> LMStudioModel:
     """The model, by its id, short name or an alias."""
-    service.model.require(id)
+    service.defaults(id)
     return describe(service)
 
 

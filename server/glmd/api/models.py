@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
@@ -33,6 +33,12 @@ class Model(BaseModel):
     has_mtp: bool | None = Field(description="Whether it drafts by multi-token prediction.")
     bits_per_weight: float | None
     size_bytes: int | None = Field(description="Of all weights in memory.")
+    profile: str | None = Field(
+        description="What requests under this id get where they do not say otherwise."
+    )
+    profiles: dict[str, dict[str, Any]] = Field(
+        description="Every profile that `ID:PROFILE` chooses, and its values."
+    )
 
 
 class ModelList(BaseModel):
@@ -45,31 +51,35 @@ class ModelList(BaseModel):
 
 @router.get("/v1/models")
 async def list_models(service: Annotated[Service, Depends(get_service)]) -> ModelList:
-    """The one model of this server."""
-    model = describe(service)
-    return ModelList(data=[model], first_id=model.id, last_id=model.id)
+    """The one model of this server, and once more for each profile that its settings define."""
+    listed = [describe(service), *(describe(service, name) for name in service.settings.profiles)]
+    return ModelList(data=listed, first_id=listed[0].id, last_id=listed[-1].id)
 
 
 @router.get("/v1/models/{id:path}")
 async def retrieve_model(id: str, service: Annotated[Service, Depends(get_service)]) -> Model:
-    """The model, by its id, short name or an alias."""
-    service.model.require(id)
-    return describe(service)
+    """The model, by its id, short name or an alias; with `:PROFILE` as that profile has it."""
+    return describe(service, service.profile_of(id))
 
 
-def describe(service: Service) -> Model:
+def describe(service: Service, profile: str | None = None) -> Model:
     model, info = service.model, service.engine.info
+    id = model.id if profile is None else f"{model.id}:{profile}"
+    profiles = service.settings.all_profiles
+    aliases = model.names if profile is None else profiles[profile].aliases
     return Model(
-        id=model.id,
+        id=id,
         created=model.created,
         created_at=datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         owned_by=model.owner,
-        display_name=model.id.rpartition("/")[2],
-        aliases=[name for name in model.names if name != model.id],
+        display_name=id.rpartition("/")[2],
+        aliases=[name for name in aliases if name != model.id],
         context_length=info.max_context if info else None,
         max_model_len=info.max_context if info else None,
         max_input_tokens=info.max_context if info else None,
         has_mtp=info.has_mtp if info else None,
         bits_per_weight=info.bits_per_weight if info else None,
         size_bytes=info.weight_bytes if info else None,
+        profile=profile or service.settings.profile,
+        profiles={name: each.values for name, each in profiles.items()},
     )

@@ -50,6 +50,9 @@ class SamplingFields(BaseModel):
     logit_bias: Annotated[dict[str, Bias] | None, AfterValidator(check_bias)] = Field(
         None, description="From token ids to what is added to their logits."
     )
+    profile: str | None = Field(
+        None, description="Profile of the server, whose values hold where the request has none."
+    )
     seed: int | None = Field(
         None, ge=-INT64, lt=INT64, description="Equal seeds give equal answers."
     )

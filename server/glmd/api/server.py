@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,8 +18,10 @@ from sse_starlette.sse import AppStatus
 
 from glmd import __version__
 from glmd.api.app import create_app
+from glmd.api.reload import has_terminal, reload
 from glmd.api.service import Service
 from glmd.errors import CheckpointError, SettingsError
+from glmd.settings import Settings
 
 log = logging.getLogger("glmd")
 
@@ -43,9 +45,17 @@ class Server(uvicorn.Server):
 
     The first SIGINT or SIGTERM stops accepting and lets running requests end, those that
     outlast the drain timeout with an error; the second one leaves at once. Both exit with 0.
+    SIGHUP has the settings read anew, unless it says that the server's terminal is gone, which is
+    an end like the others.
+
+    Args:
+        service: what is served.
+        read_settings: gives the settings as they are now; None: they stay as they are.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(
+        self, service: Service, read_settings: Callable[[], Settings] | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -56,10 +66,11 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=IDLE_CONNECTION,
-                timeout_graceful_shutdown=int(service.settings.drain_timeout + AFTER_DRAIN),
             )
         )
         self._service = service
+        self._read_settings = read_settings
+        self._had_terminal = has_terminal()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,18 +78,26 @@ class Server(uvicorn.Server):
             yield  # Signals reach the main thread only.
             return
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for number in signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        # `nohup` has it ignored, and so it stays.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, self.handle_hangup)
         try:
             yield
         finally:
-            for number in signals:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    def handle_hangup(self) -> None:
+        if self._had_terminal and not has_terminal():
+            self.handle_exit(signal.SIGHUP, None)
+        elif self._read_settings is not None:
+            reload(self._service, self._read_settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -86,9 +105,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watch.cancel()
-        deadline = asyncio.get_running_loop().call_later(
-            self._service.settings.drain_timeout, self._service.engine.abandon
-        )
+        drain = self._service.settings.drain_timeout
+        self.config.timeout_graceful_shutdown = int(drain + AFTER_DRAIN)
+        deadline = asyncio.get_running_loop().call_later(drain, self._service.engine.abandon)
         try:
             await super().shutdown(sockets)
         finally:
@@ -100,8 +119,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(service: Service) -> None:
+def run(service: Service, read_settings: Callable[[], Settings] | None = None) -> None:
     """Serve until told to stop.
+
+    Args:
+        service: what to serve.
+        read_settings: gives the settings as they are now, when SIGHUP asks for them.
 
     Raises:
         SettingsError: the address cannot be listened on.
@@ -111,7 +134,7 @@ def run(service: Service) -> None:
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
-    Server(service).run(sockets)
+    Server(service, read_settings).run(sockets)
     if service.engine.state == "failed":
         raise CheckpointError(service.engine.failure or "The engine did not start.")
 

@@ -7,16 +7,16 @@ import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 from fastapi import Request
 
 from glmd import __version__
+from glmd.api.defaults import Defaults
 from glmd.chat.answer import Answer
 from glmd.chat.grammar import GrammarCompiler, Structure
 from glmd.chat.messages import Conversation
@@ -28,7 +28,8 @@ from glmd.checkpoint.generation import sampling_defaults
 from glmd.engine.client import EngineClient
 from glmd.engine.supervisor import Launch
 from glmd.errors import InvalidRequest, ModelNotFound
-from glmd.messages import Guidance, SamplingParams
+from glmd.messages import Guidance
+from glmd.names import nearest
 from glmd.settings import Settings
 
 log = logging.getLogger("glmd.api")
@@ -58,32 +59,34 @@ class ServedModel:
     def of(cls, id: str, folder: Path, aliases: tuple[str, ...] = ()) -> ServedModel:
         """The model in `folder`, called `id`; the last part of a hub id is its short name."""
         config = folder / "config.json"
-        owner, _, short = id.rpartition("/")
-        return cls(
+        owner = id.rpartition("/")[0]
+        model = cls(
             id=id,
             folder=folder,
             created=int(config.stat().st_mtime) if config.is_file() else 0,
             owner=owner or "local",
-            names=tuple(dict.fromkeys((id, short, "default", *aliases))),
+            names=(),
         )
+        return model.called(aliases)
 
-    def require(self, name: str | None) -> None:
-        """Raise ModelNotFound unless this model answers to `name`; None means the one there is."""
-        if name is not None and not any(fnmatchcase(name, own) for own in self.names):
-            raise ModelNotFound(
-                f"There is no model {name!r} here; this server has {self.id!r} (or 'default')."
-            )
+    def called(self, aliases: tuple[str, ...]) -> ServedModel:
+        """The same model under other aliases."""
+        short = self.id.rpartition("/")[2]
+        names = dict.fromkeys((self.id, short, "default", *aliases))
+        return replace(self, names=tuple(names))
+
+    def answers_to(self, name: str) -> bool:
+        return any(fnmatchcase(name, own) for own in self.names)
 
 
 class Service:
     """What the routes work with, for the life of one app.
 
     Attributes:
-        settings: of this server.
+        settings: of this server; `configure` replaces them.
         model: what is served.
         engine: the way to the engine process.
         tokenizer: the checkpoint's.
-        sampling: for requests that name no parameters.
         fingerprint: changes with glmd's version and with the checkpoint.
     """
 
@@ -97,7 +100,7 @@ class Service:
         self.model = model
         self.engine = EngineClient(launch)
         self.tokenizer = Tokenizer.load(model.folder)
-        self.sampling = default_sampling(settings, model.folder)
+        self._sampling = sampling_defaults(model.folder)
         self.fingerprint = fingerprint(__version__, model.id, str(model.created))
         self._grammars = GrammarCompiler(self.tokenizer.controls)
         self._template = ChatTemplate.load(model.folder, self.tokenizer.controls)
@@ -105,6 +108,61 @@ class Service:
         # One thread, because `Turns` wants to be used by one, and because encoding a book
         # must not keep the event loop from passing tokens on.
         self._worker = ThreadPoolExecutor(1, "prompts")
+
+    def configure(self, settings: Settings) -> None:
+        """Go on with these settings, as far as they are read anew by each request."""
+        self.settings = settings
+        self.model = self.model.called(settings.aliases)
+
+    def defaults(self, model: str | None, profile: str | None = None) -> Defaults:
+        """What a request gets that does not say otherwise.
+
+        Args:
+            model: what it calls the model; `NAME:PROFILE` names a profile, too; None: nothing.
+            profile: what it calls the profile, where it has a field for that.
+
+        Raises:
+            ModelNotFound: this model does not answer to the name, or there is no such profile.
+            InvalidRequest: `profile` is unknown, or contradicts the model's name.
+        """
+        by_name = self.profile_of(model) if model is not None else None
+        if profile is not None and by_name not in (None, profile):
+            raise InvalidRequest(
+                f"profile is {profile!r}, but the model's name says {by_name!r}.", param="profile"
+            )
+        name = by_name or profile
+        profiles = self.settings.all_profiles
+        if name is not None and name not in profiles:
+            raise InvalidRequest(
+                f"There is no profile {name!r} here{nearest(name, profiles)}", param="profile"
+            )
+        return Defaults.of(
+            self.settings, self._sampling, profiles[name] if name is not None else None
+        )
+
+    def profile_of(self, model: str) -> str | None:
+        """The profile that a model's name chooses; None: none.
+
+        Raises:
+            ModelNotFound: nothing here has that name.
+        """
+        profiles = self.settings.all_profiles
+        own, colon, suffix = model.rpartition(":")
+        is_ours = bool(colon) and self.model.answers_to(own)
+        if is_ours and suffix in profiles:
+            return suffix
+        for name, profile in profiles.items():
+            if any(fnmatchcase(model, alias) for alias in profile.aliases):
+                return name
+        if self.model.answers_to(model):
+            return None
+        if is_ours:
+            raise ModelNotFound(
+                f"There is no profile {suffix!r} of {own!r} here{nearest(suffix, profiles)}"
+            )
+        raise ModelNotFound(
+            f"There is no model {model!r} here; this server has {self.model.id!r} (or 'default')."
+        )
 
     async def start(self) -> None:
         """Start the engine in the background."""
@@ -184,17 +242,6 @@ def log_failure(done: Future[None]) -> None:
 
 def fingerprint(*parts: str) -> str:
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:10]}"
-
-
-def default_sampling(settings: Settings, folder: Path) -> SamplingParams:
-    """The checkpoint's sampling parameters, but for those that are set.
-
-    Raises:
-        CheckpointError: generation_config.json is malformed.
-    """
-    names = ("temperature", "top_p", "top_k", "min_p")
-    given = {name: value for name in names if (value := getattr(settings, name)) is not None}
-    return msgspec.structs.replace(sampling_defaults(folder), **given)
 
 
 def get_service(request: Request) -> Service:

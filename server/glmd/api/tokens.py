@@ -31,6 +31,7 @@ class TokenizeText(BaseModel):
 
 class TokenizeChat(ConversationFields):
     model: str | None = None
+    profile: str | None = Field(None, description="As in a chat request.")
     return_token_strs: bool | None = Field(None, description="Spell the tokens, too.")
 
 
@@ -71,11 +72,12 @@ class Rendered(BaseModel):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: GivenService) -> Tokenized:
     """The tokens of a text, or of a conversation as the model would read it."""
-    service.model.require(body.model)
     if isinstance(body, TokenizeChat):
-        prompt = await service.build_prompt(body.conversation(service.settings))
+        defaults = service.defaults(body.model, body.profile)
+        prompt = await service.build_prompt(body.conversation(defaults))
         ids = prompt.tokens
     else:
+        service.defaults(body.model)
         text = body.prompt if body.prompt is not None else body.content
         if text is None:
             raise InvalidRequest("Send prompt, a text, or messages.", param="prompt")
@@ -95,7 +97,7 @@ async def tokenize(body: TokenizeRequest, service: GivenService) -> Tokenized:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: GivenService) -> Detokenized:
     """The text of tokens, tags spelt out."""
-    service.model.require(body.model)
+    service.defaults(body.model)
     text = await service.work(partial(service.tokenizer.decode, body.tokens))
     return Detokenized(prompt=text, content=text)
 
@@ -103,7 +105,7 @@ async def detokenize(body: DetokenizeRequest, service: GivenService) -> Detokeni
 @router.post("/apply-template")
 async def apply_template(body: TokenizeChat, service: GivenService) -> Rendered:
     """A conversation as the model would read it."""
-    service.model.require(body.model)
-    prompt = await service.build_prompt(body.conversation(service.settings))
+    defaults = service.defaults(body.model, body.profile)
+    prompt = await service.build_prompt(body.conversation(defaults))
     tokens = prompt.tokens.tolist()
     return Rendered(prompt=service.tokenizer.decode(tokens), tokens=tokens)

@@ -9,6 +9,7 @@ import typer
 
 from glmd import __version__
 from glmd.cli.bench import app as bench_app
+from glmd.cli.config import app as config_app
 from glmd.cli.convert import convert
 from glmd.cli.doctor import doctor
 from glmd.cli.inspect import inspect
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (serve, convert, inspect, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
 app.add_typer(service_app, name="service")
 
 

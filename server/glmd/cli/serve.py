@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,21 +49,8 @@ def serve(
 
     Every setting can also be given as GLMD_… in the environment, or in the configuration file.
     """
-    settings = load(
-        {
-            "model": model,
-            "host": host,
-            "port": port,
-            "api_key": api_key,
-            "aliases": alias or None,
-            "max_context": max_context,
-            "max_running": max_running,
-            "mtp": mtp,
-            "memory_budget": memory_budget,
-            "log_level": log_level,
-        },
-        config,
-    )
+    flags = flags_of(locals())
+    settings = load(flags, config)
     configure_logging(settings.log_level)
 
     # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
@@ -72,7 +60,13 @@ def serve(
 
     served = find_model(settings)
     launch = Launch(served.folder, settings.engine_config, log_level=settings.log_level)
-    run(Service(settings, served, launch))
+    run(Service(settings, served, launch), lambda: load(flags, config))
+
+
+def flags_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the parameters of `serve`; None: not given."""
+    flags = {name: value for name, value in given.items() if name in Settings.model_fields}
+    return flags | {"aliases": given["alias"] or None}
 
 
 def find_model(settings: Settings) -> ServedModel:

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Literal
 
 import zmq.asyncio
@@ -25,6 +26,7 @@ from glmd.messages import (
     Failed,
     Generate,
     Loading,
+    LogLevel,
     ModelInfo,
     Output,
     Ready,
@@ -165,6 +167,12 @@ class EngineClient:
         stream = self._streams.get(id)
         if stream is not None and stream.end(index) and self._process is not None:
             self._process.send(Cancel(id, index))
+
+    def set_log_level(self, level: str) -> None:
+        """Have this engine process, and those after it, log from `level` on."""
+        self._launch = replace(self._launch, log_level=level)
+        if self._process is not None:
+            self._process.send(LogLevel(level))
 
     def abandon(self) -> None:
         """Fail what is in flight, because the server ends."""

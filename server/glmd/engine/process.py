@@ -29,6 +29,7 @@ from glmd.messages import (
     FromEngine,
     Generate,
     Loading,
+    LogLevel,
     ModelInfo,
     Output,
     Ready,
@@ -111,6 +112,8 @@ def serve(engine: StepEngine, channel: Channel) -> None:
                     engine.submit(message)
                 case Cancel(id, index):
                     engine.cancel(id, index)
+                case LogLevel(level):
+                    logging.getLogger().setLevel(level)
                 case Shutdown():
                     return
             stats_due = True

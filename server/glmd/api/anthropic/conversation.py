@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glmd.api.anthropic.request import CountTokensRequest
+from glmd.api.defaults import Defaults
 from glmd.api.tools import numbered, read_flat_tools
 from glmd.chat.messages import (
     AssistantMessage,
@@ -20,7 +21,6 @@ from glmd.chat.messages import (
 )
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
-from glmd.settings import Settings
 
 SEPARATOR = "\n\n"
 """Between the text blocks of a user, of the system, and of a tool's result, which are pieces of
@@ -35,7 +35,7 @@ HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search", "advisor")
 """How the types of tools begin that Anthropic's servers run."""
 
 
-def read_conversation(body: CountTokensRequest, settings: Settings) -> Conversation:
+def read_conversation(body: CountTokensRequest, defaults: Defaults) -> Conversation:
     """What decides the prompt; a last message of the assistant is the answer's beginning.
 
     Raises:
@@ -59,7 +59,10 @@ def read_conversation(body: CountTokensRequest, settings: Settings) -> Conversat
     return Conversation(
         messages=arrange_results(messages, params, id_key="tool_use_id"),
         tools=tools,
-        template_kwargs={"enable_thinking": body.thinks, "clear_thinking": settings.clear_thinking},
+        template_kwargs={
+            "enable_thinking": body.thinks(defaults),
+            "clear_thinking": defaults.clear_thinking,
+        },
         continue_final=isinstance(messages[-1], AssistantMessage),
     )
 

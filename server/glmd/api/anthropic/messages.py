@@ -47,9 +47,9 @@ async def create_message(
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, service: GivenService) -> TokenCount:
     """How many tokens the prompt of such a request has."""
-    service.model.require(body.model)
+    defaults = service.defaults(body.model, body.profile)
     body.unknown(REFUSED)
-    prompt = await service.build_prompt(read_conversation(body, service.settings))
+    prompt = await service.build_prompt(read_conversation(body, defaults))
     return TokenCount(input_tokens=len(prompt.tokens))
 
 
@@ -59,9 +59,9 @@ async def prepare(body: MessagesRequest, service: Service) -> tuple[Generation, 
     Raises:
         ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
     """
-    service.model.require(body.model)
+    defaults = service.defaults(body.model, body.profile)
     service.engine.require_ready()
-    conversation = read_conversation(body, service.settings)
+    conversation = read_conversation(body, defaults)
     choice = body.tool_choice
     tools = () if choice is not None and choice.type == "none" else conversation.tools
     structure = body.structure(tools)
@@ -71,7 +71,7 @@ async def prepare(body: MessagesRequest, service: Service) -> tuple[Generation, 
         service,
         prompt,
         id=id,
-        sampling=body.sampling(service.sampling),
+        sampling=body.sampling(defaults.sampling),
         param="messages",
         tools=tools,
         stop=body.stop_sequences or (),

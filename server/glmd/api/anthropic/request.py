@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from glmd.api.anthropic.schemas import MESSAGES_SCHEMA, SYSTEM_SCHEMA, TOOLS_SCHEMA
+from glmd.api.defaults import Defaults
 from glmd.api.openai.conversation import BUDGETS, Effort
 from glmd.api.openai.parameters import MAX_STOPS
 from glmd.api.sampling import NO_OP, SamplingFields
@@ -86,7 +87,9 @@ class CountTokensRequest(SamplingFields):
         json_schema_extra=TOOLS_SCHEMA,
     )
     tool_choice: ToolChoice | None = None
-    thinking: ThinkingConfig | None = Field(None, description="Absent: no thinking.")
+    thinking: ThinkingConfig | None = Field(
+        None, description="Absent: no thinking, unless the profile that is named wants it."
+    )
     output_config: OutputConfig | None = None
 
     thread: Any = Field(None, description="Refused: conversations are sent whole.")
@@ -101,14 +104,15 @@ class CountTokensRequest(SamplingFields):
     user_profile_id: Any = Field(None, description=NO_OP)
     betas: Any = Field(None, description=NO_OP)
 
-    @property
-    def thinks(self) -> bool:
-        """Whether thinking was asked for.
+    def thinks(self, defaults: Defaults) -> bool:
+        """Whether thinking was asked for, here or by the profile that the request names.
 
         Without a word it is not: clients of this API that do not ask for thinking blocks do not
         expect any.
         """
-        return self.thinking is not None and self.thinking.type != "disabled"
+        if self.thinking is None:
+            return defaults.asked_to_think
+        return self.thinking.type != "disabled"
 
     @property
     def reasoning_limit(self) -> int | None:

@@ -45,16 +45,16 @@ async def prepare(body: ChatCompletionRequest, service: Service) -> tuple[Genera
     Raises:
         ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
     """
-    service.model.require(body.model)
+    defaults = service.defaults(body.model, body.profile)
     service.engine.require_ready()
     body.refuse_unsupported()
-    options = body.engine_options(body.token_limit or service.settings.max_tokens)
+    options = body.engine_options(body.token_limit or defaults.max_tokens)
     logprobs = body.top_k_logprobs
-    sampling = body.sampling(service.sampling, logprobs)
+    sampling = body.sampling(defaults.sampling, logprobs)
     tools = body.callable_tools()
     reasoning_limit = body.reasoning_limit
     structure = body.structure(tools)
-    prompt = await service.build_prompt(body.conversation(service.settings))
+    prompt = await service.build_prompt(body.conversation(defaults))
 
     header = Header.new("chatcmpl", service.model.id, service.fingerprint)
     generation = start_turn(

@@ -53,12 +53,12 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
     """
-    service.model.require(body.model)
+    defaults = service.defaults(body.model, body.profile)
     service.engine.require_ready()
     body.refuse_unsupported()
-    limit = body.max_tokens or service.settings.max_tokens or DEFAULT_MAX_TOKENS
+    limit = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
     options = body.engine_options(limit)
-    sampling = body.sampling(service.sampling, body.logprobs)
+    sampling = body.sampling(defaults.sampling, body.logprobs)
     prompts = await service.work(partial(encode, body.prompts(), service.tokenizer))
     for tokens in prompts:
         service.check_length(len(tokens), param="prompt")

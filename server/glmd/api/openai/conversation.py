@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from glmd.api.defaults import Defaults
 from glmd.chat.messages import Conversation, read_messages
 from glmd.chat.tools import read_tools
 from glmd.errors import InvalidRequest
-from glmd.settings import Settings
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -91,7 +91,7 @@ class ConversationFields(BaseModel):
         None, description="Requests with different salts share no cached prefix."
     )
 
-    def conversation(self, settings: Settings) -> Conversation:
+    def conversation(self, defaults: Defaults) -> Conversation:
         """What decides the prompt.
 
         Raises:
@@ -106,8 +106,8 @@ class ConversationFields(BaseModel):
             )
         kwargs = {
             **(self.chat_template_kwargs or {}),
-            "enable_thinking": self._enable_thinking(settings.enable_thinking),
-            "clear_thinking": self._clear_thinking(settings.clear_thinking),
+            "enable_thinking": self._enable_thinking(defaults.enable_thinking),
+            "clear_thinking": self._clear_thinking(defaults.clear_thinking),
         }
         return Conversation(
             messages=read_messages(self.messages),

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.exceptions import HTTPException
 
+from glmd.api.defaults import Defaults
 from glmd.api.errors import log_unexpected, problem_of
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
@@ -98,7 +99,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
     """
-    service.model.require(body.model)
+    defaults = service.defaults(body.model, body.profile)
     service.engine.require_ready()
     body.refuse_unsupported()
     previous = store.previous(body.previous_response_id) if body.previous_response_id else None
@@ -107,9 +108,9 @@ async def prepare(
         store.resolve(item, f"input[{index}]") for index, item in enumerate(as_items(body.input))
     ]
     logprobs = body.top_k_logprobs
-    sampling = body.sampling(service.sampling, logprobs)
+    sampling = body.sampling(defaults.sampling, logprobs)
     id = f"resp_{uuid.uuid4().hex}"
-    conversation = read_conversation(body, earlier, new, tools, service)
+    conversation = read_conversation(body, earlier, new, tools, defaults)
     callable_tools = () if body.tool_choice == "none" else tools.functions
     structure = body.structure(callable_tools)
     prompt = await service.build_prompt(conversation)
@@ -123,7 +124,7 @@ async def prepare(
         reasoning_limit=body.reasoning_limit,
         single_call=body.parallel_tool_calls is False,
         guidance=await service.guide(structure, prompt),
-        max_tokens=body.max_output_tokens or service.settings.max_tokens,
+        max_tokens=body.max_output_tokens or defaults.max_tokens,
     )
     stored = Stored(
         describe(id, body, tools, sampling, service),
@@ -146,7 +147,7 @@ def read_conversation(
     earlier: Sequence[Item],
     new: Sequence[Item],
     tools: Tools,
-    service: Service,
+    defaults: Defaults,
 ) -> Conversation:
     """What decides the prompt.
 
@@ -159,12 +160,11 @@ def read_conversation(
     messages += read_items([*earlier, *new], places)
     if not messages:
         raise InvalidRequest("input must hold at least one item.", param="input")
-    settings = service.settings
     return Conversation(
         messages=messages,
         tools=tools.functions,
         template_kwargs=body.template_kwargs(
-            enable_thinking=settings.enable_thinking, clear_thinking=settings.clear_thinking
+            enable_thinking=defaults.enable_thinking, clear_thinking=defaults.clear_thinking
         ),
     )
 
