@@ -340,7 +340,10 @@ def test_earlier_reasoning_stays_unless_it_is_to_be_cleared(
         ({}, None),
         ({"thinking_budget": 7}, 7),
         ({"thinking": {"type": "enabled", "budget_tokens": 8}}, 8),
+        ({"reasoning_effort": "minimal"}, 512),
         ({"reasoning_effort": "low"}, 1024),
+        ({"reasoning_effort": "medium"}, 8192),
+        ({"reasoning_effort": "high"}, 24576),
         ({"reasoning_effort": "low", "thinking_budget": 9}, 9),
         ({"reasoning_effort": "max"}, None),
         ({"enable_thinking": False, "reasoning_effort": "low"}, None),
@@ -355,7 +358,11 @@ def test_the_reasoning_has_a_budget_if_one_is_given(
 
 
 def test_thinking_by_default_is_a_setting() -> None:
-    with live_server(enable_thinking=False) as live, live.client() as http:
+    budgets = {"low": 2048, "max": 9}
+    with live_server(enable_thinking=False, effort_budgets=budgets) as live, live.client() as http:
+        for effort, budget in (("low", 2048), ("medium", 8192), ("max", 9), ("xhigh", None)):
+            request = request_of(ask(http, "</think>{request}", reasoning_effort=effort))
+            assert request["thinking_budget"] == budget
         body = {"messages": [user("Hi")]}
         assert http.post("/apply-template", json=body).json()["prompt"].endswith("</think>")
         body = body | {"enable_thinking": True}

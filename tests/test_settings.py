@@ -154,3 +154,16 @@ def test_profiles_can_stand_in_the_environment_as_json(monkeypatch: pytest.Monke
     monkeypatch.setenv("GLMD_PROFILES", "a")
     with pytest.raises(SettingsError, match=r"^GLMD_PROFILES: .* JSON"):
         load({})
+
+
+def test_budgets_of_efforts_are_a_table_or_pairs_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = {"minimal": 512, "medium": 8192}
+    file = config(tmp_path, "[effort_budgets]\nlow = 7\nhigh = 8\n")
+    assert load({}, file).effort_budgets == rest | {"low": 7, "high": 8}
+    monkeypatch.setenv("GLMD_EFFORT_BUDGETS", "low=9, high=10,max=11")
+    assert load({}, file).effort_budgets == rest | {"low": 9, "high": 10, "max": 11}
+    monkeypatch.setenv("GLMD_EFFORT_BUDGETS", "low")
+    with pytest.raises(SettingsError, match="GLMD_EFFORT_BUDGETS"):
+        load({}, file)

@@ -115,6 +115,8 @@ def settings_table() -> Iterator[str]:
             shown = ""
         elif isinstance(default, ByteSize):
             shown = f"`{in_units(default)}`"
+        elif isinstance(default, dict):
+            shown = f"`{','.join(f'{key}={value}' for key, value in default.items())}`"
         else:
             shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
         meaning = field.description or ""

@@ -41,7 +41,25 @@ def split_commas(value: object) -> object:
     return value
 
 
+Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
+
+EFFORT_BUDGETS: dict[Effort, int] = {"minimal": 512, "low": 1024, "medium": 8192, "high": 24576}
+"""Tokens of reasoning by effort. Google publishes the last three for Gemini, which takes OpenAI's
+efforts for thinking budgets (https://ai.google.dev/gemini-api/docs/openai), and nobody else any:
+GLM was not trained on efforts, so what they mean is for the server to say."""
+
+
+def split_budgets(value: object) -> object:
+    """`low=2048,high=16384`, or a table, over `EFFORT_BUDGETS`."""
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        value = {name.strip(): tokens.strip() for name, _, tokens in pairs}
+    return {**EFFORT_BUDGETS, **value} if isinstance(value, dict) else value
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
+Budget = Annotated[int, Field(ge=0)]
+Budgets = Annotated[dict[Effort, Budget], NoDecode, BeforeValidator(split_budgets)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -104,6 +122,12 @@ class Settings(BaseSettings):
     enable_thinking: bool = Field(True, description="Think before answering.")
     clear_thinking: bool = Field(
         False, description="Drop the reasoning of earlier turns from the prompt."
+    )
+
+    effort_budgets: Budgets = Field(
+        EFFORT_BUDGETS,
+        description="Tokens of reasoning that each reasoning_effort allows, such as"
+        " low=2048,high=16384; none is named for an effort: any number.",
     )
 
     turn_memory: int = Field(

@@ -6,14 +6,14 @@ without marks here, and send much else that concerns Anthropic's own machines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from glmd.api.anthropic.schemas import MESSAGES_SCHEMA, SYSTEM_SCHEMA, TOOLS_SCHEMA
 from glmd.api.defaults import Defaults
-from glmd.api.openai.conversation import BUDGETS, Effort
+from glmd.api.openai.conversation import Effort
 from glmd.api.openai.parameters import MAX_STOPS
 from glmd.api.sampling import NO_OP, SamplingFields
 from glmd.chat.grammar import Structure, make_structure, read_response_format
@@ -47,8 +47,7 @@ class OutputConfig(BaseModel):
     effort: Effort | None = Field(
         None,
         description="If it thinks and no budget is given, each effort allows so many tokens of"
-        f" thinking: {', '.join(f'{k} {v}' for k, v in BUDGETS.items())}; xhigh and max any"
-        " number.",
+        " thinking as the server's setting effort_budgets says.",
     )
     format: dict[str, Any] | None = Field(
         None, description="json_schema and its schema, which the answer then is valid under."
@@ -114,13 +113,15 @@ class CountTokensRequest(SamplingFields):
             return defaults.asked_to_think
         return self.thinking.type != "disabled"
 
-    @property
-    def reasoning_limit(self) -> int | None:
-        """Tokens that the thinking may have: the budget, else what the effort allows."""
+    def reasoning_limit(self, budgets: Mapping[Any, int]) -> int | None:
+        """Tokens that the thinking may have: the budget, else what the effort allows.
+
+        Args:
+            budgets: of the efforts.
+        """
         if self.thinking is not None and self.thinking.budget_tokens is not None:
             return self.thinking.budget_tokens
-        effort = self.output_config.effort if self.output_config else None
-        return BUDGETS.get(effort) if effort else None
+        return budgets.get(self.output_config.effort) if self.output_config else None
 
     def structure(self, tools: Sequence[Tool]) -> Structure:
         """What the answer has to be.

@@ -52,7 +52,7 @@ async def prepare(body: ChatCompletionRequest, service: Service) -> tuple[Genera
     logprobs = body.top_k_logprobs
     sampling = body.sampling(defaults.sampling, logprobs)
     tools = body.callable_tools()
-    reasoning_limit = body.reasoning_limit
+    reasoning_limit = body.reasoning_limit(service.settings.effort_budgets)
     structure = body.structure(tools)
     prompt = await service.build_prompt(body.conversation(defaults))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glmd.api.openai.conversation import BUDGETS, ConversationFields
+from glmd.api.openai.conversation import ConversationFields
 from glmd.api.openai.parameters import Limit, Parameters
 from glmd.api.sampling import INT64, NO_OP
 from glmd.chat.grammar import Structure, make_structure, only_format, read_response_format
@@ -79,17 +79,18 @@ class ChatCompletionRequest(Parameters, ConversationFields):
             raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None
 
-    @property
-    def reasoning_limit(self) -> int | None:
+    def reasoning_limit(self, budgets: Mapping[Any, int]) -> int | None:
         """Tokens that the reasoning may have: the budget, else what the effort allows.
+
+        Args:
+            budgets: of the efforts.
 
         Raises:
             InvalidRequest: two budgets are given.
         """
         said = self.thinking.budget_tokens if self.thinking else None
         if self.thinking_budget is None:
-            effort = self.reasoning_effort
-            return said if said is not None or effort is None else BUDGETS.get(effort)
+            return said if said is not None else budgets.get(self.reasoning_effort)
         if said not in (None, self.thinking_budget):
             raise InvalidRequest(
                 "thinking.budget_tokens contradicts thinking_budget.",

@@ -13,9 +13,6 @@ from glmd.errors import InvalidRequest
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-BUDGETS: dict[Effort, int] = {"minimal": 256, "low": 1024, "medium": 4096, "high": 16384}
-"""Tokens of reasoning that each effort allows."""
-
 
 class Thinking(BaseModel):
     """Anthropic's and z.ai's way to say how to think."""
@@ -74,9 +71,8 @@ class ConversationFields(BaseModel):
     thinking: Thinking | None = Field(None, description="The same in another form.")
     reasoning_effort: Effort | None = Field(
         None,
-        description="none: no thinking. Of the others each allows so many tokens of reasoning,"
-        f" unless a budget is given: {', '.join(f'{k} {v}' for k, v in BUDGETS.items())};"
-        " xhigh and max any number.",
+        description="none: no thinking. The others allow as many tokens of reasoning as the"
+        " server's setting effort_budgets says, unless a budget is given.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables of the chat template, these two among them."
@@ -127,7 +123,7 @@ class ConversationFields(BaseModel):
                 # Any other effort is one that no thinking at all stays below.
                 "reasoning_effort": False if self.reasoning_effort == "none" else None,
             },
-            default,
+            default or self.reasoning_effort is not None,
         )
 
     def _clear_thinking(self, default: bool) -> bool:

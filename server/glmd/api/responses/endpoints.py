@@ -121,7 +121,7 @@ async def prepare(
         sampling=sampling,
         param="input",
         tools=callable_tools,
-        reasoning_limit=body.reasoning_limit,
+        reasoning_limit=body.reasoning_limit(service.settings.effort_budgets),
         single_call=body.parallel_tool_calls is False,
         guidance=await service.guide(structure, prompt),
         max_tokens=body.max_output_tokens or defaults.max_tokens,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glmd.api.openai.conversation import BUDGETS, Effort
+from glmd.api.openai.conversation import Effort
 from glmd.api.responses.schemas import INPUT_SCHEMA, TOOLS_SCHEMA
 from glmd.api.responses.tools import full_name
 from glmd.api.sampling import NO_OP, SamplingFields
@@ -36,8 +36,8 @@ class Reasoning(BaseModel):
 
     effort: Effort | None = Field(
         None,
-        description="none: no thinking. Of the others each allows so many tokens of reasoning:"
-        f" {', '.join(f'{k} {v}' for k, v in BUDGETS.items())}; xhigh and max any number.",
+        description="none: no thinking. The others allow as many tokens of reasoning as the"
+        " server's setting effort_budgets says.",
     )
     summary: Literal["auto", "concise", "detailed"] | None = Field(
         None, description="If given, the whole reasoning comes as the summary, else as content."
@@ -136,11 +136,9 @@ class ResponsesRequest(SamplingFields):
         given = self.reasoning
         return given is not None and bool(given.summary or given.generate_summary)
 
-    @property
-    def reasoning_limit(self) -> int | None:
-        """Tokens that the reasoning may have."""
-        effort = self.reasoning.effort if self.reasoning else None
-        return BUDGETS.get(effort) if effort else None
+    def reasoning_limit(self, budgets: Mapping[Any, int]) -> int | None:
+        """Tokens that the reasoning may have, by the `budgets` of the efforts."""
+        return budgets.get(self.reasoning.effort) if self.reasoning else None
 
     @property
     def top_k_logprobs(self) -> int | None:
