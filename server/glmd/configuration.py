@@ -122,4 +122,7 @@ def default(field: FieldInfo) -> str:
     if field.default is None:
         return ""
     # JSON's strings, numbers, booleans and arrays are TOML's, too.
+    if isinstance(field.default, dict):
+        pairs = (f"{name} = {json.dumps(value)}" for name, value in field.default.items())
+        return f"{{ {', '.join(pairs)} }}"
     return json.dumps(plain(field.default))

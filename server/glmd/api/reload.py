@@ -15,7 +15,8 @@ log = logging.getLogger("glmd")
 RELOADABLE = frozenset(
     {
         "aliases", "keep_alive", "drain_timeout", "enable_thinking", "clear_thinking",
-        "temperature", "top_p", "top_k", "min_p", "max_tokens", "profile", "profiles", "log_level",
+        "effort_budgets", "temperature", "top_p", "top_k", "min_p", "max_tokens", "profile",
+        "profiles", "log_level",
     }
 )  # fmt: skip
 """Settings that each request reads anew, and those that can be handed on. The others make things
