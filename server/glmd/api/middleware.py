@@ -16,10 +16,12 @@ from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glmd.api import page
 from glmd.api.errors import Problem, respond
 
-OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"})
-"""Answer without a key: a supervisor needs no secret to ask how we are."""
+OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | page.PATHS
+"""Answer without a key: a supervisor needs no secret to ask how we are, and the page has to be
+there to ask for one."""
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
