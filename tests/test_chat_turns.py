@@ -241,6 +241,31 @@ def test_a_call_that_lacked_its_end_returns_with_one() -> None:
     assert starts_with(again, first, [*generated, TAGS.end_tool_call])
 
 
+@pytest.mark.parametrize("between", ["", "\n", " Then:\n"])
+@pytest.mark.parametrize("second", ["now</tool_call>", "write<arg_key>path", "now"])
+def test_a_turn_that_ends_before_its_second_call_returns_without_it(
+    between: str, second: str
+) -> None:
+    turns = Turns()
+    first = ask("Hi", turns, tools=TOOLS)
+    kept = ids(f"Hm</think><tool_call>now</tool_call>{between}")
+    generated = [*kept, *ids(f"<tool_call>{second}"), TAGS.observation]
+    whole = generate(first, generated, turns, single_call=True)
+    assert (whole.calls, whole.finish) == ([("now", "{}")], "tool_calls")
+    answered = AssistantMessage(whole.content, None, (ToolCall("", "now", {}),))
+    again = build([UserMessage("Hi"), answered, UserMessage("?")], turns, tools=TOOLS)
+    assert starts_with(again, first, [*kept, TAGS.user])
+
+
+def test_a_call_that_runs_into_a_call_too_many_is_not_remembered() -> None:
+    turns = Turns()
+    generated = ids("Hm</think><tool_call>now<tool_call>now</tool_call>")
+    whole = generate(ask("Hi", turns, tools=TOOLS), generated, turns, single_call=True)
+    assert (whole.calls, whole.finish) == ([("now", "{}")], "tool_calls")
+    answered = AssistantMessage("", None, (ToolCall("", "now", {}),))
+    assert build([UserMessage("Hi"), answered], turns, tools=TOOLS).spliced_turns == 0
+
+
 @pytest.mark.parametrize(
     ("generated", "finish"),
     [

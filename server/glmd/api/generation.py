@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from glmd.chat.events import Event, Finished, ToolCallStart
+from glmd.chat.events import Event, Finished
 from glmd.engine.client import EngineClient
 from glmd.errors import EngineUnavailable
 from glmd.messages import Generate, Output
@@ -57,7 +57,6 @@ class Generation:
 
     Args:
         readers: one for each of the request's sequences.
-        single_call: end a sequence where a second tool call begins.
         report_tokens: let `Produced` precede what each output gives.
         on_finished: called with the index of each sequence that ended by itself.
     """
@@ -69,7 +68,6 @@ class Generation:
         readers: Sequence[Reader],
         *,
         prompt_tokens: int,
-        single_call: bool = False,
         report_tokens: bool = False,
         on_finished: Callable[[int], None] = lambda index: None,
     ) -> None:
@@ -77,7 +75,6 @@ class Generation:
         self._request = request
         self._readers = readers
         self._prompt_tokens = prompt_tokens
-        self._single_call = single_call
         self._report_tokens = report_tokens
         self._on_finished = on_finished
         self._cached: dict[int, int] = {}
@@ -113,10 +110,6 @@ class Generation:
                 if self._report_tokens and output.tokens:
                     yield index, Produced(output.tokens)
                 for event in self._readers[index].feed(output):
-                    if self._single_call and isinstance(event, ToolCallStart) and event.index:
-                        ended.add(index)
-                        yield index, Finished("tool_calls")
-                        break
                     if isinstance(event, Finished):
                         ended.add(index)
                         self._on_finished(index)

@@ -44,7 +44,7 @@ def start_turn(
     """
     service.check_length(len(prompt.tokens), param=param)
     answers = [
-        Answer(service.tokenizer, prompt, tools=tools, stop=stop)
+        Answer(service.tokenizer, prompt, tools=tools, stop=stop, single_call=single_call)
         for _ in range(options.get("n", 1))
     ]
     request = Generate(
@@ -60,7 +60,6 @@ def start_turn(
         request,
         answers,
         prompt_tokens=len(prompt.tokens),
-        single_call=single_call,
         report_tokens=report_tokens,
         on_finished=lambda index: service.remember(prompt, answers[index]),
     )

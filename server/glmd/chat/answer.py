@@ -35,7 +35,8 @@ class Answer:
         completion_tokens: tokens generated so far, end token included.
         reasoning_tokens: those of them in the reasoning, `</think>` included.
         finished: the answer is over; later outputs are ignored.
-        stopped: a stop string matched, so the engine should be told to cancel the sequence.
+        stopped: a stop string matched or a call too many began, so the engine should be told to
+            cancel the sequence.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class Answer:
         *,
         tools: Sequence[Tool] = (),
         stop: Sequence[str] = (),
+        single_call: bool = False,
     ) -> None:
         """
         Args:
             tools: the tools that may be called; none (no tools, `tool_choice: "none"`) means that
-                a call the model writes anyway is left out, markup and all. To end an answer with
-                its first call, let the engine stop at `tags.end_tool_call`.
+                a call the model writes anyway is left out, markup and all.
             stop: stop strings, matched over content only: not in reasoning, not in arguments.
+            single_call: the answer ends where a second call begins.
         """
         self.completion_tokens = 0
         self.reasoning_tokens = 0
@@ -67,6 +69,10 @@ class Answer:
         self._tokens: list[int] = []
         self._section_start = 0
         """Index into `_tokens` where the present section began."""
+        self._single_call = single_call
+        self._call_start = 0
+        """Index into `_tokens` of the last call's `<tool_call>`."""
+        self._has_call_too_many = False
         self._whole = False
         """The answer ended as answers do: by itself, at its limit, or at a stop string."""
 
@@ -85,6 +91,8 @@ class Answer:
             tokens = tokens[:-1]
         data = b""
         for index, token in enumerate(tokens):
+            if self._has_call_too_many:
+                break
             self._tokens.append(token)
             if self._parser.section == "reasoning":
                 self.reasoning_tokens += 1
@@ -106,13 +114,19 @@ class Answer:
         """What to remember (`Turns.remember`) of the finished answer, if anything.
 
         Nothing of one that broke off inside a call, that holds a call the client was not told of,
-        or a tag that would open a turn.
+        or a tag that would open a turn. A call too many is not part of it.
         """
         parser = self._parser
         if not self._whole or parser.dropped_calls or parser.broken_calls:
             return None
         if not self._tokenizer.special.isdisjoint(self._tokens):
             return None
+        closing = parser.closing()
+        if self._has_call_too_many:
+            closing = ()
+            tags = [token for token in self._tokens if token in self._spellings]
+            if tags[-1] != self._tokenizer.tags.end_tool_call:
+                return None
         try:
             calls = tuple(
                 ToolCall(start.id, start.name, arguments_of("".join(pieces), "arguments"))
@@ -121,7 +135,7 @@ class Answer:
         except InvalidRequest:  # nested more deeply than could be read when it returns
             return None
         seen = AssistantMessage(self._content.text, self._reasoning.text, calls)
-        return Turn(seen, np.array(self._tokens, np.int32), parser.closing())
+        return Turn(seen, np.array(self._tokens, np.int32), closing)
 
     def _is_ours(self, token: int) -> bool:
         """A tag that means something even as the last token (a stop token): not an end token."""
@@ -149,8 +163,10 @@ class Answer:
         events = self._place(self._detokenizer.flush())
         if self.stopped:
             return events
-        before = self._parser.section
+        before, opened = self._parser.section, self._parser.opened_calls
         told = self._parser.tag(token, self._spellings[token])
+        if self._parser.opened_calls != opened:
+            self._call_start = len(self._tokens) - 1
         if self._parser.section != before:
             self._section_start = len(self._tokens)
             if before == "reasoning":
@@ -160,8 +176,13 @@ class Answer:
         return events + self._record(told)
 
     def _record(self, events: list[Event]) -> list[Event]:
-        for event in events:
+        """Take note of calls; gives the events that are to be told."""
+        for number, event in enumerate(events):
             if isinstance(event, ToolCallStart):
+                if self._single_call and self._calls:
+                    self.stopped = self._has_call_too_many = True
+                    del self._tokens[self._call_start :]
+                    return events[:number]
                 self._calls.append((event, []))
             elif isinstance(event, ToolCallDelta):
                 self._calls[-1][1].append(event.arguments)
@@ -169,6 +190,9 @@ class Answer:
 
     def _finish(self, finish: FinishReason) -> list[Event]:
         self.finished = True
+        if self._has_call_too_many:
+            self._whole = True
+            return [Finished("tool_calls")]
         events = self._place(self._detokenizer.flush())
         if self.stopped:
             finish = "stop"

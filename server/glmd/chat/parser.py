@@ -25,6 +25,7 @@ class Parser:
     Attributes:
         section: where the next token belongs.
         calls: how many calls were told of.
+        opened_calls: how many calls were begun.
         dropped_calls: a call was left out: it has no name, or no calls are allowed.
         broken_calls: a call's arguments stayed open.
     """
@@ -36,6 +37,7 @@ class Parser:
             in_reasoning: whether the prompt ends inside `<think>`.
         """
         self.calls = 0
+        self.opened_calls = 0
         self.dropped_calls = False
         self.broken_calls = False
         self._tags = tags
@@ -62,6 +64,7 @@ class Parser:
             events = [] if call is None else call.stop()
             self._leave()
             self._call = CallReader(self.calls, self._tools, self._tags)
+            self.opened_calls += 1
             return self._allowed(events)
         if call is not None:
             events = call.tag(tag, spelling)
