@@ -96,6 +96,7 @@ class FakeEngine:
                     index=key[1],
                     tokens=[prompt[count % len(prompt)]],
                     finish="length" if done else None,
+                    admitted=count == 0,
                     prompt_tokens=len(prompt) if count == 0 else 0,
                 )
             )

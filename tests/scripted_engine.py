@@ -149,6 +149,7 @@ class ScriptedEngine:
             finish=finish,
             drafted=1,
             accepted=sequence.said % 2,
+            admitted=first,
             prompt_tokens=sequence.prompt_tokens if first else 0,
             cached_tokens=sequence.cached_tokens if first else 0,
         )

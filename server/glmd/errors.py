@@ -49,6 +49,18 @@ class Overloaded(GlmdError):
         self.retry_after = retry_after
 
 
+class DeadlineExceeded(GlmdError):
+    """The request took longer than the server or the client allows (HTTP 504).
+
+    Attributes:
+        worth_retrying: another attempt could go faster than this one.
+    """
+
+    def __init__(self, message: str, *, worth_retrying: bool) -> None:
+        super().__init__(message)
+        self.worth_retrying = worth_retrying
+
+
 class EngineUnavailable(GlmdError):
     """The engine is loading, restarting, or died under the request (HTTP 503)."""
 

@@ -79,8 +79,10 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     thinking_close: tuple[int, ...] = ()
     """What closes the reasoning in-band: `</think>`, perhaps after a few words."""
     guidance: Guidance | None = None
+    client: str = ""
+    """Whose request it is: an opaque name. Clients take turns under load."""
     priority: int = 0
-    """Larger goes first among waiting requests."""
+    """Larger goes first among the client's waiting requests; below 0 lets everyone's go ahead."""
     cache_salt: str = ""
     """Requests with different salts share no cached prefix."""
     prompt_progress: bool = False
@@ -129,9 +131,11 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     error_kind: Literal["invalid_request", "overloaded", "internal"] | None = None
     error_param: str | None = None
     prompt_tokens: int = 0
-    """Set on the first Output of a sequence, like the next one."""
+    """Set on the first Output of a sequence that has tokens, like the next one."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was not computed for this request."""
+    admitted: bool = False
+    """Set once, when the sequence leaves the queue, on an Output before any with tokens."""
     computed_tokens: int = 0
     """With prompt_progress: prompt tokens ready so far, cached ones included."""
     drafted: int = 0
@@ -218,3 +222,8 @@ def pack_tokens(tokens: npt.ArrayLike) -> bytes:
 def unpack_tokens(data: bytes) -> TokenArray:
     """The inverse of `pack_tokens`; the array is a read-only view of `data`."""
     return np.frombuffer(data, dtype="<i4")
+
+
+def count_tokens(data: bytes) -> int:
+    """How many ids `pack_tokens` has packed."""
+    return len(data) // 4

@@ -100,6 +100,25 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Seconds that running requests get to end at shutdown."
     )
 
+    # Overload
+    max_queue: int = Field(
+        1024,
+        ge=1,
+        description="Most answers that may wait for their turn; one client alone gets half of it.",
+    )
+    max_queue_tokens: int = Field(
+        4_000_000, ge=1, description="Most prompt tokens that may wait for their turn."
+    )
+    queue_timeout: float | None = Field(
+        None, gt=0, description="Seconds a request may wait for its turn; none: no limit."
+    )
+    first_token_timeout: float | None = Field(
+        None, gt=0, description="Seconds until a request's first token; none: no limit."
+    )
+    request_timeout: float | None = Field(
+        None, gt=0, description="Seconds until a request is done; none: no limit."
+    )
+
     # Engine
     max_context: int | None = Field(
         None, ge=1, description="Longest prompt plus answer, in tokens; none: the checkpoint's."

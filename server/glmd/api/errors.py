@@ -27,6 +27,7 @@ from glmd.api import absent
 from glmd.api.anthropic import errors as anthropic
 from glmd.errors import (
     CrashesEngine,
+    DeadlineExceeded,
     EngineUnavailable,
     GlmdError,
     InvalidRequest,
@@ -47,6 +48,7 @@ class Problem:
         param: the offending field (`messages[2].content`).
         code: machine-readable.
         retry_after: seconds after which another attempt is sensible.
+        final: another attempt is not sensible, though the status alone would suggest it.
     """
 
     status: int
@@ -55,6 +57,7 @@ class Problem:
     param: str | None = None
     code: str | None = None
     retry_after: float | None = None
+    final: bool = False
 
     @property
     def body(self) -> dict[str, Any]:
@@ -78,6 +81,8 @@ class Problem:
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(math.ceil(self.retry_after))
+        if self.final:
+            headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients obey it.
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
@@ -112,15 +117,29 @@ def problem_of_ours(error: GlmdError) -> Problem:
             return bad_request(message, param=param, code=code)
         case ModelNotFound():
             return Problem(404, "invalid_request_error", message, "model", "model_not_found")
-        case Overloaded(retry_after=seconds):
-            return Problem(503, "overloaded_error", message, code="overloaded", retry_after=seconds)
-        case EngineUnavailable():
-            return Problem(503, "server_error", message, code="engine_unavailable", retry_after=1.0)
+        case Overloaded() | DeadlineExceeded() | EngineUnavailable():
+            return unserved(error)
         case CrashesEngine():
             # Not 4xx that clients send again by themselves (408, 409, 429), and not 5xx.
             return Problem(422, "invalid_request_error", message, code="crashes_engine")
         case _:
             return Problem(500, "server_error", message)
+
+
+def unserved(error: Overloaded | DeadlineExceeded | EngineUnavailable) -> Problem:
+    """What is nobody's fault, and passes.
+
+    503 and not 429: it is the server that is full, whoever asks, and OpenAI's own clients try
+    again after either, when `Retry-After` says. Anthropic's word for it is 529.
+    """
+    message = error.message
+    match error:
+        case Overloaded(retry_after=seconds):
+            return Problem(503, "overloaded_error", message, code="overloaded", retry_after=seconds)
+        case DeadlineExceeded(worth_retrying=again):
+            return Problem(504, "timeout_error", message, code="timeout", final=not again)
+        case EngineUnavailable():
+            return Problem(503, "server_error", message, code="engine_unavailable", retry_after=1.0)
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> Problem:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from glmd.chat.events import Event, Finished
-from glmd.engine.client import EngineClient
+from glmd.engine.client import NO_DEADLINES, EngineClient
+from glmd.engine.deadlines import Deadlines
 from glmd.errors import EngineUnavailable
 from glmd.messages import Generate, Output
 
@@ -57,6 +58,7 @@ class Generation:
 
     Args:
         readers: one for each of the request's sequences.
+        deadlines: by when it must have got somewhere.
         report_tokens: let `Produced` precede what each output gives.
         on_finished: called with the index of each sequence that ended by itself.
     """
@@ -68,12 +70,14 @@ class Generation:
         readers: Sequence[Reader],
         *,
         prompt_tokens: int,
+        deadlines: Deadlines = NO_DEADLINES,
         report_tokens: bool = False,
         on_finished: Callable[[int], None] = lambda index: None,
     ) -> None:
         self._engine = engine
         self._request = request
         self._readers = readers
+        self._deadlines = deadlines
         self._prompt_tokens = prompt_tokens
         self._report_tokens = report_tokens
         self._on_finished = on_finished
@@ -99,7 +103,7 @@ class Generation:
         Raises: as `EngineClient.generate`.
         """
         ended: set[int] = set()
-        async with aclosing(self._engine.generate(self._request)) as outputs:
+        async with aclosing(self._engine.generate(self._request, self._deadlines)) as outputs:
             async for output in outputs:
                 index = output.index
                 self._count(output)

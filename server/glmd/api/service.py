@@ -26,6 +26,7 @@ from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turns import Turns
 from glmd.checkpoint.generation import sampling_defaults
 from glmd.engine.client import EngineClient
+from glmd.engine.queue import Queue
 from glmd.engine.supervisor import Launch
 from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.messages import Guidance
@@ -98,7 +99,8 @@ class Service:
         """
         self.settings = settings
         self.model = model
-        self.engine = EngineClient(launch)
+        queue = Queue(settings.max_queue, settings.max_queue_tokens)
+        self.engine = EngineClient(launch, queue=queue)
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
         self.fingerprint = fingerprint(__version__, model.id, str(model.created))
@@ -244,7 +246,7 @@ def fingerprint(*parts: str) -> str:
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:10]}"
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
     """FastAPI dependency: the app's service."""
     service: Service = request.app.state.service
     return service

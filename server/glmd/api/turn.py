@@ -7,6 +7,7 @@ from typing import Any
 
 from glmd.api.generation import Generation
 from glmd.api.service import Service
+from glmd.api.terms import Terms
 from glmd.chat.answer import Answer
 from glmd.chat.prompt import Prompt
 from glmd.chat.tools import Tool
@@ -16,6 +17,7 @@ from glmd.messages import Generate, SamplingParams, pack_tokens
 def start_turn(
     service: Service,
     prompt: Prompt,
+    terms: Terms,
     *,
     id: str,
     sampling: SamplingParams,
@@ -51,6 +53,7 @@ def start_turn(
         id=id,
         prompt=pack_tokens(prompt.tokens),
         sampling=sampling,
+        client=terms.client,
         thinking_budget=reasoning_limit if prompt.in_reasoning else None,
         thinking_close=(service.tokenizer.tags.end_think,),
         **options,
@@ -60,6 +63,7 @@ def start_turn(
         request,
         answers,
         prompt_tokens=len(prompt.tokens),
+        deadlines=terms.deadlines,
         report_tokens=report_tokens,
         on_finished=lambda index: service.remember(prompt, answers[index]),
     )

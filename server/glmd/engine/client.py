@@ -11,16 +11,18 @@ import logging
 import signal
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import zmq.asyncio
 
+from glmd.engine.deadlines import Alarms, Deadlines, Phase
 from glmd.engine.process import EXIT_TOLD
+from glmd.engine.queue import Place, Queue
 from glmd.engine.stream import Stream, error_of
 from glmd.engine.supervisor import EngineProcess, Launch
 from glmd.engine.suspects import Suspects
-from glmd.errors import EngineUnavailable
+from glmd.errors import DeadlineExceeded, EngineUnavailable, GlmdError, Overloaded
 from glmd.messages import (
     Cancel,
     Failed,
@@ -32,12 +34,15 @@ from glmd.messages import (
     Ready,
     Stats,
     Step,
+    count_tokens,
 )
 
 log = logging.getLogger("glmd.supervisor")
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 """`failed` is final: the engine refused its checkpoint, or never came up."""
+
+NO_DEADLINES = Deadlines()
 
 BUFFER_TOKENS = 16_384
 """Tokens that one request may have waiting for its reader before it is cancelled."""
@@ -60,6 +65,15 @@ UNAVAILABLE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A request that has not ended."""
+
+    stream: Stream
+    place: Place
+    alarms: Alarms
+
+
 class EngineClient:
     """Starts and supervises the engine process, and multiplexes requests over its socket.
 
@@ -70,20 +84,29 @@ class EngineClient:
         stats: the engine's latest counters.
         failure: why the engine last died or refused to start.
         restarts: how often the engine was started again.
+        queue: what waits for its turn.
     """
 
-    def __init__(self, launch: Launch, *, buffer_tokens: int = BUFFER_TOKENS) -> None:
+    def __init__(
+        self, launch: Launch, *, queue: Queue | None = None, buffer_tokens: int = BUFFER_TOKENS
+    ) -> None:
+        """
+        Args:
+            queue: bounds what may wait; None: nothing does.
+            buffer_tokens: that one request may have waiting for its reader.
+        """
         self.state: EngineState = "stopped"
         self.progress: Loading | None = None
         self.info: ModelInfo | None = None
         self.stats = Stats()
         self.failure: str | None = None
         self.restarts = 0
+        self.queue = queue or Queue()
         self._launch = launch
         self._context = zmq.asyncio.Context()
         self._buffer_tokens = buffer_tokens
         self._changed = asyncio.Event()
-        self._streams: dict[str, Stream] = {}
+        self._requests: dict[str, InFlight] = {}
         self._suspects = Suspects()
         self._process: EngineProcess | None = None
         self._supervision: asyncio.Task[None] | None = None
@@ -96,7 +119,7 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
-        return len(self._streams)
+        return len(self._requests)
 
     async def start(self) -> None:
         """Start the engine in the background; `state` and `wait_for` tell how it goes."""
@@ -125,7 +148,9 @@ class EngineClient:
             reason = UNAVAILABLE.get(self.state) or self.failure
             raise EngineUnavailable(reason or "The engine is not running.")
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: Generate, deadlines: Deadlines = NO_DEADLINES
+    ) -> AsyncGenerator[Output, None]:
         """Send a request and yield its outputs until each of its sequences has finished.
 
         Outputs that pile up while the reader is busy arrive as one. Closing the generator
@@ -133,16 +158,20 @@ class EngineClient:
 
         Raises:
             InvalidRequest: the engine cannot honour the request.
-            Overloaded: there is no room, or the reader fell too far behind.
+            Overloaded: there is no room, its turn did not come in time, or the reader fell too
+                far behind.
+            DeadlineExceeded: it took longer than it may.
             EngineUnavailable: the engine is not ready, or died meanwhile.
             CrashesEngine: the engine died on this request more than once.
             EngineError: the engine failed on this request alone.
         """
         self.require_ready()
-        if request.id in self._streams:
+        if request.id in self._requests:
             raise ValueError(f"a request with the id {request.id!r} is in flight already")
+        place = self.queue.enter(request.client, request.n, count_tokens(request.prompt))
+        alarms = Alarms(deadlines, lambda phase: self._expire(request.id, phase, deadlines))
         stream = Stream(request.n, self._buffer_tokens)
-        self._streams[request.id] = stream
+        self._requests[request.id] = InFlight(stream, place, alarms)
         process = None
         try:
             async with self._suspects.case(request) as case:
@@ -158,14 +187,16 @@ class EngineClient:
                         yield output
                 self._suspects.acquit(case)
         finally:
-            del self._streams[request.id]
+            del self._requests[request.id]
+            alarms.stop()
+            self.queue.give_up(place)
             if process is not None and not stream.finished:
                 process.send(Cancel(request.id))
 
     def cancel(self, id: str, index: int) -> None:
         """End one sequence of a request in flight; its reader gets no more of it."""
-        stream = self._streams.get(id)
-        if stream is not None and stream.end(index) and self._process is not None:
+        request = self._requests.get(id)
+        if request is not None and request.stream.end(index) and self._process is not None:
             self._process.send(Cancel(id, index))
 
     def set_log_level(self, level: str) -> None:
@@ -242,9 +273,7 @@ class EngineClient:
         match message:
             case Step(outputs):
                 for output in outputs:
-                    stream = self._streams.get(output.id)
-                    if stream is not None:
-                        stream.push(output)
+                    self._deliver(output)
             case Stats():
                 self.stats = message
             case Loading():
@@ -255,6 +284,41 @@ class EngineClient:
                 self._enter("ready")
                 log.info("Ready: %s", describe_model(model))
 
+    def _deliver(self, output: Output) -> None:
+        request = self._requests.get(output.id)
+        if request is None:
+            return
+        if output.admitted:
+            self.queue.admit(request.place)
+            request.alarms.reached("queue")
+        if output.tokens:
+            request.alarms.reached("first_token")
+        stream = request.stream
+        stream.push(output)
+        if not stream.running:
+            request.alarms.stop()
+        if stream.failed and self._process is not None:
+            # Its reader is too far behind to be waited for: the row is free now, not when it comes.
+            self._process.send(Cancel(output.id))
+
+    def _expire(self, id: str, phase: Phase, deadlines: Deadlines) -> None:
+        """Give a request up whose deadline has passed, whatever its reader is doing."""
+        seconds = getattr(deadlines, phase)
+        if phase == "queue":
+            error: GlmdError = Overloaded(
+                f"The request's turn did not come within {seconds:g} s, which is its limit.",
+                retry_after=self.queue.retry_after(),
+            )
+        else:
+            what = "had no token" if phase == "first_token" else "was not done"
+            error = DeadlineExceeded(
+                f"The request {what} within {seconds:g} s, which is its limit.",
+                worth_retrying=phase == "first_token",
+            )
+        self._requests[id].stream.fail(error)
+        if self._process is not None:
+            self._process.send(Cancel(id))
+
     def _enter(self, state: EngineState) -> None:
         self.state = state
         self._changed.set()
@@ -262,8 +326,9 @@ class EngineClient:
 
     def _fail_streams(self, message: str) -> None:
         self._suspects.give_up(message)
-        for stream in self._streams.values():
-            stream.fail(EngineUnavailable(message))
+        for request in self._requests.values():
+            request.alarms.stop()
+            request.stream.fail(EngineUnavailable(message))
 
 
 def describe_model(model: ModelInfo) -> str:

@@ -247,7 +247,11 @@ class Engine:
         return outputs + self._progress(plan)
 
     def _progress(self, plan: Plan) -> list[Output]:
-        return [
+        admitted = [
+            Output(id=sequence.request.id, index=sequence.index, admitted=True)
+            for sequence in plan.admitted
+        ]
+        return admitted + [
             Output(
                 id=sequence.request.id,
                 index=sequence.index,

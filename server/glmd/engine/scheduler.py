@@ -3,16 +3,22 @@
 Decoding sequences always run. What a step may take beyond them goes to prefill: a part to the
 prompt that came first, so that none starves, the rest to the shortest, so that none waits behind
 a long one.
+
+Before any of that come the clients: who was served least goes first (`glmd.engine.shares`), so a
+client with a hundred requests takes turns with one that has a single one. A request can step back
+behind everybody's, by a priority below 0, but forward only among its own client's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
 from glmd.engine.pace import Pace
 from glmd.engine.sequence import NO_SLOT, Sequence
+from glmd.engine.shares import OUTPUT_WEIGHT, Shares
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TAIL_TOKENS, TailPool
 from glmd.kv.tree import PrefixTree
@@ -31,10 +37,15 @@ ELDEST_SHARE = 4
 
 @dataclass(slots=True)
 class Plan:
-    """The rows of one step: one for each of `decode`, and `chunks` of (sequence, rows)."""
+    """The rows of one step: one for each of `decode`, and `chunks` of (sequence, rows).
+
+    Attributes:
+        admitted: sequences that have left the queue for the first time.
+    """
 
     decode: list[Sequence] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.chunks)
@@ -78,6 +89,7 @@ class Scheduler:
         self._prefilled = 0
         """Prefill tokens served so far: the clock by which waiting sequences age."""
         self._arrivals = 0
+        self._shares = Shares()
 
     # -- coming and going -----------------------------------------------------------------
 
@@ -85,6 +97,7 @@ class Scheduler:
         sequence.arrived_at_work = self._prefilled
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        self._shares.enter(sequence.request.client)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -94,6 +107,7 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._vacate(sequence)
+        self._shares.leave(sequence.request.client)
         if not self._config.prefix_cache and not self.running:
             self._tree.clear()
 
@@ -128,8 +142,23 @@ class Scheduler:
         self.preemptions += 1
 
     def _least_urgent(self) -> Sequence:
-        """The running sequence that gives way: of the lowest priority the youngest."""
-        return max(self.running, key=lambda s: (-s.request.priority, s.arrival))
+        """The running sequence that gives way to the others.
+
+        It is one that steps back, else one of the client that runs most of them; of those that
+        could, the youngest, but for what its client put before it. The eldest gives way only to
+        requests more urgent than itself, so something always gets on.
+        """
+        counts = self._running_counts()
+
+        def yields(s: Sequence) -> tuple[int, int]:
+            return step_back(s), counts[s.request.client]
+
+        youngest = max(self.running, key=lambda s: (*yields(s), s.arrival))
+        client = youngest.request.client
+        candidates = [
+            s for s in self.running if s.request.client == client and yields(s) == yields(youngest)
+        ]
+        return max(candidates, key=lambda s: (-s.request.priority, s.arrival))
 
     # -- planning -------------------------------------------------------------------------
 
@@ -142,9 +171,10 @@ class Scheduler:
         """Choose the rows of the next step and make room for them."""
         preempted = self.preemptions
         decode = self._plan_decode()
-        if self.preemptions == preempted:
-            self._admit()
-        return Plan(decode, self._plan_chunks(self.pace.prefill_budget(len(decode))))
+        for sequence in decode:
+            self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
+        admitted = self._admit() if self.preemptions == preempted else []
+        return Plan(decode, self._plan_chunks(self.pace.prefill_budget(len(decode))), admitted)
 
     def _plan_decode(self) -> list[Sequence]:
         """All running sequences that need one row; the youngest make room if they must."""
@@ -175,13 +205,32 @@ class Scheduler:
         new = sum(s.slot == NO_SLOT for s in ready)
         return self._tails.growth(new, tokens) * self._token_bytes
 
-    def _admit(self) -> None:
-        """Give leases to waiting sequences, best first, while there is room for them."""
-        self.waiting.sort(key=self._rank)
+    def _admit(self) -> list[Sequence]:
+        """Give leases to waiting sequences, best first, while there is room for them.
+
+        Returns those that had none before.
+        """
+        counts = self._running_counts()
+        # Prefill that has been let in but not served: what is admitted next must know of it.
+        due: Counter[str] = Counter()
+        for s in self.running:
+            due[s.request.client] += s.needs
+        new: list[Sequence] = []
+
+        def rank(s: Sequence) -> tuple[int, int, int, int, int]:
+            client = s.request.client
+            return (
+                step_back(s),
+                self._shares.served(client) + due[client],
+                counts[client],
+                -s.request.priority,
+                s.needs - (self._prefilled - s.arrived_at_work),
+            )
+
         while self.waiting and len(self.running) < self._config.max_running:
-            sequence = self.waiting[0]
+            sequence = min(self.waiting, key=rank)
             if sequence.in_flight:
-                return  # Preempted a moment ago: its last tokens are not known yet.
+                break  # Preempted a moment ago: its last tokens are not known yet.
             lease = self._tree.acquire(sequence.request.cache_salt)
             sequence.lease = lease
             self._extend_match(sequence)
@@ -191,9 +240,19 @@ class Scheduler:
                 self._tree.release(lease)
                 sequence.lease = None
                 sequence.sealed = sequence.computed = 0
-                return
-            del self.waiting[0]
+                break
+            self.waiting.remove(sequence)
             self.running.append(sequence)
+            counts[sequence.request.client] += 1
+            due[sequence.request.client] += sequence.needs
+            if not sequence.admitted:
+                sequence.admitted = True
+                new.append(sequence)
+        return new
+
+    def _running_counts(self) -> Counter[str]:
+        """Running sequences by client."""
+        return Counter(s.request.client for s in self.running)
 
     def _promised(self) -> int:
         """Bytes that running sequences are expected to need still."""
@@ -213,9 +272,16 @@ class Scheduler:
         prefilling = [s for s in self.running if s.needs > 1]
         if not prefilling or budget <= 0:
             return []
-        eldest = min(prefilling, key=lambda s: (-s.request.priority, s.arrival))
+        eldest = min(prefilling, key=lambda s: (step_back(s), s.arrival))
         others = [s for s in prefilling if s is not eldest]
-        others.sort(key=lambda s: (-s.request.priority, s.needs))
+        others.sort(
+            key=lambda s: (
+                step_back(s),
+                self._shares.served(s.request.client),
+                -s.request.priority,
+                s.needs,
+            )
+        )
         kept = max(1, budget // ELDEST_SHARE)
 
         chunks: list[tuple[Sequence, int]] = []
@@ -234,6 +300,7 @@ class Scheduler:
                 starts.add(self._start(sequence))
             chunks.append((sequence, rows))
             planned += rows
+            self._shares.charge(sequence.request.client, rows)
         self._prefilled += planned
         if not chunks and len(prefilling) == len(self.running) > 1:
             # Together they hold all of the memory and none can go on.
@@ -257,10 +324,6 @@ class Scheduler:
         sequence.sealed += found
         sequence.computed += found
 
-    def _rank(self, sequence: Sequence) -> tuple[int, int]:
-        age = self._prefilled - sequence.arrived_at_work
-        return -sequence.request.priority, sequence.needs - age
-
     # -- memory ---------------------------------------------------------------------------
 
     def _available(self) -> int:
@@ -274,3 +337,8 @@ class Scheduler:
         if over <= 0:
             return True
         return self._tree.evict(max(over, self.kv_budget // EVICTION_SHARE)) >= over
+
+
+def step_back(sequence: Sequence) -> int:
+    """How far a request lets everybody go ahead; 0: not at all."""
+    return max(0, -sequence.request.priority)

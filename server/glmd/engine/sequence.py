@@ -56,6 +56,8 @@ class Sequence:
         self.history: History | None = None
         self._own = np.zeros(len(prompt), bool)
         """Prompt tokens that were computed for this sequence."""
+        self.admitted = False
+        """Whether it has left the queue before, though it may wait again."""
         self.announced = False
         self.finished = False
         self.arrival = 0

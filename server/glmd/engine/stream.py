@@ -29,6 +29,16 @@ class Stream:
         """Every sequence has ended, and every output has been taken."""
         return not self._running and not self._unread
 
+    @property
+    def running(self) -> bool:
+        """More outputs are to come."""
+        return bool(self._running) and not self.failed
+
+    @property
+    def failed(self) -> bool:
+        """It ended before its sequences did."""
+        return self._error is not None
+
     def push(self, output: Output) -> None:
         """Add an output, joined to the same sequence's unread one."""
         if output.index not in self._running or self._error is not None:
@@ -88,6 +98,7 @@ def join(earlier: Output, later: Output) -> None:
     earlier.error_param = later.error_param
     earlier.prompt_tokens = earlier.prompt_tokens or later.prompt_tokens
     earlier.cached_tokens = earlier.cached_tokens or later.cached_tokens
+    earlier.admitted = earlier.admitted or later.admitted
     earlier.computed_tokens = later.computed_tokens or earlier.computed_tokens
     earlier.drafted += later.drafted
     earlier.accepted += later.accepted

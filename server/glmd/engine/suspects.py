@@ -70,7 +70,9 @@ class Case:
     @cached_property
     def fingerprint(self) -> bytes:
         """Equal for requests that ask the engine for the same work."""
-        work = msgspec.structs.replace(self.request, id="", priority=0, prompt_progress=False)
+        work = msgspec.structs.replace(
+            self.request, id="", client="", priority=0, prompt_progress=False
+        )
         return blake2b(msgspec.msgpack.encode(work), digest_size=16).digest()
 
 

@@ -23,6 +23,7 @@ TYPES = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    504: "timeout_error",
     OVERLOADED: "overloaded_error",
 }
 """Other statuses below 500 are an `invalid_request_error`, those above an `api_error`."""

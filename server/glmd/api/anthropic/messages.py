@@ -18,6 +18,7 @@ from glmd.api.named_events import exhaust, frames, tell
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
+from glmd.api.terms import GivenTerms, Terms
 from glmd.api.turn import start_turn
 
 router = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
@@ -27,12 +28,12 @@ GivenService = Annotated[Service, Depends(get_service)]
 
 @router.post("/v1/messages", response_model=Message)
 async def create_message(
-    body: MessagesRequest, request: Request, service: GivenService
+    body: MessagesRequest, request: Request, service: GivenService, terms: GivenTerms
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     _, left_out = read_tools(body)
     headers = ignored_header([*body.unknown(REFUSED), *left_out])
-    generation, teller = await prepare(body, service)
+    generation, teller = await prepare(body, service, terms)
     events = tell(teller, generation, keep_alive=service.settings.keep_alive)
     if body.stream:
         opened = await open_frames(
@@ -53,14 +54,15 @@ async def count_tokens(body: CountTokensRequest, service: GivenService) -> Token
     return TokenCount(input_tokens=len(prompt.tokens))
 
 
-async def prepare(body: MessagesRequest, service: Service) -> tuple[Generation, MessageTeller]:
+async def prepare(
+    body: MessagesRequest, service: Service, terms: Terms
+) -> tuple[Generation, MessageTeller]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
-        ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
+        ModelNotFound, InvalidRequest: the request cannot be served.
     """
     defaults = service.defaults(body.model, body.profile)
-    service.engine.require_ready()
     conversation = read_conversation(body, defaults)
     choice = body.tool_choice
     tools = () if choice is not None and choice.type == "none" else conversation.tools
@@ -70,6 +72,7 @@ async def prepare(body: MessagesRequest, service: Service) -> tuple[Generation, 
     generation = start_turn(
         service,
         prompt,
+        terms,
         id=id,
         sampling=body.sampling(defaults.sampling),
         param="messages",

@@ -13,6 +13,7 @@ from glmd.api.openai.chat_request import ChatCompletionRequest
 from glmd.api.openai.responses import ChatCompletion, Header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
+from glmd.api.terms import GivenTerms, Terms
 from glmd.api.turn import start_turn
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
@@ -24,10 +25,11 @@ async def create_chat_completion(
     body: ChatCompletionRequest,
     request: Request,
     service: Annotated[Service, Depends(get_service)],
+    terms: GivenTerms,
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     headers = body.ignored_header()
-    generation, renderer = await prepare(body, service)
+    generation, renderer = await prepare(body, service, terms)
     if body.stream:
         frames = await open_frames(renderer.stream(generation))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)
@@ -39,14 +41,15 @@ async def create_chat_completion(
     )
 
 
-async def prepare(body: ChatCompletionRequest, service: Service) -> tuple[Generation, ChatRenderer]:
+async def prepare(
+    body: ChatCompletionRequest, service: Service, terms: Terms
+) -> tuple[Generation, ChatRenderer]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
-        ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
+        ModelNotFound, InvalidRequest: the request cannot be served.
     """
     defaults = service.defaults(body.model, body.profile)
-    service.engine.require_ready()
     body.refuse_unsupported()
     options = body.engine_options(body.token_limit or defaults.max_tokens)
     logprobs = body.top_k_logprobs
@@ -60,6 +63,7 @@ async def prepare(body: ChatCompletionRequest, service: Service) -> tuple[Genera
     generation = start_turn(
         service,
         prompt,
+        terms,
         id=header.id,
         sampling=sampling,
         param="messages",

@@ -15,6 +15,7 @@ from glmd.api.openai.completion_request import DEFAULT_MAX_TOKENS, CompletionReq
 from glmd.api.openai.responses import Completion, Header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
+from glmd.api.terms import GivenTerms, Terms
 from glmd.chat.answer import TextAnswer
 from glmd.chat.grammar import Structure
 from glmd.chat.tokenizer import Tokenizer
@@ -30,10 +31,11 @@ async def create_completion(
     body: CompletionRequest,
     request: Request,
     service: Annotated[Service, Depends(get_service)],
+    terms: GivenTerms,
 ) -> Response:
     """Continue one or several texts, streamed or whole."""
     headers = body.ignored_header()
-    generations, renderer = await prepare(body, service)
+    generations, renderer = await prepare(body, service, terms)
     if body.stream:
         frames = await open_frames(renderer.stream(generations))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)
@@ -46,15 +48,14 @@ async def create_completion(
 
 
 async def prepare(
-    body: CompletionRequest, service: Service
+    body: CompletionRequest, service: Service, terms: Terms
 ) -> tuple[list[Generation], CompletionRenderer]:
     """Everything up to the engine: checks, tokens, requests.
 
     Raises:
-        ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
+        ModelNotFound, InvalidRequest: the request cannot be served.
     """
     defaults = service.defaults(body.model, body.profile)
-    service.engine.require_ready()
     body.refuse_unsupported()
     limit = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
     options = body.engine_options(limit)
@@ -72,11 +73,13 @@ async def prepare(
                 id=f"{header.id}-{number}",
                 prompt=pack_tokens(tokens),
                 sampling=sampling,
+                client=terms.client,
                 guidance=guidance,
                 **options,
             ),
             [TextAnswer(service.tokenizer, stop=body.stops) for _ in range(options["n"])],
             prompt_tokens=len(tokens),
+            deadlines=terms.deadlines,
             report_tokens=bool(body.return_token_ids),
         )
         for number, tokens in enumerate(prompts)

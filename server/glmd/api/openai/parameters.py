@@ -91,7 +91,11 @@ class Parameters(SamplingFields):
         None, description="Give the token ids of prompt and answer, too."
     )
     priority: int | None = Field(
-        None, ge=-INT64, lt=INT64, description="Larger goes first among waiting requests."
+        None,
+        ge=-INT64,
+        lt=INT64,
+        description="Larger goes first among the client's own waiting requests; below 0 lets"
+        " everyone's go ahead.",
     )
     cache_salt: str | None = Field(
         None, description="Requests with different salts share no cached prefix."

@@ -27,6 +27,7 @@ from glmd.api.responses.tools import Tools, read_tools
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
+from glmd.api.terms import GivenTerms, Terms
 from glmd.api.turn import start_turn
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
@@ -40,12 +41,16 @@ GivenStore = Annotated[ResponseStore, Depends(get_store)]
 
 @router.post("/v1/responses", response_model=ResponseObject)
 async def create_response(
-    body: ResponsesRequest, request: Request, service: GivenService, store: GivenStore
+    body: ResponsesRequest,
+    request: Request,
+    service: GivenService,
+    store: GivenStore,
+    terms: GivenTerms,
 ) -> Response:
     """Continue a conversation: streamed, whole, or in the background."""
     tools = read_tools(body.tools)
     headers = ignored_header([*body.unknown(REFUSED), *tools.left_out])
-    stored, teller, generation = await prepare(body, tools, service, store)
+    stored, teller, generation = await prepare(body, tools, service, store, terms)
     events = tell(teller, generation, keep_alive=service.settings.keep_alive)
     if body.background:
         store.run(stored, finish(teller, exhaust(events)))
@@ -92,15 +97,14 @@ async def delete_response(id: str, store: GivenStore) -> Deleted:
 
 
 async def prepare(
-    body: ResponsesRequest, tools: Tools, service: Service, store: ResponseStore
+    body: ResponsesRequest, tools: Tools, service: Service, store: ResponseStore, terms: Terms
 ) -> tuple[Stored, ResponseTeller, Generation]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
-        ModelNotFound, InvalidRequest, EngineUnavailable: the request cannot be served.
+        ModelNotFound, InvalidRequest: the request cannot be served.
     """
     defaults = service.defaults(body.model, body.profile)
-    service.engine.require_ready()
     body.refuse_unsupported()
     previous = store.previous(body.previous_response_id) if body.previous_response_id else None
     earlier = previous.conversation if previous is not None else []
@@ -117,6 +121,7 @@ async def prepare(
     generation = start_turn(
         service,
         prompt,
+        terms,
         id=id,
         sampling=sampling,
         param="input",

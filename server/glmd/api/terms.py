@@ -1,0 +1,90 @@
+"""On whose behalf a request is served, and how long it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from glmd.api.service import Service, get_service
+from glmd.engine.deadlines import Deadlines, Phase
+from glmd.errors import InvalidRequest
+
+TIMEOUT_HEADERS: dict[Phase, str] = {
+    "queue": "x-glmd-queue-timeout",
+    "first_token": "x-glmd-first-token-timeout",
+    "total": "x-glmd-timeout",
+}
+"""Headers with seconds, by what they limit. Headers, because they mean the same to every API, and
+`timeout` in the official clients' arguments is something else: how long the client itself waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for one HTTP request, whatever it asks for.
+
+    Attributes:
+        client: whose it is, as an opaque name.
+        deadlines: by when it must have got somewhere.
+    """
+
+    client: str
+    deadlines: Deadlines
+
+
+async def get_terms(request: Request, service: Annotated[Service, Depends(get_service)]) -> Terms:
+    """FastAPI dependency: the request's terms.
+
+    Raises:
+        EngineUnavailable, Overloaded: it would be for nothing to read further.
+        InvalidRequest: a header is malformed.
+    """
+    settings = service.settings
+    limits: dict[Phase, float | None] = {
+        "queue": settings.queue_timeout,
+        "first_token": settings.first_token_timeout,
+        "total": settings.request_timeout,
+    }
+    for phase, name in TIMEOUT_HEADERS.items():
+        if (sent := request.headers.get(name)) is not None:
+            # A client can be less patient than the server, not more.
+            limits[phase] = min(read_seconds(name, sent), limits[phase] or math.inf)
+    client = client_of(request.scope)
+    service.engine.require_ready()
+    service.engine.queue.require_room(client)
+    return Terms(client, Deadlines(asyncio.get_running_loop().time(), **limits))
+
+
+GivenTerms = Annotated[Terms, Depends(get_terms)]
+
+
+def client_of(scope: Scope) -> str:
+    """Who takes turns with others: the program or person at an address, and the key it sends.
+
+    Both, because a household may share a key, and the programs of one machine an address. Where no
+    key is asked for, one that is sent all the same still tells programs apart.
+    """
+    headers = Headers(scope=scope)
+    key = headers.get("x-api-key") or headers.get("authorization", "")
+    address = scope["client"][0] if scope.get("client") else ""
+    return hashlib.sha256(f"{address} {key}".encode()).hexdigest()[:16]
+
+
+def read_seconds(name: str, value: str) -> float:
+    """
+    Raises:
+        InvalidRequest: it is no number above 0.
+    """
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"The header {name} must be a number of seconds above 0.", param=name)
+    return seconds
