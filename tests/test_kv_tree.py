@@ -174,6 +174,14 @@ class TreeAgainstSet(RuleBasedStateMachine):
         return found
 
     @invariant()
+    def shape_is_that_of_the_stored_prefixes(self) -> None:
+        shape = self.tree.shape()
+        assert shape.segments == len(list(self.tree.nodes()))
+        continued = {(salt, prefix[:-1]) for salt, prefix in self.stored}
+        assert shape.branches == len(self.stored.keys() - continued)
+        assert shape.longest == max((len(prefix) for _, prefix in self.stored), default=0)
+
+    @invariant()
     def holds_exactly_what_was_sealed_and_not_evicted(self) -> None:
         found = self._walk()
         assert found.keys() == self.stored.keys()

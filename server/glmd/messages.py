@@ -183,7 +183,18 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     kv_tokens: int = 0
+    kv_idle_tokens: int = 0
+    """Of `kv_tokens`, those that no request holds: kept for the next one, evicted for room."""
+    kv_segments: int = 0
+    """Sealed runs of tokens that the prefix tree consists of."""
+    kv_branches: int = 0
+    """Stored prefixes that no other continues."""
+    kv_longest: int = 0
+    """Tokens of the longest stored prefix."""
     kv_bytes: int = 0
+    kv_budget_bytes: int = 0
+    """What `kv_bytes` may grow to, and what weights, KV and working memory may together."""
+    memory_budget_bytes: int = 0
     weight_bytes: int = 0
     active_bytes: int = 0
     """MLX's allocator: arrays alive."""

@@ -86,6 +86,7 @@ class Engine:
         """
         self._model = model
         self._config = config
+        self._memory_budget = memory_budget
         self._tree: PrefixTree[Segment] = PrefixTree()
         self._tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
         token_bytes = model.kv_bytes_per_token
@@ -347,11 +348,18 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of counters and gauges."""
+        shape = self._tree.shape()
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_tokens=self._tree.tokens,
+            kv_idle_tokens=self._tree.evictable_tokens,
+            kv_segments=shape.segments,
+            kv_branches=shape.branches,
+            kv_longest=shape.longest,
             kv_bytes=self._tree.nbytes + self._tails.nbytes,
+            kv_budget_bytes=self._scheduler.kv_budget,
+            memory_budget_bytes=self._memory_budget,
             weight_bytes=self._model.weight_bytes,
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),

@@ -96,6 +96,21 @@ class Piece(Generic[S]):
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a tree has grown.
+
+    Attributes:
+        segments: nodes, roots not counted.
+        branches: stored prefixes that no other continues.
+        longest: tokens of the longest stored prefix.
+    """
+
+    segments: int
+    branches: int
+    longest: int
+
+
 class PrefixTree(Generic[S]):
     """Sealed KV by token prefix, one root per cache salt.
 
@@ -285,6 +300,19 @@ class PrefixTree(Generic[S]):
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+    def shape(self) -> Shape:
+        """The tree's shape, from a walk over all nodes."""
+        segments = branches = longest = 0
+        stack = [(root, 0) for root in self._roots.values()]
+        while stack:
+            node, start = stack.pop()
+            longest = max(longest, start + len(node))
+            if node.parent is not None:
+                segments += 1
+                branches += all(offset < len(node) for offset, _ in node.children)
+            stack.extend((child, start + child.offset) for child in node.children.values())
+        return Shape(segments, branches, longest)
 
     def _move(self, lease: Lease[S], node: Node[S], length: int) -> None:
         lease.node.leases.remove(lease)
