@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def blend(average: Network, network: Network) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument(
+        "--minutes", type=float, help="stop after that long instead, the rates falling by the clock"
+    )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument(
@@ -108,14 +112,17 @@ def main() -> None:
     compiled = torch.compile(losses)
     data = batches(tokenizer, template(), seed=options.seed, rows=ROWS, length=LENGTH)
     started = time.monotonic()
-    for step in range(1, options.steps + 1):
+    for step in itertools.count(1):
+        done = (step - 0.5) / options.steps
+        if options.minutes:
+            done = min(1.0, (time.monotonic() - started) / 60 / options.minutes)
         batch = next(data)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             main_loss, mtp_loss = compiled(
                 network, batch.ids, batch.positions, batch.mask, batch.weights
             )
         (main_loss + MTP_WEIGHT * mtp_loss).backward()
-        factor = schedule((step - 0.5) / options.steps)
+        factor = schedule(done)
         groups = [group for rule in rules for group in rule.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -130,8 +137,11 @@ def main() -> None:
                 f"busiest expert {busiest:.2f}, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-        if step % SAVE_EVERY == 0 or step == options.steps:
+        finished = done == 1 if options.minutes else step == options.steps
+        if step % SAVE_EVERY == 0 or finished:
             save(average, options.out)
+        if finished:
+            break
 
 
 if __name__ == "__main__":
