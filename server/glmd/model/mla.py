@@ -222,9 +222,12 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
 
 def _softmax_partial(scores: mx.array, values: mx.array) -> Partial:
     """scores [..., heads, keys] with values [keys, latent] or [..., keys, latent]."""
-    # In float32, for the merge: a bfloat16 logarithm would be off by percents.
-    lse = mx.logsumexp(scores.astype(mx.float32), axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
+    # The largest weight is one over the denominator of scores less their maximum. Exponentials
+    # are most of the work on a CPU, so none is taken twice. The logarithm is in float32: in
+    # bfloat16 it would be off by percents.
+    largest = mx.max(scores, axis=-1).astype(mx.float32)
+    lse = largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
     if values.ndim == 2:
         out = (weights.reshape(-1, values.shape[0]) @ values).reshape(
             *scores.shape[:-1], values.shape[1]
