@@ -75,7 +75,9 @@ def test_logprobs_have_the_completions_shape(http: httpx.Client) -> None:
     logprobs = choice["logprobs"]
     assert "".join(logprobs["tokens"]) == choice["text"] == "Yes: 12"
     assert set(logprobs["token_logprobs"]) == {-0.25}
-    assert all(len(top) <= 2 for top in logprobs["top_logprobs"])
+    for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+        assert top[token] == -0.25  # that of the chosen one, likely or not
+        assert len(top) <= 3
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert choice["text"][offset:].startswith(token)
     body = {"prompt": "⟦Yes: 12⟧", "logprobs": 2, "stream": True}
@@ -85,6 +87,19 @@ def test_logprobs_have_the_completions_shape(http: httpx.Client) -> None:
         offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]
     ]
     assert streamed == logprobs["text_offset"]
+
+
+@pytest.mark.parametrize("stop", [None, "!!"])
+def test_logprobs_say_where_each_token_stands(http: httpx.Client, stop: str | None) -> None:
+    """Also within a character, and where text was withheld for a stop string."""
+    body = {"prompt": "⟦a€!b! !!c⟧", "logprobs": 0, "stop": stop}
+    choice = complete(http, **body)["choices"][0]
+    logprobs = choice["logprobs"]
+    euro = logprobs["tokens"][1:4]
+    assert euro == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    assert logprobs["text_offset"][:5] == [0, 1, 1, 1, 2]
+    for token, offset in zip(logprobs["tokens"][4:], logprobs["text_offset"][4:], strict=True):
+        assert choice["text"][offset:].startswith(token)
 
 
 def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:

@@ -16,6 +16,7 @@ from glmd.api.openai.responses import (
     Usage,
 )
 from glmd.api.sse import DONE, frame
+from glmd.chat.detokenizer import Detokenizer
 from glmd.chat.events import ContentDelta, Event, Finished, TokenInfo
 from glmd.chat.tokenizer import Tokenizer
 
@@ -49,18 +50,17 @@ class CompletionRenderer:
         self._logprobs = logprobs
         self._usage_chunk = usage_chunk
         self._prompt_ids = prompt_ids
+        self._places: dict[int, Place] = {}
 
     async def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes, None]:
         """The frames of a streamed answer."""
-        lengths: dict[int, int] = {}
+        started: set[int] = set()
         async with aclosing(self._events(generations)) as events:
             async for index, event in events:
-                first = index not in lengths
-                piece = Piece(
-                    lengths.get(index, 0), self._echoes[index // self._n] if first else ""
-                )
+                first = index not in started
+                started.add(index)
+                piece = Piece(self._echoes[index // self._n] if first else "")
                 piece.add(event)
-                lengths[index] = piece.offset + len(piece.text)
                 chunk = self._completion([self._choice(index, piece, first=first)])
                 if self._usage_chunk:
                     chunk.usage = None
@@ -77,7 +77,7 @@ class CompletionRenderer:
         async with aclosing(self._events(generations)) as events:
             async for index, event in events:
                 if index not in pieces:
-                    pieces[index] = Piece(offset=0, text=self._echoes[index // self._n])
+                    pieces[index] = Piece(self._echoes[index // self._n])
                 pieces[index].add(event)
         completion = self._completion(
             [self._choice(index, piece, first=True) for index, piece in sorted(pieces.items())]
@@ -109,7 +109,7 @@ class CompletionRenderer:
         choice = CompletionChoice(
             index=index,
             text=piece.text,
-            logprobs=self._completion_logprobs(piece) if self._logprobs else None,
+            logprobs=self._completion_logprobs(index, piece.tokens) if self._logprobs else None,
             finish_reason=piece.finish_reason,
         )
         if self._prompt_ids is not None:
@@ -118,39 +118,56 @@ class CompletionRenderer:
                 choice.prompt_token_ids = self._prompt_ids[index // self._n]
         return choice
 
-    def _completion_logprobs(self, piece: Piece) -> CompletionLogprobs:
+    def _completion_logprobs(self, index: int, tokens: Sequence[TokenInfo]) -> CompletionLogprobs:
         return CompletionLogprobs(
-            tokens=[self._spell(token.id) for token, _ in piece.tokens],
-            token_logprobs=[token.logprobs.logprob for token, _ in piece.tokens],
-            top_logprobs=[
-                dict(
-                    zip(
-                        map(self._spell, token.logprobs.top_ids),
-                        token.logprobs.top_logprobs,
-                        strict=True,
-                    )
-                )
-                for token, _ in piece.tokens
-            ],
-            text_offset=[piece.offset + offset for _, offset in piece.tokens],
+            tokens=[self._spell(token.id) for token in tokens],
+            token_logprobs=[token.logprobs.logprob for token in tokens],
+            top_logprobs=[self._likely(token) for token in tokens],
+            text_offset=[self._offset(index, token.id) for token in tokens],
         )
 
+    def _likely(self, token: TokenInfo) -> dict[str, float]:
+        """The likely tokens, and the chosen one even if it is none of them."""
+        likely = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
+        spelt = {self._spell(id): logprob for id, logprob in likely}
+        return spelt | {self._spell(token.id): token.logprobs.logprob}
+
+    def _offset(self, index: int, id: int) -> int:
+        """Where the next token of a choice begins, in characters of its whole text."""
+        if index not in self._places:
+            self._places[index] = Place(len(self._echoes[index // self._n]))
+        special = id in self._tokenizer.special
+        return self._places[index].step(b"" if special else self._tokenizer.token_bytes(id))
+
     def _spell(self, id: int) -> str:
-        return self._tokenizer.token_bytes(id).decode("utf-8", "replace")
+        """A token's text, or, as OpenAI has it, `bytes:` and the bytes of what is no text."""
+        spelling = self._tokenizer.token_bytes(id)
+        try:
+            return spelling.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+
+class Place:
+    """A place in a text, before which so many characters stand whole."""
+
+    def __init__(self, characters: int) -> None:
+        self._characters = characters
+        self._detokenizer = Detokenizer()
+
+    def step(self, data: bytes) -> int:
+        """The place, and go on behind a token's bytes."""
+        here = self._characters
+        self._characters += len(self._detokenizer.feed(data))
+        return here
 
 
 @dataclass(slots=True)
 class Piece:
-    """Events of one choice, put together.
+    """Events of one choice, put together."""
 
-    Attributes:
-        offset: where the text begins within the choice's whole text.
-        tokens: each with the place in `text` of the delta that brought it.
-    """
-
-    offset: int
     text: str = ""
-    tokens: list[tuple[TokenInfo, int]] = field(default_factory=list)
+    tokens: list[TokenInfo] = field(default_factory=list)
     produced: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -159,7 +176,7 @@ class Piece:
             case Produced(ids):
                 self.produced += ids
             case ContentDelta(text, tokens):
-                self.tokens += [(token, len(self.text)) for token in tokens]
+                self.tokens += tokens
                 self.text += text
             case Finished("stop" | "length" as reason):
                 self.finish_reason = reason
