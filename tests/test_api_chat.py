@@ -392,6 +392,25 @@ def test_unknown_parameters_are_named_in_a_header(http: httpx.Client) -> None:
     )
 
 
+def test_what_is_sent_to_leave_it_off_is_off(http: httpx.Client) -> None:
+    """As front ends do that send every parameter they know."""
+    off = {
+        "use_beam_search": False,
+        "logits_processors": [],
+        "grammar": "",
+        "functions": [],
+        "prompt_logprobs": False,
+        "logit_bias": [],
+        "stop": [],
+        "tools": [],
+        "stream_options": {},
+        "chat_template_kwargs": {},
+    }
+    response = http.post("/v1/chat/completions", json={"messages": [user("⟦</think>Yes.⟧")]} | off)
+    assert response.status_code == 200, response.text
+    assert "x-glmd-ignored-parameters" not in response.headers
+
+
 # -- refusals -----------------------------------------------------------------------------
 
 
@@ -450,7 +469,8 @@ def test_unknown_parameters_are_named_in_a_header(http: httpx.Client) -> None:
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy"}}, "audio"),
-        ({"functions": []}, "functions"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"guided_json": 3}, "guided_json"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"reasoning_effort": "heroic"}, "reasoning_effort"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from glmd.errors import InvalidRequest
 from glmd.messages import SamplingParams
@@ -25,6 +25,16 @@ MAX_LISTED, MAX_NAME = 32, 64
 NO_OP = "Accepted, without effect."
 
 
+def says_nothing(value: object) -> bool:
+    """Whether clients leave a parameter off by sending this: `use_beam_search: false`."""
+    return value is False or value in ("", [], {})
+
+
+def no_list(value: object) -> object:
+    """Programs in which an empty table is an empty list send that for no bias."""
+    return None if value == [] else value
+
+
 def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
     for key in value or {}:
         if not (key.isascii() and key.isdigit()):
@@ -33,6 +43,7 @@ def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[str, Bias] | None, BeforeValidator(no_list), AfterValidator(check_bias)]
 
 
 class SamplingFields(BaseModel):
@@ -47,7 +58,7 @@ class SamplingFields(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="1: off.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Bias] | None, AfterValidator(check_bias)] = Field(
+    logit_bias: LogitBias = Field(
         None, description="From token ids to what is added to their logits."
     )
     profile: str | None = Field(
@@ -81,13 +92,14 @@ class SamplingFields(BaseModel):
             refused: those known to change what a client expects, and why they are not honoured.
 
         Raises:
-            InvalidRequest: one of them is there.
+            InvalidRequest: one of them is there, and says something.
         """
-        names = [name for name, value in (self.model_extra or {}).items() if value is not None]
+        extra = self.model_extra or {}
+        names = [name for name, value in extra.items() if value is not None]
         for name in names:
-            if name in refused:
+            if name in refused and not says_nothing(extra[name]):
                 raise InvalidRequest(f"{name}: {refused[name]}", param=name)
-        return names
+        return [name for name in names if name not in refused]
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
