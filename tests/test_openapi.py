@@ -36,6 +36,8 @@ ROUTES = [
     "POST /tokenize",
     "POST /detokenize",
     "POST /apply-template",
+    "GET /glmd/status",
+    "POST /glmd/requests/{id}/cancel",
 ]
 
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")

@@ -69,6 +69,10 @@ class CrashesEngine(GlmdError):
     """The engine died more than once on this very request, which is not tried again (HTTP 422)."""
 
 
+class Cancelled(GlmdError):
+    """Somebody other than the client ended the request (HTTP 499)."""
+
+
 class EngineError(GlmdError):
     """The engine failed on this request, by a fault of its own (HTTP 500)."""
 

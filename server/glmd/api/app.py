@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from glmd import __version__
-from glmd.api import errors, health, lmstudio, models, page, tokens
+from glmd.api import errors, health, lmstudio, models, page, status, tokens
 from glmd.api.anthropic import messages
 from glmd.api.middleware import ApiKey, HeadAsGet, RequestId, WholeBody
 from glmd.api.openai import chat, completions
@@ -49,7 +49,9 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.state.responses = ResponseStore(settings.response_store)
     errors.install(app)
-    routers = (page, health, models, lmstudio, chat, completions, responses, messages, tokens)
+    routers = (
+        page, health, models, lmstudio, chat, completions, responses, messages, tokens, status,
+    )  # fmt: skip
     for module in routers:
         app.include_router(module.router)
     app.openapi = partial(document, app)  # type: ignore[method-assign]

@@ -26,6 +26,7 @@ from starlette.types import Scope
 from glmd.api import absent
 from glmd.api.anthropic import errors as anthropic
 from glmd.errors import (
+    Cancelled,
     CrashesEngine,
     DeadlineExceeded,
     EngineUnavailable,
@@ -119,6 +120,9 @@ def problem_of_ours(error: GlmdError) -> Problem:
             return Problem(404, "invalid_request_error", message, "model", "model_not_found")
         case Overloaded() | DeadlineExceeded() | EngineUnavailable():
             return unserved(error)
+        case Cancelled():
+            # Clients send a 409 or a 5xx again by themselves; this must not come back.
+            return Problem(499, "invalid_request_error", message, code="request_cancelled")
         case CrashesEngine():
             # Not 4xx that clients send again by themselves (408, 409, 429), and not 5xx.
             return Problem(422, "invalid_request_error", message, code="crashes_engine")

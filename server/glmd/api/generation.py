@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from glmd.api.requests import Record, Requests
 from glmd.chat.events import Event, Finished
 from glmd.engine.client import NO_DEADLINES, EngineClient
 from glmd.engine.deadlines import Deadlines
@@ -29,7 +30,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the prompt is computed; only for requests with `prompt_progress`."""
+    """How far the prompt is computed; only if asked for."""
 
     computed_tokens: int
 
@@ -59,6 +60,8 @@ class Generation:
     Args:
         readers: one for each of the request's sequences.
         deadlines: by when it must have got somewhere.
+        record: the request's, which `requests` keeps up.
+        report_progress: let `Progress` tell how far the prompt is, if the request asks the engine.
         report_tokens: let `Produced` precede what each output gives.
         on_finished: called with the index of each sequence that ended by itself.
     """
@@ -69,8 +72,10 @@ class Generation:
         request: Generate,
         readers: Sequence[Reader],
         *,
-        prompt_tokens: int,
         deadlines: Deadlines = NO_DEADLINES,
+        requests: Requests,
+        record: Record,
+        report_progress: bool = False,
         report_tokens: bool = False,
         on_finished: Callable[[int], None] = lambda index: None,
     ) -> None:
@@ -78,23 +83,23 @@ class Generation:
         self._request = request
         self._readers = readers
         self._deadlines = deadlines
-        self._prompt_tokens = prompt_tokens
+        self._requests = requests
+        self._record = record
+        self._report_progress = report_progress
         self._report_tokens = report_tokens
         self._on_finished = on_finished
         self._cached: dict[int, int] = {}
-        self._drafted = 0
-        self._accepted = 0
 
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._record.prompt_tokens,
             # Of several sequences all but one find the whole prompt computed by that one.
             cached_tokens=min(self._cached.values(), default=0),
             completion_tokens=sum(reader.completion_tokens for reader in self._readers),
             reasoning_tokens=sum(reader.reasoning_tokens for reader in self._readers),
-            drafted=self._drafted,
-            accepted=self._accepted,
+            drafted=self._record.drafted,
+            accepted=self._record.accepted,
         )
 
     async def events(self) -> AsyncGenerator[tuple[int, Event | Progress | Produced], None]:
@@ -103,31 +108,30 @@ class Generation:
         Raises: as `EngineClient.generate`.
         """
         ended: set[int] = set()
-        async with aclosing(self._engine.generate(self._request, self._deadlines)) as outputs:
-            async for output in outputs:
-                index = output.index
-                self._count(output)
-                if output.computed_tokens:
-                    yield index, Progress(output.computed_tokens)
-                if index in ended:
-                    continue
-                if self._report_tokens and output.tokens:
-                    yield index, Produced(output.tokens)
-                for event in self._readers[index].feed(output):
-                    if isinstance(event, Finished):
-                        ended.add(index)
-                        self._on_finished(index)
-                    yield index, event
-                if index in ended and output.finish is None:
-                    self._engine.cancel(self._request.id, index)
-        if len(ended) < len(self._readers):
-            raise EngineUnavailable("The engine cancelled this request.")
-
-    def _count(self, output: Output) -> None:
-        if output.prompt_tokens:
-            self._cached[output.index] = output.cached_tokens
-        self._drafted += output.drafted
-        self._accepted += output.accepted
+        requests, record = self._requests, self._record
+        with requests.in_flight(record):
+            async with aclosing(self._engine.generate(self._request, self._deadlines)) as outputs:
+                async for output in outputs:
+                    index = output.index
+                    if index in ended:
+                        continue
+                    requests.take(record, output)
+                    if output.prompt_tokens:
+                        self._cached[index] = output.cached_tokens
+                    if output.computed_tokens and self._report_progress:
+                        yield index, Progress(output.computed_tokens)
+                    if self._report_tokens and output.tokens:
+                        yield index, Produced(output.tokens)
+                    for event in self._readers[index].feed(output):
+                        if isinstance(event, Finished):
+                            ended.add(index)
+                            requests.finished(record, event.reason)
+                            self._on_finished(index)
+                        yield index, event
+                    if index in ended and output.finish is None:
+                        self._engine.cancel(self._request.id, index)
+            if len(ended) < len(self._readers):
+                raise EngineUnavailable("The engine cancelled this request.")
 
 
 def total_usage(generations: Sequence[Generation]) -> Usage:

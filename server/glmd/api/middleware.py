@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api import page
 from glmd.api.errors import Problem, respond
+from glmd.api.exchange import Exchange
 
 OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | page.PATHS
 """Answer without a key: a supervisor needs no secret to ask how we are, and the page has to be
@@ -44,15 +45,20 @@ class RequestId:
             return
         given = RequestHeaders(scope=scope).get("x-request-id", "")
         id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = id
+        exchange = Exchange.of(scope, id)
+        scope.setdefault("state", {}).update(request_id=id, exchange=exchange)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = headers["request-id"] = id
+                exchange.status = message["status"]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            exchange.ended = True
 
 
 class ApiKey:

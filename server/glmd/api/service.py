@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from fastapi import Request
 
 from glmd import __version__
 from glmd.api.defaults import Defaults
+from glmd.api.requests import Requests
 from glmd.chat.answer import Answer
 from glmd.chat.grammar import GrammarCompiler, Structure
 from glmd.chat.messages import Conversation
@@ -89,6 +91,8 @@ class Service:
         engine: the way to the engine process.
         tokenizer: the checkpoint's.
         fingerprint: changes with glmd's version and with the checkpoint.
+        requests: what is known of the requests to the engine.
+        began: in `time.monotonic`'s seconds.
     """
 
     def __init__(self, settings: Settings, model: ServedModel, launch: Launch) -> None:
@@ -104,6 +108,8 @@ class Service:
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
         self.fingerprint = fingerprint(__version__, model.id, str(model.created))
+        self.requests = Requests()
+        self.began = time.monotonic()
         self._grammars = GrammarCompiler(self.tokenizer.controls)
         self._template = ChatTemplate.load(model.folder, self.tokenizer.controls)
         self._turns = Turns(settings.turn_memory) if settings.turn_memory else None

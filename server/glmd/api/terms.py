@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from glmd.api.exchange import Exchange, get_exchange
 from glmd.api.service import Service, get_service
 from glmd.engine.deadlines import Deadlines, Phase
 from glmd.errors import InvalidRequest
@@ -30,10 +31,12 @@ class Terms:
     """What holds for one HTTP request, whatever it asks for.
 
     Attributes:
+        exchange: the request and its response, for those who watch.
         client: whose it is, as an opaque name.
         deadlines: by when it must have got somewhere.
     """
 
+    exchange: Exchange
     client: str
     deadlines: Deadlines
 
@@ -58,7 +61,9 @@ async def get_terms(request: Request, service: Annotated[Service, Depends(get_se
     client = client_of(request.scope)
     service.engine.require_ready()
     service.engine.queue.require_room(client)
-    return Terms(client, Deadlines(asyncio.get_running_loop().time(), **limits))
+    return Terms(
+        get_exchange(request), client, Deadlines(asyncio.get_running_loop().time(), **limits)
+    )
 
 
 GivenTerms = Annotated[Terms, Depends(get_terms)]

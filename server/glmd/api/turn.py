@@ -27,6 +27,7 @@ def start_turn(
     reasoning_limit: int | None = None,
     single_call: bool = False,
     report_tokens: bool = False,
+    report_progress: bool = False,
     **options: Any,
 ) -> Generation:
     """The request to the engine, which begins when its events are read.
@@ -38,7 +39,7 @@ def start_turn(
         stop: strings that end the answer.
         reasoning_limit: tokens after which the reasoning is closed, if the prompt opens one.
         single_call: end the answer after its first tool call.
-        report_tokens: as of `Generation`.
+        report_tokens, report_progress: as of `Generation`.
         options: further fields of `Generate`.
 
     Raises:
@@ -56,14 +57,17 @@ def start_turn(
         client=terms.client,
         thinking_budget=reasoning_limit if prompt.in_reasoning else None,
         thinking_close=(service.tokenizer.tags.end_think,),
+        prompt_progress=True,
         **options,
     )
     return Generation(
         service.engine,
         request,
         answers,
-        prompt_tokens=len(prompt.tokens),
         deadlines=terms.deadlines,
+        requests=service.requests,
+        record=service.requests.record(terms.exchange, request),
+        report_progress=report_progress,
         report_tokens=report_tokens,
         on_finished=lambda index: service.remember(prompt, answers[index]),
     )

@@ -199,6 +199,12 @@ class EngineClient:
         if request is not None and request.stream.end(index) and self._process is not None:
             self._process.send(Cancel(id, index))
 
+    def abort(self, id: str, error: GlmdError) -> None:
+        """End a request in flight; its reader finds `error`."""
+        request = self._requests.get(id)
+        if request is not None:
+            request.stream.fail(error)
+
     def set_log_level(self, level: str) -> None:
         """Have this engine process, and those after it, log from `level` on."""
         self._launch = replace(self._launch, log_level=level)

@@ -49,6 +49,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
+    terms.exchange.asks("chat", body.model, stream=body.stream)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     options = body.engine_options(body.token_limit or defaults.max_tokens)
@@ -73,7 +74,7 @@ async def prepare(
         single_call=body.parallel_tool_calls is False,
         report_tokens=bool(body.return_token_ids),
         guidance=await service.guide(structure, prompt),
-        prompt_progress=bool(body.return_progress and body.stream),
+        report_progress=bool(body.return_progress and body.stream),
         **options,
     )
     renderer = ChatRenderer(

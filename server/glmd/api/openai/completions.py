@@ -55,6 +55,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
+    terms.exchange.asks("completions", body.model, stream=body.stream)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     limit = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
@@ -66,23 +67,29 @@ async def prepare(
 
     guidance = await service.guide(Structure(body.guided_format))
     header = Header.new("cmpl", service.model.id, service.fingerprint)
+    requests = [
+        Generate(
+            id=f"{header.id}-{number}",
+            prompt=pack_tokens(tokens),
+            sampling=sampling,
+            client=terms.client,
+            guidance=guidance,
+            prompt_progress=True,
+            **options,
+        )
+        for number, tokens in enumerate(prompts)
+    ]
     generations = [
         Generation(
             service.engine,
-            Generate(
-                id=f"{header.id}-{number}",
-                prompt=pack_tokens(tokens),
-                sampling=sampling,
-                client=terms.client,
-                guidance=guidance,
-                **options,
-            ),
-            [TextAnswer(service.tokenizer, stop=body.stops) for _ in range(options["n"])],
-            prompt_tokens=len(tokens),
+            request,
+            [TextAnswer(service.tokenizer, stop=body.stops) for _ in range(request.n)],
+            requests=service.requests,
+            record=service.requests.record(terms.exchange, request),
             deadlines=terms.deadlines,
             report_tokens=bool(body.return_token_ids),
         )
-        for number, tokens in enumerate(prompts)
+        for request in requests
     ]
     renderer = CompletionRenderer(
         header,

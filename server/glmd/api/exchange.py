@@ -1,0 +1,64 @@
+"""One HTTP request and its response, as the log and the metrics tell of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from fastapi import Request
+from starlette.types import Scope
+
+if TYPE_CHECKING:
+    from glmd.api.requests import Record
+
+Api = Literal["chat", "completions", "responses", "messages"]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of one HTTP request.
+
+    Attributes:
+        id: the client's `x-request-id`, else one of ours.
+        client: the address that it came from.
+        began: when its headers had arrived, in `time.monotonic`'s seconds.
+        began_at: the same in Unix time.
+        api: of a request that generates, which API's it is.
+        model: the model that it names, if it does.
+        stream: it asks for a stream.
+        status: of the response, once that has begun.
+        ended: the response is over, or the client is gone.
+        records: what it had the engine do.
+    """
+
+    id: str
+    method: str
+    path: str
+    client: str
+    began: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
+    api: Api | None = None
+    model: str | None = None
+    stream: bool = False
+    status: int | None = None
+    ended: bool = False
+    records: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, scope: Scope, id: str) -> Exchange:
+        """The exchange that an ASGI scope begins."""
+        client = scope.get("client")
+        return cls(id, scope["method"], scope["path"], client[0] if client else "")
+
+    def asks(self, api: Api, model: str | None, *, stream: bool | None) -> None:
+        """Note what a request that generates asks for."""
+        self.api = api
+        self.model = model
+        self.stream = bool(stream)
+
+
+def get_exchange(request: Request) -> Exchange:
+    """The exchange that the request is of."""
+    exchange: Exchange = request.state.exchange
+    return exchange
