@@ -1,9 +1,11 @@
-"""Structure through the APIs, over the real engine with a model of random weights."""
+"""Structure through the APIs, over the real engine with a model of random weights and drafts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,59 @@ TOOL = {
 }
 
 
+def is_valid(text: str) -> bool:
+    validate(text, SCHEMA)
+    return True
+
+
+def is_object(text: str) -> bool:
+    return isinstance(json.loads(text), dict)
+
+
+FORMS: dict[str, tuple[dict[str, Any], Callable[[str], object]]] = {
+    "json_object": (
+        {"response_format": {"type": "json_object"}, "logit_bias": CLOSING | {"125": 12}},
+        is_object,
+    ),
+    "json_schema": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+            }
+        },
+        is_valid,
+    ),
+    "json_schema, not strict": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": SCHEMA | {"not": {}}},
+            }
+        },
+        is_valid,
+    ),
+    "guided_json": ({"guided_json": SCHEMA}, is_valid),
+    "guided_regex": ({"guided_regex": "[ab]{7}"}, re.compile("[ab]{7}").fullmatch),
+    "guided_choice": ({"guided_choice": ["left", "right"]}, ["left", "right"].__contains__),
+    "guided_grammar": ({"guided_grammar": 'root ::= "x" "y"'}, ["xy"].__contains__),
+    "structured_outputs.json": ({"structured_outputs": {"json": SCHEMA}}, is_valid),
+    "structured_outputs.regex": (
+        {"structured_outputs": {"regex": "[ab]{7}"}},
+        re.compile("[ab]{7}").fullmatch,
+    ),
+    "structured_outputs.choice": (
+        {"structured_outputs": {"choice": ["left", "right"]}},
+        ["left", "right"].__contains__,
+    ),
+    "structured_outputs.grammar": (
+        {"structured_outputs": {"grammar": 'start: "x" "y"'}},
+        ["xy"].__contains__,
+    ),
+}
+"""Ways to ask for a form, and what is one."""
+
+
 class Part(BaseModel):
     label: str = Field(max_length=9)
     weight: float | None
@@ -45,9 +100,16 @@ class Machine(BaseModel):
     parts: list[Part] = Field(max_length=2)
 
 
+class Plain(BaseModel):
+    kind: Literal["lathe", "mill"]
+    year: int
+    spare: bool | None
+
+
 @pytest.fixture(scope="module")
 def real(random_checkpoint: Path) -> Iterator[LiveServer]:
-    with live_server(folder=random_checkpoint, engine="glmd.engine.core") as live:
+    config = {"mtp": 1}
+    with live_server(folder=random_checkpoint, engine="glmd.engine.core", config=config) as live:
         yield live
 
 
@@ -73,43 +135,22 @@ def ask(http: httpx.Client, path: str = "/v1/chat/completions", **fields: Any) -
     return answer
 
 
+def stream(http: httpx.Client, **fields: Any) -> tuple[str, str]:
+    """The content of a streamed answer, and why it ended."""
+    body = {"messages": MESSAGES, "max_tokens": 1000, "logit_bias": CLOSING, "temperature": 1}
+    body |= {"stream": True} | fields
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        choices = [c for chunk in sse.read(response.read()).chunks for c in chunk["choices"]]
+    assert choices[-1]["finish_reason"] is not None
+    text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    return text, choices[-1]["finish_reason"]
+
+
 def content_of(answer: dict[str, Any]) -> str:
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "stop"
     content: str = choice["message"]["content"]
     return content
-
-
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "n", "schema": SCHEMA},
-            }
-        },
-        {"guided_json": json.dumps(SCHEMA)},
-        {"guided_json": SCHEMA, "enable_thinking": True},
-        {"structured_outputs": {"json": SCHEMA}},
-    ],
-)
-def test_an_answer_is_valid_under_its_schema(
-    http: httpx.Client, fields: dict[str, Any], seed: int
-) -> None:
-    validate(content_of(ask(http, seed=seed, **fields)), SCHEMA)
-
-
-def test_json_mode_gives_an_object(http: httpx.Client) -> None:
-    answer = ask(http, response_format={"type": "json_object"}, logit_bias=CLOSING | {"125": 12})
-    assert isinstance(json.loads(content_of(answer)), dict)
-
-
-def test_other_forms_are_kept_too(http: httpx.Client) -> None:
-    assert content_of(ask(http, guided_choice=["left", "right"])) in ("left", "right")
-    assert content_of(ask(http, guided_regex="[ab]{7}")).strip("ab") == ""
-    assert content_of(ask(http, guided_grammar='root ::= "x" "y"')) == "xy"
 
 
 def test_raw_completions_are_constrained_as_well(http: httpx.Client) -> None:
@@ -118,12 +159,38 @@ def test_raw_completions_are_constrained_as_well(http: httpx.Client) -> None:
     assert len(answer["choices"][0]["text"]) == 4
 
 
-def test_a_stream_is_as_valid_as_a_whole_answer(http: httpx.Client) -> None:
-    body = {"messages": MESSAGES, "guided_json": SCHEMA, "logit_bias": CLOSING, "stream": True}
-    with http.stream("POST", "/v1/chat/completions", json=body) as response:
-        chunks = sse.read(response.read()).chunks
-    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-    validate(text, SCHEMA)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_has_its_form_streamed_or_not(http: httpx.Client, form: str) -> None:
+    """Behind reasoning, which its budget ends, and with drafts."""
+    fields, right = FORMS[form]
+    asked = fields | {"seed": 3, "enable_thinking": True, "thinking_budget": 20}
+    text, reason = stream(http, **asked)
+    assert reason == "stop"
+    assert right(text), text
+    assert content_of(ask(http, **asked)) == text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_cut_off_says_length_in_every_api(http: httpx.Client, streamed: bool) -> None:
+    schema = obj({"text": {"type": "string", "minLength": 500}})
+    body = {"messages": MESSAGES, "max_tokens": 40, "stream": streamed}
+    form = {"type": "json_schema", "schema": schema}
+
+    def told(path: str, **fields: Any) -> str:
+        response = http.post(path, json=body | fields)
+        assert response.status_code == 200, response.text
+        return response.text
+
+    chat = told("/v1/chat/completions", guided_json=schema, enable_thinking=False)
+    assert '"finish_reason":"length"' in chat
+    raw = told("/v1/completions", guided_json=schema, prompt="x", messages=None)
+    assert '"finish_reason":"length"' in raw
+    responses = told(
+        "/v1/responses", text={"format": {**form, "name": "n"}}, input="x",
+        messages=None, max_tokens=None, max_output_tokens=40,
+    )  # fmt: skip
+    assert '"incomplete_details":{"reason":"max_output_tokens"}' in responses
+    assert '"stop_reason":"max_tokens"' in told("/v1/messages", output_config={"format": form})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +235,29 @@ def test_the_responses_api_parses_pydantic_models(client: openai.OpenAI) -> None
     assert response.text is not None
     assert response.text.format is not None
     assert response.text.format.type == "json_schema"
+    with client.responses.stream(
+        model="default",
+        input="Name a machine.",
+        text_format=Machine,
+        extra_body={"logit_bias": CLOSING, "temperature": 1},
+    ) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, Machine)
+
+
+def test_the_anthropic_client_parses_pydantic_models_streamed_or_not(real: LiveServer) -> None:
+    client = anthropic.Anthropic(base_url=real.url, api_key="none", max_retries=0)
+    options: Any = {
+        "model": "default",
+        "max_tokens": 1000,
+        "messages": MESSAGES,
+        "output_format": Plain,  # the SDK itself takes bounds and lengths out of schemas
+        "extra_body": {"logit_bias": CLOSING, "temperature": 1},
+    }
+    assert isinstance(client.messages.parse(**options).parsed_output, Plain)
+    with client.beta.messages.stream(**options) as stream:
+        assert isinstance(stream.get_final_message().parsed_output, Plain)
 
 
 def test_the_responses_api_requires_calls(client: openai.OpenAI) -> None:
@@ -263,16 +353,57 @@ def test_what_is_not_strict_is_held_to_what_can_be_enforced(http: httpx.Client) 
     validate(content_of(ask(http, response_format=form)), relaxed)
 
 
-def test_a_schema_that_takes_forever_is_400_and_others_are_served_meanwhile(
-    http: httpx.Client,
+PATHOLOGICAL: list[tuple[dict[str, Any], str]] = [
+    (
+        {"guided_json": {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}},
+        "to compile",
+    ),
+    ({"guided_json": {"enum": list(range(20_000))}}, "more than 10000 values"),
+    ({"guided_json": obj({f"p{i}": {} for i in range(2000)})}, "more than 1000 properties"),
+    ({"guided_json": json.loads('{"items":' * 70 + "{}" + "}" * 70)}, "more than 64 deep"),
+    ({"guided_choice": ["a" * 2_000_000]}, "larger than 1 MiB"),
+]
+"""Forms beyond a limit, and words of their refusals."""
+
+
+def test_forms_beyond_the_limits_are_400_and_no_stream_notices(
+    real: LiveServer, http: httpx.Client
 ) -> None:
-    slow = {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}
+    """A canary that streams before, beside and after them says what it says alone."""
+    silent = {str(id): -100 for id in CONTROLS.values()}
+    body = {"messages": MESSAGES, "temperature": 1, "seed": 1, "logit_bias": silent}
+    singing, stop = threading.Event(), threading.Event()
+    heard: list[str] = []
+
+    def listen() -> None:
+        request = body | {"stream": True, "max_tokens": 3500}
+        with real.client() as own, own.stream("POST", "/v1/chat/completions", json=request) as sung:
+            for line in sung.iter_lines():
+                if stop.is_set():
+                    return
+                if line.startswith("data: {"):
+                    delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
+                    heard.append(delta.get("reasoning_content") or "")
+                    singing.set()
+
     with ThreadPoolExecutor(1) as pool:
-        refused = pool.submit(
-            http.post, "/v1/chat/completions", json={"messages": MESSAGES, "guided_json": slow}
-        )
-        ask(http, max_tokens=3)
-        assert not refused.done(), "the other request waited"
-        response = refused.result()
-    assert response.status_code == 400
-    assert "to compile" in response.json()["error"]["message"]
+        listening = pool.submit(listen)
+        try:
+            assert singing.wait(30)
+            for number, (fields, words) in enumerate(PATHOLOGICAL):
+                before = len(heard)
+                response = http.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
+                assert response.status_code == 400, str(fields)[:99]
+                error = response.json()["error"]
+                assert words in error["message"]
+                assert error["param"].startswith(next(iter(fields)))
+                if number == 0:  # the only one that takes its time
+                    assert len(heard) > before, "the canary waited"
+        finally:
+            stop.set()
+        listening.result()
+    alone = ask(http, **body, max_tokens=300, enable_thinking=True)
+    expected = alone["choices"][0]["message"]["reasoning_content"][:-4]  # may end within a letter
+    common = min(len(expected), len("".join(heard)))
+    assert common > 50
+    assert "".join(heard)[:common] == expected[:common]

@@ -128,9 +128,10 @@ def test_included_pages_are_there_as_text(site: Path) -> None:
         assert "--8&lt;--" not in file.read_text(), file
 
 
-def test_generated_pages_and_tables_are_current() -> None:
+@pytest.mark.parametrize("tool", ["book.py", "structured_output.py"])
+def test_generated_pages_and_tables_are_current(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, "tools/book.py", "--check"],
+        [sys.executable, f"tools/{tool}", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

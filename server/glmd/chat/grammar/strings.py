@@ -58,7 +58,8 @@ def pattern_problem(pattern: str) -> str:
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     if not failed:
         return ""
-    return re.sub(r"\s+", " ", messages[0]).strip()[:200]
+    reason = messages[0].rpartition("\nerror: ")[2]  # behind a drawing of where it is wrong
+    return re.sub(r"\s+", " ", reason).strip()[:200]
 
 
 def _add_pattern(reading: Reading, pattern: str) -> None:

@@ -73,13 +73,14 @@ def read_values(reading: Reading) -> None:
         const = canonical_text(schema["const"])
         values = [value for value in values if canonical_text(value) == const]
     keyword = "enum" if "enum" in schema else "const"
-    allowed = []
-    for value in values:
-        if not is_exact(value):
-            reading.relax(keyword, ": it names a number that doubles cannot hold")
-        elif reading.types is None or _has_type(value, reading.types):
-            allowed.append(value)
-    reading.node["enum"] = allowed
+    exact = [value for value in values if is_exact(value)]
+    if len(exact) < len(values):
+        reading.relax(keyword, ": it names a number that doubles cannot hold")
+        if not exact:
+            return
+    reading.node["enum"] = [
+        value for value in exact if reading.types is None or _has_type(value, reading.types)
+    ]
 
 
 def is_exact(value: Json) -> bool:
