@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
+from glmd.engine.launch import Flight
+from glmd.engine.scheduler import Plan
 from glmd.kv.tails import TailPool
 from glmd.messages import FinishReason, Generate, Output, SamplingParams, pack_tokens, unpack_tokens
 from glmd.model.glm import GlmModel
@@ -51,7 +54,7 @@ def fresh_folder() -> Path:
 
 def load(folder: Path, **options: Any) -> GlmModel:
     """The checkpoint in float32, whatever the device."""
-    return load_model(folder, "float32", 1 << 40, lambda done, total: None, **options)
+    return load_model(folder, "float32", lambda done, total: None, **options)
 
 
 @cache
@@ -94,7 +97,10 @@ def tiny_engine(
     model = model or tiny_model()
     settings = EngineConfig(**config)
     room = (kv_tokens or 100_000) * model.kv_bytes_per_token
-    budget = model.weight_bytes + memory.working_memory(model, settings) + room
+    working = memory.working_memory(
+        model.args, settings, model.dtype.size, model.kv_bytes_per_token
+    )
+    budget = model.weight_bytes + working + room
     return Engine(model, settings, budget)
 
 
@@ -173,6 +179,27 @@ class Run:
 
     def answer(self, id: str, index: int = 0) -> Answer:
         return self.answers[id, index]
+
+
+def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> None:
+    """Let launches of steps, counted from 0, fail as MLX does when Metal has no memory.
+
+    Args:
+        late: only when all of the step has been prepared, as where its evaluation fails.
+    """
+    launch = engine._launcher.launch
+    numbers = itertools.count()
+
+    def refuse(plan: Plan, before: Flight | None, drafts: int) -> Flight:
+        refused = next(numbers) in launches
+        if refused and not late:
+            raise RuntimeError("[metal::malloc] Unable to allocate 4096 bytes.")
+        flight = launch(plan, before, drafts)
+        if refused:
+            raise MemoryError("std::bad_alloc")
+        return flight
+
+    engine._launcher.launch = refuse  # type: ignore[method-assign]
 
 
 def run(engine: Engine, *requests: Generate) -> Run:

@@ -233,3 +233,4 @@ def test_stats_say_what_the_engine_did(real: LiveServer, http: httpx.Client) -> 
     stats: Stats = real.service.engine.stats
     assert stats.tokens_generated > 0
     assert stats.prompt_tokens_computed > 0
+    assert stats.footprint_bytes > stats.weight_bytes

@@ -20,6 +20,7 @@ from engines import (
     assert_true,
     assert_whole,
     load,
+    refuse_memory,
     request,
     run,
     tiny_engine,
@@ -151,6 +152,8 @@ def _serve(engine: Engine, coming: list[Visit], kv_tokens: int) -> Run:
     st.sampled_from([0, 1, 2, 3, "auto"]),
     st.sampled_from([True, True, True, False]),
     st.sampled_from([256, 4]),
+    st.sets(st.integers(0, 60), max_size=2),
+    st.booleans(),
 )
 def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
     coming: list[Visit],
@@ -160,8 +163,11 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
     mtp: Any,
     prefix_cache: bool,
     reserve: int,
+    refused: set[int],
+    late: bool,
 ) -> None:
-    """With little reserve at admission, sequences crowd each other out."""
+    """With little reserve at admission, sequences crowd each other out. Twice the device may refuse
+    memory, and everything is computed anew."""
     engine = tiny_engine(
         _model(),
         kv_tokens=kv_tokens,
@@ -170,6 +176,7 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
         mtp=mtp,
         prefix_cache=prefix_cache,
     )
+    refuse_memory(engine, refused, late=late)
     with patch.object(scheduler, "ADMISSION_RESERVE", reserve):
         served = _serve(engine, coming, kv_tokens)
     assert_at_rest(engine)
@@ -177,6 +184,7 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
     event(f"preempted: {stats.preemptions > 0}")
     event(f"evicted: {stats.evicted_tokens > 0}")
     event(f"accepted: {stats.accepted > 0}")
+    event(f"refused memory: {engine._relief.failures}")
     for visit in coming:
         for index in range(visit.request.n):
             if (visit.request.id, index) not in served.answers:

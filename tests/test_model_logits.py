@@ -146,7 +146,7 @@ def test_bfloat16_errs_no_more_than_mlx_lm_does(expanded: bool, tmp_path: Path) 
     # Unquantised experts run in float32 alone on a CPU.
     convert(str(tmp_path / "a"), str(tmp_path / "b"), quantize=True, q_group_size=64, q_bits=8)
     exact = load(tmp_path / "b")
-    rounded = load_model(tmp_path / "b", "bfloat16", 1 << 40, lambda done, total: None)
+    rounded = load_model(tmp_path / "b", "bfloat16", lambda done, total: None)
     tokens = _tokens(300)
     expected = reference_logits(exact, tokens)
     ours = np.abs(one_shot_logits(rounded, tokens, expanded=expanded) - expected).mean()
@@ -161,7 +161,7 @@ def test_bfloat16_errs_no_more_than_mlx_lm_does(expanded: bool, tmp_path: Path) 
 def test_a_dtype_that_the_device_cannot_run_is_refused_at_start(dtype: Any, tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, **TINY)
     with pytest.raises(SettingsError, match=f"float32 only, not in {dtype}"):
-        load_model(tmp_path, dtype, 1 << 40, lambda done, total: None)
+        load_model(tmp_path, dtype, lambda done, total: None)
 
 
 def test_the_router_decides_in_float32(tmp_path: Path) -> None:

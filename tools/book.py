@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +21,9 @@ from glmd.api.service import ServedModel, Service  # noqa: E402
 from glmd.checkpoint.config import load_config  # noqa: E402
 from glmd.configuration import in_units  # noqa: E402
 from glmd.engine.config import EngineConfig  # noqa: E402
-from glmd.engine.memory import MIN_KV_TOKENS, TAIL_ROOM, working_memory  # noqa: E402
+from glmd.engine.memory import divide, working_memory  # noqa: E402
 from glmd.engine.supervisor import Launch  # noqa: E402
+from glmd.errors import CheckpointError  # noqa: E402
 from glmd.quant.inspection import inspect  # noqa: E402
 from glmd.quant.recipe import DEFAULT_RECIPE, RECIPES  # noqa: E402
 from glmd.quant.units import gib  # noqa: E402
@@ -50,10 +50,7 @@ def memory_table() -> Iterator[str]:
     config = load_config(CONFIG)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     per_token = width * (config.num_hidden_layers + 1) * 2
-    model: Any = SimpleNamespace(
-        args=config, dtype=SimpleNamespace(size=2), kv_bytes_per_token=per_token
-    )
-    working = working_memory(model, EngineConfig())
+    working = working_memory(config, EngineConfig(), 2, per_token)
     weights = {}
     for recipe in ON_MACS:
         found = inspect(CONFIG, recipe)
@@ -65,14 +62,27 @@ def memory_table() -> Iterator[str]:
     for memory in MACS:
         cells = []
         for recipe in ON_MACS:
-            left = working_set(memory) * GIB - working - weights[recipe]
-            tokens = int(left // per_token)
-            cells.append(f"{tokens // 1000:,}k" if tokens >= MIN_KV_TOKENS + TAIL_ROOM else "–")
+            try:
+                division = divide(
+                    CONFIG,
+                    config,
+                    EngineConfig(),
+                    int(working_set(memory) * GIB),
+                    weights=weights[recipe],
+                    token_bytes=per_token,
+                    item=2,
+                )
+            except CheckpointError:
+                cells.append("–")
+                continue
+            small = "" if division.working == working else "\\*"
+            cells.append(f"{division.kv // per_token // 1000:,}k{small}")
         yield f"| {memory} GB | {working_set(memory):.1f} GiB | {' | '.join(cells)} |"
     yield ""
     yield (
         f"Taken off before KV: the weights with the MTP layer, and {working / GIB:.2f} GiB of"
-        f" working memory. A token takes {per_token:,} bytes."
+        " working memory, or less (\\*) where KV would be short: prompts are then computed in"
+        f" smaller chunks, which is slower. A token takes {per_token:,} bytes."
     )
 
 

@@ -200,6 +200,10 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """MLX's allocator: arrays alive."""
     cache_bytes: int = 0
     """MLX's allocator: kept for reuse."""
+    footprint_bytes: int = 0
+    """What the engine process occupies, as the system counts it; see `glmd.footprint`."""
+    out_of_memory: int = 0
+    """Steps for which the device refused memory."""
     steps: int = 0
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0

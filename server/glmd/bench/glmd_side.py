@@ -27,10 +27,10 @@ class GlmdSide:
     name = "glmd"
 
     def __init__(self, folder: Path, dtype: Dtype) -> None:
-        memory.set_device_limits()
         self._config = EngineConfig(dtype=dtype)
         self._budget = memory.default_budget()
-        self._model = load_model(folder, dtype, self._budget, lambda done, total: None)
+        memory.DeviceLimits.set(self._budget)
+        self._model = load_model(folder, dtype, lambda done, total: None)
         self.kv_bytes_per_token = self._model.kv_bytes_per_token
         self.weight_bytes = self._model.weight_bytes
 

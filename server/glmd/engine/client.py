@@ -321,6 +321,7 @@ class EngineClient:
                 f"The request {what} within {seconds:g} s, which is its limit.",
                 worth_retrying=phase == "first_token",
             )
+        self._suspects.withdraw(id, error)
         self._requests[id].stream.fail(error)
         if self._process is not None:
             self._process.send(Cancel(id))

@@ -42,6 +42,11 @@ class EngineConfig:
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     prefix_cache: bool = True
 
+    @property
+    def width(self) -> int:
+        """Rows that one decoding sequence has in a step, at most."""
+        return 2 if self.mtp == "auto" else 1 + self.mtp
+
     def __post_init__(self) -> None:
         """
         Raises:

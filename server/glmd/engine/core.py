@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,9 +21,11 @@ from glmd.engine.config import EngineConfig
 from glmd.engine.constraint import Constraints
 from glmd.engine.gate import DraftGate
 from glmd.engine.launch import Flight, Launcher
+from glmd.engine.relief import Relief, is_out_of_memory
 from glmd.engine.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.errors import GlmdError, InvalidRequest
+from glmd.footprint import footprint
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TailPool
 from glmd.kv.tree import PrefixTree
@@ -54,14 +58,22 @@ def load_engine(
         on_progress: called with (bytes loaded, bytes in all).
 
     Raises:
-        CheckpointError: the folder holds no servable checkpoint, or it does not fit in memory.
+        CheckpointError: the folder holds no servable checkpoint, or one that does not fit in
+            memory, which is found out before any weight is loaded.
     """
-    memory.set_device_limits()
     budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
+    memory.check_fit(folder, parsed, config, budget)
     constraints = Constraints(folder, parsed.vocab_size, parsed.eos_token_ids)
-    model = load_model(folder, config.dtype, budget, on_progress, mtp=config.mtp != 0)
-    return Engine(model, config, budget, constraints)
+    memory.DeviceLimits.set(budget)
+    try:
+        model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
+        engine = Engine(model, config, budget, constraints)
+    except BaseException:
+        memory.DeviceLimits.restore()
+        raise
+    engine.release_limits = weakref.finalize(engine, memory.DeviceLimits.restore)
+    return engine
 
 
 class Engine:
@@ -85,13 +97,26 @@ class Engine:
             constraints: made before the model was loaded, to save time; None: made here.
         """
         self._model = model
-        self._config = config
         self._memory_budget = memory_budget
+        division = memory.divide(
+            model.folder,
+            model.args,
+            config,
+            memory_budget,
+            weights=model.weight_bytes,
+            token_bytes=model.kv_bytes_per_token,
+            item=model.dtype.size,
+        )
+        self._config = division.config
+        model.shape = replace(
+            model.shape,
+            score_bytes=division.score_bytes,
+            expanded_bytes=division.expanded_bytes,
+        )
         self._tree: PrefixTree[Segment] = PrefixTree()
         self._tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
         token_bytes = model.kv_bytes_per_token
-        kv_budget = memory.kv_budget(model, config, memory_budget)
-        room = kv_budget // token_bytes - memory.TAIL_ROOM
+        room = division.kv // token_bytes - memory.TAIL_ROOM
         context = model.args.max_position_embeddings
         self.info = ModelInfo(
             path=str(model.folder),
@@ -105,10 +130,10 @@ class Engine:
             device=memory.device_name(),
         )
         self._scheduler = Scheduler(
-            config,
+            self._config,
             self._tree,
             self._tails,
-            kv_budget=kv_budget,
+            kv_budget=division.kv,
             kv_bytes_per_token=token_bytes,
             chunk_limit=lambda context, rows: chunk_form(
                 model.shape, context, rows, model.dtype.size
@@ -123,6 +148,10 @@ class Engine:
         self._launcher = Launcher(
             model, self._scheduler, self._tree, self._tails, self._constraints
         )
+        self._relief = Relief(
+            self._scheduler,
+            least_kv=(self.info.max_context + memory.TAIL_ROOM) * token_bytes,
+        )
         self._gate = DraftGate(config.mtp if model.mtp is not None else 0)
         self._in_flight: Flight | None = None
         self._outbox: list[Output] = []
@@ -133,6 +162,8 @@ class Engine:
         self._generated = 0
         self._drafted = 0
         self._accepted = 0
+        self.release_limits: Callable[[], object] = lambda: None
+        """Undoes what was set in MLX for this engine; does nothing the second time."""
 
     # -- requests -------------------------------------------------------------------------
 
@@ -228,8 +259,20 @@ class Engine:
         """Launch the next step, then read the one before and return what it gave.
 
         The device works on the one while the host reads the other, so results come one call
-        after the launch.
+        after the launch. If the device has no memory for it, the next call tries with less.
         """
+        progress: list[Output] = []
+        try:
+            progress = self._step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._relieve(error)
+        outputs, self._outbox = self._outbox, []
+        return outputs + progress
+
+    def _step(self) -> list[Output]:
+        """Launch a step, and read the one before into the outbox; returns prompts' progress."""
         if self._in_flight is not None and self._scheduler.must_read_first:
             self._read(self._in_flight)
             self._in_flight = None
@@ -244,8 +287,34 @@ class Engine:
         if self._in_flight is not None:
             self._read(self._in_flight)
         self._in_flight = launched
-        outputs, self._outbox = self._outbox, []
-        return outputs + self._progress(plan)
+        return self._progress(plan)
+
+    def _relieve(self, error: BaseException) -> None:
+        """Give up all KV. What the last step yielded counts, if it can still be read; what it did
+        not yield will come out the same, since a token depends on nothing but its position."""
+        flight, self._in_flight = self._in_flight, None
+        dropped = self._relief.step_failed(error)
+        if flight is not None:
+            try:
+                self._read(flight)
+            except (MemoryError, RuntimeError) as another:
+                if not is_out_of_memory(another):
+                    raise
+        for sequence in self._scheduler.waiting:
+            sequence.in_flight = 0
+        mx.clear_cache()
+        for sequence in dropped:
+            if not sequence.finished:
+                self._finish(sequence)
+                self._outbox.append(
+                    Output(
+                        id=sequence.request.id,
+                        index=sequence.index,
+                        finish="error",
+                        error_kind="overloaded",
+                        error="The device has no memory for this request at present.",
+                    )
+                )
 
     def _progress(self, plan: Plan) -> list[Output]:
         admitted = [
@@ -269,10 +338,12 @@ class Engine:
         self._in_flight = None
         self._tree.clear()
         mx.clear_cache()
+        self.release_limits()
 
     def _read(self, flight: Flight) -> None:
         """Wait for a launched step and turn its tokens into Outputs."""
         confirmed = flight.fetch()
+        self._relief.step_succeeded()
         seconds = flight.landed - max(flight.launched, self._last_read)
         self._last_read = flight.landed
         self._steps += 1
@@ -363,6 +434,8 @@ class Engine:
             weight_bytes=self._model.weight_bytes,
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
+            footprint_bytes=footprint(),
+            out_of_memory=self._relief.failures,
             steps=self._steps,
             prompt_tokens_computed=self._launcher.prompt_rows,
             prompt_tokens_cached=self._cached,

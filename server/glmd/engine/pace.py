@@ -23,12 +23,13 @@ class Pace:
 
     Args:
         max_slowdown: allowed length of a step with prefill, in steps without.
-        max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk.
+        max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk;
+            may be changed.
     """
 
     def __init__(self, max_slowdown: float, max_rows: int) -> None:
         self._max_slowdown = max_slowdown
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._base: dict[int, float] = {}
         self._row_cost: float | None = None
 
@@ -50,15 +51,15 @@ class Pace:
     def prefill_budget(self, decoding: int) -> int:
         """Prefill rows for the next step, beside that many decoding sequences."""
         if decoding == 0:
-            return self._max_rows
+            return self.max_rows
         base = self._base_for(decoding)
         if base is None or self._row_cost is None:
             rows = FIRST_CHUNK
         elif self._row_cost == 0:
-            rows = self._max_rows
+            rows = self.max_rows
         else:
             rows = int((self._max_slowdown - 1) * base / self._row_cost)
-        return max(min(rows, self._max_rows - decoding), SMALLEST_CHUNK)
+        return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
 
     def _base_for(self, decoding: int) -> float | None:
         """Seconds of a step with about that many decoding sequences and nothing else."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
-from glmd.engine.pace import Pace
+from glmd.engine.pace import SMALLEST_CHUNK, Pace
 from glmd.engine.sequence import NO_SLOT, Sequence
 from glmd.engine.shares import OUTPUT_WEIGHT, Shares
 from glmd.kv.segment import Segment
@@ -58,6 +58,7 @@ class Scheduler:
         waiting: sequences that hold nothing yet (or nothing any more: preempted ones).
         running: sequences that hold a lease, in order of admission.
         kv_budget: bytes for the tree and the tails.
+        max_running: sequences that may run at once.
         preemptions: number of times a running sequence was sent back to wait.
     """
 
@@ -79,6 +80,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.kv_budget = kv_budget
+        self.max_running = config.max_running
         self.preemptions = 0
         self.pace = Pace(config.max_slowdown, config.max_step_tokens)
         self._config = config
@@ -140,6 +142,17 @@ class Scheduler:
         sequence.sealed = sequence.computed = 0
         self.waiting.append(sequence)
         self.preemptions += 1
+
+    def drop_all(self) -> list[Sequence]:
+        """Forget all KV; what ran waits, to be computed anew. Returns what ran."""
+        dropped, self.running = self.running, []
+        for sequence in dropped:
+            sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
+            sequence.sealed = sequence.computed = 0
+        self._tree.reset()
+        self._tails.reset()
+        self.waiting += dropped
+        return dropped
 
     def _least_urgent(self) -> Sequence:
         """The running sequence that gives way to the others.
@@ -227,7 +240,7 @@ class Scheduler:
                 s.needs - (self._prefilled - s.arrived_at_work),
             )
 
-        while self.waiting and len(self.running) < self._config.max_running:
+        while self.waiting and len(self.running) < self.max_running:
             sequence = min(self.waiting, key=rank)
             if sequence.in_flight:
                 break  # Preempted a moment ago: its last tokens are not known yet.
@@ -294,7 +307,8 @@ class Scheduler:
             if left <= 0 or (sequence is not eldest and self._start(sequence) in starts):
                 continue
             rows = self._chunk_limit(sequence.computed, min(sequence.needs, left))
-            if not self._make_room((planned + rows) * self._token_bytes):
+            rows = self._fitting(planned, rows)
+            if not rows:
                 continue
             if self._config.prefix_cache:
                 starts.add(self._start(sequence))
@@ -326,14 +340,25 @@ class Scheduler:
 
     # -- memory ---------------------------------------------------------------------------
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by the tree and the tails."""
+        return self._tree.nbytes + self._tails.nbytes
+
+    def _fitting(self, planned: int, rows: int) -> int:
+        """Of `rows` rows beyond those planned, as many as there is room for; 0: hardly any."""
+        if self._make_room((planned + rows) * self._token_bytes):
+            return rows
+        room = (self.kv_budget - self.kv_bytes) // self._token_bytes - planned
+        return room if room >= SMALLEST_CHUNK else 0
+
     def _available(self) -> int:
         """Bytes that could be used now, counting what can be evicted."""
-        used = self._tree.nbytes + self._tails.nbytes
-        return self.kv_budget - used + self._tree.evictable_tokens * self._token_bytes
+        return self.kv_budget - self.kv_bytes + self._tree.evictable_tokens * self._token_bytes
 
     def _make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit; False if they do not fit even so."""
-        over = self._tree.nbytes + self._tails.nbytes + nbytes - self.kv_budget
+        over = self.kv_bytes + nbytes - self.kv_budget
         if over <= 0:
             return True
         return self._tree.evict(max(over, self.kv_budget // EVICTION_SHARE)) >= over

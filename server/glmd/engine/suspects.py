@@ -22,7 +22,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from glmd.errors import CrashesEngine, EngineUnavailable
+from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError
 from glmd.messages import Generate
 
 log = logging.getLogger("glmd.supervisor")
@@ -97,6 +97,7 @@ class Suspects:
         Raises:
             CrashesEngine: the engine died on it more than once.
             EngineUnavailable: `give_up` was called while it waited.
+            GlmdError: what `withdraw` was given.
         """
         case = Case(request)
         if self._record(case) is not None:
@@ -154,6 +155,12 @@ class Suspects:
             if not turn.done():
                 turn.set_exception(EngineUnavailable(message))
         self._waiting.clear()
+
+    def withdraw(self, id: str, error: GlmdError) -> None:
+        """Let `error` end a request if it waits for its turn."""
+        for case, turn in self._waiting:
+            if case.request.id == id and not turn.done():
+                turn.set_exception(error)
 
     def _record(self, case: Case) -> Record | None:
         """What is held against a request, unless it is too old.

@@ -75,6 +75,11 @@ class TailPool:
             heapq.heapify(self._free)
             self._resize(needed, self.capacity)
 
+    def reset(self) -> None:
+        """Take all slots back, whatever is in them."""
+        self._pools, self._free, self.slots, self.capacity = [], [], 0, 0
+        self._used = set()
+
     def reserve(self, tokens: int) -> None:
         """Set the capacity: room for `tokens` tokens in every slot, and little more."""
         capacity = _capacity_for(tokens)

@@ -272,6 +272,13 @@ class PrefixTree(Generic[S]):
         """Drop everything that is not in use; returns the bytes freed."""
         return self.evict(self.nbytes + 1)
 
+    def reset(self) -> None:
+        """Drop everything, in use or not, with all leases."""
+        self.evicted_tokens += self.tokens
+        self._roots.clear()
+        self._leases.clear()
+        self.tokens = self.nbytes = 0
+
     def _cut(self, node: Node[S], length: int) -> int:
         """Keep only the first `length` tokens of `node`, none: unlink it."""
         assert node.kv is not None

@@ -19,20 +19,22 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model as load_mlx_model
 
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.files import list_tensors
+from glmd.checkpoint.files import list_mtp_tensors, list_tensors
 from glmd.checkpoint.layout import main_weights, mtp_prefix
+from glmd.checkpoint.tensorfile import StoredTensor
 from glmd.errors import CheckpointError, SettingsError
 from glmd.model.glm import GlmModel
 from glmd.model.mtp import MtpLayer, MtpWeights
 from glmd.model.weights import named_arrays
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
 def load_model(
     folder: Path,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"],
-    budget: int,
+    dtype: DtypeName,
     on_progress: Callable[[int, int], None],
     *,
     mtp: bool = True,
@@ -42,11 +44,10 @@ def load_model(
     Args:
         mtp: whether to load the MTP layer, where the checkpoint has it.
         dtype: of activations, KV and unquantised weights; see `EngineConfig`.
-        budget: bytes that weights, KV and transients may take together.
         on_progress: called with (bytes loaded, bytes in all), layer by layer.
 
     Raises:
-        CheckpointError: no checkpoint of this family, files missing or damaged, or too large.
+        CheckpointError: no checkpoint of this family, files missing or damaged.
         SettingsError: the device cannot run the checkpoint in this dtype.
     """
     config = load_config(folder)
@@ -54,12 +55,6 @@ def load_model(
     tensors = list_tensors(folder)
     main = [t for name, t in tensors.items() if not name.startswith(layer)]
     stored = sum(tensor.nbytes for tensor in main)
-    if stored > budget:
-        raise CheckpointError(
-            f"{folder}: the weights take {_gib(stored)}, but the memory budget for weights, "
-            f"KV cache and working memory together is {_gib(budget)}",
-            file=str(folder),
-        )
     try:
         # transformers 5 keeps these where mlx-lm does not look; `load_config` found them.
         found = {
@@ -69,7 +64,7 @@ def load_model(
         model, _ = load_mlx_model(folder, lazy=True, model_config=found)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}", file=str(folder)) from error
-    kind = _device_dtype() if dtype == "auto" else _DTYPES[dtype]
+    kind = choose_dtype(dtype)
     if kind != mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
         _check_experts(model, kind)
     done = 0
@@ -142,9 +137,12 @@ def _check_experts(model: Model, dtype: mx.Dtype) -> None:
 
 
 def _share(arrays: dict[str, mx.array], path: str, main: Module) -> None:
-    """Drop an MTP copy of the embedding or the head if it is bit-equal to the main model's."""
-    own = arrays.get(f"{path}.weight")
-    if own is not None and own.dtype == main.weight.dtype and mx.array_equal(own, main.weight):
+    """Drop an MTP copy of the embedding or the head if it is bit-equal to the main model's, which
+    has been cast already."""
+    own, shared = arrays.get(f"{path}.weight"), main.weight
+    if own is None or own.shape != shared.shape:
+        return
+    if mx.array_equal(own.astype(shared.dtype), shared):
         for name in [name for name in arrays if name.startswith(f"{path}.")]:
             del arrays[name]
 
@@ -168,7 +166,7 @@ def _cast(parts: list[Module], dtype: mx.Dtype, on_bytes: Callable[[int], None])
     for part in parts:
         arrays = named_arrays(part)
         cast = [
-            (name, array.astype(mx.float32 if "mlp.gate." in name else dtype))
+            (name, array.astype(_kept_as(name, dtype)))
             for name, array in arrays
             if mx.issubdtype(array.dtype, mx.floating)
         ]
@@ -177,9 +175,44 @@ def _cast(parts: list[Module], dtype: mx.Dtype, on_bytes: Callable[[int], None])
         on_bytes(sum(array.nbytes for _, array in arrays))
 
 
-def _device_dtype() -> mx.Dtype:
+def _kept_as(name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The type in which a floating weight is kept in memory, for activations of `dtype`."""
+    return mx.float32 if "mlp.gate." in name else dtype
+
+
+def choose_dtype(name: DtypeName) -> mx.Dtype:
+    """The type of activations and KV; see `EngineConfig`."""
+    if name != "auto":
+        return _DTYPES[name]
     return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+def has_mtp_layer(folder: Path, config: ModelConfig) -> bool:
+    """Whether a checkpoint holds the MTP layer."""
+    return bool(list_mtp_tensors(folder, config, list_tensors(folder)))
+
+
+def weight_bytes(folder: Path, config: ModelConfig, dtype: mx.Dtype, *, mtp: bool) -> int:
+    """Bytes that a checkpoint's weights will take in memory, from the headers of its files.
+
+    Args:
+        dtype: as which unquantised weights are kept.
+        mtp: whether to load the MTP layer. Its own embedding and head are not counted where they
+            may turn out to be the main model's.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    tensors = list_tensors(folder)
+    layer = list_mtp_tensors(folder, config, tensors)
+    wanted = {name: tensor for name, tensor in tensors.items() if name not in layer}
+    if mtp:
+        copies = () if config.mtp is not None else (".embed_tokens.weight", ".head.weight")
+        wanted |= {name: t for name, t in layer.items() if not name.endswith(copies)}
+    return sum(_bytes_in_memory(tensor, dtype) for tensor in wanted.values())
+
+
+def _bytes_in_memory(tensor: StoredTensor, dtype: mx.Dtype) -> int:
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        return tensor.nbytes
+    return prod(tensor.shape) * _kept_as(tensor.name, dtype).size

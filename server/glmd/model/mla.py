@@ -41,7 +41,7 @@ MIN_CHUNK = 16
 
 @dataclass(frozen=True, slots=True)
 class MLAShape:
-    """The dimensions of one model's attention."""
+    """The dimensions of one model's attention, and what it may take beside the weights."""
 
     heads: int
     latent: int
@@ -49,6 +49,8 @@ class MLAShape:
     nope: int
     rope: int
     value: int
+    score_bytes: int = SCORE_BYTES
+    expanded_bytes: int = EXPANDED_BYTES
 
     @property
     def kv_width(self) -> int:
@@ -73,9 +75,9 @@ def chunk_form(shape: MLAShape, context: int, rows: int, itemsize: int) -> tuple
     """
     total = context + rows
     expanded_bytes = total * shape.heads * (shape.nope + shape.rope + shape.value) * itemsize
-    if rows >= shape.break_even_rows and expanded_bytes <= EXPANDED_BYTES:
+    if rows >= shape.break_even_rows and expanded_bytes <= shape.expanded_bytes:
         return rows, True
-    fitting = SCORE_BYTES // (shape.heads * total * itemsize)
+    fitting = shape.score_bytes // (shape.heads * total * itemsize)
     return min(rows, max(MIN_CHUNK, fitting)), False
 
 
@@ -189,7 +191,7 @@ def _attend_expanded(
     q = q.swapaxes(0, 1)[None]  # [1, heads, rows, nope + rope]
     rows, total = q.shape[2], k.shape[2]
     # Where no fused kernel applies the scores are materialised: tile the queries.
-    tile = max(MIN_CHUNK, SCORE_BYTES // (shape.heads * total * q.dtype.size))
+    tile = max(MIN_CHUNK, shape.score_bytes // (shape.heads * total * q.dtype.size))
     outs = []
     for start in range(0, rows, tile):
         stop = min(start + tile, rows)
