@@ -14,7 +14,7 @@ from glmd.engine import suspects
 from glmd.engine.client import EngineClient
 from glmd.engine.supervisor import Launch
 from glmd.engine.suspects import MARGIN, MEMORY, Case, Suspects
-from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError
+from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError, Overloaded
 from glmd.messages import Generate, SamplingParams, pack_tokens
 
 pytestmark = pytest.mark.anyio
@@ -156,6 +156,18 @@ async def test_those_that_wait_fail_with_the_engine_and_are_not_counted() -> Non
     await them.send(*crowd)
     assert isinstance(them.errors["0"], CrashesEngine)
     assert them.running == {"1"}
+
+
+async def test_one_whose_deadline_passes_while_it_waits_is_told_so_and_the_next_goes_on() -> None:
+    them = Clients()
+    crowd = [request(token, str(token)) for token in range(3)]
+    await them.send(*crowd)
+    await them.die()
+    await them.send(*crowd)
+    them.suspects.withdraw("1", Overloaded("too late"))
+    await them.leave("0")
+    assert isinstance(them.errors["1"], Overloaded)
+    assert them.running == {"2"}
 
 
 async def test_a_client_that_leaves_while_it_waits_holds_nobody_up() -> None:
