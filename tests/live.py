@@ -15,6 +15,7 @@ import httpx
 from glmd.api.server import Server, listen
 from glmd.api.service import ServedModel, Service
 from glmd.engine.supervisor import Launch
+from glmd.keys import Keyring
 from glmd.settings import Settings
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "glm-4.7-flash-demo"
@@ -55,13 +56,17 @@ def live_server(
     engine: str = "scripted_engine",
     config: Mapping[str, Any] | None = None,
     ready: bool = True,
+    keys: Path | None = None,
     **settings: Any,
 ) -> Iterator[LiveServer]:
-    """Serve until the block ends; `ready=False` does not wait for the engine."""
+    """Serve until the block ends; `ready=False` does not wait for the engine.
+
+    `keys` is the file of `glmd key`, which no test shares with the user who runs it.
+    """
     model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
-    service = Service(
-        Settings(port=0, **settings), model, Launch(folder, config or {}, engine=engine)
-    )
+    made = Settings(port=0, **settings)
+    launch = Launch(folder, config or {}, engine=engine)
+    service = Service(made, model, launch, Keyring.of(made, keys))
     server = Server(service)
     sockets = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"

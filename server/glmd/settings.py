@@ -90,6 +90,22 @@ class Settings(BaseSettings):
         min_length=1,
         description="Key that clients must send, as `Authorization: Bearer` or `x-api-key`.",
     )
+    api_key_file: Path | None = Field(
+        None, description="File with more keys, one per line, that only you can read."
+    )
+    allow_unauthenticated: bool = Field(
+        False, description="Listen without a key even where other machines can reach it."
+    )
+    allowed_hosts: Names = Field(
+        (),
+        description="More names that clients may call the server by (in `Host`), such as"
+        " llm.example.org or *.example.org.",
+    )
+    cors_origins: Names = Field(
+        (),
+        description="Sites whose pages may use the server, such as http://localhost:3000;"
+        " none: its own page alone.",
+    )
     max_body: ByteSize = Field(
         ByteSize(32 * 2**20), ge=1024, description="Largest request body, such as 32MiB."
     )

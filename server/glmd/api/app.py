@@ -11,8 +11,9 @@ from starlette.middleware import Middleware
 
 from glmd import __version__
 from glmd.api import errors, health, lmstudio, models, page, status, tokens
+from glmd.api.access import access_rules
 from glmd.api.anthropic import messages
-from glmd.api.middleware import ApiKey, HeadAsGet, RequestId, WholeBody
+from glmd.api.middleware import BoundedHead, HeadAsGet, RequestId, WholeBody
 from glmd.api.openai import chat, completions
 from glmd.api.openapi import document
 from glmd.api.responses import endpoints as responses
@@ -33,10 +34,13 @@ def create_app(service: Service) -> FastAPI:
             await service.close()
 
     settings = service.settings
-    middleware = [Middleware(RequestId)]
-    if settings.api_key is not None:
-        middleware.append(Middleware(ApiKey, key=settings.api_key.get_secret_value()))
-    middleware += [Middleware(WholeBody, limit=settings.max_body), Middleware(HeadAsGet)]
+    middleware = [
+        Middleware(RequestId),
+        Middleware(BoundedHead),
+        *access_rules(settings, service.keys),
+        Middleware(WholeBody, limit=settings.max_body),
+        Middleware(HeadAsGet),
+    ]
     app = FastAPI(
         title="glmd",
         version=__version__,

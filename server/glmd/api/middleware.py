@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before its route sees it: an id, a key, a whole body.
+"""What happens to every HTTP request before its route sees it: an id, bounds, a whole body.
 
 Plain ASGI, because Starlette's `BaseHTTPMiddleware` would stand between a stream and the news
 that its client has gone.
@@ -6,8 +6,6 @@ that its client has gone.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import uuid
 from email.message import Message as Headers
@@ -16,15 +14,19 @@ from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmd.api import page
 from glmd.api.errors import Problem, respond
 from glmd.api.exchange import Exchange
 
-OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | page.PATHS
-"""Answer without a key: a supervisor needs no secret to ask how we are, and the page has to be
-there to ask for one."""
-
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+
+MAX_URL = 8192
+MAX_HEADERS = 128
+MAX_HEADER_BYTES = 32 * 1024
+"""Of names and values together. A browser's cookies of all that runs on localhost, which are sent
+to every port, may be a few KiB."""
+
+MAX_HEAD = 2 * MAX_HEADER_BYTES
+"""Bytes that the HTTP server reads of a request before its head must be whole."""
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What a client's `x-request-id` may look like to be taken over."""
@@ -61,36 +63,41 @@ class RequestId:
             exchange.ended = True
 
 
-class ApiKey:
-    """Let nobody in without the key, except to `OPEN_PATHS`."""
+class BoundedHead:
+    """Refuse an address or headers larger than any client of ours has reason to send.
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    The HTTP server's own bound on what it holds of a request, twice this one, ends a connection
+    without much of an explanation.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._digest = digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
-            await self._app(scope, receive, send)
+        problem = head_problem(scope) if scope["type"] == "http" else None
+        if problem is not None:
+            await respond(problem, scope)(scope, receive, send)
             return
-        problem = Problem(
-            401,
-            "authentication_error",
-            "This server wants an API key: send it as `Authorization: Bearer KEY`, or as"
-            " `x-api-key: KEY`.",
-            code="invalid_api_key",
+        await self._app(scope, receive, send)
+
+
+def head_problem(scope: Scope) -> Problem | None:
+    """What is too large about a request before its body."""
+    kind = "invalid_request_error"
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL:
+        return Problem(414, kind, f"The address is longer than {MAX_URL} bytes.", "url")
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        return Problem(431, kind, f"There are more than {MAX_HEADERS} headers.", "headers")
+    if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        name = max(headers, key=lambda header: len(header[1]))[0].decode("latin-1")[:100]
+        return Problem(
+            431,
+            kind,
+            f"The headers are larger than {MAX_HEADER_BYTES} bytes; the largest is {name}.",
+            f"headers.{name}",
         )
-        await respond(problem, scope)(scope, receive, send)
-
-    def _is_known(self, scope: Scope) -> bool:
-        headers = RequestHeaders(scope=scope)
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = [key] if scheme.lower() == "bearer" else []
-        sent += headers.getlist("x-api-key")
-        return any(self._is_key(each.strip()) for each in sent)
-
-    def _is_key(self, guess: str) -> bool:
-        # Comparing digests takes the same time whatever the length and content of the guess.
-        return hmac.compare_digest(digest(guess.encode("latin-1")), self._digest)
+    return None
 
 
 class HeadAsGet:
@@ -181,7 +188,3 @@ def is_json(content_type: str) -> bool:
         and (subtype == "json" or subtype.endswith("+json"))
         and charset in ("utf-8", "utf8")
     )
-
-
-def digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

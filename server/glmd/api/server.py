@@ -17,7 +17,9 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from glmd import __version__
+from glmd.api.access import refuse_open_door
 from glmd.api.app import create_app
+from glmd.api.middleware import MAX_HEAD
 from glmd.api.reload import has_terminal, reload
 from glmd.api.service import Service
 from glmd.errors import CheckpointError, SettingsError
@@ -65,6 +67,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                http="h11",  # httptools, where installed, has no bound on headers.
+                h11_max_incomplete_event_size=MAX_HEAD,
                 timeout_keep_alive=IDLE_CONNECTION,
             )
         )
@@ -127,10 +131,11 @@ def run(service: Service, read_settings: Callable[[], Settings] | None = None) -
         read_settings: gives the settings as they are now, when SIGHUP asks for them.
 
     Raises:
-        SettingsError: the address cannot be listened on.
+        SettingsError: the address cannot be listened on, or everybody could reach it.
         CheckpointError: the engine refused the model, or never came up.
     """
     settings = service.settings
+    refuse_open_door(settings, service.keys)
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)

@@ -31,6 +31,7 @@ from glmd.engine.client import EngineClient
 from glmd.engine.queue import Queue
 from glmd.engine.supervisor import Launch
 from glmd.errors import InvalidRequest, ModelNotFound
+from glmd.keys import Keyring
 from glmd.messages import Guidance
 from glmd.names import nearest
 from glmd.settings import Settings
@@ -88,6 +89,7 @@ class Service:
     Attributes:
         settings: of this server; `configure` replaces them.
         model: what is served.
+        keys: that let requests in.
         engine: the way to the engine process.
         tokenizer: the checkpoint's.
         fingerprint: changes with glmd's version and with the checkpoint.
@@ -95,14 +97,25 @@ class Service:
         began: in `time.monotonic`'s seconds.
     """
 
-    def __init__(self, settings: Settings, model: ServedModel, launch: Launch) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: ServedModel,
+        launch: Launch,
+        keys: Keyring | None = None,
+    ) -> None:
         """Read what the API needs of the checkpoint, which is everything but weights.
 
+        Args:
+            keys: that let requests in; None: those that the settings name.
+
         Raises:
+            SettingsError: the file of keys cannot be read.
             CheckpointError: tokenizer, chat template or generation config are missing or bad.
         """
         self.settings = settings
         self.model = model
+        self.keys = Keyring.of(settings) if keys is None else keys
         queue = Queue(settings.max_queue, settings.max_queue_tokens)
         self.engine = EngineClient(launch, queue=queue)
         self.tokenizer = Tokenizer.load(model.folder)

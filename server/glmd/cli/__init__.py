@@ -13,6 +13,7 @@ from glmd.cli.config import app as config_app
 from glmd.cli.convert import convert
 from glmd.cli.doctor import doctor
 from glmd.cli.inspect import inspect
+from glmd.cli.key import app as key_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
 from glmd.errors import GlmdError
@@ -28,6 +29,7 @@ for command in (serve, convert, inspect, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
+app.add_typer(key_app, name="key")
 app.add_typer(service_app, name="service")
 
 

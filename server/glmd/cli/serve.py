@@ -22,7 +22,7 @@ def flag(name: str, *spellings: str) -> Any:
     """The command-line flag of a setting, explained by the setting itself."""
     field = Settings.model_fields[name]
     # In parentheses: brackets would be markup to the library that prints the help.
-    default = "" if field.default in (None, ()) else f" (default: {field.default})"
+    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
     return typer.Option(*spellings, help=f"{field.description}{default}", show_default=False)
 
 
@@ -34,6 +34,10 @@ def serve(
     host: Annotated[str | None, flag("host")] = None,
     port: Annotated[int | None, flag("port")] = None,
     api_key: Annotated[str | None, flag("api_key")] = None,
+    api_key_file: Annotated[Path | None, flag("api_key_file")] = None,
+    allow_unauthenticated: Annotated[
+        bool | None, flag("allow_unauthenticated", "--allow-unauthenticated")
+    ] = None,
     alias: Annotated[list[str] | None, flag("aliases", "--alias")] = None,
     max_context: Annotated[int | None, flag("max_context")] = None,
     max_running: Annotated[int | None, flag("max_running")] = None,
@@ -54,13 +58,17 @@ def serve(
     configure_logging(settings.log_level)
 
     # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
+    from glmd.api.access import refuse_open_door
     from glmd.api.server import run
     from glmd.api.service import Service
     from glmd.engine.supervisor import Launch
+    from glmd.keys import Keyring, default_store
 
+    keys = Keyring.of(settings, default_store())
+    refuse_open_door(settings, keys)  # Before anything is downloaded.
     served = find_model(settings)
     launch = Launch(served.folder, settings.engine_config, log_level=settings.log_level)
-    run(Service(settings, served, launch), lambda: load(flags, config))
+    run(Service(settings, served, launch, keys), lambda: load(flags, config))
 
 
 def flags_of(given: Mapping[str, Any]) -> dict[str, Any]:

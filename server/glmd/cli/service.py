@@ -51,7 +51,9 @@ def install(
     HF_TOKEN) are written into the service's definition, which only you can read: so GLMD_API_KEY
     is passed without showing up among the processes.
     """
+    from glmd.api.access import refuse_open_door
     from glmd.cli.serve import configure_logging, find_model
+    from glmd.keys import Keyring, default_store
     from glmd.service.definition import define
     from glmd.service.find import find_manager
     from glmd.settings import load
@@ -60,6 +62,7 @@ def install(
     # Mistakes are answered and weights downloaded here, where someone sees it.
     settings = load({"model": model, "host": host, "port": port}, config)
     configure_logging(settings.log_level)
+    refuse_open_door(settings, Keyring.of(settings, default_store()))
     find_model(settings)
     definition = define(
         model=model,

@@ -1,9 +1,8 @@
-"""The service's files: a definition that is replaced whole, and a log that stays bounded."""
+"""The service's files: a definition, and a log that stays bounded."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 LOG_BYTES = 10_000_000
@@ -15,19 +14,6 @@ TAIL_BYTES = 64 * 1024
 
 def holds(file: Path, content: bytes) -> bool:
     return file.exists() and file.read_bytes() == content
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, so that at no moment there is half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def put_aside(log: Path) -> None:

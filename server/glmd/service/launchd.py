@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from glmd.errors import ServiceError
+from glmd.files import replace
 from glmd.service.definition import EXIT_MARGIN, Definition
-from glmd.service.files import holds, put_aside, replace, tail
+from glmd.service.files import holds, put_aside, tail
 from glmd.service.launchctl import (
     ALREADY,
     IN_PROGRESS,

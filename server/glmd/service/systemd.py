@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 from glmd.errors import ServiceError
+from glmd.files import replace
 from glmd.service.definition import OPEN_FILES, RESTART_AFTER, Definition
-from glmd.service.files import holds, replace
+from glmd.service.files import holds
 from glmd.service.manager import State, require_installed
 
 UNIT = "glmd.service"
