@@ -18,12 +18,12 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
 	$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: help serve test lint format book setup setup-dev setup-parity setup-clients wheel smoke-wheel clean
+.PHONY: help serve test lint format book setup setup-dev setup-parity setup-clients picture wheel smoke-wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
-	@echo "Others: lint, format, book, wheel, smoke-wheel, clean."
+	@echo "Others: lint, format, book, picture, wheel, smoke-wheel, clean."
 
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -68,6 +68,10 @@ $(NODE_CLIENTS)/node_modules/.package-lock.json: $(NODE_CLIENTS)/package-lock.js
 # The book, in site/.
 book: setup-dev
 	$(BIN)/zensical build --strict --clean
+
+# The picture of the page, docs/page.png; it takes two minutes and needs Chromium.
+picture: $(VENV)/.installed-dev $(VENV)/.installed-clients
+	$(BIN)/python tools/picture.py
 
 wheel: setup-dev
 	rm -rf dist

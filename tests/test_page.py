@@ -78,6 +78,23 @@ def answers(tab: Any) -> Any:
     return tab.locator("article.answer[aria-busy=false]")
 
 
+@contextmanager
+def asked(live: LiveServer, text: str) -> Iterator[httpx.Response]:
+    """The stream of another client's request."""
+    body = {"messages": [{"role": "user", "content": text}], "stream": True}
+    with live.client() as http, http.stream("POST", "/v1/chat/completions", json=body) as response:
+        yield response
+
+
+def rows(tab: Any) -> Any:
+    """Requests in flight, as the page lists them."""
+    return tab.locator("#running tr")
+
+
+def figure(tab: Any, name: str) -> Any:
+    return tab.locator(f'dd[data-name="{name}"]')
+
+
 def endless(tab: Any) -> None:
     """Let the real engine go on after end tokens, so that there is something to stop."""
 
@@ -117,8 +134,12 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             assert {http.get(path).status_code for path in pages.PATHS} == {200}
             assert http.get("/v1/models").status_code == 401
         with opened(browser, live.url) as tab:
-            send(tab, "⟦</think>Come in.⟧")
             dialog = tab.get_by_role("dialog", name="This server wants an API key")
+            expect(dialog.get_by_label("API key")).to_be_focused()
+            tab.keyboard.press("Escape")
+            expect(dialog).to_be_hidden()
+            expect(tab.locator("#state")).to_have_text("locked")
+            send(tab, "⟦</think>Come in.⟧")
             expect(dialog.get_by_label("API key")).to_be_focused()
             tab.keyboard.type("wrong")
             tab.keyboard.press("Enter")
@@ -127,6 +148,7 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             tab.keyboard.press("Enter")
             expect(dialog).to_be_hidden()
             expect(answers(tab)).to_contain_text("Come in.")
+            expect(tab.locator("#state")).to_have_text("ready")
             assert tab.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
             assert tab.evaluate("localStorage.length") == 0
             assert "open-sesame" not in tab.content()
@@ -160,14 +182,26 @@ def test_reasoning_is_shown_while_it_comes_and_apart_from_the_answer(tab: Any) -
     assert dim != plain
 
 
+def test_a_conversation_goes_on_from_what_was_stopped(tab: Any) -> None:
+    send(tab, "⟦First I think.{wait}⟧")
+    expect(tab.locator(".reasoning .prose")).to_have_text("First I think.")
+    tab.get_by_role("button", name="Stop").click()
+    expect(answers(tab)).to_have_count(1)
+    with tab.expect_request("**/v1/chat/completions") as sent:
+        send(tab, "⟦</think>And on.⟧")
+    expect(answers(tab).last).to_contain_text("And on.")
+    assert sent.value.post_data_json["messages"][1]["reasoning_content"] == "First I think."
+
+
 def test_escape_stops_the_answer_and_frees_its_row(browser: Any, demo: LiveServer) -> None:
     with opened(browser, demo.url) as tab:
         endless(tab)
         send(tab, "Hello, I am Nora.")
         expect(tab.locator(".answer")).to_contain_text(re.compile(r"\w"))
-        expect(tab.get_by_role("button", name="Stop")).to_be_visible()
+        expect(rows(tab)).to_have_count(1)
         tab.keyboard.press("Escape")
         expect(tab.locator(".note")).to_contain_text("stopped")
+        expect(rows(tab)).to_have_count(0)
         expect(tab.get_by_role("button", name="Send")).to_be_visible()
         demo.wait_until_idle()
 
@@ -231,6 +265,7 @@ def test_an_engine_that_dies_is_an_error_beside_what_had_come(
     scripted.wait_for("ready")
     send(tab, "⟦</think>Back.⟧")
     expect(answers(tab).last).to_contain_text("Back.")
+    expect(figure(tab, "Restarts")).not_to_have_text("0")
 
 
 def test_a_bad_option_is_shown_and_nothing_is_sent(tab: Any) -> None:
@@ -256,6 +291,64 @@ def test_text_is_shown_as_it_is_and_code_apart(tab: Any) -> None:
     assert code.evaluate("(element) => element.textContent") == CODE
     assert code.get_attribute("data-language") == "python"
     assert tab.locator(".answer img, .answer b, .question img").count() == 0
+
+
+# -- the server -----------------------------------------------------------------------------
+
+
+def test_a_request_of_another_client_is_listed_and_can_be_cancelled(
+    tab: Any, scripted: LiveServer
+) -> None:
+    with asked(scripted, "⟦</think>Still here{wait}⟧") as response:
+        expect(rows(tab)).to_have_count(1)
+        expect(rows(tab)).to_contain_text("decoding")
+        button = rows(tab).get_by_role("button", name="Cancel the chat request")
+        button.focus()
+        tab.keyboard.press("Enter")
+        expect(rows(tab)).to_have_count(0)
+        assert "cancelled at the server" in response.read().decode()
+    expect(tab.locator("#recent tr").first).to_contain_text("cancelled")
+    assert tab.evaluate("document.activeElement.id") == "requests"
+    scripted.wait_until_idle()
+
+
+def test_cancelling_ones_own_request_in_the_list_is_an_error_in_the_chat(tab: Any) -> None:
+    send(tab, "⟦</think>Mine{wait}⟧")
+    rows(tab).get_by_role("button").click()
+    expect(tab.locator(".answer").get_by_role("alert")).to_contain_text("cancelled at the server")
+    expect(tab.locator(".content")).to_have_text("Mine")
+
+
+def test_the_figures_are_those_of_the_engine(browser: Any, demo: LiveServer) -> None:
+    with opened(browser, demo.url) as tab:
+        send(tab, "Hello, I am Nora.")
+        expect(answers(tab)).to_have_count(1)
+        demo.wait_until_idle()
+        expect(tab.locator("#state")).to_have_text("ready")
+        expect(figure(tab, "Running")).to_have_text("0")
+        stats = demo.service.engine.stats
+        expect(figure(tab, "Tokens kept")).to_have_text(f"{stats.kv_tokens:,}")
+        expect(figure(tab, "Segments")).to_have_text(f"{stats.kv_segments:,}")
+        assert stats.kv_segments > 0
+        expect(figure(tab, "In use")).to_have_text("0")
+        expect(tab.locator("#bytes-taken")).to_have_text(
+            re.compile(r"^[\d.]+ MiB of [\d.]+ [GT]iB$")
+        )
+        for name in ("Tokens per second", "Time to first token"):
+            picture = tab.get_by_role("img", name=re.compile(f"^{name}: .*at most"))
+            expect(picture).to_be_visible()
+        assert "NaN" not in tab.locator("#server").inner_text()
+        assert "undefined" not in tab.locator("#server").inner_text()
+
+
+def test_a_server_that_is_gone_is_said_to_be_and_found_again(tab: Any) -> None:
+    expect(tab.locator("#state")).to_have_text("ready")
+    tab.context.set_offline(True)
+    expect(tab.locator("#state")).to_have_text("unreachable")
+    send(tab, "⟦</think>Hello?⟧")
+    expect(tab.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
+    tab.context.set_offline(False)
+    expect(tab.locator("#state")).to_have_text("ready")
 
 
 # -- for everyone ---------------------------------------------------------------------------
@@ -311,8 +404,13 @@ def test_all_text_can_be_read_by_day_and_by_night(
         assert tab.evaluate("checks.faint()") == []
 
 
-def test_a_narrow_window_scrolls_down_only(tab: Any) -> None:
+def test_a_narrow_window_shows_one_view_at_a_time_and_scrolls_down_only(tab: Any) -> None:
     tab.set_viewport_size({"width": 360, "height": 640})
     send(tab, f"⟦</think>{'word' * 60}\n```\n{'code ' * 60}\n```⟧")
     expect(answers(tab)).to_have_count(1)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(tab.locator("#server")).to_be_hidden()
+    tab.get_by_role("button", name="Server").click()
+    expect(figure(tab, "Running")).to_be_visible()
+    expect(tab.get_by_label("Message")).to_be_hidden()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

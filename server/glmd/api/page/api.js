@@ -12,15 +12,16 @@ export class ApiError extends Error {
 
 let askForKey = async () => null;
 let asking = null;
+const waiting = [];
 
 /** Have `ask(refused)` give the key, or null, when a call is refused without one. */
 export function useKeyDialog(ask) {
   askForKey = ask;
 }
 
-export function storeKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+/** Resolves when a key has been entered. */
+export function keyGiven() {
+  return new Promise((resolve) => waiting.push(resolve));
 }
 
 /**
@@ -44,7 +45,8 @@ export async function call(path, { method = "GET", body, signal } = {}) {
       asking ??= askForKey(key !== null).finally(() => (asking = null));
       const given = await asking;
       if (given === null) throw await problem(response);
-      storeKey(given);
+      sessionStorage.setItem(KEY, given);
+      waiting.splice(0).forEach((resolve) => resolve());
     }
   }
 }

@@ -8,7 +8,9 @@ import { byId, make, say } from "./dom.js";
 const NEAR = 48;
 
 export class Chat {
-  constructor() {
+  /** @param {() => void} turned is called whenever an answer enters another phase. */
+  constructor(turned) {
+    this.turned = turned;
     this.form = byId("composer");
     this.input = byId("message");
     this.log = byId("log");
@@ -156,7 +158,9 @@ export class Chat {
   }
 
   #announce(phase) {
+    if (byId("progress").textContent === phase) return;
     say(byId("progress"), phase);
+    this.turned();
   }
 
   /** Keep the end in view, once per frame, unless the reader has scrolled away from it. */

@@ -26,6 +26,7 @@ export function seconds(number) {
 export const rate = (number) => digits(number);
 
 function digits(number) {
+  if (number === 0) return "0";
   if (number >= 99.95) return count(Math.round(number));
   return number.toFixed(number >= 9.995 ? 1 : 2);
 }

@@ -1,0 +1,137 @@
+// What the server is doing: asked for every second while the page is looked at.
+
+import { call, keyGiven } from "./api.js";
+import { byId, make, say } from "./dom.js";
+import { Plot } from "./plot.js";
+import { Requests } from "./requests.js";
+import { bytes, count, rate, seconds } from "./units.js";
+
+const PAUSE = 1000;
+
+export class Server {
+  constructor() {
+    this.requests = new Requests(() => this.wake());
+    this.speed = new Plot(byId("speed"), "Tokens per second", rate);
+    this.ttft = new Plot(byId("ttft"), "Time to first token", seconds, { dots: true });
+    this.wake = () => {};
+    document.addEventListener("visibilitychange", () => this.wake());
+    byId("key-button").addEventListener("click", () => this.wake());
+  }
+
+  async watch() {
+    for (;;) {
+      let pause = PAUSE;
+      if (document.hidden) pause = null;
+      else {
+        try {
+          const response = await call("glmd/status");
+          this.#show(await response.json());
+        } catch (error) {
+          this.#fail(error);
+          if (error.status === 401) pause = null; // Nobody is asked again and again.
+        }
+      }
+      await this.#rest(pause);
+    }
+  }
+
+  /** Wait some milliseconds (null: for ever), or until something wakes us. */
+  #rest(pause) {
+    return new Promise((resolve) => {
+      this.wake = resolve;
+      if (pause === null) keyGiven().then(resolve);
+      else setTimeout(resolve, pause);
+    });
+  }
+
+  #fail(error) {
+    byId("server").classList.add("stale");
+    byId("key-button").hidden = error.status !== 401;
+    state(error.status === 401 ? "locked" : "unreachable", error.message);
+  }
+
+  #show({ version, time, uptime, model, engine, speed, running, recent }) {
+    const { stats } = engine;
+    byId("server").classList.remove("stale");
+    byId("key-button").hidden = true;
+    say(byId("model"), model.id);
+    document.title = `${model.display_name} · glmd`;
+    state(engine.state, engine.failure ?? "", engine.loading);
+
+    say(byId("failure"), engine.state === "ready" ? "" : (engine.failure ?? ""));
+    list("facts", {
+      Running: count(stats.running),
+      Waiting: count(stats.waiting),
+      "Prompt tokens/s": rate(speed.computed_per_second),
+      "Prompt cached": share(stats.prompt_tokens_cached, stats.prompt_tokens_cached + stats.prompt_tokens_computed),
+      "Drafts accepted": model.has_mtp ? share(stats.accepted, stats.drafted) : "no MTP layer",
+      "Step": seconds(stats.step_seconds),
+    });
+
+    const span = speed.generated.length;
+    const course = speed.generated.map((tokens, index) => [time - speed.until + span - index - 1, tokens]);
+    this.speed.show(course, span, speed.generated_per_second);
+    const waits = speed.first_tokens.map((first) => [time - first.time, first.ttft]);
+    this.ttft.show(waits, span, waits.at(-1)?.[1] ?? null);
+
+    this.requests.show(running, recent);
+    memory(stats);
+    list("tree", {
+      "Tokens kept": count(stats.kv_tokens),
+      "In use": count(stats.kv_tokens - stats.kv_idle_tokens),
+      Segments: count(stats.kv_segments),
+      Branches: count(stats.kv_branches),
+      "Longest prefix": count(stats.kv_longest),
+      Evicted: count(stats.evicted_tokens),
+    });
+    list("engine", {
+      Context: model.context_length === null ? "–" : `${count(model.context_length)} tokens`,
+      Weights: model.bits_per_weight === null ? "–" : `${model.bits_per_weight.toFixed(3)} bits`,
+      Uptime: seconds(uptime),
+      Restarts: count(engine.restarts),
+      Preemptions: count(stats.preemptions),
+      glmd: version,
+    });
+  }
+}
+
+function state(name, title, loading) {
+  const read = loading?.total_bytes ? `, ${bytes(loading.done_bytes)} of ${bytes(loading.total_bytes)}` : "";
+  say(byId("state"), name + read);
+  byId("state").dataset.state = name;
+  byId("state").title = title;
+}
+
+/** Fill a list of terms and what they are; it is built once. */
+function list(id, entries) {
+  const element = byId(id);
+  for (const [name, text] of Object.entries(entries)) {
+    let value = element.querySelector(`dd[data-name="${name}"]`);
+    if (value === null) {
+      value = make("dd", { "data-name": name });
+      element.append(make("div", {}, make("dt", {}, name), value));
+    }
+    say(value, text);
+  }
+}
+
+function memory(stats) {
+  const held = stats.kv_tokens ? (stats.kv_tokens - stats.kv_idle_tokens) / stats.kv_tokens : 0;
+  const other = Math.max(0, stats.active_bytes - stats.weight_bytes - stats.kv_bytes);
+  const parts = {
+    weights: stats.weight_bytes,
+    used: stats.kv_bytes * held,
+    kept: stats.kv_bytes * (1 - held),
+    other,
+  };
+  const taken = Object.values(parts).reduce((sum, part) => sum + part, 0);
+  const total = Math.max(stats.memory_budget_bytes, taken, 1);
+  for (const [name, part] of Object.entries(parts)) {
+    byId(`memory-${name}`).style.width = `${(100 * part) / total}%`;
+    say(byId(`bytes-${name}`), bytes(Math.round(part)));
+  }
+  say(byId("bytes-taken"), `${bytes(Math.round(taken))} of ${bytes(total)}`);
+  say(byId("kv-room"), `KV may take ${bytes(stats.kv_budget_bytes)}.`);
+}
+
+const share = (part, whole) => (whole ? `${Math.floor((100 * part) / whole)} %` : "–");

@@ -1,0 +1,121 @@
+"""Make docs/page.png, the picture of the page: the demo under some load, in headless Chromium.
+
+python tools/picture.py [FILE]    (make picture)
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from browsers import chromium, find_chromium  # noqa: E402
+
+LARGEST = 300_000
+"""Bytes: the picture is in the repository, and each version stays there."""
+
+LOAD_SECONDS = 125
+"""A little more than the plots show."""
+
+OPTIONS = ["--memory-budget", "384MiB"]
+"""So that the demo's memory is to be seen beside its budget."""
+
+SAID = ["Hello, I am Nora.", "Tell me a story about a fox."]
+
+PROMPTS = [
+    "Hello, I am Emil.",
+    "Tell me a story about a mouse.",
+    "What is the capital of France?",
+    "Tell me a story about a bear and a river.",
+    "Who are you?",
+]
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """The demo, served as `glmd serve` does; its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glmd", "serve", "--port", "0", *OPTIONS],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "server"), "GLMD_DRAIN_TIMEOUT": "0"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "http://" in line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        url = line.split()[-1].removesuffix("/v1")
+        while httpx.get(f"{url}/health").status_code != 200:
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def client(url: str, seed: int, until: float) -> None:
+    """One of those who use the server: asks, waits a while, and asks again."""
+    dice = random.Random(seed)
+    messages: list[dict[str, str]] = []
+    with httpx.Client(base_url=url, timeout=120) as http:
+        while time.monotonic() < until:
+            if len(messages) > 8:
+                messages = []
+            messages.append({"role": "user", "content": dice.choice(PROMPTS)})
+            body = {"messages": messages, "max_tokens": dice.randrange(60, 260), "ignore_eos": True}
+            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+            message = answer["choices"][0]["message"]
+            messages.append({"role": "assistant", "content": message["content"]})
+            time.sleep(dice.uniform(0, 4))
+
+
+def talk(page: Any) -> None:
+    """A short conversation, with the last answer's reasoning to be seen."""
+    for number, text in enumerate(SAID, start=1):
+        page.get_by_label("Message").fill(text)
+        page.keyboard.press("Enter")
+        page.locator("article.answer[aria-busy=false]").nth(number - 1).wait_for()
+    for thought in page.locator("summary").all():
+        thought.click()
+
+
+def main() -> int:
+    file = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "page.png")
+    path = find_chromium()
+    if path is None:
+        print("tools/picture.py: there is no Chromium; please install it", file=sys.stderr)
+        return 1
+    with serving() as url, chromium(path) as browser:
+        until = time.monotonic() + LOAD_SECONDS
+        clients = [threading.Thread(target=client, args=(url, seed, until)) for seed in range(3)]
+        for each in clients:
+            each.start()
+        page = browser.new_page(
+            viewport={"width": 1200, "height": 740}, device_scale_factor=1.5, color_scheme="light"
+        )
+        page.goto(url)
+        talk(page)
+        page.wait_for_timeout(1000 * (until - 4 - time.monotonic()))
+        page.locator("#running tr").nth(1).wait_for()
+        page.screenshot(path=file)
+        for each in clients:
+            each.join()
+    size = file.stat().st_size
+    print(f"{file}: {size:,} bytes")
+    return int(size > LARGEST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
