@@ -20,7 +20,7 @@ checks.watch = () => {
 
 /** Controls, regions and pictures without a name for those who do not see them. */
 checks.unnamed = () => {
-  const kinds = "button, input, textarea, [role=img], [role=log], dialog, section, nav, table";
+  const kinds = "button, input, select, textarea, [role=img], [role=log], dialog, section, nav, table";
   const named = (element) =>
     element.getAttribute("aria-label") ||
     element.labels?.length ||

@@ -268,6 +268,24 @@ def test_an_engine_that_dies_is_an_error_beside_what_had_come(
     expect(figure(tab, "Restarts")).not_to_have_text("0")
 
 
+def test_the_options_show_what_the_server_has_and_a_profile_changes_it(browser: Any) -> None:
+    with (
+        live_server(enable_thinking=False, temperature=0.6) as live,
+        opened(browser, live.url) as tab,
+    ):
+        tab.get_by_role("button", name="Options").click()
+        expect(tab.get_by_label("Temperature")).to_have_attribute("placeholder", "0.6")
+        expect(tab.get_by_label("Think", exact=True)).not_to_be_checked()
+        tab.get_by_label("Profile").select_option("general")
+        expect(tab.get_by_label("Temperature")).to_have_attribute("placeholder", "1")
+        with tab.expect_request("**/v1/chat/completions") as sent:
+            send(tab, "⟦Done.⟧")
+        body = sent.value.post_data_json
+        assert (body["profile"], body["enable_thinking"]) == ("general", False)
+        assert "temperature" not in body
+        expect(answers(tab)).to_contain_text("Done.")
+
+
 def test_a_bad_option_is_shown_and_nothing_is_sent(tab: Any) -> None:
     tab.get_by_role("button", name="Options").click()
     tab.get_by_label("Temperature").fill("3")

@@ -182,6 +182,17 @@ def test_status_says_what_is_served_and_how_the_engine_is(http: httpx.Client) ->
     assert shown["uptime"] > 0
 
 
+def test_status_says_what_a_request_gets_with_a_profile_and_without() -> None:
+    with (
+        live_server(ready=False, temperature=0.6, enable_thinking=False) as server,
+        server.client() as http,
+    ):
+        shown = status(http)
+    assert (shown["defaults"]["temperature"], shown["defaults"]["enable_thinking"]) == (0.6, False)
+    assert shown["profiles"]["general"]["temperature"] == 1.0
+    assert shown["profiles"]["general"]["enable_thinking"] is False
+
+
 def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
     live: LiveServer, http: httpx.Client
 ) -> None:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from glmd import __version__
 from glmd.api import models
+from glmd.api.defaults import Defaults
 from glmd.api.exchange import Api
 from glmd.api.health import Loading
 from glmd.api.requests import Finish, Record, State
@@ -27,6 +28,11 @@ SHOWN_SECONDS = 120
 
 RATE_SECONDS = 5
 """Over how many seconds the present rates are taken."""
+
+SHOWN_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
 
 
 class RequestStatus(BaseModel):
@@ -114,11 +120,37 @@ class Speed(BaseModel):
     first_tokens: list[FirstToken] = Field(description="The last ones, the latest last.")
 
 
+class DefaultValues(BaseModel):
+    """What a request gets where it leaves something out."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    max_tokens: int | None = Field(description="null: up to the context limit.")
+    enable_thinking: bool
+    clear_thinking: bool
+
+    @classmethod
+    def of(cls, defaults: Defaults) -> DefaultValues:
+        return cls(
+            max_tokens=defaults.max_tokens,
+            enable_thinking=defaults.enable_thinking,
+            clear_thinking=defaults.clear_thinking,
+            **{name: getattr(defaults.sampling, name) for name in SHOWN_SAMPLING},
+        )
+
+
 class Status(BaseModel):
     version: str
     time: float = Field(description="Unix time of this status.")
     uptime: float = Field(description="Seconds since the server began.")
     model: models.Model
+    defaults: DefaultValues = Field(description="For a request that names no profile.")
+    profiles: dict[str, DefaultValues] = Field(description="For one that names it.")
     engine: EngineStatus
     speed: Speed
     running: list[RequestStatus] = Field(description="In flight, in order of arrival.")
@@ -138,6 +170,11 @@ async def status(service: GivenService) -> Status:
         time=time.time(),
         uptime=time.monotonic() - service.began,
         model=models.describe(service),
+        defaults=DefaultValues.of(service.defaults(None)),
+        profiles={
+            name: DefaultValues.of(service.defaults(None, name))
+            for name in service.settings.all_profiles
+        },
         engine=EngineStatus(
             state=engine.state,
             pid=engine.pid,

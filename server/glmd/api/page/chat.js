@@ -3,6 +3,7 @@
 import { ApiError, call, events } from "./api.js";
 import { Answer } from "./answer.js";
 import { byId, make, say } from "./dom.js";
+import { options, optionsHold } from "./options.js";
 
 /** Pixels from the end within which the reader is at the end. */
 const NEAR = 48;
@@ -38,14 +39,13 @@ export class Chat {
     });
     byId("stop").addEventListener("click", () => this.stop());
     byId("new").addEventListener("click", () => this.clear());
-    byId("options-button").addEventListener("click", () => this.#showOptions(byId("options").hidden));
     this.#change(null);
   }
 
   /** Send what is in the field. */
   send() {
     const question = this.input.value;
-    if (this.running || !question.trim() || !this.#optionsHold()) return;
+    if (this.running || !question.trim() || !optionsHold()) return;
     this.input.value = "";
     this.#ask(question);
   }
@@ -66,7 +66,7 @@ export class Chat {
 
   /** Drop the last answer and ask for another one. */
   #again() {
-    if (this.running || !this.#optionsHold()) return;
+    if (this.running || !optionsHold()) return;
     const { question, element } = this.exchanges.pop();
     element.remove();
     this.input.focus();
@@ -126,29 +126,13 @@ export class Chat {
       messages.push({ role: "user", content: question });
       if (answer.message) messages.push(answer.message);
     }
-    const body = {
+    return {
       messages,
       stream: true,
       stream_options: { include_usage: true },
       return_progress: true,
-      enable_thinking: this.form.elements.enable_thinking.checked,
-      clear_thinking: this.form.elements.clear_thinking.checked,
+      ...options(),
     };
-    for (const input of this.form.querySelectorAll("input[type=number]")) {
-      if (input.value !== "") body[input.name] = input.valueAsNumber; // Empty: as the server has it.
-    }
-    return body;
-  }
-
-  #optionsHold() {
-    if (this.form.checkValidity()) return true;
-    this.#showOptions(true);
-    return this.form.reportValidity();
-  }
-
-  #showOptions(shown) {
-    byId("options").hidden = !shown;
-    byId("options-button").setAttribute("aria-expanded", shown);
   }
 
   #change(running) {

@@ -2,6 +2,7 @@
 
 import { call, keyGiven } from "./api.js";
 import { byId, make, say } from "./dom.js";
+import { offer } from "./options.js";
 import { Plot } from "./plot.js";
 import { Requests } from "./requests.js";
 import { bytes, count, rate, seconds } from "./units.js";
@@ -50,8 +51,10 @@ export class Server {
     state(error.status === 401 ? "locked" : "unreachable", error.message);
   }
 
-  #show({ version, time, uptime, model, engine, speed, running, recent }) {
+  #show(status) {
+    const { version, time, uptime, model, engine, speed, running, recent } = status;
     const { stats } = engine;
+    offer(status);
     byId("server").classList.remove("stale");
     byId("key-button").hidden = true;
     say(byId("model"), model.id);
