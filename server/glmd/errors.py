@@ -91,6 +91,10 @@ class CheckpointError(GlmdError):
         self.tensor = tensor
 
 
+class ServerRefused(GlmdError):
+    """A server that was asked over HTTP says no, breaks off, or does not answer."""
+
+
 class SettingsError(GlmdError):
     """A setting (flag, environment, configuration file) is unknown or has a bad value."""
 

@@ -9,6 +9,7 @@ import typer
 
 from glmd import __version__
 from glmd.cli.bench import app as bench_app
+from glmd.cli.chat import chat
 from glmd.cli.config import app as config_app
 from glmd.cli.convert import convert
 from glmd.cli.doctor import doctor
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, convert, inspect, doctor):
+for command in (serve, chat, convert, inspect, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

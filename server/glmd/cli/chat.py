@@ -1,0 +1,104 @@
+"""`glmd chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from glmd.errors import SettingsError
+
+
+def chat(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="One question, answered alone.", show_default=False),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Of a running server. Default: where the settings have it listen."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Start a server of this folder or hub id for the conversation.",
+            show_default=False,
+        ),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Start a server of the demo.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile of the server.", show_default=False)
+    ] = None,
+    system: Annotated[str, typer.Option(help="System prompt.", show_default=False)] = "",
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Think before answering, or not.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Configuration file, TOML.", show_default=False)
+    ] = None,
+) -> None:
+    """Talk to a running server, or to one that is started for it.
+
+    The key comes from the settings (GLMD_API_KEY). In a pipe, what comes in is one question, and
+    what goes out is the answer alone: `echo hi | glmd chat`.
+    """
+    from glmd.settings import load
+    from glmd.talk.client import ChatClient
+    from glmd.talk.screen import answer_once, converse, say
+    from glmd.talk.session import Session
+
+    settings = load({}, config)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    if (url is not None) + (model is not None) + demo > 1:
+        raise SettingsError("--url, --model and --demo exclude each other.")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    if not sys.stdin.isatty():
+        prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip())))
+        if not prompt:
+            raise SettingsError("There is no question: neither an argument nor anything on stdin.")
+    with served(url or f"http://{host}:{settings.port}", model, demo, config) as base:
+        client = ChatClient(base.rstrip("/").removesuffix("/v1"), key)
+        parameters: dict[str, Any] = {} if profile is None else {"profile": profile}
+        session = Session(client, system=system, thinking=think, parameters=parameters)
+        try:
+            if prompt is not None:
+                answer_once(session, prompt)
+                return
+            with suppress(ImportError):  # line editing and history, where Python has them
+                import readline  # noqa: F401
+            console = Console(highlight=False)
+            (name, *_) = (each["id"] for each in client.models())
+            say(console, f"{name} at {client.url}. /help lists commands, Ctrl-D leaves.", "note")
+            converse(session, console)
+        finally:
+            client.close()
+
+
+@contextmanager
+def served(url: str, model: str | None, demo: bool, config: Path | None) -> Iterator[str]:
+    """The URL of the server to talk to, which lives as long as the block if it is ours."""
+    if model is None and not demo:
+        yield url
+        return
+    from glmd.checkpoint.hub import DEMO
+    from glmd.talk.server import own_server
+
+    arguments = [str(DEMO) if model is None else model]
+    if config is not None:
+        arguments += ["--config", str(config)]
+    status = Console(stderr=True).status("Starting")
+
+    def progress(health: dict[str, Any]) -> None:
+        if loading := health.get("loading"):
+            done, total = (loading[name] / 2**30 for name in ("done_bytes", "total_bytes"))
+            status.update(f"Loading {health['model']}: {done:.1f} of {total:.1f} GiB")
+
+    with ExitStack() as stack:
+        with status:
+            base = stack.enter_context(own_server(arguments, progress))
+        yield base

@@ -1,0 +1,75 @@
+"""A server for one conversation: started, waited for, and ended with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from glmd.errors import ServerRefused
+from glmd.service.health import look
+
+POLL = 0.1
+"""Seconds between two looks while it comes up."""
+
+PATIENCE = 60.0
+"""Seconds that it gets to end."""
+
+
+@contextmanager
+def own_server(
+    arguments: list[str], progress: Callable[[dict[str, Any]], None] = lambda _: None
+) -> Iterator[str]:
+    """Have `glmd serve ARGUMENTS` run on a free port of this machine; gives its URL.
+
+    Args:
+        progress: called with what `/health` says while it loads.
+
+    Raises:
+        ServerRefused: it does not come up, with the end of its log.
+    """
+    command = [sys.executable, "-P", "-m", "glmd", "serve", *arguments]
+    command += ["--host", "127.0.0.1", "--port", "0"]
+    with tempfile.TemporaryFile() as log:
+        # In a group of its own: Ctrl-C stops an answer, not the server.
+        server = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)  # noqa: S603
+        previous = {
+            number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            while (url := ready_at(server.pid, progress)) is None:
+                if server.poll() is not None:
+                    log.seek(0)
+                    last = log.read().decode(errors="replace").strip().splitlines()[-1:]
+                    raise ServerRefused(f"The server did not start: {' '.join(last)}")
+                time.sleep(POLL)
+            yield url
+        finally:
+            server.terminate()
+            try:
+                server.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def ready_at(pid: int, progress: Callable[[dict[str, Any]], None]) -> str | None:
+    """The URL of a server that is ready; None: it is not, yet."""
+    server = look(pid)
+    if server is None or server.health is None:
+        return None
+    progress(server.health)
+    return server.url if server.health["status"] == "ready" else None
+
+
+def leave(number: int, _: object) -> None:
+    """The server must not outlive us."""
+    raise SystemExit(128 + number)
