@@ -482,7 +482,7 @@ def test_what_claude_code_sends_is_taken(http: httpx.Client) -> None:
         ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice.name"),
         ({"tool_choice": {"type": "tool", "name": "none"}, "tools": [TOOL]}, "tool_choice"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
-        ({"mcp_servers": []}, "mcp_servers"),
+        ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"thread": {"type": "create"}}, "thread"),
         ({"container": "c"}, "container"),
     ],

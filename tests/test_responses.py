@@ -614,7 +614,7 @@ def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
         ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_0"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
-        ({"messages": []}, "messages"),
+        ({"messages": [user("Hi")]}, "messages"),
         ({"n": 2}, "n"),
     ],
 )
