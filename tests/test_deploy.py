@@ -129,7 +129,11 @@ def test_property_lists_are_sound_to_macos_too() -> None:
 def test_readme_names_every_file_and_only_files_that_are_there() -> None:
     readme = (DEPLOY / "README.md").read_text()
     files = {str(file.relative_to(DEPLOY)) for file in DEPLOY.glob("*/*")}
-    named = set(re.findall(r"(?:launchd|newsyslog|systemd|homebrew)/[\w.]+\.\w+", readme))
+    named = set(
+        re.findall(
+            r"(?:launchd|newsyslog|systemd|homebrew|prometheus|grafana)/[\w.-]+\.\w+", readme
+        )
+    )
     assert named == files
 
 

@@ -205,15 +205,25 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     out_of_memory: int = 0
     """Steps for which the device refused memory."""
     steps: int = 0
+    rows: int = 0
+    """Token rows of all steps: decode, verify and prefill rows."""
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0
     tokens_generated: int = 0
     drafted: int = 0
     accepted: int = 0
+    verified: int = 0
+    """Times that a sequence had drafts verified in a step; 1 + accepted / verified is the mean
+    accepted length."""
+    drafts: int = 0
+    """What the gate has chosen lately: drafts per sequence and step."""
+    acceptance: float = 0.0
+    """Moving average of the share of drafts that were accepted; 0 without an MTP layer."""
     preemptions: int = 0
     evicted_tokens: int = 0
     step_seconds: float = 0.0
     """Moving average of the time of one step."""
+    step_seconds_total: float = 0.0
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

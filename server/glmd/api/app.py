@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from glmd import __version__
-from glmd.api import errors, health, lmstudio, models, page, status, tokens
+from glmd.api import errors, health, lmstudio, metrics, models, page, status, tokens
 from glmd.api.access import access_rules
 from glmd.api.anthropic import messages
 from glmd.api.middleware import BoundedHead, HeadAsGet, RequestId, WholeBody
@@ -34,8 +34,9 @@ def create_app(service: Service) -> FastAPI:
             await service.close()
 
     settings = service.settings
+    meter = metrics.Metrics(service)
     middleware = [
-        Middleware(RequestId),
+        Middleware(RequestId, on_end=meter.count),
         Middleware(BoundedHead),
         *access_rules(settings, service.keys),
         Middleware(WholeBody, limit=settings.max_body),
@@ -51,10 +52,12 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
+    app.state.metrics = meter
     app.state.responses = ResponseStore(settings.response_store)
     errors.install(app)
     routers = (
         page, health, models, lmstudio, chat, completions, responses, messages, tokens, status,
+        metrics,
     )  # fmt: skip
     for module in routers:
         app.include_router(module.router)

@@ -27,8 +27,10 @@ class Exchange:
         api: of a request that generates, which API's it is.
         model: the model that it names, if it does.
         stream: it asks for a stream.
+        route: the path of the route that served it, with its parameters by name, once it is over;
+            None: there is no such route.
         status: of the response, once that has begun.
-        ended: the response is over, or the client is gone.
+        ended: when the response was over, or the client gone, in `time.monotonic`'s seconds.
         records: what it had the engine do.
     """
 
@@ -41,8 +43,9 @@ class Exchange:
     api: Api | None = None
     model: str | None = None
     stream: bool = False
+    route: str | None = None
     status: int | None = None
-    ended: bool = False
+    ended: float | None = None
     records: list[Record] = field(default_factory=list)
 
     @classmethod
@@ -50,6 +53,11 @@ class Exchange:
         """The exchange that an ASGI scope begins."""
         client = scope.get("client")
         return cls(id, scope["method"], scope["path"], client[0] if client else "")
+
+    def end(self) -> None:
+        """Note that it is over; without a response, the client has gone: 499, as nginx says."""
+        self.ended = time.monotonic()
+        self.status = self.status or 499
 
     def asks(self, api: Api, model: str | None, *, stream: bool | None) -> None:
         """Note what a request that generates asks for."""

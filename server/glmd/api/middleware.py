@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 from email.message import Message as Headers
 
 from starlette.datastructures import Headers as RequestHeaders
@@ -36,10 +37,14 @@ class RequestId:
     """Give every request an id, the client's own if it sent one, and return it.
 
     It goes back as `x-request-id`, and as `request-id`, which is Anthropic's name for it.
+
+    Args:
+        on_end: called with every exchange when it is over.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_end: Callable[[Exchange], None]) -> None:
         self._app = app
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,8 +64,15 @@ class RequestId:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            if exchange.status is None:
+                exchange.status = 500  # Whoever catches it outside of here answers so.
+            raise
         finally:
-            exchange.ended = True
+            route = scope.get("route")
+            exchange.route = getattr(route, "path", None)
+            exchange.end()
+            self._on_end(exchange)
 
 
 class BoundedHead:

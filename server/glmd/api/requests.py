@@ -117,6 +117,7 @@ class Totals:
         finished: requests by API and the way they ended.
         ttft: seconds to the first token, of requests that had one.
         queue: seconds until their turn came.
+        prefill: seconds from then to the first token.
         gaps: seconds between tokens; drafts that arrive together share the time since the last.
         seconds: of whole requests.
     """
@@ -124,6 +125,7 @@ class Totals:
     finished: Counter[tuple[Api, Finish]] = field(default_factory=Counter)
     ttft: Histogram = field(default_factory=lambda: Histogram(WAITS))
     queue: Histogram = field(default_factory=lambda: Histogram(WAITS))
+    prefill: Histogram = field(default_factory=lambda: Histogram(WAITS))
     gaps: Histogram = field(default_factory=lambda: Histogram(GAPS))
     seconds: Histogram = field(default_factory=lambda: Histogram(WAITS))
     prompt_tokens: int = 0
@@ -228,6 +230,7 @@ class Requests:
         record.first_token = now
         wait = now - record.exchange.began
         self.totals.ttft.add(wait)
+        self.totals.prefill.add(wait - (record.queue_seconds or 0.0))
         self.first_tokens.append((time.time(), wait))
 
     def _end(self, record: Record, finish: Finish, error: str | None) -> None:

@@ -157,11 +157,14 @@ class Engine:
         self._outbox: list[Output] = []
         self._last_read = 0.0
         self._steps = 0
+        self._rows = 0
         self._step_seconds = 0.0
+        self._step_seconds_total = 0.0
         self._cached = 0
         self._generated = 0
         self._drafted = 0
         self._accepted = 0
+        self._verified = 0
         self.release_limits: Callable[[], object] = lambda: None
         """Undoes what was set in MLX for this engine; does nothing the second time."""
 
@@ -347,7 +350,9 @@ class Engine:
         seconds = flight.landed - max(flight.launched, self._last_read)
         self._last_read = flight.landed
         self._steps += 1
+        self._rows += flight.prefill_rows + sum(flight.widths[: flight.decoding])
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
+        self._step_seconds_total += seconds
         accepted = self._read_tokens(flight, confirmed)
         alone = seconds if flight.prefill_rows == 0 else None
         drafts = max(flight.widths, default=1) - 1
@@ -362,6 +367,7 @@ class Engine:
             sequence.in_flight -= width
             accepted += count - 1
             self._drafted += width - 1
+            self._verified += width > 1
             if sequence.finished:
                 continue
             if sequence.lease is not None:
@@ -437,14 +443,19 @@ class Engine:
             footprint_bytes=footprint(),
             out_of_memory=self._relief.failures,
             steps=self._steps,
+            rows=self._rows,
             prompt_tokens_computed=self._launcher.prompt_rows,
             prompt_tokens_cached=self._cached,
             tokens_generated=self._generated,
             drafted=self._drafted,
             accepted=self._accepted,
+            verified=self._verified,
+            drafts=self._gate.drafts,
+            acceptance=self._gate.acceptance if self.info.has_mtp else 0.0,
             preemptions=self._scheduler.preemptions,
             evicted_tokens=self._tree.evicted_tokens,
             step_seconds=self._step_seconds,
+            step_seconds_total=self._step_seconds_total,
         )
 
 
