@@ -117,6 +117,15 @@ class Settings(BaseSettings):
     )
 
     # Overload
+    header_timeout: float = Field(
+        20.0, gt=0, description="Seconds in which a connection must have sent a request's head."
+    )
+    body_timeout: float = Field(
+        60.0, gt=0, description="Seconds in which a request's body must have arrived."
+    )
+    reader_timeout: float = Field(
+        60.0, gt=0, description="Seconds for which a client may read nothing of its answer."
+    )
     max_queue: int = Field(
         1024,
         ge=1,

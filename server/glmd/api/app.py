@@ -39,7 +39,7 @@ def create_app(service: Service) -> FastAPI:
         Middleware(RequestId, on_end=meter.count),
         Middleware(BoundedHead),
         *access_rules(settings, service.keys),
-        Middleware(WholeBody, limit=settings.max_body),
+        Middleware(WholeBody, limit=settings.max_body, seconds=settings.body_timeout),
         Middleware(HeadAsGet),
     ]
     app = FastAPI(

@@ -84,6 +84,8 @@ class Problem:
             headers["Retry-After"] = str(math.ceil(self.retry_after))
         if self.final:
             headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients obey it.
+        if self.status == HTTPStatus.REQUEST_TIMEOUT:
+            headers["Connection"] = "close"  # What else the client sends is not waited for.
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

@@ -6,6 +6,7 @@ that its client has gone.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable
@@ -130,12 +131,14 @@ class HeadAsGet:
 class WholeBody:
     """Read a request's body, of a type that the routes understand, up to a limit.
 
-    A request that is too large or no JSON is refused before anything parses it.
+    A request that is too large or no JSON is refused before anything parses it; one that takes
+    longer than `seconds` to arrive is, too.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self._app = app
         self._limit = limit
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
@@ -143,27 +146,39 @@ class WholeBody:
             return
         headers = RequestHeaders(scope=scope)
         problem = self._refusal(headers)
-        body = bytearray()
-        more = problem is None
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._limit:
-                problem = self._too_large()
-                break
+        pending: list[Message] = []
+        if problem is None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    body = await self._read(receive)
+            except TimeoutError:
+                problem = self._too_slow()
+            else:
+                if body is None:
+                    return
+                pending.append({"type": "http.request", "body": bytes(body)})
+                problem = self._too_large() if len(body) > self._limit else None
+                del body
         if problem is not None:
             await respond(problem, scope)(scope, receive, send)
             return
-        pending: list[Message] = [{"type": "http.request", "body": bytes(body)}]
-        del body
 
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytearray | None:
+        """The body, or as much of it as is too much; None: the client has gone."""
+        body = bytearray()
+        more = True
+        while more and len(body) <= self._limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return body
 
     def _refusal(self, headers: RequestHeaders) -> Problem | None:
         """What is wrong by the headers alone."""
@@ -179,6 +194,14 @@ class WholeBody:
         if headers.get("content-encoding", "identity") != "identity":
             return Problem(415, "invalid_request_error", "Compressed bodies are not supported.")
         return self._too_large() if length.isdecimal() and int(length) > self._limit else None
+
+    def _too_slow(self) -> Problem:
+        return Problem(
+            408,
+            "timeout_error",
+            f"The body has not arrived within {self._seconds:g} s.",
+            code="timeout",
+        )
 
     def _too_large(self) -> Problem:
         return Problem(

@@ -10,15 +10,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from sse_starlette.sse import AppStatus
 
 from glmd import __version__
+from glmd.api import connection
 from glmd.api.access import refuse_open_door
 from glmd.api.app import create_app
+from glmd.api.connection import Connection, Patience
 from glmd.api.middleware import MAX_HEAD
 from glmd.api.reload import has_terminal, reload
 from glmd.api.service import Service
@@ -37,6 +40,10 @@ that none sends a request into a connection that is just being closed."""
 
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
+
+SEND_BUFFER = 128 * 1024
+"""Bytes that the system may hold of an answer that nobody reads. Left to itself it takes 4 MB, many
+minutes of a stream, before it is noticed."""
 
 # Streams that run at shutdown may end in their own time; `Server.shutdown` sets the limit.
 AppStatus.enable_automatic_graceful_drain = False
@@ -58,6 +65,10 @@ class Server(uvicorn.Server):
     def __init__(
         self, service: Service, read_settings: Callable[[], Settings] | None = None
     ) -> None:
+        settings = service.settings
+        patience = Patience(
+            settings.header_timeout, settings.reader_timeout, connection.connection_limit()
+        )
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -67,7 +78,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                http="h11",  # httptools, where installed, has no bound on headers.
+                ws="none",
+                http=cast(type[asyncio.Protocol], partial(Connection, patience=patience)),
                 h11_max_incomplete_event_size=MAX_HEAD,
                 timeout_keep_alive=IDLE_CONNECTION,
             )
@@ -136,6 +148,7 @@ def run(service: Service, read_settings: Callable[[], Settings] | None = None) -
     """
     settings = service.settings
     refuse_open_door(settings, service.keys)
+    connection.raise_file_limit()
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
@@ -178,6 +191,7 @@ def bind(family: int, address: tuple[Any, ...]) -> socket.socket:
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         opened.bind(address)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from glmd.api.errors import Problem, log_unexpected, problem_of
-
-log = logging.getLogger("glmd.api")
 
 T = TypeVar("T")
 
@@ -24,9 +20,6 @@ REFUSAL_PATIENCE = 1.0
 """Seconds to wait for the first frame before the response begins with status 200. Refusals by
 the engine come within a step and still get their own status; a long prefill does not hold up
 the headers and the keep-alive."""
-
-READER_PATIENCE = 60.0
-"""Seconds that one frame may take to leave, to a reader whose buffers are full."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -57,7 +50,6 @@ class EventStream(EventSourceResponse):
             headers=headers,
             ping=keep_alive,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            send_timeout=READER_PATIENCE,
             sep="\n",
         )
         self._frames = frames
@@ -65,8 +57,6 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.info("A client read nothing for %g s; its stream was cut.", READER_PATIENCE)
         finally:
             with anyio.CancelScope(shield=True):
                 await self._frames.aclose()
