@@ -18,6 +18,7 @@ from fastapi import Request
 
 from glmd import __version__
 from glmd.api.defaults import Defaults
+from glmd.api.one_each import OneEach
 from glmd.api.requests import Requests
 from glmd.chat.answer import Answer
 from glmd.chat.grammar import GrammarCompiler, Structure
@@ -93,6 +94,7 @@ class Service:
         engine: the way to the engine process.
         tokenizer: the checkpoint's.
         fingerprint: changes with glmd's version and with the checkpoint.
+        one_each: by which clients take turns at the worker and the grammars.
         requests: what is known of the requests to the engine.
         began: in `time.monotonic`'s seconds.
     """
@@ -129,6 +131,7 @@ class Service:
         # One thread, because `Turns` wants to be used by one, and because encoding a book
         # must not keep the event loop from passing tokens on.
         self._worker = ThreadPoolExecutor(1, "prompts")
+        self.one_each = OneEach()
 
     def configure(self, settings: Settings) -> None:
         """Go on with these settings, as far as they are read anew by each request."""

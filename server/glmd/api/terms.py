@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from glmd.api.exchange import Exchange, get_exchange
@@ -45,7 +48,7 @@ async def get_terms(request: Request, service: Annotated[Service, Depends(get_se
     """FastAPI dependency: the request's terms.
 
     Raises:
-        EngineUnavailable, Overloaded: it would be for nothing to read further.
+        EngineUnavailable: it would be for nothing to read further.
         InvalidRequest: a header is malformed.
     """
     settings = service.settings
@@ -60,13 +63,48 @@ async def get_terms(request: Request, service: Annotated[Service, Depends(get_se
             limits[phase] = min(read_seconds(name, sent), limits[phase] or math.inf)
     client = client_of(request.scope)
     service.engine.require_ready()
-    service.engine.queue.require_room(client)
     return Terms(
         get_exchange(request), client, Deadlines(asyncio.get_running_loop().time(), **limits)
     )
 
 
 GivenTerms = Annotated[Terms, Depends(get_terms)]
+
+
+@asynccontextmanager
+async def preparing(request: Request, service: Service, terms: Terms) -> AsyncIterator[None]:
+    """The way of a request up to the engine, in the block: in the client's turn, and in time.
+
+    Raises:
+        Overloaded: there is no room to wait for that.
+        Overloaded, DeadlineExceeded: it takes too long.
+        ClientDisconnect: nobody waits for it any more.
+    """
+    queue, deadlines = service.engine.queue, terms.deadlines
+    place = queue.enter(terms.client, 1, 0)
+    first = deadlines.first
+    try:
+        async with (
+            asyncio.timeout_at(deadlines.time(first) if first else None) as timeout,
+            service.one_each.turn(terms.client),
+        ):
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            yield
+    except TimeoutError:
+        if first is None or not timeout.expired():
+            raise
+        raise deadlines.error(first, queue.retry_after()) from None
+    finally:
+        queue.give_up(place)
+
+
+async def get_client(request: Request) -> str:
+    """FastAPI dependency: whose request it is."""
+    return client_of(request.scope)
+
+
+GivenClient = Annotated[str, Depends(get_client)]
 
 
 def client_of(scope: Scope) -> str:

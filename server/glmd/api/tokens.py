@@ -13,6 +13,7 @@ from glmd.api.json_route import JsonRoute
 from glmd.api.openai.conversation import ConversationFields
 from glmd.api.openai.parameters import TokenId
 from glmd.api.service import Service, get_service
+from glmd.api.terms import GivenClient
 from glmd.errors import InvalidRequest
 
 router = APIRouter(tags=["Tokens"], route_class=JsonRoute)
@@ -70,18 +71,20 @@ class Rendered(BaseModel):
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: GivenService) -> Tokenized:
+async def tokenize(body: TokenizeRequest, service: GivenService, client: GivenClient) -> Tokenized:
     """The tokens of a text, or of a conversation as the model would read it."""
     if isinstance(body, TokenizeChat):
         defaults = service.defaults(body.model, body.profile)
-        prompt = await service.build_prompt(body.conversation(defaults))
+        async with service.one_each.turn(client):
+            prompt = await service.build_prompt(body.conversation(defaults))
         ids = prompt.tokens
     else:
         service.defaults(body.model)
         text = body.prompt if body.prompt is not None else body.content
         if text is None:
             raise InvalidRequest("Send prompt, a text, or messages.", param="prompt")
-        ids = await service.work(partial(service.tokenizer.encode_markup, text))
+        async with service.one_each.turn(client):
+            ids = await service.work(partial(service.tokenizer.encode_markup, text))
     tokens = ids.tolist()
     info = service.engine.info
     return Tokenized(
@@ -95,17 +98,23 @@ async def tokenize(body: TokenizeRequest, service: GivenService) -> Tokenized:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: GivenService) -> Detokenized:
+async def detokenize(
+    body: DetokenizeRequest, service: GivenService, client: GivenClient
+) -> Detokenized:
     """The text of tokens, tags spelt out."""
     service.defaults(body.model)
-    text = await service.work(partial(service.tokenizer.decode, body.tokens))
+    async with service.one_each.turn(client):
+        text = await service.work(partial(service.tokenizer.decode, body.tokens))
     return Detokenized(prompt=text, content=text)
 
 
 @router.post("/apply-template")
-async def apply_template(body: TokenizeChat, service: GivenService) -> Rendered:
+async def apply_template(
+    body: TokenizeChat, service: GivenService, client: GivenClient
+) -> Rendered:
     """A conversation as the model would read it."""
     defaults = service.defaults(body.model, body.profile)
-    prompt = await service.build_prompt(body.conversation(defaults))
+    async with service.one_each.turn(client):
+        prompt = await service.build_prompt(body.conversation(defaults))
     tokens = prompt.tokens.tolist()
     return Rendered(prompt=service.tokenizer.decode(tokens), tokens=tokens)

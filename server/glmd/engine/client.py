@@ -22,7 +22,7 @@ from glmd.engine.queue import Place, Queue
 from glmd.engine.stream import Stream, error_of
 from glmd.engine.supervisor import EngineProcess, Launch
 from glmd.engine.suspects import Suspects
-from glmd.errors import DeadlineExceeded, EngineUnavailable, GlmdError, Overloaded
+from glmd.errors import EngineUnavailable, GlmdError
 from glmd.messages import (
     Cancel,
     Failed,
@@ -309,18 +309,7 @@ class EngineClient:
 
     def _expire(self, id: str, phase: Phase, deadlines: Deadlines) -> None:
         """Give a request up whose deadline has passed, whatever its reader is doing."""
-        seconds = getattr(deadlines, phase)
-        if phase == "queue":
-            error: GlmdError = Overloaded(
-                f"The request's turn did not come within {seconds:g} s, which is its limit.",
-                retry_after=self.queue.retry_after(),
-            )
-        else:
-            what = "had no token" if phase == "first_token" else "was not done"
-            error = DeadlineExceeded(
-                f"The request {what} within {seconds:g} s, which is its limit.",
-                worth_retrying=phase == "first_token",
-            )
+        error = deadlines.error(phase, self.queue.retry_after())
         self._suspects.withdraw(id, error)
         self._requests[id].stream.fail(error)
         if self._process is not None:

@@ -18,7 +18,7 @@ from glmd.api.named_events import exhaust, frames, tell
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms
+from glmd.api.terms import GivenClient, GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
 
 router = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
@@ -33,7 +33,8 @@ async def create_message(
     """Continue a conversation, streamed or whole."""
     _, left_out = read_tools(body)
     headers = ignored_header([*body.unknown(REFUSED), *left_out])
-    generation, teller = await prepare(body, service, terms)
+    async with preparing(request, service, terms):
+        generation, teller = await prepare(body, service, terms)
     events = tell(teller, generation, keep_alive=service.settings.keep_alive)
     if body.stream:
         opened = await open_frames(
@@ -46,11 +47,14 @@ async def create_message(
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(body: CountTokensRequest, service: GivenService) -> TokenCount:
+async def count_tokens(
+    body: CountTokensRequest, service: GivenService, client: GivenClient
+) -> TokenCount:
     """How many tokens the prompt of such a request has."""
     defaults = service.defaults(body.model, body.profile)
     body.unknown(REFUSED)
-    prompt = await service.build_prompt(read_conversation(body, defaults))
+    async with service.one_each.turn(client):
+        prompt = await service.build_prompt(read_conversation(body, defaults))
     return TokenCount(input_tokens=len(prompt.tokens))
 
 

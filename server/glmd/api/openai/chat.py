@@ -13,7 +13,7 @@ from glmd.api.openai.chat_request import ChatCompletionRequest
 from glmd.api.openai.responses import ChatCompletion, Header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms
+from glmd.api.terms import GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
@@ -29,7 +29,8 @@ async def create_chat_completion(
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     headers = body.ignored_header()
-    generation, renderer = await prepare(body, service, terms)
+    async with preparing(request, service, terms):
+        generation, renderer = await prepare(body, service, terms)
     if body.stream:
         frames = await open_frames(renderer.stream(generation))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)

@@ -15,7 +15,7 @@ from glmd.api.openai.completion_request import DEFAULT_MAX_TOKENS, CompletionReq
 from glmd.api.openai.responses import Completion, Header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms
+from glmd.api.terms import GivenTerms, Terms, preparing
 from glmd.chat.answer import TextAnswer
 from glmd.chat.grammar import Structure
 from glmd.chat.tokenizer import Tokenizer
@@ -35,7 +35,8 @@ async def create_completion(
 ) -> Response:
     """Continue one or several texts, streamed or whole."""
     headers = body.ignored_header()
-    generations, renderer = await prepare(body, service, terms)
+    async with preparing(request, service, terms):
+        generations, renderer = await prepare(body, service, terms)
     if body.stream:
         frames = await open_frames(renderer.stream(generations))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)

@@ -27,7 +27,7 @@ from glmd.api.responses.tools import Tools, read_tools
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms
+from glmd.api.terms import GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
@@ -50,7 +50,8 @@ async def create_response(
     """Continue a conversation: streamed, whole, or in the background."""
     tools = read_tools(body.tools)
     headers = ignored_header([*body.unknown(REFUSED), *tools.left_out])
-    stored, teller, generation = await prepare(body, tools, service, store, terms)
+    async with preparing(request, service, terms):
+        stored, teller, generation = await prepare(body, tools, service, store, terms)
     events = tell(teller, generation, keep_alive=service.settings.keep_alive)
     if body.background:
         store.run(stored, finish(teller, exhaust(events)))
