@@ -81,7 +81,7 @@ class Problem:
     def headers(self) -> dict[str, str]:
         headers = {}
         if self.retry_after is not None:
-            headers["Retry-After"] = str(math.ceil(self.retry_after))
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.final:
             headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients obey it.
         if self.status == HTTPStatus.REQUEST_TIMEOUT:

@@ -114,7 +114,8 @@ def client_of(scope: Scope) -> str:
     key is asked for, one that is sent all the same still tells programs apart.
     """
     headers = Headers(scope=scope)
-    key = headers.get("x-api-key") or headers.get("authorization", "")
+    sent = headers.get("x-api-key") or headers.get("authorization", "")
+    key = scope["state"].get("key_name", sent)  # Only one of those sent need be valid.
     address = scope["client"][0] if scope.get("client") else ""
     return hashlib.sha256(f"{address} {key}".encode()).hexdigest()[:16]
 
