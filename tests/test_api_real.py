@@ -138,7 +138,8 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     assert process.stderr is not None
     try:
-        url = next(line for line in process.stderr if "http://" in line).split()[-1]
+        line = next(line for line in process.stderr if "http://" in line)
+        url = json.loads(line)["message"].split()[-1]
         yield process, url.removesuffix("/v1")
     finally:
         process.kill()

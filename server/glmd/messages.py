@@ -117,6 +117,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class Match(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How much of a prompt was stored when its turn came, and why not more."""
+
+    tokens: int
+    """From the first on."""
+    reason: Literal["whole", "new", "differs", "evicted", "salt", "off"]
+    """whole: all but the last token, which is always computed; new: nothing is stored behind them;
+    differs: what is stored behind them goes on differently; evicted: it went on the same way, but
+    was evicted; salt: more is stored, with another cache_salt; off: nothing is ever stored."""
+    beyond: int = 0
+    """differs: tokens that are stored there, in the longest run."""
+
+
 class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step gave one sequence."""
 
@@ -136,6 +149,8 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Prompt tokens whose KV was not computed for this request."""
     admitted: bool = False
     """Set once, when the sequence leaves the queue, on an Output before any with tokens."""
+    match: Match | None = None
+    """Comes with `admitted`."""
     computed_tokens: int = 0
     """With prompt_progress: prompt tokens ready so far, cached ones included."""
     drafted: int = 0

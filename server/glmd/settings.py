@@ -210,6 +210,15 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least severe log lines to write."
     )
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Form of log lines; auto: text on a terminal, else JSON."
+    )
+    slow_request: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds without a token after which the log says where a request's time went;"
+        " 0: never.",
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -16,6 +16,7 @@ from glmd.api.anthropic import messages
 from glmd.api.middleware import BoundedHead, HeadAsGet, RequestId, WholeBody
 from glmd.api.openai import chat, completions
 from glmd.api.openapi import document
+from glmd.api.request_log import RequestLog
 from glmd.api.responses import endpoints as responses
 from glmd.api.responses.store import ResponseStore
 from glmd.api.service import Service
@@ -35,8 +36,10 @@ def create_app(service: Service) -> FastAPI:
 
     settings = service.settings
     meter = metrics.Metrics(service)
+    request_log = RequestLog(service)
+    service.requests.watchers.append(request_log.record_ended)
     middleware = [
-        Middleware(RequestId, on_end=meter.count),
+        Middleware(RequestId, watchers=(meter.count, request_log.exchange_ended)),
         Middleware(BoundedHead),
         *access_rules(settings, service.keys),
         Middleware(WholeBody, limit=settings.max_body, seconds=settings.body_timeout),

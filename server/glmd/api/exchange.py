@@ -22,6 +22,7 @@ class Exchange:
     Attributes:
         id: the client's `x-request-id`, else one of ours.
         client: the address that it came from.
+        key: the name of the API key that it brought; None: there is none.
         began: when its headers had arrived, in `time.monotonic`'s seconds.
         began_at: the same in Unix time.
         api: of a request that generates, which API's it is.
@@ -40,6 +41,7 @@ class Exchange:
     client: str
     began: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
+    key: str | None = None
     api: Api | None = None
     model: str | None = None
     stream: bool = False

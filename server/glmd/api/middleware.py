@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.message import Message as Headers
 
 from starlette.datastructures import Headers as RequestHeaders
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api.errors import Problem, respond
 from glmd.api.exchange import Exchange
+from glmd.logs import request_id
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
@@ -40,12 +41,12 @@ class RequestId:
     It goes back as `x-request-id`, and as `request-id`, which is Anthropic's name for it.
 
     Args:
-        on_end: called with every exchange when it is over.
+        watchers: called with every exchange when it is over.
     """
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[Exchange], None]) -> None:
+    def __init__(self, app: ASGIApp, watchers: Sequence[Callable[[Exchange], None]]) -> None:
         self._app = app
-        self._on_end = on_end
+        self._watchers = watchers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +56,8 @@ class RequestId:
         id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         exchange = Exchange.of(scope, id)
         scope.setdefault("state", {}).update(request_id=id, exchange=exchange)
+
+        token = request_id.set(id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -70,10 +73,12 @@ class RequestId:
                 exchange.status = 500  # Whoever catches it outside of here answers so.
             raise
         finally:
-            route = scope.get("route")
-            exchange.route = getattr(route, "path", None)
+            exchange.route = getattr(scope.get("route"), "path", None)
+            exchange.key = scope["state"].get("key_name")
             exchange.end()
-            self._on_end(exchange)
+            for watch in self._watchers:
+                watch(exchange)
+            request_id.reset(token)
 
 
 class BoundedHead:

@@ -16,7 +16,8 @@ RELOADABLE = frozenset(
     {
         "aliases", "keep_alive", "drain_timeout", "enable_thinking", "clear_thinking",
         "effort_budgets", "temperature", "top_p", "top_k", "min_p", "max_tokens", "profile",
-        "profiles", "log_level", "queue_timeout", "first_token_timeout", "request_timeout",
+        "profiles", "log_level", "slow_request", "queue_timeout", "first_token_timeout",
+        "request_timeout",
     }
 )  # fmt: skip
 """Settings that each request reads anew, and those that can be handed on. The others make things

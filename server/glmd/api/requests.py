@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +19,7 @@ from glmd.api.histogram import Histogram
 from glmd.api.timeline import Timeline
 from glmd.chat.events import FinishReason
 from glmd.errors import Cancelled, GlmdError
-from glmd.messages import Generate, Output, count_tokens
+from glmd.messages import Generate, Match, Output, count_tokens
 
 State = Literal["queued", "prefill", "decoding", "finished"]
 Finish = FinishReason | Literal["cancelled", "error"]
@@ -52,6 +52,7 @@ class Record:
         computed_tokens: prompt tokens that are ready, cached ones included.
         cached_tokens: prompt tokens that were not computed for it.
         drafted: MTP drafts verified for it, and `accepted` of them.
+        match: how much of its prompt was stored when its turn came, and why not more.
         queue_seconds: from its arrival to the turn of its first sequence.
         first_token: when its first token arrived here.
         longest_gap: the longest time between two outputs with tokens, in seconds.
@@ -69,6 +70,7 @@ class Record:
     drafted: int = 0
     accepted: int = 0
     announced: bool = False
+    match: Match | None = None
     queue_seconds: float | None = None
     first_token: float | None = None
     last_tokens: list[float | None] = field(init=False)
@@ -143,6 +145,7 @@ class Requests:
         recent: the last ones that ended, the latest last.
         totals: over all of them.
         timeline: tokens by second.
+        watchers: called with each record when its request has ended.
         first_tokens: of the last requests, when (Unix time) a first token came, and how long
             that took.
     """
@@ -152,6 +155,7 @@ class Requests:
         self.recent: deque[Record] = deque(maxlen=HISTORY)
         self.totals = Totals()
         self.timeline = Timeline()
+        self.watchers: list[Callable[[Record], None]] = []
         self.first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)
 
     def record(self, exchange: Exchange, request: Generate) -> Record:
@@ -186,6 +190,7 @@ class Requests:
     def take(self, record: Record, output: Output) -> None:
         """Note what an output brings."""
         if output.admitted and record.queue_seconds is None:
+            record.match = output.match
             record.queue_seconds = time.monotonic() - record.exchange.began
             record.state = "prefill"
             self.totals.queue.add(record.queue_seconds)
@@ -244,3 +249,5 @@ class Requests:
         self.totals.seconds.add(record.seconds)
         del self.running[record.id]
         self.recent.append(record)
+        for watch in self.watchers:
+            watch(record)

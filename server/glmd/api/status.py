@@ -56,6 +56,12 @@ class RequestStatus(BaseModel):
     prompt_tokens: int
     computed_tokens: int = Field(description="Prompt tokens ready, cached ones included.")
     cached_tokens: int
+    cache_reason: str | None = Field(
+        None,
+        description="Why no more was cached when its turn came: whole (there is no more), new"
+        " (nothing is stored behind that), differs (what is stored there goes on differently),"
+        " evicted, salt (it is stored with another cache_salt), off.",
+    )
     generated_tokens: int
     drafted: int = Field(description="MTP drafts verified.")
     accepted: int
@@ -84,6 +90,7 @@ class RequestStatus(BaseModel):
             prompt_tokens=record.prompt_tokens,
             computed_tokens=record.computed_tokens,
             cached_tokens=record.cached_tokens,
+            cache_reason=record.match.reason if record.match else None,
             generated_tokens=record.generated_tokens,
             drafted=record.drafted,
             accepted=record.accepted,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glmd.logs import choose_format, configure
 from glmd.settings import CONFIG_VARIABLE, Settings, load
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def serve(
     """
     flags = flags_of(locals())
     settings = load(flags, config)
-    configure_logging(settings.log_level)
+    log_format = choose_format(settings.log_format, sys.stderr)
+    configure(settings.log_level, log_format)
 
     # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
     from glmd.api.access import refuse_open_door
@@ -67,7 +69,12 @@ def serve(
     keys = Keyring.of(settings, default_store())
     refuse_open_door(settings, keys)  # Before anything is downloaded.
     served = find_model(settings)
-    launch = Launch(served.folder, settings.engine_config, log_level=settings.log_level)
+    launch = Launch(
+        served.folder,
+        settings.engine_config,
+        log_level=settings.log_level,
+        log_format=log_format,
+    )
     run(Service(settings, served, launch, keys), lambda: load(flags, config))
 
 
@@ -99,13 +106,3 @@ def find_model(settings: Settings) -> ServedModel:
     load_config(folder)  # The engine would refuse another model, too, but seconds later.
     is_path = folder == Path(name).expanduser()
     return ServedModel.of(folder.resolve().name if is_path else name, folder, settings.aliases)
-
-
-def configure_logging(level: str) -> None:
-    """Log lines of ours at `level`, of others from WARNING on, to stderr."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("glmd").setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,8 +53,9 @@ def install(
     is passed without showing up among the processes.
     """
     from glmd.api.access import refuse_open_door
-    from glmd.cli.serve import configure_logging, find_model
+    from glmd.cli.serve import find_model
     from glmd.keys import Keyring, default_store
+    from glmd.logs import choose_format, configure
     from glmd.service.definition import define
     from glmd.service.find import find_manager
     from glmd.settings import load
@@ -61,7 +63,7 @@ def install(
     manager = find_manager()
     # Mistakes are answered and weights downloaded here, where someone sees it.
     settings = load({"model": model, "host": host, "port": port}, config)
-    configure_logging(settings.log_level)
+    configure(settings.log_level, choose_format(settings.log_format, sys.stderr))
     refuse_open_door(settings, Keyring.of(settings, default_store()))
     find_model(settings)
     definition = define(

@@ -321,7 +321,9 @@ class Engine:
 
     def _progress(self, plan: Plan) -> list[Output]:
         admitted = [
-            Output(id=sequence.request.id, index=sequence.index, admitted=True)
+            Output(
+                id=sequence.request.id, index=sequence.index, admitted=True, match=sequence.match
+            )
             for sequence in plan.admitted
         ]
         return admitted + [

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from glmd.errors import GlmdError
+from glmd.logs import configure
 from glmd.messages import (
     Cancel,
     Failed,
@@ -113,7 +114,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
                 case Cancel(id, index):
                     engine.cancel(id, index)
                 case LogLevel(level):
-                    logging.getLogger().setLevel(level)
+                    logging.getLogger("glmd").setLevel(level)
                 case Shutdown():
                     return
             stats_due = True
@@ -189,10 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", required=True, help="module with EngineConfig and load_engine")
     parser.add_argument("--config", default="{}", help="fields of EngineConfig as JSON")
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(options.log_level, options.log_format)
     folder = Path(options.endpoint.removeprefix("ipc://")).parent
     threading.Thread(target=exit_with_parent, args=(folder,), daemon=True).start()
     return run(options.endpoint, options.model, options.engine, msgspec.json.decode(options.config))

@@ -22,6 +22,7 @@ from glmd.engine.shares import OUTPUT_WEIGHT, Shares
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TAIL_TOKENS, TailPool
 from glmd.kv.tree import PrefixTree
+from glmd.messages import Match
 
 ADMISSION_RESERVE = 256
 """Output tokens that admission counts on, beside the prompt, unless `max_tokens` is smaller.
@@ -260,6 +261,7 @@ class Scheduler:
             due[sequence.request.client] += sequence.needs
             if not sequence.admitted:
                 sequence.admitted = True
+                sequence.match = self._explain_match(sequence)
                 new.append(sequence)
         return new
 
@@ -337,6 +339,24 @@ class Scheduler:
         found = self._tree.advance(sequence.lease, known)
         sequence.sealed += found
         sequence.computed += found
+
+    def _explain_match(self, sequence: Sequence) -> Match:
+        """How much of a prompt was stored, and why not more."""
+        assert sequence.lease is not None
+        if not self._config.prefix_cache:
+            return Match(tokens=0, reason="off")
+        found, last = sequence.computed, sequence.prompt_length - 1
+        if found >= last:
+            return Match(tokens=found, reason="whole")
+        prompt = sequence.tokens(0, last)
+        beyond = self._tree.beyond(sequence.lease, int(prompt[found]))
+        if beyond.evicted:
+            return Match(tokens=found, reason="evicted")
+        if self._tree.stored_elsewhere(sequence.request.cache_salt, prompt) > found:
+            return Match(tokens=found, reason="salt")
+        if beyond.tokens:
+            return Match(tokens=found, reason="differs", beyond=beyond.tokens)
+        return Match(tokens=found, reason="new")
 
     # -- memory ---------------------------------------------------------------------------
 

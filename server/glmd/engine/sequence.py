@@ -8,7 +8,7 @@ from glmd.engine.config import MAX_WIDTH
 from glmd.engine.constraint import Constraint
 from glmd.kv.segment import Segment
 from glmd.kv.tree import Lease
-from glmd.messages import Generate, TokenArray, unpack_tokens
+from glmd.messages import Generate, Match, TokenArray, unpack_tokens
 from glmd.model.sampling import History, RowSampling
 
 NO_SLOT = -1
@@ -58,6 +58,8 @@ class Sequence:
         """Prompt tokens that were computed for this sequence."""
         self.admitted = False
         """Whether it has left the queue before, though it may wait again."""
+        self.match: Match | None = None
+        """How much of its prompt was stored when it left the queue first."""
         self.announced = False
         self.finished = False
         self.arrival = 0

@@ -99,6 +99,7 @@ def join(earlier: Output, later: Output) -> None:
     earlier.prompt_tokens = earlier.prompt_tokens or later.prompt_tokens
     earlier.cached_tokens = earlier.cached_tokens or later.cached_tokens
     earlier.admitted = earlier.admitted or later.admitted
+    earlier.match = earlier.match or later.match
     earlier.computed_tokens = later.computed_tokens or earlier.computed_tokens
     earlier.drafted += later.drafted
     earlier.accepted += later.accepted

@@ -16,6 +16,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from glmd.logs import LogFormat
 from glmd.messages import FromEngine, Shutdown, ToEngine, decode_from_engine, encode
 
 log = logging.getLogger("glmd.supervisor")
@@ -38,6 +39,7 @@ class Launch:
     engine: str = "glmd.engine.core"
     """The module that offers `EngineConfig` and `load_engine`."""
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
 
 
 class EngineProcess:
@@ -75,6 +77,7 @@ class EngineProcess:
                 f"--engine={launch.engine}",
                 f"--config={json.dumps(dict(launch.config))}",
                 f"--log-level={launch.log_level}",
+                f"--log-format={launch.log_format}",
                 stdin=asyncio.subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )

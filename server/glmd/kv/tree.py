@@ -21,6 +21,12 @@ MAX_SEGMENT = 8192
 """Tokens. Longer segments would not make attention cheaper, but joining them would make one
 step visibly longer, and eviction coarser."""
 
+MAX_SALTS = 16
+"""Salts among which a prompt's prefix is looked for, to say that it is stored elsewhere."""
+
+MAX_LOST = 256
+"""Evicted continuations that one node remembers, only to say what a prompt would have hit."""
+
 _COMPARE_WINDOW = 256
 """Tokens compared at first; the window then grows fourfold, so that an early divergence from a
 100k-token node costs microseconds and a full match still runs at memory speed."""
@@ -69,6 +75,8 @@ class Node(Generic[S]):
     """When the end of this node was last used, in ticks of the tree's clock."""
     passed: int = 0
     """When a prefix was last used that ends in this node before its last child."""
+    lost: dict[tuple[int, int], None] = field(default_factory=dict)
+    """What was evicted here: where it began, and its first token. The latest `MAX_LOST`."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,6 +119,19 @@ class Shape:
     longest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """What is stored behind a prefix.
+
+    Attributes:
+        tokens: the length of the longest run that continues it.
+        evicted: what was asked for was stored there, too, until it was evicted.
+    """
+
+    tokens: int
+    evicted: bool
+
+
 class PrefixTree(Generic[S]):
     """Sealed KV by token prefix, one root per cache salt.
 
@@ -142,7 +163,15 @@ class PrefixTree(Generic[S]):
 
     def advance(self, lease: Lease[S], tokens: TokenArray) -> int:
         """Move `lease` along `tokens` as far as they are stored; returns how many were."""
-        node, length, matched = lease.node, lease.length, 0
+        node, length, matched = self._walk(lease.node, lease.length, tokens)
+        if matched:
+            self._move(lease, node, length)
+        return matched
+
+    @staticmethod
+    def _walk(node: Node[S], length: int, tokens: TokenArray) -> tuple[Node[S], int, int]:
+        """Where one gets from a place along `tokens`, and how many of them that are."""
+        matched = 0
         while matched < len(tokens):
             step = common_prefix(node.tokens[length:], tokens[matched:])
             if step:
@@ -154,9 +183,7 @@ class PrefixTree(Generic[S]):
                 node, length = child, 0
                 continue
             matched += step
-        if matched:
-            self._move(lease, node, length)
-        return matched
+        return node, length, matched
 
     def release(self, lease: Lease[S]) -> None:
         """Give the prefix back; it stays stored until it is evicted."""
@@ -174,6 +201,27 @@ class PrefixTree(Generic[S]):
             node, length = node.parent, node.offset
         pieces.reverse()
         return pieces
+
+    def beyond(self, lease: Lease[S], token: int) -> Beyond:
+        """What is stored behind the lease's prefix, which `token` is not the next of.
+
+        Args:
+            token: the first one that `advance` did not find.
+        """
+        node, length = lease.node, lease.length
+        runs = [len(child) for (offset, _), child in node.children.items() if offset == length]
+        return Beyond(
+            tokens=max([len(node) - length, *runs]),
+            evicted=(length, token) in node.lost,
+        )
+
+    def stored_elsewhere(self, salt: str, tokens: TokenArray) -> int:
+        """The longest prefix of `tokens` that is stored with another salt than `salt`.
+
+        Looks at the `MAX_SALTS` salts that came last.
+        """
+        others = [root for other, root in self._roots.items() if other != salt]
+        return max((self._walk(root, 0, tokens)[2] for root in others[-MAX_SALTS:]), default=0)
 
     # -- growth ---------------------------------------------------------------------------
 
@@ -233,6 +281,8 @@ class PrefixTree(Generic[S]):
             for lease in node.leases:
                 lease.node, lease.length = parent, lease.length + shift
             parent.leases |= node.leases
+            for offset, token in node.lost:
+                _remember(parent, offset + shift, token)
             parent.stamp = max(parent.stamp, node.stamp)
             parent.passed = max(parent.passed, node.passed)
             node = parent
@@ -284,12 +334,15 @@ class PrefixTree(Generic[S]):
         assert node.kv is not None
         assert node.parent is not None
         before = node.kv.nbytes
+        first = int(node.tokens[length])
         if length == 0:
-            del node.parent.children[node.offset, int(node.tokens[0])]
+            del node.parent.children[node.offset, first]
+            _remember(node.parent, node.offset, first)
             after = 0
         else:
             node.kv = node.kv.part(0, length)
             after = node.kv.nbytes
+            _remember(node, length, first)
         self.tokens -= len(node) - length
         self.evicted_tokens += len(node) - length
         self.nbytes -= before - after
@@ -342,6 +395,13 @@ class PrefixTree(Generic[S]):
             for salt, root in list(self._roots.items()):
                 if root is node:
                     del self._roots[salt]
+
+
+def _remember(node: Node[Any], offset: int, token: int) -> None:
+    """Note what was evicted behind the first `offset` tokens of `node`."""
+    node.lost[offset, token] = None
+    if len(node.lost) > MAX_LOST:
+        del node.lost[next(iter(node.lost))]
 
 
 def _worth_joining(node: Node[Any], more: int) -> bool:
