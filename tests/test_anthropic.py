@@ -162,6 +162,7 @@ def test_without_a_word_there_is_no_thinking(http: httpx.Client) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1234}}, 1234),
         ({"thinking": {"type": "enabled"}}, None),
         ({"thinking": {"type": "adaptive"}}, None),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 0}}, None),
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, 1024),
         ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, None),
         ({"thinking": THINK, "output_config": {"effort": "low"}}, 2000),
@@ -331,6 +332,42 @@ def test_the_model_is_told_of_a_tool_that_failed(
         ],
     }
     check_prompt(http, body, as_chat)
+
+
+@pytest.mark.parametrize("thinking", [None, THINK])
+def test_tokens_are_counted_as_a_message_would_count_them(
+    http: httpx.Client, thinking: dict[str, Any] | None
+) -> None:
+    body = {
+        "max_tokens": 100,
+        "stream": False,
+        "system": [{"type": "text", "text": "Be brief."}],
+        "tools": [TOOL],
+        "thinking": thinking,
+        "messages": [
+            user("What now?"),
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+                    {
+                        "type": "tool_use",
+                        "id": "a",
+                        "name": TOOL["name"],
+                        "input": {"city": "Oslo"},
+                    },
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "a", "content": "⟦Yes.⟧"}],
+            },
+        ],
+    }
+    counted = http.post("/v1/messages/count_tokens?beta=true", json=body)
+    usage = http.post("/v1/messages?beta=true", json=body).json()["usage"]
+    size = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert counted.json() == {"input_tokens": size}
 
 
 def test_claude_codes_accounting_line_does_not_part_the_cache(http: httpx.Client) -> None:

@@ -17,7 +17,17 @@ ANSWER = (
     "I look.</think>One moment: ä😀.<tool_call>get_weather<arg_key>city</arg_key>"
     "<arg_value>São Paulo</arg_value></tool_call><tool_call>get_weather</tool_call>"
 )
-SCRIPTS = [ANSWER, "Hm.</think>Yes.", "</think>", "Cut in its reasoning", "</think>one two three"]
+PATCH = (
+    "</think><tool_call>patch<arg_key>input</arg_key><arg_value>*** a\n  b</arg_value></tool_call>"
+)
+SCRIPTS = [
+    ANSWER,
+    PATCH,
+    "Hm.</think>Yes.",
+    "</think>",
+    "Cut in its reasoning",
+    "</think>one two three",
+]
 FUNCTION = {
     "name": "get_weather",
     "description": "The weather.",
@@ -74,7 +84,7 @@ def test_completions(http: httpx.Client, script: str) -> None:
 def test_responses(http: httpx.Client, script: str, summary: str | None) -> None:
     body = {
         "input": f"⟦{script}⟧",
-        "tools": [{"type": "function", **FUNCTION}],
+        "tools": [{"type": "function", **FUNCTION}, {"type": "custom", "name": "patch"}],
         "reasoning": {"summary": summary, "effort": "high"},
         "include": ["message.output_text.logprobs"],
         "top_logprobs": 2,

@@ -119,6 +119,10 @@ def fold(events: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: PLR0912
                 assert event["text"] == item["content"][0]["text"]
             case "reasoning_summary_text.done":
                 assert event["text"] == item["summary"][0]["text"]
+            case "custom_tool_call_input.delta":
+                item["input"] += event["delta"]
+            case "custom_tool_call_input.done":
+                assert event["input"] == item["input"]
             case "function_call_arguments.done":
                 assert event["arguments"] == item["arguments"]
             case "content_part.done":
@@ -255,6 +259,90 @@ def test_functions_in_a_namespace_are_called_in_it(http: httpx.Client) -> None:
     output = {"type": "function_call_output", "call_id": "a", "output": "Text."}
     items = [user("Go."), call | {"call_id": "a"}, output]
     check_prompt(http, as_chat, input=items, tools=[space, TOOL])
+
+
+PATCH = (
+    "*** Begin Patch\n*** Update File: a.py\n-  x = '</arg_value>'\n+    x = \"é\"\n*** End Patch\n"
+)
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin Patch" LF'}
+APPLY = {"type": "custom", "name": "apply_patch", "description": "Edits.", "format": GRAMMAR}
+AS_FUNCTION = {
+    "type": "function",
+    "function": {
+        "name": "apply_patch",
+        "description": f"Edits.\n\nThe input follows this lark grammar:\n{GRAMMAR['definition']}",
+        "parameters": {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_custom_tool_is_called_with_raw_text(http: httpx.Client, stream: bool) -> None:
+    script = (
+        f"</think><tool_call>apply_patch<arg_key>input</arg_key><arg_value>{PATCH}</arg_value>"
+        "</tool_call>"
+    )
+    if stream:
+        response = fold(ask_streaming(http, script, tools=[APPLY]))
+    else:
+        response = ask(http, script, tools=[APPLY])
+    assert response["tools"] == [APPLY]
+    (call,) = response["output"]
+    assert (call["type"], call["name"], call["status"]) == (
+        "custom_tool_call",
+        "apply_patch",
+        "completed",
+    )
+    assert call["input"] == PATCH
+    output = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "Done."}
+    function = {"name": "apply_patch", "arguments": json.dumps({"input": PATCH})}
+    as_chat = {
+        "tools": [AS_FUNCTION],
+        "messages": [
+            user("Go."),
+            {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]},
+            {"role": "tool", "content": "Done."},
+        ],
+    }
+    check_prompt(http, as_chat, input=[user("Go."), call, output], tools=[APPLY])
+
+
+def test_a_custom_call_that_was_cut_off_keeps_what_was_written(http: httpx.Client) -> None:
+    script = f"</think><tool_call>apply_patch<arg_key>input</arg_key><arg_value>{PATCH}"
+    response = ask(http, script, tools=[APPLY], max_output_tokens=50)
+    assert response["status"] == "incomplete"
+    (call,) = response["output"]
+    assert call["status"] == "incomplete"
+    assert call["input"]
+    assert PATCH.startswith(call["input"])
+
+
+def test_a_custom_tool_can_be_required_and_its_turn_returns(http: httpx.Client) -> None:
+    """The scripted engine caches prompts only, so a turn's ids are seen in the one after next."""
+    script = (
+        "A thought of its own.</think>"
+        "<tool_call>apply_patch<arg_key>input</arg_key><arg_value>*** x</arg_value></tool_call>"
+    )
+    choice = {"type": "custom", "name": "apply_patch"}
+    items: list[dict[str, Any]] = [user(f"⟦{script}⟧")]
+    size = 0
+    for number in range(3):
+        response = post(
+            http, input=items, tools=[APPLY], tool_choice=choice if not number else None
+        )
+        assert response["usage"]["input_tokens_details"]["cached_tokens"] >= size
+        size = response["usage"]["input_tokens"]
+        calls = [item for item in response["output"] if item["type"] == "custom_tool_call"]
+        items += [item for item in response["output"] if item["type"] != "reasoning"]
+        items += [
+            {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "ok"}
+            for call in calls
+        ]
+        items.append(user(f"⟦Another thought.</think>Answer {number}⟧"))
 
 
 # -- parameters ---------------------------------------------------------------------------
@@ -605,7 +693,15 @@ def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "tools[0].parameters"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
+        ({"tools": [APPLY | {"format": {"type": "regex"}}]}, "tools[0].format.type"),
+        (
+            {"tools": [APPLY | {"format": {"type": "grammar"}}]},
+            "tools[0].format.definition",
+        ),
+        (
+            {"input": [{"type": "custom_tool_call", "call_id": "a", "name": "f"}]},
+            "input[0].input",
+        ),
         ({"tools": [{"type": "local_shell"}]}, "tools[0].type"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),

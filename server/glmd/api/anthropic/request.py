@@ -33,7 +33,10 @@ class ThinkingConfig(BaseModel):
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(
-        None, ge=1, description="Tokens after which the thinking is closed, and the answer goes on."
+        None,
+        ge=0,
+        description="Tokens after which the thinking is closed, and the answer goes on. With"
+        " adaptive 0, which Claude Code sends, is no limit.",
     )
     display: Literal["summarized", "omitted"] | None = Field(
         None,
@@ -118,9 +121,18 @@ class CountTokensRequest(SamplingFields):
 
         Args:
             budgets: of the efforts.
+
+        Raises:
+            InvalidRequest: thinking is enabled, with no token for it.
         """
-        if self.thinking is not None and self.thinking.budget_tokens is not None:
-            return self.thinking.budget_tokens
+        thinking = self.thinking
+        if thinking is not None and thinking.budget_tokens is not None:
+            if thinking.budget_tokens:
+                return thinking.budget_tokens
+            if thinking.type == "enabled":
+                raise InvalidRequest(
+                    "thinking.budget_tokens must be 1 or more.", param="thinking.budget_tokens"
+                )
         return budgets.get(self.output_config.effort) if self.output_config else None
 
     def structure(self, tools: Sequence[Tool]) -> Structure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import TypedDict
 
@@ -16,6 +16,9 @@ from glmd.api.responses.objects import (
     ArgumentsDelta,
     ArgumentsDone,
     ContentPartEvent,
+    CustomInputDelta,
+    CustomInputDone,
+    CustomToolCallItem,
     FunctionCallItem,
     IncompleteDetails,
     ItemEvent,
@@ -40,6 +43,7 @@ from glmd.api.responses.objects import (
     SummaryTextDelta,
     SummaryTextDone,
 )
+from glmd.api.responses.tools import INPUT, Tools
 from glmd.chat.events import (
     ContentDelta,
     Event,
@@ -72,21 +76,23 @@ class ResponseTeller:
         generation: Generation,
         *,
         summarise: bool,
-        namespaces: Mapping[str, tuple[str, str]],
+        tools: Tools,
         spell: Callable[[Sequence[TokenInfo]], list[TokenLogprob]],
         on_end: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
             summarise: the reasoning is to come as a summary.
-            namespaces: namespace and name of functions that have a namespace.
+            tools: that the answer may call.
             spell: log-probabilities as the client reads them.
             on_end: called when the response is done, before the last event tells it.
         """
         self.response = response
         self._generation = generation
         self._summarise = summarise
-        self._namespaces = namespaces
+        self._tools = tools
+        self._arguments = ""
+        """JSON of the open call's arguments."""
         self._spell = spell
         self._on_end = on_end
         self._numbers = count()
@@ -109,22 +115,13 @@ class ResponseTeller:
                 yield from self._say(text, self._spell(tokens))
             case ToolCallStart(_, id, name):
                 yield from self._close()
-                namespace, name = self._namespaces.get(name, (None, name))
-                yield from self._open(
-                    FunctionCallItem(
-                        id=self._new_id("fc"),
-                        status="in_progress",
-                        call_id=id,
-                        name=name,
-                        namespace=namespace,
-                        arguments="",
-                    )
-                )
+                yield from self._open(self._call(id, name))
+                self._arguments = ""
             case ToolCallDelta(_, arguments):
-                call = self._item
-                assert isinstance(call, FunctionCallItem), "a call starts before it goes on"
-                call.arguments += arguments
-                yield ArgumentsDelta(**self._place, delta=arguments)
+                self._arguments += arguments
+                if isinstance(call := self._item, FunctionCallItem):
+                    call.arguments += arguments
+                    yield ArgumentsDelta(**self._place, delta=arguments)
             case Finished(reason):
                 self._cut = reason == "length"
                 yield from self._close("incomplete" if self._cut else "completed")
@@ -187,6 +184,28 @@ class ResponseTeller:
             item=item,
         )
 
+    def _call(self, id: str, name: str) -> FunctionCallItem | CustomToolCallItem:
+        """The item of a call that begins."""
+        is_custom = name in self._tools.custom
+        namespace, name = self._tools.names.get(name, (None, name))
+        if is_custom:
+            return CustomToolCallItem(
+                id=self._new_id("ctc"),
+                status="in_progress",
+                call_id=id,
+                name=name,
+                namespace=namespace,
+                input="",
+            )
+        return FunctionCallItem(
+            id=self._new_id("fc"),
+            status="in_progress",
+            call_id=id,
+            name=name,
+            namespace=namespace,
+            arguments="",
+        )
+
     def _say(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[StreamEvent]:
         item = self._item
         if not isinstance(item, MessageItem):
@@ -245,7 +264,12 @@ class ResponseTeller:
                 )
             case FunctionCallItem():
                 yield ArgumentsDone(**self._place, name=item.name, arguments=item.arguments)
-        whole = isinstance(item, FunctionCallItem) and is_json(item.arguments)
+            case CustomToolCallItem():
+                item.input = input_of(self._arguments)
+                yield CustomInputDelta(**self._place, delta=item.input)
+                yield CustomInputDone(**self._place, input=item.input)
+        is_call = isinstance(item, FunctionCallItem | CustomToolCallItem)
+        whole = is_call and is_json(self._arguments)
         item.status = "completed" if whole else status
         self._is_open = False
         yield ItemEvent(
@@ -254,6 +278,13 @@ class ResponseTeller:
             output_index=self._index,
             item=item,
         )
+
+
+def input_of(arguments: str) -> str:
+    """The text that a custom tool is called with, as far as it was written."""
+    given = pydantic_core.from_json(arguments or "{}", allow_partial="trailing-strings")
+    text = given.get(INPUT)
+    return text if isinstance(text, str) else ""
 
 
 def is_json(text: str) -> bool:

@@ -142,7 +142,7 @@ async def prepare(
         stored.response,
         generation,
         summarise=body.summarises,
-        namespaces=tools.names,
+        tools=tools,
         spell=partial(spell_logprobs, service.tokenizer),
         on_end=partial(store.keep, stored) if stored.response.store else None,
     )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmd.api.responses.tools import full_name
+from glmd.api.responses.tools import INPUT, full_name
 from glmd.chat.messages import (
     AssistantMessage,
+    Json,
     Message,
     SystemMessage,
     ToolCall,
@@ -71,7 +72,7 @@ def read_items(items: Sequence[Item], params: Sequence[str]) -> list[Message]:
         kind = item.get("type") or "message"
         role = item.get("role")
         is_text = kind == "message" and role == "assistant"
-        if is_text or kind in ("reasoning", "function_call"):
+        if is_text or kind in ("reasoning", "function_call", "custom_tool_call"):
             if is_text and turn is not None and turn.ends_in_text:
                 close()
             turn = turn or _Turn(param)
@@ -91,7 +92,7 @@ def read_items(items: Sequence[Item], params: Sequence[str]) -> list[Message]:
 
 
 def _message(item: Item, kind: object, role: object, param: str) -> Message:
-    if kind == "function_call_output":
+    if kind in ("function_call_output", "custom_tool_call_output"):
         return ToolMessage(text_of(item.get("output"), f"{param}.output"), _call_id(item, param))
     if kind != "message":
         field = f"{param}.type"
@@ -136,7 +137,14 @@ def _call(item: Item, param: str) -> ToolCall:
     if not isinstance(name, str) or not name:
         field = f"{param}.name"
         raise InvalidRequest(f"{field} must be a non-empty string.", param=field)
-    arguments = arguments_of(item.get("arguments"), f"{param}.arguments")
+    arguments: dict[str, Json]
+    if item.get("type") == "custom_tool_call":
+        text = item.get(INPUT)
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{param}.input must be a string.", param=f"{param}.input")
+        arguments = {INPUT: text}
+    else:
+        arguments = arguments_of(item.get("arguments"), f"{param}.arguments")
     return ToolCall(_call_id(item, param), full_name(item.get("namespace"), name), arguments)
 
 

@@ -57,7 +57,20 @@ class FunctionCallItem(BaseModel):
     arguments: str = Field(description="A JSON object, as text.")
 
 
-OutputItem = Annotated[MessageItem | ReasoningItem | FunctionCallItem, Field(discriminator="type")]
+class CustomToolCallItem(BaseModel):
+    id: str
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    status: ItemStatus
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+
+
+OutputItem = Annotated[
+    MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem,
+    Field(discriminator="type"),
+]
 
 
 class InputTokensDetails(BaseModel):
@@ -244,6 +257,16 @@ class ArgumentsDone(OfPart):
     arguments: str
 
 
+class CustomInputDelta(OfPart):
+    type: Literal["response.custom_tool_call_input.delta"] = "response.custom_tool_call_input.delta"
+    delta: str = Field(description="All of the input.")
+
+
+class CustomInputDone(OfPart):
+    type: Literal["response.custom_tool_call_input.done"] = "response.custom_tool_call_input.done"
+    input: str
+
+
 StreamEvent = Annotated[
     ResponseEvent
     | ItemEvent
@@ -256,7 +279,9 @@ StreamEvent = Annotated[
     | SummaryTextDelta
     | SummaryTextDone
     | ArgumentsDelta
-    | ArgumentsDone,
+    | ArgumentsDone
+    | CustomInputDelta
+    | CustomInputDone,
     Field(discriminator="type"),
 ]
 

@@ -61,11 +61,11 @@ class TextConfig(BaseModel):
 
 
 class NamedChoice(BaseModel):
-    """The function to call."""
+    """The function or custom tool to call."""
 
     model_config = ConfigDict(strict=True)
 
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: str
     namespace: str | None = None
 
@@ -85,7 +85,8 @@ class ResponsesRequest(SamplingFields):
     )
     tools: list[dict[str, Any]] | None = Field(
         None,
-        description="Functions, alone or in namespaces. Hosted tools are left out.",
+        description="Functions and custom tools, alone or in namespaces. Hosted tools are left"
+        " out.",
         json_schema_extra=TOOLS_SCHEMA,
     )
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(

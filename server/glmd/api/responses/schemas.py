@@ -44,9 +44,16 @@ REASONING = tagged(
 )
 CALL = tagged("function_call", {"call_id": NAME, "name": NAME, "arguments": TEXT}, namespace=TEXT)
 OUTPUT = tagged("function_call_output", {"call_id": NAME, "output": {"anyOf": [TEXT, TEXT_PARTS]}})
+CUSTOM_CALL = tagged(
+    "custom_tool_call", {"call_id": NAME, "name": NAME, "input": TEXT}, namespace=TEXT
+)
+CUSTOM_OUTPUT = tagged(
+    "custom_tool_call_output", {"call_id": NAME, "output": {"anyOf": [TEXT, TEXT_PARTS]}}
+)
 REFERENCE = tagged("item_reference", {"id": TEXT})
 
-INPUT_SCHEMA: Schema = {"anyOf": [TEXT, list_of(MESSAGE, REASONING, CALL, OUTPUT, REFERENCE)]}
+ITEMS = (MESSAGE, REASONING, CALL, OUTPUT, CUSTOM_CALL, CUSTOM_OUTPUT, REFERENCE)
+INPUT_SCHEMA: Schema = {"anyOf": [TEXT, list_of(*ITEMS)]}
 
 FUNCTION = tagged(
     "function",
@@ -55,5 +62,15 @@ FUNCTION = tagged(
     parameters={"type": ["object", "null"]},
     strict={"type": ["boolean", "null"]},
 )
-NAMESPACE = tagged("namespace", {"name": NAME, "tools": list_of(FUNCTION)}, description=TEXT)
-TOOLS_SCHEMA: Schema = {"anyOf": [list_of(FUNCTION, NAMESPACE), {"type": "null"}]}
+FORMAT: Schema = {
+    "anyOf": [
+        tagged("text", {}),
+        tagged("grammar", {"syntax": {"enum": ["lark", "regex"]}, "definition": TEXT}),
+        {"type": "null"},
+    ]
+}
+CUSTOM = tagged("custom", {"name": NAME}, description=TEXT, format=FORMAT)
+NAMESPACE = tagged(
+    "namespace", {"name": NAME, "tools": list_of(FUNCTION, CUSTOM)}, description=TEXT
+)
+TOOLS_SCHEMA: Schema = {"anyOf": [list_of(FUNCTION, CUSTOM, NAMESPACE), {"type": "null"}]}

@@ -1,4 +1,10 @@
-"""Tools of the Responses API: functions, alone or in namespaces, and tools that OpenAI hosts."""
+"""Tools of the Responses API: functions and custom tools, alone or in namespaces, and tools that
+OpenAI hosts.
+
+A custom tool takes text. The model knows it as a function with that text as its one argument, which
+in GLM's form of a call stands there raw. The grammar that such a tool may have is told to the
+model, in the tool's description, and not enforced: what takes the text checks it anyway.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +27,9 @@ HOSTED = (
 )
 """How the types of tools begin that OpenAI's servers run."""
 
+INPUT = "input"
+"""What the model calls the text that a custom tool takes."""
+
 NAMESPACE_SEPARATOR = "__"
 """Between namespace and name, in what the model reads: `mcp__files` and `read` are
 `mcp__files__read`."""
@@ -38,12 +47,14 @@ class Tools:
     Attributes:
         functions: what the model is told of.
         names: of each function in a namespace, by what the model calls it: namespace and name.
+        custom: those that are custom tools, by what the model calls them.
         left_out: hosted tools.
         raw: the request's, without those.
     """
 
     functions: list[Tool]
     names: dict[str, tuple[str, str]]
+    custom: frozenset[str]
     left_out: list[str]
     raw: list[dict[str, Any]]
 
@@ -60,14 +71,46 @@ def read_tools(raw: Sequence[dict[str, Any]] | None) -> Tools:
             flat += _members(tool, where, names)
         else:
             flat.append((tool, where))
+    custom = frozenset(str(tool.get("name")) for tool, _ in flat if tool.get("type") == "custom")
     functions, left_out = read_flat_tools(
-        flat,
+        [(as_function(tool, where), where) for tool, where in flat],
         schema_key="parameters",
         function_types=("function",),
         is_hosted=lambda type: type.startswith(HOSTED),
     )
     kept = [one for one in raw or () if not str(one.get("type")).startswith(HOSTED)]
-    return Tools(functions, names, left_out, kept)
+    return Tools(functions, names, custom, left_out, kept)
+
+
+def as_function(tool: Mapping[str, Any], param: str) -> Mapping[str, Any]:
+    """A custom tool as the function that the model knows; any other tool as it is.
+
+    Raises:
+        InvalidRequest: its format is malformed.
+    """
+    if tool.get("type") != "custom":
+        return tool
+    description, form = tool.get("description"), tool.get("format")
+    if isinstance(form, Mapping) and form.get("type") == "grammar":
+        grammar = form.get("definition")
+        if not isinstance(grammar, str):
+            field = f"{param}.format.definition"
+            raise InvalidRequest(f"{field} must be a string.", param=field)
+        told = f"The input follows this {form.get('syntax') or 'lark'} grammar:\n{grammar}"
+        description = f"{description}\n\n{told}" if description else told
+    elif form is not None and (not isinstance(form, Mapping) or form.get("type") != "text"):
+        field = f"{param}.format.type"
+        raise InvalidRequest(f"{field} must be text or grammar.", param=field)
+    return {
+        "type": "function",
+        "name": tool.get("name"),
+        "description": description,
+        "parameters": {
+            "type": "object",
+            "properties": {INPUT: {"type": "string"}},
+            "required": [INPUT],
+        },
+    }
 
 
 def _members(
