@@ -205,6 +205,25 @@ def test_a_mistake_names_the_field(
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "Hi"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/detokenize", {"tokens": [5]}),
+        ("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+)
+def test_what_is_unknown_beside_tokens_is_named(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    """Such as llama.cpp's and vLLM's switches."""
+    response = http.post(path, json=body | {"add_special": False, "with_pieces": None})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-glmd-ignored-parameters"] == "add_special"
+    assert "x-glmd-ignored-parameters" not in http.post(path, json=body).headers
+
+
 def test_every_route_is_in_the_openapi_document(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     assert set(document["paths"]) >= {

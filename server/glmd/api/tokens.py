@@ -6,12 +6,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from glmd.api.json_route import JsonRoute
 from glmd.api.openai.conversation import ConversationFields
 from glmd.api.openai.parameters import TokenId
+from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.terms import GivenClient
 from glmd.errors import InvalidRequest
@@ -22,7 +23,7 @@ GivenService = Annotated[Service, Depends(get_service)]
 
 
 class TokenizeText(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     prompt: str | None = Field(None, description="Text whose tags are tags.")
@@ -54,7 +55,7 @@ class Tokenized(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     tokens: list[TokenId]
@@ -70,9 +71,18 @@ class Rendered(BaseModel):
     tokens: list[int]
 
 
+def name_ignored(body: BaseModel, response: Response) -> None:
+    """List in the response's header what nothing here knows."""
+    extra = body.model_extra or {}
+    response.headers.update(ignored_header(name for name in extra if extra[name] is not None))
+
+
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: GivenService, client: GivenClient) -> Tokenized:
+async def tokenize(
+    body: TokenizeRequest, response: Response, service: GivenService, client: GivenClient
+) -> Tokenized:
     """The tokens of a text, or of a conversation as the model would read it."""
+    name_ignored(body, response)
     if isinstance(body, TokenizeChat):
         defaults = service.defaults(body.model, body.profile)
         async with service.one_each.turn(client):
@@ -99,9 +109,10 @@ async def tokenize(body: TokenizeRequest, service: GivenService, client: GivenCl
 
 @router.post("/detokenize")
 async def detokenize(
-    body: DetokenizeRequest, service: GivenService, client: GivenClient
+    body: DetokenizeRequest, response: Response, service: GivenService, client: GivenClient
 ) -> Detokenized:
     """The text of tokens, tags spelt out."""
+    name_ignored(body, response)
     service.defaults(body.model)
     async with service.one_each.turn(client):
         text = await service.work(partial(service.tokenizer.decode, body.tokens))
@@ -110,9 +121,10 @@ async def detokenize(
 
 @router.post("/apply-template")
 async def apply_template(
-    body: TokenizeChat, service: GivenService, client: GivenClient
+    body: TokenizeChat, response: Response, service: GivenService, client: GivenClient
 ) -> Rendered:
     """A conversation as the model would read it."""
+    name_ignored(body, response)
     defaults = service.defaults(body.model, body.profile)
     async with service.one_each.turn(client):
         prompt = await service.build_prompt(body.conversation(defaults))
