@@ -30,6 +30,7 @@ def browser() -> Iterator[Any]:
     path = find_chromium()
     if path is None:
         pytest.skip("there is no Chromium")
+    expect.set_options(timeout=20_000)  # For busy machines; what is expected comes at once.
     with chromium(path) as browser:
         yield browser
 
@@ -152,6 +153,12 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             assert tab.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
             assert tab.evaluate("localStorage.length") == 0
             assert "open-sesame" not in tab.content()
+
+
+def test_the_picture_of_the_page_is_small_enough_for_a_repository() -> None:
+    picture = (Path(__file__).parents[1] / "docs" / "page.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) <= 300_000
 
 
 # -- the chat -------------------------------------------------------------------------------
@@ -303,7 +310,7 @@ CODE = "if a < b:\n    pass\n"
 def test_text_is_shown_as_it_is_and_code_apart(tab: Any) -> None:
     send(tab, f"⟦</think>{MARKUP}\n\n  two  spaces\n```python\n{CODE}```\nafter `x`⟧")
     expect(answers(tab)).to_have_count(1)
-    texts = tab.locator(".content .text").evaluate_all("(all) => all.map((e) => e.textContent)")
+    texts = tab.locator(".content > .text").evaluate_all("(all) => all.map((e) => e.textContent)")
     assert texts == [f"{MARKUP}\n\n  two  spaces\n", "after `x`"]
     code = tab.locator(".content pre")
     assert code.evaluate("(element) => element.textContent") == CODE
@@ -367,6 +374,17 @@ def test_a_server_that_is_gone_is_said_to_be_and_found_again(tab: Any) -> None:
     expect(tab.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
     tab.context.set_offline(False)
     expect(tab.locator("#state")).to_have_text("ready")
+
+
+def test_a_long_answer_is_shown_whole_in_blocks_of_its_lines(tab: Any) -> None:
+    lines = [f"{number}. line" + "\n" * (number % 3 == 0) for number in range(120)]
+    text = "\n".join(lines)
+    send(tab, f"⟦</think>{text}\n```\n{text}\n```⟧")
+    expect(answers(tab)).to_have_count(1)
+    for place in (".content > .text", ".content code .text"):
+        blocks = tab.locator(place).evaluate_all("(all) => all.map((e) => e.textContent)")
+        assert len(blocks) > 2
+        assert "\n".join(blocks).rstrip("\n") == text.rstrip("\n")
 
 
 # -- for everyone ---------------------------------------------------------------------------

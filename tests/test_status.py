@@ -182,6 +182,16 @@ def test_status_says_what_is_served_and_how_the_engine_is(http: httpx.Client) ->
     assert shown["uptime"] > 0
 
 
+def test_as_many_ended_requests_are_shown_as_are_asked_for(http: httpx.Client) -> None:
+    for _ in range(3):
+        path, body = BODIES["chat"]
+        http.post(path, json=body("</think>x"))
+    last = [request["id"] for request in status(http)["recent"]]
+    shown = http.get("/glmd/status", params={"recent": 2}).json()["recent"]
+    assert [request["id"] for request in shown] == last[:2]
+    assert http.get("/glmd/status", params={"recent": -1}).status_code == 400
+
+
 def test_status_says_what_a_request_gets_with_a_profile_and_without() -> None:
     with (
         live_server(ready=False, temperature=0.6, enable_thinking=False) as server,

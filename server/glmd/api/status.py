@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
@@ -15,7 +16,7 @@ from glmd.api import models
 from glmd.api.defaults import Defaults
 from glmd.api.exchange import Api
 from glmd.api.health import Loading
-from glmd.api.requests import Finish, Record, State
+from glmd.api.requests import HISTORY, Finish, Record, State
 from glmd.api.service import Service, get_service
 from glmd.errors import Cancelled
 
@@ -169,7 +170,12 @@ class CancelledRequests(BaseModel):
 
 
 @router.get("/status")
-async def status(service: GivenService) -> Status:
+async def status(
+    service: GivenService,
+    recent: Annotated[
+        int, Query(ge=0, le=HISTORY, description="Requests that ended, at most so many.")
+    ] = HISTORY,
+) -> Status:
     """The model, the engine, its memory and cache, speeds, and the requests now and lately."""
     engine, requests = service.engine, service.requests
     return Status(
@@ -194,7 +200,7 @@ async def status(service: GivenService) -> Status:
         ),
         speed=speed(service),
         running=[RequestStatus.of(record) for record in requests.running.values()],
-        recent=[RequestStatus.of(record) for record in reversed(requests.recent)],
+        recent=[RequestStatus.of(record) for record in islice(reversed(requests.recent), recent)],
     )
 
 

@@ -5,6 +5,12 @@ import { make } from "./dom.js";
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`]*$/;
 const MAYBE_FENCE = /^ {0,3}(?:`{1,2}|~{1,2}|(?:`{3,}|~{3,}).*)?$/s;
 
+/**
+ * Characters after which the next line begins a block of its own: a browser lays out the whole block
+ * for each token that is added to it.
+ */
+const BLOCK = 500;
+
 /** Appends text to `element`. What has been shown is never built again, however long it gets. */
 export class Prose {
   constructor(element) {
@@ -12,7 +18,8 @@ export class Prose {
     this.fence = null; // The marks that opened the present code block.
     this.line = ""; // The beginning of a line, while it may yet be a fence.
     this.held = true; // At the beginning of a line.
-    this.node = null; // Where text goes.
+    this.code = null; // The present code block.
+    this.node = null; // Where text goes; null: into a new block.
   }
 
   append(text) {
@@ -48,21 +55,30 @@ export class Prose {
     if (!marks) return false;
     if (this.fence === null) {
       this.fence = marks;
-      const code = make("code");
-      this.node = code.appendChild(document.createTextNode(""));
-      this.element.append(make("pre", { tabindex: 0, "data-language": language || null }, code));
+      this.node = null;
+      this.code = make("code");
+      this.element.append(make("pre", { tabindex: 0, "data-language": language || null }, this.code));
       return true;
     }
     if (!marks.startsWith(this.fence) || language) return false;
-    this.fence = null;
-    this.node = null;
+    this.fence = this.code = this.node = null;
     return true;
   }
 
+  /** Add a line or a part of one. */
   #write(text) {
+    if (this.node?.length > BLOCK && text.endsWith("\n")) {
+      const line = text.slice(0, -1);
+      const empty = !line && this.node.data.endsWith("\n"); // It would vanish at a block's end.
+      if (!empty) {
+        this.node.appendData(line); // The end of the block is the end of the line.
+        this.node = null;
+        return;
+      }
+    }
     if (this.node === null) {
       this.node = document.createTextNode("");
-      this.element.append(make("div", { class: "text" }, this.node));
+      (this.code ?? this.element).append(make("div", { class: "text" }, this.node));
     }
     this.node.appendData(text);
   }

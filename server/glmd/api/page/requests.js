@@ -4,7 +4,8 @@ import { call } from "./api.js";
 import { byId, make, say } from "./dom.js";
 import { count, rate, seconds } from "./units.js";
 
-const RECENT = 5;
+/** How many of those that ended are shown. */
+export const RECENT = 5;
 
 /** Rows by id, brought up to date in place, so that focus and selections survive. */
 class Rows {
@@ -52,7 +53,7 @@ export class Requests {
 
   show(running, recent) {
     this.running.show(running);
-    this.recent.show(recent.slice(0, RECENT));
+    this.recent.show(recent);
     byId("idle").hidden = running.length > 0;
     byId("past").hidden = recent.length === 0;
   }

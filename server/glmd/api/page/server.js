@@ -4,7 +4,7 @@ import { call, keyGiven } from "./api.js";
 import { byId, make, say } from "./dom.js";
 import { offer } from "./options.js";
 import { Plot } from "./plot.js";
-import { Requests } from "./requests.js";
+import { RECENT, Requests } from "./requests.js";
 import { bytes, count, rate, seconds } from "./units.js";
 
 const PAUSE = 1000;
@@ -25,7 +25,7 @@ export class Server {
       if (document.hidden) pause = null;
       else {
         try {
-          const response = await call("glmd/status");
+          const response = await call(`glmd/status?recent=${RECENT}`);
           this.#show(await response.json());
         } catch (error) {
           this.#fail(error);
