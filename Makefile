@@ -18,12 +18,12 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
 	$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: help serve test lint format book setup setup-dev setup-parity setup-clients picture wheel smoke-wheel clean
+.PHONY: help serve test lint format book soak setup setup-dev setup-parity setup-clients picture wheel smoke-wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
-	@echo "Others: lint, format, book, picture, wheel, smoke-wheel, clean."
+	@echo "Others: lint, format, book, soak, picture, wheel, smoke-wheel, clean."
 
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -80,6 +80,10 @@ wheel: setup-dev
 # Install the wheel with all it depends on into an empty environment, and serve from there.
 smoke-wheel: wheel
 	tools/smoke-wheel $(BIN)/python dist/glmd-*.whl
+
+# Ten minutes of mixed load with faults at random; see tools/soak.
+soak: setup
+	$(BIN)/python tools/soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(NODE_CLIENTS)/node_modules dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
