@@ -213,6 +213,10 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="Form of log lines; auto: text on a terminal, else JSON."
     )
+    tracing: bool = Field(
+        False,
+        description="Send OpenTelemetry spans, as the OTEL_… variables say; wants glmd[otel].",
+    )
     slow_request: float = Field(
         30.0,
         ge=0,

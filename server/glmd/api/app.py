@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -20,6 +22,10 @@ from glmd.api.request_log import RequestLog
 from glmd.api.responses import endpoints as responses
 from glmd.api.responses.store import ResponseStore
 from glmd.api.service import Service
+from glmd.errors import SettingsError
+
+if TYPE_CHECKING:
+    from glmd.api.tracing import Tracing
 
 
 def create_app(service: Service) -> FastAPI:
@@ -33,13 +39,20 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await app.state.responses.close()
             await service.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     settings = service.settings
     meter = metrics.Metrics(service)
     request_log = RequestLog(service)
+    tracing = start_tracing(service)
+    watchers = [meter.count, request_log.exchange_ended]
     service.requests.watchers.append(request_log.record_ended)
+    if tracing is not None:
+        watchers.append(tracing.exchange_ended)
+        service.requests.watchers.append(tracing.record_ended)
     middleware = [
-        Middleware(RequestId, watchers=(meter.count, request_log.exchange_ended)),
+        Middleware(RequestId, watchers=watchers),
         Middleware(BoundedHead),
         *access_rules(settings, service.keys),
         Middleware(WholeBody, limit=settings.max_body, seconds=settings.body_timeout),
@@ -66,3 +79,21 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(module.router)
     app.openapi = partial(document, app)  # type: ignore[method-assign]
     return app
+
+
+def start_tracing(service: Service) -> Tracing | None:
+    """What sends spans, if the settings ask for it.
+
+    Raises:
+        SettingsError: the extra is not installed, or the environment asks for what is not there.
+    """
+    if not service.settings.tracing:
+        return None
+    try:
+        # Only here, because few want it, and not all have it installed.
+        from glmd.api.tracing import Tracing  # noqa: PLC0415
+    except ImportError as error:
+        raise SettingsError(
+            "tracing: OpenTelemetry is not installed; get it with `pip install 'glmd[otel]'`."
+        ) from error
+    return Tracing(service.model.id)

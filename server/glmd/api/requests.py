@@ -19,7 +19,7 @@ from glmd.api.histogram import Histogram
 from glmd.api.timeline import Timeline
 from glmd.chat.events import FinishReason
 from glmd.errors import Cancelled, GlmdError
-from glmd.messages import Generate, Match, Output, count_tokens
+from glmd.messages import Generate, Match, Output, SamplingParams, count_tokens
 
 State = Literal["queued", "prefill", "decoding", "finished"]
 Finish = FinishReason | Literal["cancelled", "error"]
@@ -49,6 +49,8 @@ class Record:
         id: the answer's, as clients read it (`chatcmpl-…`), and the engine's.
         exchange: the HTTP request that it is of.
         sequences: answers to the prompt.
+        max_tokens, sampling: what was asked for.
+        begun: it was sent to the engine.
         computed_tokens: prompt tokens that are ready, cached ones included.
         cached_tokens: prompt tokens that were not computed for it.
         drafted: MTP drafts verified for it, and `accepted` of them.
@@ -63,6 +65,9 @@ class Record:
     exchange: Exchange
     sequences: int
     prompt_tokens: int
+    max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    begun: bool = False
     state: State = "queued"
     computed_tokens: int = 0
     cached_tokens: int = 0
@@ -160,7 +165,14 @@ class Requests:
 
     def record(self, exchange: Exchange, request: Generate) -> Record:
         """A record of a request that has not begun."""
-        record = Record(request.id, exchange, request.n, count_tokens(request.prompt))
+        record = Record(
+            request.id,
+            exchange,
+            request.n,
+            count_tokens(request.prompt),
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+        )
         exchange.records.append(record)
         return record
 
@@ -171,6 +183,7 @@ class Requests:
     @contextmanager
     def in_flight(self, record: Record) -> Iterator[None]:
         """Count a request as running; how the block ends is how the request does."""
+        record.begun = True
         self.running[record.id] = record
         try:
             yield

@@ -105,7 +105,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
-    terms.exchange.asks("responses", body.model, stream=body.stream)
+    terms.exchange.asks("responses", body.model, stream=body.stream, background=body.background)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     previous = store.previous(body.previous_response_id) if body.previous_response_id else None
