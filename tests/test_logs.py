@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,7 +22,8 @@ import pytest
 from glmd.api.exchange import Exchange
 from glmd.api.request_log import explain
 from glmd.api.requests import Record
-from glmd.logs import JsonFormatter, TextFormatter, choose_format, request_id
+from glmd.cli import service
+from glmd.logs import JsonFormatter, TextFormatter, choose_format, for_people, request_id
 from glmd.messages import Match
 from live import LiveServer, live_server
 
@@ -223,6 +225,18 @@ def test_lines_that_are_written_for_a_request_carry_its_id() -> None:
         request_id.reset(token)
 
 
+def test_a_line_in_json_is_shown_to_people_as_text_and_anything_else_as_it_is() -> None:
+    record = make("Done\x1b[31m", fields={"request_id": "abc"})
+    line = JsonFormatter().format(record)
+    text = for_people(line)
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO glmd\.test: Done\\x1b\[31m \[abc\]", text
+    )
+    assert for_people(f"Nov 24 10:00:00 mac glmd[7]: {line}") == text
+    for other in ("libc++abi: terminating", "{}", '{"time": 1}', "{broken", "[1]", ""):
+        assert for_people(other) == other
+
+
 def test_the_form_is_text_on_a_terminal_and_json_elsewhere_unless_it_is_set() -> None:
     assert choose_format("auto", io.StringIO()) == "json"
     assert choose_format("text", io.StringIO()) == "text"
@@ -265,3 +279,22 @@ def test_both_processes_write_json_into_a_file(tmp_path: Path) -> None:
     loggers = {line["logger"] for line in written}
     assert {"glmd.engine", "glmd.supervisor"} <= loggers
     assert any("the test asked for it" in line.get("exception", "") for line in written)
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_the_services_log_is_text_on_a_terminal_and_as_written_elsewhere(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    on_terminal: bool,
+) -> None:
+    line = JsonFormatter().format(make("Ready."))
+    file = tmp_path / "log"
+    file.write_text(f"{line}\nabort\n")
+    manager = SimpleNamespace(log_command=lambda lines, follow: ["cat", str(file)])
+    monkeypatch.setattr("glmd.service.find.find_manager", lambda: manager)
+    monkeypatch.setattr("glmd.service.manager.require_installed", lambda manager: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
+    service.logs(lines=100, follow=False)
+    shown = capfd.readouterr().out.splitlines()
+    assert shown == [for_people(line) if on_terminal else line, "abort"]

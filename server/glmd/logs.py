@@ -59,6 +59,25 @@ def escape_controls(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def for_people(line: str) -> str:
+    """A line of a log as text, if it is one of ours in JSON; else as it is.
+
+    What a journal puts before it goes, because it says the same.
+    """
+    try:
+        fields = json.loads(line[line.index("{") :])
+        words = [fields[name] for name in ("time", "level", "logger", "message")]
+    except (ValueError, KeyError, TypeError):
+        return line
+    time, level, logger, message = map(str, words)
+    moment = datetime.fromisoformat(time).astimezone().isoformat(" ", "milliseconds")
+    text = escape_controls(f"{moment[:23]} {level} {logger}: {message}")
+    id = str(fields.get("request_id", ""))
+    if id not in text:
+        text += f" [{id}]"
+    return "\n".join([text, *str(fields.get("exception", "")).splitlines()])
+
+
 def choose_format(setting: Literal["auto", "text", "json"], stream: TextIO) -> LogFormat:
     """The form that a setting means for a stream: text on a terminal, else JSON."""
     if setting == "auto":

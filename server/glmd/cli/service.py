@@ -151,20 +151,28 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="So many last lines.")] = 100,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
 ) -> None:
-    """Print the service's log."""
+    """Print the service's log: on a terminal as text, else as it is written."""
+    from glmd.logs import for_people
     from glmd.service.find import find_manager
     from glmd.service.manager import require_installed
 
     manager = find_manager()
     require_installed(manager)
     try:
-        done = subprocess.run(  # noqa: S603
-            manager.log_command(lines, follow=follow), check=False
-        )
+        command = manager.log_command(lines, follow=follow)
+        if not sys.stdout.isatty():
+            code = subprocess.run(command, check=False).returncode  # noqa: S603
+        else:
+            with subprocess.Popen(  # noqa: S603
+                command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+            ) as reading:
+                for line in reading.stdout or ():
+                    print(for_people(line.rstrip("\n")), flush=True)
+            code = reading.returncode
     except KeyboardInterrupt:  # the way to leave --follow
         return
-    if done.returncode:
-        raise typer.Exit(done.returncode)
+    if code:
+        raise typer.Exit(code)
 
 
 def describe(manager: Manager, state: State, server: Server | None) -> dict[str, Any]:
