@@ -111,6 +111,9 @@ def test_ten_turns_with_a_tool_compute_only_what_is_new(client: openai.OpenAI) -
 def test_retrieve_cancel_and_delete(client: openai.OpenAI) -> None:
     response = client.responses.create(model="tiny", input="⟦</think>Yes.⟧")
     assert client.responses.retrieve(response.id) == response
+    counted = client.responses.input_tokens.count(model="tiny", input="⟦</think>Yes.⟧")
+    assert response.usage is not None
+    assert counted.input_tokens == response.usage.input_tokens
     client.responses.delete(response.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(response.id)

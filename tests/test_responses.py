@@ -523,6 +523,18 @@ def test_a_response_goes_on_from_a_stored_one_without_its_instructions(http: htt
     assert third["usage"]["input_tokens"] > expected
 
 
+def test_tokens_are_counted_as_a_response_would_count_them(http: httpx.Client) -> None:
+    first = ask(http, "Hm.</think>Hello.", instructions="Speak up.")
+    body = {
+        "input": "⟦</think>Yes.⟧",
+        "instructions": "Be brief.",
+        "previous_response_id": first["id"],
+        "tools": [TOOL, APPLY],
+    }
+    counted = http.post("/v1/responses/input_tokens", json=body).json()
+    assert counted["input_tokens"] == post(http, **body)["usage"]["input_tokens"]
+
+
 def test_a_response_is_retrieved_until_it_is_deleted(http: httpx.Client) -> None:
     for made in (
         ask(http, "Hm.</think>Hello."),

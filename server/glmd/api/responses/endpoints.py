@@ -1,4 +1,4 @@
-"""`/v1/responses`: create, retrieve, cancel and delete."""
+"""`/v1/responses`: create, count, retrieve, cancel and delete."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ from glmd.api.named_events import exhaust, frames, tell, write
 from glmd.api.openai.logprobs import spell_logprobs
 from glmd.api.responses.answer import ResponseTeller
 from glmd.api.responses.items import Item, as_items, read_items
-from glmd.api.responses.objects import Deleted, ReasoningConfig, ResponseObject, TextOptions
+from glmd.api.responses.objects import (
+    Deleted,
+    InputTokenCount,
+    ReasoningConfig,
+    ResponseObject,
+    TextOptions,
+)
 from glmd.api.responses.request import REFUSED, NamedChoice, ResponsesRequest
 from glmd.api.responses.store import ResponseStore, Stored, get_store, size_of
 from glmd.api.responses.tools import Tools, read_tools
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms, preparing
+from glmd.api.terms import GivenClient, GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
@@ -63,6 +69,20 @@ async def create_response(
     else:
         await unless_disconnected(request, exhaust(events))
     return answer(stored, headers)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(
+    body: ResponsesRequest, service: GivenService, store: GivenStore, client: GivenClient
+) -> InputTokenCount:
+    """How many tokens the prompt of such a request has."""
+    body.unknown(REFUSED)
+    defaults = service.defaults(body.model, body.profile)
+    _, earlier, new = items_of(body, store)
+    conversation = read_conversation(body, earlier, new, read_tools(body.tools), defaults)
+    async with service.one_each.turn(client):
+        prompt = await service.build_prompt(conversation)
+    return InputTokenCount(input_tokens=len(prompt.tokens))
 
 
 @router.get("/v1/responses/{id}", response_model=ResponseObject)
@@ -108,11 +128,7 @@ async def prepare(
     terms.exchange.asks("responses", body.model, stream=body.stream, background=body.background)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
-    previous = store.previous(body.previous_response_id) if body.previous_response_id else None
-    earlier = previous.conversation if previous is not None else []
-    new = [
-        store.resolve(item, f"input[{index}]") for index, item in enumerate(as_items(body.input))
-    ]
+    previous, earlier, new = items_of(body, store)
     logprobs = body.top_k_logprobs
     sampling = body.sampling(defaults.sampling, logprobs)
     id = f"resp_{uuid.uuid4().hex}"
@@ -147,6 +163,22 @@ async def prepare(
         on_end=partial(store.keep, stored) if stored.response.store else None,
     )
     return stored, teller, generation
+
+
+def items_of(
+    body: ResponsesRequest, store: ResponseStore
+) -> tuple[Stored | None, list[Item], list[Item]]:
+    """The response that a request goes on from, its conversation, and the items that are new.
+
+    Raises:
+        InvalidRequest: something that is referred to is not here.
+    """
+    previous = store.previous(body.previous_response_id) if body.previous_response_id else None
+    earlier = previous.conversation if previous is not None else []
+    new = [
+        store.resolve(item, f"input[{index}]") for index, item in enumerate(as_items(body.input))
+    ]
+    return previous, earlier, new
 
 
 def read_conversation(

@@ -154,6 +154,11 @@ class ResponseObject(BaseModel):
     user: None = None
 
 
+class InputTokenCount(BaseModel):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class Deleted(BaseModel):
     id: str
     object: Literal["response"] = "response"
