@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -231,3 +232,24 @@ def test_localhost_is_every_address_of_that_name() -> None:
 def test_an_unknown_host_is_said_to_be() -> None:
     with pytest.raises(SettingsError, match=r"Cannot listen on no\.such\.host\.invalid port 1"):
         listen("no.such.host.invalid", 1)
+
+
+def test_what_is_written_leaves_at_once() -> None:
+    """Small writes must not wait for the acknowledgement of the one before (TCP_NODELAY)."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        (listening,) = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(look, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            nodelay = await found
+            writer.close()
+        return nodelay
+
+    assert asyncio.run(accepted())

@@ -188,7 +188,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 def bind(family: int, address: tuple[Any, ...]) -> socket.socket:
     """A socket that listens on `address`."""
-    opened = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named: asyncio sets TCP_NODELAY only on connections that say they are TCP.
+    # Without it, a response in two writes waits for the client's delayed acknowledgement, 40 ms.
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
