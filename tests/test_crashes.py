@@ -205,6 +205,13 @@ def serving(*arguments: str, folder: Path) -> Iterator[tuple[subprocess.Popen[st
         process.stderr.close()
 
 
+def wait_until_ready(http: httpx.Client) -> None:
+    deadline = time.monotonic() + 60
+    while http.get("/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_server_killed_at_work_takes_all_its_processes_and_folders_with_it(
     tmp_path: Path,
 ) -> None:
@@ -212,10 +219,7 @@ def test_the_server_killed_at_work_takes_all_its_processes_and_folders_with_it(
         serving(str(DEMO), folder=tmp_path) as (process, url),
         httpx.Client(base_url=url, timeout=60) as http,
     ):
-        deadline = time.monotonic() + 60
-        while http.get("/health").status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_ready(http)
         body = chat_body("Tell me a story.", ignore_eos=True, stream=True)
         body |= {"max_tokens": 2000, "response_format": {"type": "json_object"}}
         with http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -233,6 +237,27 @@ def test_the_server_killed_at_work_takes_all_its_processes_and_folders_with_it(
         assert not list(tmp_path.glob("glmd-*"))
 
 
+def test_sigterm_lets_a_stream_end_by_itself_and_exits_with_0(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        serving(str(random_checkpoint), folder=tmp_path) as (process, url),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        wait_until_ready(http)
+        body = chat_body("Go on.", ignore_eos=True, stream=True)
+        body["max_tokens"] = 100
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            pieces = response.iter_raw()
+            received = next(pieces)
+            process.send_signal(signal.SIGTERM)
+            events = sse.read(received + b"".join(pieces))
+        assert events.done
+        assert events.chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0
+        assert not list(tmp_path.glob("glmd-*"))
+
+
 def cut_off(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(100_000)
@@ -246,11 +271,18 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
-def test_a_damaged_checkpoint_ends_the_start_with_one_line(tmp_path: Path) -> None:
+def nothing(folder: Path) -> None:
+    pass
+
+
+def test_a_checkpoint_that_is_damaged_or_too_large_ends_the_start_with_one_line(
+    tmp_path: Path,
+) -> None:
     expected = [
         (cut_off, "model.safetensors: model.embed_tokens.weight is cut off"),
         (no_mtp_file, "mtp.safetensors"),
         (no_tokenizer, "tokenizer.json"),
+        (nothing, "this does not fit. Weights 3.24 MiB + working memory "),
     ]
     starts = []
     for number, (damage, _) in enumerate(expected):
@@ -258,6 +290,8 @@ def test_a_damaged_checkpoint_ends_the_start_with_one_line(tmp_path: Path) -> No
         shutil.copytree(DEMO, folder)
         damage(folder)
         command = [sys.executable, "-m", "glmd", "serve", str(folder), "--port", "0"]
+        if damage is nothing:
+            command.append("--memory-budget=20MiB")
         starts.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for start, (_, words) in zip(starts, expected, strict=True):
         _, errors = start.communicate(timeout=120)
