@@ -12,6 +12,9 @@ import httpx
 import pytest
 
 import sse
+from glmd.api.exchange import Exchange
+from glmd.api.requests import Requests
+from glmd.messages import Generate, Match, Output, pack_tokens
 from live import LiveServer, live_server
 
 BODIES: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
@@ -212,3 +215,30 @@ def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
     gone = http.post("/glmd/requests/chatcmpl-x/cancel")
     assert gone.status_code == 404
     assert "'chatcmpl-x'" in gone.json()["error"]["message"]
+
+
+def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> None:
+    requests = Requests()
+    exchange = Exchange("id", "POST", "/v1/completions", "127.0.0.1")
+    exchange.asks("completions", None, stream=False)
+    record = requests.record(exchange, Generate(id="a", prompt=pack_tokens(range(1000))))
+    seen = []
+    with requests.in_flight(record):
+        for output in (
+            Output(id="a", admitted=True, match=Match(tokens=600, reason="new")),
+            Output(id="a", computed_tokens=700),
+            Output(id="a", computed_tokens=999),
+            Output(id="a", tokens=[1], prompt_tokens=1000, cached_tokens=600, finish="length"),
+        ):
+            requests.take(record, output)
+            now = requests.timeline.now()
+            seconds = {each.number: each for each in (now, *requests.timeline.last(9))}
+            computed = sum(second.computed for second in seconds.values())
+            seen.append((record.state, record.computed_tokens, computed))
+    assert seen == [
+        ("prefill", 600, 0),
+        ("prefill", 700, 100),
+        ("prefill", 999, 399),
+        ("decoding", 1000, 400),
+    ]
+    assert requests.totals.cached_tokens == 600

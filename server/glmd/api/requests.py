@@ -204,10 +204,13 @@ class Requests:
         """Note what an output brings."""
         if output.admitted and record.queue_seconds is None:
             record.match = output.match
+            if output.match is not None:
+                record.computed_tokens = output.match.tokens
             record.queue_seconds = time.monotonic() - record.exchange.began
             record.state = "prefill"
             self.totals.queue.add(record.queue_seconds)
-        record.computed_tokens = max(record.computed_tokens, output.computed_tokens)
+        if output.computed_tokens > record.computed_tokens:
+            self._advance(record, output.computed_tokens)
         if output.prompt_tokens and not record.announced:
             self._announce(record, output.cached_tokens)
         if output.drafted:
@@ -238,10 +241,15 @@ class Requests:
     def _announce(self, record: Record, cached: int) -> None:
         record.announced = True
         record.cached_tokens = cached
-        record.computed_tokens = record.prompt_tokens
+        # A last token that was alone is no chunk, and nothing was told of it.
+        self._advance(record, record.prompt_tokens)
         self.totals.prompt_tokens += record.prompt_tokens
         self.totals.cached_tokens += cached
-        self.timeline.now().computed += record.prompt_tokens - cached
+
+    def _advance(self, record: Record, computed: int) -> None:
+        """Note that so many of a prompt's tokens are ready."""
+        self.timeline.now().computed += computed - record.computed_tokens
+        record.computed_tokens = computed
 
     def _begin(self, record: Record, now: float) -> None:
         record.state = "decoding"
