@@ -211,6 +211,7 @@ def test_responses_are_counted_by_route_and_status_but_not_by_made_up_paths(
     before = scrape(http)
     http.get("/v1/models/tiny")
     http.get("/v1/models/nope")
+    http.head("/v1/models")
     http.get("/nowhere/1")
     http.get("/nowhere/2")
     after = scrape(http)
@@ -222,6 +223,8 @@ def test_responses_are_counted_by_route_and_status_but_not_by_made_up_paths(
         labels = {"method": "GET", "route": route, "status": status}
         name = "glmd_http_responses_total"
         assert value(after, name, **labels) - value(before, name, **labels) == count
+    heads = {"method": "HEAD", "route": "/v1/models", "status": "200"}
+    assert value(after, "glmd_http_responses_total", **heads) == 1
     assert not [key for key in after if "/nowhere" in str(key)]
 
 

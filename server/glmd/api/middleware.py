@@ -129,7 +129,10 @@ class HeadAsGet:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
+            answered = {**scope, "method": "GET"}
+            await self._app(answered, receive, send)
+            scope["route"] = answered.get("route")
+            return
         await self._app(scope, receive, send)
 
 
