@@ -11,6 +11,7 @@ import httpx
 import psutil
 
 from glmd.errors import ServiceError
+from glmd.logs import for_people
 from glmd.service.manager import Manager
 
 POLL = 0.25
@@ -132,5 +133,6 @@ def describe_exit(status: int | None) -> str:
 
 
 def _last_lines(manager: Manager) -> str:
-    lines = manager.log_tail(LAST_LINES)
-    return f" The end of its log:\n{lines}" if lines else " Its log is empty."
+    lines = manager.log_tail(LAST_LINES).splitlines()
+    shown = "\n".join(map(for_people, lines))
+    return f" The end of its log:\n{shown}" if lines else " Its log is empty."
