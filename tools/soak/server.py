@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,9 +56,8 @@ class Server:
     def _find_url(self, log: Path) -> str:
         deadline = time.monotonic() + STARTS_WITHIN
         while time.monotonic() < deadline and self._process.poll() is None:
-            for word in log.read_text().split():
-                if word.startswith("http://127.0.0.1"):
-                    return word.removesuffix("/v1")
+            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+                return found[0]
             time.sleep(0.05)
         self.kill()
         sys.exit(f"glmd serve did not start:\n{log.read_text()}")
@@ -71,7 +71,8 @@ class Server:
         deadline = time.monotonic() + STARTS_WITHIN
         while httpx.get(f"{self.url}/health", timeout=30).status_code != httpx.codes.OK:
             if time.monotonic() > deadline:
-                sys.exit("The engine did not come back.")
+                self.kill()
+                sys.exit("The engine did not come up.")
             time.sleep(0.05)
 
     def kill_engine(self, number: signal.Signals) -> None:
