@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
+from distribution import deviation, exact
 from glmd.messages import SamplingParams
 from glmd.model.sampling import (
     History,
@@ -27,8 +27,6 @@ VOCABULARY = 300  # Not a multiple of the block in which candidates are looked f
 LOGITS = np.random.default_rng(0).normal(0, 2, VOCABULARY).astype(np.float32)
 PROMPT = np.array([1, 2, 2, 3], np.int32)
 OUTPUT = np.array([3, 4, 4, 4, 5], np.int32)
-
-Floats = npt.NDArray[np.float64]
 
 
 def _draw(
@@ -66,48 +64,6 @@ def _draw(
     return tokens
 
 
-def _exact(params: SamplingParams) -> Floats:
-    """The documented distribution, step by step in float64."""
-    x = LOGITS.astype(np.float64)
-    seen = np.isin(np.arange(VOCABULARY), np.concatenate([PROMPT, OUTPUT]))
-    counts = np.bincount(OUTPUT, minlength=VOCABULARY)
-    rate = params.repetition_penalty
-    x = np.where(seen, np.where(x > 0, x / rate, x * rate), x)
-    x = x - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-    for token, value in params.logit_bias.items():
-        x[token] += value
-    x = x / params.temperature
-    order = np.argsort(-x, kind="stable")
-    keep = np.ones(VOCABULARY, bool)
-    if params.top_k:
-        keep[order[params.top_k :]] = False
-    p = _softmax(np.where(keep, x, -np.inf))
-    if params.top_p < 1:
-        before = np.cumsum(p[order]) - p[order]
-        keep[order[before >= params.top_p]] = False
-        p = _softmax(np.where(keep, x, -np.inf))
-    keep &= p >= params.min_p * p.max()
-    return _softmax(np.where(keep, x, -np.inf))
-
-
-def _softmax(x: Floats) -> Floats:
-    e = np.exp(x - x.max())
-    return np.asarray(e / e.sum())
-
-
-def _deviation(observed: npt.NDArray[np.int64], expected: Floats) -> float:
-    """Chi-square of counts in standard deviations (Wilson and Hilferty, 1931), rare bins joined."""
-    assert not observed[expected == 0].any(), "drew what cannot be drawn"
-    order = np.argsort(expected)
-    observed, expected = observed[order], expected[order]
-    rare = int(np.searchsorted(np.cumsum(expected), 8)) + 1
-    observed = np.concatenate([[observed[:rare].sum()], observed[rare:]])
-    expected = np.concatenate([[expected[:rare].sum()], expected[rare:]])
-    statistic = float(((observed - expected) ** 2 / expected).sum())
-    dof = max(1, len(expected) - 1)
-    return float(((statistic / dof) ** (1 / 3) - (1 - 2 / (9 * dof))) / math.sqrt(2 / (9 * dof)))
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -141,7 +97,7 @@ def test_draws_follow_the_documented_distribution(params: dict[str, Any]) -> Non
     draws = 3000 if _adjusts(p) else 20_000
     tokens = _draw(LOGITS, p, [(seed, 17) for seed in range(draws)])
     observed = np.bincount(tokens, minlength=VOCABULARY)
-    assert _deviation(observed, draws * _exact(p)) < 3.5
+    assert deviation(observed, draws * exact(LOGITS, p, PROMPT, OUTPUT)) < 3.5
 
 
 def _adjusts(p: SamplingParams) -> bool:
@@ -153,21 +109,21 @@ def test_noise_is_independent_over_positions_of_a_seed(params: dict[str, Any]) -
     flat = np.zeros(8, np.float32)
     tokens = _draw(flat, SamplingParams(**params), [(7, position) for position in range(6400)])
     pairs = tokens[:-1:2] * 8 + tokens[1::2]
-    assert _deviation(np.bincount(pairs, minlength=64), np.full(64, 50.0)) < 3.5
+    assert deviation(np.bincount(pairs, minlength=64), np.full(64, 50.0)) < 3.5
 
 
 def test_noise_is_independent_over_neighbouring_seeds() -> None:
     flat = np.zeros(8, np.float32)
     tokens = _draw(flat, SamplingParams(), [(seed, 3) for seed in range(6400)])
     pairs = tokens[:-1:2] * 8 + tokens[1::2]
-    assert _deviation(np.bincount(pairs, minlength=64), np.full(64, 50.0)) < 3.5
+    assert deviation(np.bincount(pairs, minlength=64), np.full(64, 50.0)) < 3.5
 
 
 def test_continuations_of_a_seed_are_independent() -> None:
     flat = np.zeros(8, np.float32)
     places = [(3, position) for position in range(3200)]
     first, second = (_draw(flat, SamplingParams(), places, index=index) for index in (0, 1))
-    assert _deviation(np.bincount(first * 8 + second, minlength=64), np.full(64, 50.0)) < 3.5
+    assert deviation(np.bincount(first * 8 + second, minlength=64), np.full(64, 50.0)) < 3.5
 
 
 def test_noise_is_finite_and_exact_over_the_range_of_words() -> None:
