@@ -362,21 +362,25 @@ class Engine:
         self._scheduler.pace.observe(flight.decoding, flight.prefill_rows, seconds)
 
     def _read_tokens(self, flight: Flight, confirmed: list[list[int]]) -> int:
-        """Hand the confirmed tokens to their sequences; returns the number of accepted drafts."""
+        """Hand the confirmed tokens to their sequences; returns the number of accepted drafts.
+
+        What is counted for users are the drafts that became output: none behind an answer's end.
+        """
         accepted = 0
         for i, (sequence, tokens) in enumerate(zip(flight.sequences, confirmed, strict=True)):
             width, count = flight.widths[i], len(tokens)
             sequence.in_flight -= width
             accepted += count - 1
-            self._drafted += width - 1
-            self._verified += width > 1
             if sequence.finished:
                 continue
             if sequence.lease is not None:
                 sequence.computed = sequence.length + count - 1
             logprobs = [flight.logprobs.get((i, column)) for column in range(count)]
             output = self._output(sequence, tokens, logprobs)
-            output.drafted, output.accepted = width - 1, count - 1
+            output.drafted, output.accepted = width - 1, len(output.tokens) - 1
+            self._drafted += output.drafted
+            self._accepted += output.accepted
+            self._verified += output.drafted > 0
             constraint = sequence.constraint
             if constraint is not None and constraint.error and output.finish is None:
                 output.finish, output.error_kind = "error", "internal"
@@ -384,7 +388,6 @@ class Engine:
             self._outbox.append(output)
             if output.finish is not None:
                 self._finish(sequence)
-        self._accepted += accepted
         return accepted
 
     def _output(
