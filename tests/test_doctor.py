@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -89,6 +90,30 @@ def test_each_mac_gets_its_verdict(
     assert finding.verdict == verdict
     assert (finding.advice is None) == (verdict == "ok")
     assert release in finding.found
+
+
+@pytest.mark.parametrize(
+    ("limit", "verdict", "found"),
+    [
+        ("0", "ok", "(iogpu.wired_limit_mb) is macOS's default"),
+        ("26000", "ok", "(iogpu.wired_limit_mb) is 26,000 MB"),
+        ("32000", "warning", "(iogpu.wired_limit_mb) is 32,000 MB"),
+    ],
+)
+def test_the_gpus_share_is_said_and_too_large_a_one_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, verdict: str, found: str
+) -> None:
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text(f"#!/bin/sh\ntest $2 = iogpu.wired_limit_mb && echo {limit}\n")
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(doctor, "SYSCTL", str(sysctl))
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    memory = SimpleNamespace(total=32 * GIB, available=20 * GIB)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: memory)
+    finding = doctor.check_memory(patient(21 * GIB))
+    assert (finding.verdict, found in finding.found) == (verdict, True)
+    if verdict == "warning":
+        assert "sudo sysctl iogpu.wired_limit_mb=28672" in (finding.advice or "")
 
 
 def test_a_whole_model_that_fits_is_ok_with_the_tokens_beside_it(random_checkpoint: Path) -> None:

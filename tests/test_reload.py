@@ -101,13 +101,6 @@ def test_every_reloadable_setting_is_one() -> None:
 # -- the command, whose engine does not matter here ------------------------------------------
 
 
-def start(file: Path, **options: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "glmd", "serve", "--port", "0", "--config", str(file)],
-        **options,  # type: ignore[call-overload]
-    )
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     file = tmp_path / "glmd.toml"
@@ -115,17 +108,20 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
-def test_sighup_has_the_server_read_its_file_anew(file: Path, tmp_path: Path) -> None:
+def test_sighup_has_the_server_read_its_file_anew_and_a_renamed_log_is_begun_anew(
+    file: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
-    with log.open("wb") as out:
-        process = start(file, stderr=out, start_new_session=True)
+    command = ["serve", "--port", "0", "--config", str(file), "--log-file", str(log)]
+    process = subprocess.Popen([sys.executable, "-m", "glmd", *command], start_new_session=True)
     try:
-        wait(lambda: "http://" in log.read_text())
+        wait(lambda: log.exists() and "http://" in log.read_text())
         url = log.read_text().split("http://")[1].split("/v1")[0]
         wait(lambda: answers(url))
+        log.rename(tmp_path / "log.0")
         file.write_text("aliases = ['later']")
         process.send_signal(signal.SIGHUP)
-        wait(lambda: "changed: aliases." in log.read_text())
+        wait(lambda: log.exists() and "changed: aliases." in log.read_text())
         assert httpx.get(f"http://{url}/v1/models/later").status_code == 200
         process.terminate()
         assert process.wait(30) == 0

@@ -150,7 +150,8 @@ def test_installing_starts_it_with_its_arguments_and_environment(
     ]
     assert stat.S_IMODE(mac.agent.stat().st_mode) == 0o600
     assert plistlib.loads(mac.agent.read_bytes())["EnvironmentVariables"] == {
-        "GLMD_API_KEY": "k&<y>"
+        "GLMD_API_KEY": "k&<y>",
+        "GLMD_LOG_FILE": str(mac.log),
     }
 
 

@@ -24,6 +24,7 @@ class Glmd < Formula
     throttle_interval 30
     log_path var/"log/glmd.log"
     error_log_path var/"log/glmd.log"
+    environment_variables GLMD_LOG_FILE: var/"log/glmd.log"
   end
 
   test do

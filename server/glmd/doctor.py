@@ -46,6 +46,14 @@ FEW_FILES = 1024
 DOWNLOAD_BYTES = 23_000_000_000
 """The 8/5-bit checkpoint with its MTP layer, and some."""
 
+SYSCTL = "/usr/sbin/sysctl"
+
+REST = 4 * 2**30
+"""Bytes that macOS and its programs need at least; with less they are swapped out."""
+
+MEGABYTE = 2**20
+"""What the kernel means by MB in iogpu.wired_limit_mb."""
+
 KV_BYTES = 2
 """Bytes of one value of KV in bfloat16."""
 
@@ -178,12 +186,32 @@ def check_memory(patient: Patient) -> Finding:
     memory = psutil.virtual_memory()
     text = f"{gib(memory.total)} GiB, of which {gib(memory.available)} are available"
     budget = memory_budget(patient)
-    if budget is None:
-        return Finding("memory", "ok", text)
-    text += f"; glmd takes up to {gib(budget)}"
-    if budget > memory.total:
+    if budget is not None:
+        text += f"; glmd takes up to {gib(budget)}"
+    wired = wired_limit()
+    if wired is not None:
+        share = f"{wired:,} MB" if wired else "macOS's default"
+        text += f"; the GPU's share (iogpu.wired_limit_mb) is {share}"
+    if budget is not None and budget > memory.total:
         return Finding("memory", "problem", text, "Set memory_budget to less than there is.")
+    if wired and wired * MEGABYTE > memory.total - REST:
+        return Finding(
+            "memory", "warning", text,
+            f"Leave {gib(REST)} GiB to the rest of the system:"
+            f" sudo sysctl iogpu.wired_limit_mb={(memory.total - REST) // MEGABYTE}",
+        )  # fmt: skip
     return Finding("memory", "ok", text)
+
+
+def wired_limit() -> int | None:
+    """MB that the GPU may keep wired, 0 for macOS's default; None: this system has no limit."""
+    if sys.platform != "darwin":
+        return None
+    done = subprocess.run(  # noqa: S603
+        [SYSCTL, "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=False
+    )
+    said = done.stdout.strip()
+    return int(said) if said.isdecimal() else None
 
 
 def memory_budget(patient: Patient) -> int | None:

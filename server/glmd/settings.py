@@ -207,6 +207,11 @@ class Settings(BaseSettings):
         " an object in JSON.",
     )
 
+    log_file: Path | None = Field(
+        None,
+        description="File to write the log to, instead of stderr; begun anew when it is renamed,"
+        " and beyond 10 MB.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least severe log lines to write."
     )

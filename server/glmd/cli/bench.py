@@ -28,6 +28,9 @@ Model = Annotated[
 Scale = Annotated[float, typer.Option(min=0.01, help="Factor on the lengths of all prompts.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Runs of everything on each side.")]
 Only = Annotated[str, typer.Option(help="Only what has this in its name.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Draw the results into this file, .svg or .png.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file, too.")]
 
 
@@ -38,19 +41,25 @@ def engine(
     repeat: Repeat = 3,
     only: Only = "",
     json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The engine alone, against mlx-lm's BatchGenerator, in one process."""
     from glmd.bench.checkpoints import middle_checkpoint
     from glmd.bench.engine import bench_engine
     from glmd.bench.environment import environment
+    from glmd.bench.plot import engine_plot, require_plot
     from glmd.bench.report import engine_table
 
+    if plot is not None:
+        require_plot(plot)
     folder = model or middle_checkpoint()
     with _progress() as on_progress:
         report = bench_engine(
             folder, scale=scale, repeat=repeat, only=only, on_progress=on_progress
         )
     _console().print(engine_table(report))
+    if plot is not None:
+        engine_plot(report, plot)
     if json_file is not None:
         _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
 
@@ -62,13 +71,17 @@ def serve(
     repeat: Repeat = 3,
     only: Only = "",
     json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """Through HTTP, against mlx_lm.server, one server after the other."""
     from glmd.bench.checkpoints import middle_checkpoint
     from glmd.bench.environment import environment
+    from glmd.bench.plot import require_plot, serving_plot
     from glmd.bench.report import checks_table, serving_table
     from glmd.bench.serving import bench_serving
 
+    if plot is not None:
+        require_plot(plot)
     folder = model or middle_checkpoint()
     log = Path(tempfile.gettempdir()) / "glmd-bench-serve.log"
     with _progress() as on_progress:
@@ -81,6 +94,8 @@ def serve(
     for figures in report.figures:
         for error in figures.errors:
             console.print(f"{figures.server}, {figures.scenario}: {error}", markup=False)
+    if plot is not None:
+        serving_plot(report.figures, plot)
     if json_file is not None:
         _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
 
@@ -94,13 +109,17 @@ def mtp(
     prompts: Annotated[int, typer.Option(min=1, help="Conversations per domain.")] = 24,
     repeat: Repeat = 5,
     json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """What the MTP layer's drafts give and cost, against the same engine without them."""
     from glmd.bench.drafting import bench_drafting
     from glmd.bench.environment import environment
+    from glmd.bench.plot import drafting_plot, require_plot
     from glmd.bench.report import drafting_tables
     from glmd.checkpoint.hub import DEMO
 
+    if plot is not None:
+        require_plot(plot)
     folder = model or DEMO
     with Console(stderr=True).status("Drafting"):
         report = bench_drafting(folder, prompts=prompts, repeat=repeat)
@@ -111,6 +130,8 @@ def mtp(
         f"KV per token: {report.kv_bytes_per_token} bytes, and {report.mtp_kv_bytes_per_token}"
         " for the MTP layer"
     )
+    if plot is not None:
+        drafting_plot(report, plot)
     if json_file is not None:
         _write(json_file, {**environment(folder, 1.0, repeat), **asdict(report)})
 

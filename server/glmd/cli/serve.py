@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glmd.errors import SettingsError
 from glmd.logs import choose_format, configure
 from glmd.settings import CONFIG_VARIABLE, Settings, load
 
 if TYPE_CHECKING:
     from glmd.api.service import ServedModel
+    from glmd.logfile import LogFile
 
 log = logging.getLogger("glmd")
 
@@ -44,6 +46,7 @@ def serve(
     max_running: Annotated[int | None, flag("max_running")] = None,
     mtp: Annotated[str | None, flag("mtp")] = None,
     memory_budget: Annotated[str | None, flag("memory_budget")] = None,
+    log_file: Annotated[Path | None, flag("log_file")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
     config: Annotated[
         Path | None,
@@ -56,6 +59,8 @@ def serve(
     """
     flags = flags_of(locals())
     settings = load(flags, config)
+    log_file = settings.log_file and settings.log_file.expanduser().absolute()
+    opened = write_log_to(log_file) if log_file is not None else None
     log_format = choose_format(settings.log_format, sys.stderr)
     configure(settings.log_level, log_format)
 
@@ -69,13 +74,37 @@ def serve(
     keys = Keyring.of(settings, default_store())
     refuse_open_door(settings, keys)  # Before anything is downloaded.
     served = find_model(settings)
+
+    def read_anew() -> Settings:
+        if opened is not None:
+            opened.refresh()
+        return load(flags, config)
+
     launch = Launch(
         served.folder,
         settings.engine_config,
         log_level=settings.log_level,
         log_format=log_format,
+        log_file=log_file,
     )
-    run(Service(settings, served, launch, keys), lambda: load(flags, config))
+    run(Service(settings, served, launch, keys), read_anew)
+
+
+def write_log_to(file: Path) -> LogFile:
+    """Have stdout and stderr end in a file from now on.
+
+    Raises:
+        SettingsError: it cannot be opened.
+    """
+    from glmd.logfile import LogFile
+
+    opened = LogFile(file)
+    try:
+        opened.open()
+    except OSError as error:
+        raise SettingsError(f"log_file: {file}: {error.strerror}.") from error
+    opened.follow()
+    return opened
 
 
 def flags_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from glmd.errors import GlmdError
+from glmd.logfile import LogFile
 from glmd.logs import configure
 from glmd.messages import (
     Cancel,
@@ -191,7 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="{}", help="fields of EngineConfig as JSON")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--log-file", type=Path, help="what stderr is, if it is a log file")
     options = parser.parse_args(arguments)
+    if options.log_file is not None:
+        LogFile(options.log_file, limit=None).follow()
     configure(options.log_level, options.log_format)
     folder = Path(options.endpoint.removeprefix("ipc://")).parent
     threading.Thread(target=exit_with_parent, args=(folder,), daemon=True).start()

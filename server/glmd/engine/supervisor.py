@@ -40,6 +40,8 @@ class Launch:
     """The module that offers `EngineConfig` and `load_engine`."""
     log_level: str = "INFO"
     log_format: LogFormat = "text"
+    log_file: Path | None = None
+    """Behind stderr, where the process begins it anew once it is renamed; None: no file."""
 
 
 class EngineProcess:
@@ -78,6 +80,7 @@ class EngineProcess:
                 f"--config={json.dumps(dict(launch.config))}",
                 f"--log-level={launch.log_level}",
                 f"--log-format={launch.log_format}",
+                *([f"--log-file={launch.log_file}"] if launch.log_file else []),
                 stdin=asyncio.subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )

@@ -30,8 +30,8 @@ def agent(definition: Definition, log: Path, *, label: str = LABEL) -> dict[str,
         "HardResourceLimits": {"NumberOfFiles": OPEN_FILES},
         "Umask": 0o077,
     }
-    if definition.environment:
-        plist["EnvironmentVariables"] = dict(definition.environment)
+    # launchd opens the log once; the server begins it anew after a rotation.
+    plist["EnvironmentVariables"] = {**definition.environment, "GLMD_LOG_FILE": str(log)}
     return plist
 
 
