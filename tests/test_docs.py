@@ -116,6 +116,17 @@ def test_every_internal_link_leads_to_a_page_and_an_anchor_that_are_there(
     assert dead == []
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "demo/README.md"]
+)
+def test_links_of_files_outside_the_book_lead_to_files(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        parts = urlsplit(target)
+        if not parts.scheme and parts.path:
+            assert ((ROOT / name).parent / parts.path).exists(), target
+
+
 def test_no_page_loads_anything_from_elsewhere(pages: dict[Path, Page]) -> None:
     elsewhere = {name for page in pages.values() for name in page.loaded if urlsplit(name).netloc}
     assert elsewhere == set()

@@ -67,6 +67,11 @@ def test_the_key_comes_from_the_environment_and_without_it_the_answer_says_so(
     with live_server(api_key="s3cret") as live:
         run = piped(tmp_path, "⟦</think>Yes⟧", "--url", live.url, GLMD_API_KEY="s3cret")
         assert run.stdout == "Yes\n", run.stderr
+        keys = tmp_path / "keys"
+        keys.write_text("# mine\ns3cret\n")
+        keys.chmod(0o600)
+        run = piped(tmp_path, "⟦</think>Yes⟧", "--url", live.url, GLMD_API_KEY_FILE=str(keys))
+        assert run.stdout == "Yes\n", run.stderr
         run = piped(tmp_path, "Hi", "--url", live.url)
         assert run.returncode == 1
         assert "GLMD_API_KEY" in run.stderr

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from glmd.errors import SettingsError
+
+if TYPE_CHECKING:
+    from glmd.settings import Settings
 
 
 def chat(
@@ -53,7 +57,6 @@ def chat(
     from glmd.talk.session import Session
 
     settings = load({}, config)
-    key = settings.api_key.get_secret_value() if settings.api_key else None
     if (url is not None) + (model is not None) + demo > 1:
         raise SettingsError("--url, --model and --demo exclude each other.")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -61,7 +64,9 @@ def chat(
         prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip())))
         if not prompt:
             raise SettingsError("There is no question: neither an argument nor anything on stdin.")
-    with served(url or f"http://{host}:{settings.port}", model, demo, config) as base:
+    # A server of our own wants the key too: it may know others that we cannot.
+    key = key_of(settings) or (secrets.token_urlsafe() if model or demo else None)
+    with served(url or f"http://{host}:{settings.port}", model, demo, config, key) as base:
         client = ChatClient(base.rstrip("/").removesuffix("/v1"), key)
         parameters: dict[str, Any] = {} if profile is None else {"profile": profile}
         session = Session(client, system=system, thinking=think, parameters=parameters)
@@ -79,10 +84,24 @@ def chat(
             client.close()
 
 
+def key_of(settings: Settings) -> str | None:
+    """A key that a server with these settings takes, as far as they hold one."""
+    from glmd.keys import read_private
+
+    if settings.api_key is not None:
+        return settings.api_key.get_secret_value()
+    if settings.api_key_file is None:
+        return None
+    lines = read_private(settings.api_key_file.expanduser()).splitlines()
+    return next((line.strip() for line in lines if line.strip() and line[0] != "#"), None)
+
+
 @contextmanager
-def served(url: str, model: str | None, demo: bool, config: Path | None) -> Iterator[str]:
+def served(
+    url: str, model: str | None, demo: bool, config: Path | None, key: str | None
+) -> Iterator[str]:
     """The URL of the server to talk to, which lives as long as the block if it is ours."""
-    if model is None and not demo:
+    if key is None or (model is None and not demo):
         yield url
         return
     from glmd.checkpoint.hub import DEMO
@@ -100,5 +119,5 @@ def served(url: str, model: str | None, demo: bool, config: Path | None) -> Iter
 
     with ExitStack() as stack:
         with status:
-            base = stack.enter_context(own_server(arguments, progress))
+            base = stack.enter_context(own_server(arguments, key, progress))
         yield base

@@ -24,11 +24,12 @@ PATIENCE = 60.0
 
 @contextmanager
 def own_server(
-    arguments: list[str], progress: Callable[[dict[str, Any]], None] = lambda _: None
+    arguments: list[str], key: str, progress: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> Iterator[str]:
     """Have `glmd serve ARGUMENTS` run on a free port of this machine; gives its URL.
 
     Args:
+        key: that it wants, beside those that it knows anyway.
         progress: called with what `/health` says while it loads.
 
     Raises:
@@ -38,7 +39,15 @@ def own_server(
     command += ["--host", "127.0.0.1", "--port", "0"]
     with tempfile.TemporaryFile() as log:
         # In a group of its own: Ctrl-C stops an answer, not the server.
-        server = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)  # noqa: S603
+        environment = {**os.environ, "GLMD_API_KEY": key}
+        server = subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
+            env=environment,
+        )
         previous = {
             number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
         }
