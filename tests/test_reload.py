@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,12 +87,13 @@ class Told:
 
 
 def test_the_engine_process_logs_from_the_level_that_it_is_told() -> None:
-    before = logging.getLogger().level
+    ours = logging.getLogger("glmd")
+    before = ours.level
     try:
         serve(SimpleNamespace(has_work=False, info=None), Told(LogLevel("ERROR"), Shutdown()))  # type: ignore[arg-type]
-        assert logging.getLogger().level == logging.ERROR
+        assert ours.level == logging.ERROR
     finally:
-        logging.getLogger().setLevel(before)
+        ours.setLevel(before)
 
 
 def test_every_reloadable_setting_is_one() -> None:
@@ -106,6 +108,14 @@ def file(tmp_path: Path) -> Path:
     file = tmp_path / "glmd.toml"
     file.write_text("")
     return file
+
+
+@pytest.fixture(autouse=True)
+def hear_sighup() -> Iterator[None]:
+    """Whoever runs this suite may have it ignored, and so would its children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_sighup_has_the_server_read_its_file_anew_and_a_renamed_log_is_begun_anew(

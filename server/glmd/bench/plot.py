@@ -49,6 +49,8 @@ def engine_plot(report: Report, file: Path) -> None:
     figure, (axes,) = _page([len(rows)])
     _bars(axes, labels, [[row.advantage or 0 for row in rows]], [OURS], "{:.2f}×")
     axes.set_xscale("log")
+    for spread in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        spread("{x:g}")
     axes.axvline(1, color=THEIRS)
     for place, row in enumerate(rows):
         if row.ratio is not None:
