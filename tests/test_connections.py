@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,29 @@ def test_connections_beyond_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatc
             assert is_alive(opened)
         for each in held:
             each.close()
+
+
+def test_bodies_that_do_not_fit_beside_those_held_are_told_to_come_back() -> None:
+    """Sixteen largest bodies are held, half of them by one client; others still find room."""
+    fields = {"padding": " " * 1500}
+    waits = request({"messages": [{"role": "user", "content": "⟦{wait}⟧"}]} | fields)
+    hello = request({"messages": [{"role": "user", "content": "⟦</think>Hi⟧"}]} | fields)
+    hello_of_another = hello.replace(b"Host:", b"Authorization: Bearer other\r\nHost:", 1)
+    with live_server(max_body=2048) as live:
+
+        def answer(sent: bytes) -> bytes:
+            with connect(live) as opened:
+                opened.sendall(sent)
+                return opened.recv(65536)
+
+        with ExitStack() as stack:
+            for _ in range(10):
+                stack.enter_context(opened := connect(live))
+                opened.sendall(waits)
+            wait_until(lambda: live.service.engine.queue.answers == 10)
+            refusal = answer(hello)
+            assert refusal.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nretry-after: 1\r\n" in refusal.lower()
+            assert answer(hello_of_another).startswith(b"HTTP/1.1 200 ")
+        live.wait_until_idle()
+        assert answer(hello).startswith(b"HTTP/1.1 200 ")

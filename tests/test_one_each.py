@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from glmd.api.one_each import OneEach
-from glmd.api.terms import client_of
+from glmd.api.whose import client_of
 from live import LiveServer
 from test_queue import body_of, error_of, wait_until
 

@@ -207,7 +207,7 @@ def test_a_full_queue_refuses_in_each_apis_shape_and_says_when_to_come_back(
         )
         assert error_of(path, mine) == (529 if path == "/v1/messages" else 503, "overloaded_error")
         assert int(mine.headers["retry-after"]) >= 1
-        assert "2 answers wait for their turn, 2 of them yours" in mine.text
+        assert "2 answers wait for their turn, 2 of the answers yours" in mine.text
         other = http.post(path, json=body_of(path, "</think>Hi"))
         assert other.status_code == 200, "another client finds room"
 

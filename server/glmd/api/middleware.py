@@ -18,7 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api.errors import Problem, respond
 from glmd.api.exchange import Exchange
+from glmd.api.whose import client_of
 from glmd.logs import request_id
+from glmd.pool import Pool, Share
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
@@ -30,6 +32,10 @@ to every port, may be a few KiB."""
 
 MAX_HEAD = 2 * MAX_HEADER_BYTES
 """Bytes that the HTTP server reads of a request before its head must be whole."""
+
+HELD_BODIES = 16
+"""Largest bodies that all requests in flight may hold together. What is read of a body is held
+until its request is answered, by whoever waits in the queue."""
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What a client's `x-request-id` may look like to be taken over."""
@@ -139,54 +145,55 @@ class HeadAsGet:
 class WholeBody:
     """Read a request's body, of a type that the routes understand, up to a limit.
 
-    A request that is too large or no JSON is refused before anything parses it; one that takes
-    longer than `seconds` to arrive is, too.
+    A request that is too large or no JSON is refused before anything parses it; so is one that
+    takes longer than `seconds` to arrive, and one for which there is no room beside the others.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self._app = app
         self._limit = limit
         self._seconds = seconds
+        self._held = Pool(HELD_BODIES * limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self._app(scope, receive, send)
             return
-        headers = RequestHeaders(scope=scope)
-        problem = self._refusal(headers)
-        pending: list[Message] = []
-        if problem is None:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    body = await self._read(receive)
-            except TimeoutError:
-                problem = self._too_slow()
-            else:
-                if body is None:
-                    return
-                pending.append({"type": "http.request", "body": bytes(body)})
-                problem = self._too_large() if len(body) > self._limit else None
+        with self._held.share(client_of(scope)) as share:
+            body: bytes | Problem | None = self._refusal(RequestHeaders(scope=scope))
+            if body is None:
+                body = await self._read(receive, share)
+            if isinstance(body, Problem):
+                await respond(body, scope)(scope, receive, send)
+            elif body is not None:
+                pending: list[Message] = [{"type": "http.request", "body": body}]
                 del body
-        if problem is not None:
-            await respond(problem, scope)(scope, receive, send)
-            return
 
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
+                async def replay() -> Message:
+                    return pending.pop() if pending else await receive()
 
-        await self._app(scope, replay, send)
+                await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> bytearray | None:
-        """The body, or as much of it as is too much; None: the client has gone."""
+    async def _read(self, receive: Receive, share: Share) -> bytes | Problem | None:
+        """The body, or what is wrong with it; None: the client has gone."""
         body = bytearray()
         more = True
-        while more and len(body) <= self._limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        return body
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    piece = message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) + len(piece) > self._limit:
+                        return self._too_large()
+                    if not share.grow(len(piece)):
+                        return self._no_room()
+                    body += piece
+        except TimeoutError:
+            return self._too_slow()
+        return bytes(body)
 
     def _refusal(self, headers: RequestHeaders) -> Problem | None:
         """What is wrong by the headers alone."""
@@ -202,6 +209,15 @@ class WholeBody:
         if headers.get("content-encoding", "identity") != "identity":
             return Problem(415, "invalid_request_error", "Compressed bodies are not supported.")
         return self._too_large() if length.isdecimal() and int(length) > self._limit else None
+
+    def _no_room(self) -> Problem:
+        return Problem(
+            503,
+            "overloaded_error",
+            "The requests in flight hold as much memory as they may. Try again later.",
+            code="overloaded",
+            retry_after=1.0,
+        )
 
     def _too_slow(self) -> Problem:
         return Problem(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
-from starlette.types import Scope
 
 from glmd.api.exchange import Exchange, get_exchange
 from glmd.api.service import Service, get_service
+from glmd.api.whose import client_of
 from glmd.engine.deadlines import Deadlines, Phase
 from glmd.errors import InvalidRequest
 
@@ -97,27 +95,6 @@ async def preparing(request: Request, service: Service, terms: Terms) -> AsyncIt
         raise deadlines.error(first, queue.retry_after()) from None
     finally:
         queue.give_up(place)
-
-
-async def get_client(request: Request) -> str:
-    """FastAPI dependency: whose request it is."""
-    return client_of(request.scope)
-
-
-GivenClient = Annotated[str, Depends(get_client)]
-
-
-def client_of(scope: Scope) -> str:
-    """Who takes turns with others: the program or person at an address, and the key it sends.
-
-    Both, because a household may share a key, and the programs of one machine an address. Where no
-    key is asked for, one that is sent all the same still tells programs apart.
-    """
-    headers = Headers(scope=scope)
-    sent = headers.get("x-api-key") or headers.get("authorization", "")
-    key = scope["state"].get("key_name", sent)  # Only one of those sent need be valid.
-    address = scope["client"][0] if scope.get("client") else ""
-    return hashlib.sha256(f"{address} {key}".encode()).hexdigest()[:16]
 
 
 def read_seconds(name: str, value: str) -> float:

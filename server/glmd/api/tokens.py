@@ -14,7 +14,7 @@ from glmd.api.openai.conversation import ConversationFields
 from glmd.api.openai.parameters import TokenId
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
-from glmd.api.terms import GivenClient
+from glmd.api.whose import GivenClient
 from glmd.errors import InvalidRequest
 
 router = APIRouter(tags=["Tokens"], route_class=JsonRoute)

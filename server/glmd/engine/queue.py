@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from glmd.errors import Overloaded
+from glmd.pool import Pool
 
 FIRST_GUESS = 1.0
 """Seconds between two admissions, before any has been seen."""
@@ -36,15 +36,9 @@ class Place:
 
 
 class Queue:
-    """Answers and prompt tokens that wait, by client.
-
-    The bound of each client is what is free: alone it gets half of the queue, and beside n others
-    that take all they can get, one part in n + 2; so there is always room for one more client
-    (Choudhury and Hahne, "Dynamic queue length thresholds", 1998, with a factor of 1).
+    """Answers and prompt tokens that wait, each a `Pool` that clients share.
 
     Attributes:
-        answers: how many wait.
-        tokens: prompt tokens that wait with them.
         refused: how many were turned away.
     """
 
@@ -54,53 +48,50 @@ class Queue:
         max_tokens: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.answers = 0
-        self.tokens = 0
         self.refused = 0
-        self._max_answers = max_answers
-        self._max_tokens = max_tokens
+        self._answers = Pool(max_answers)
+        self._tokens = Pool(max_tokens)
         self._clock = clock
-        self._answers_of: Counter[str] = Counter()
-        self._tokens_of: Counter[str] = Counter()
         self._interval: float | None = None
         """Average time between two admissions, while others wait."""
         self._last_admission = 0.0
         self._next_chance = 0.0
 
-    def require_room(self, client: str, answers: int = 1, tokens: int = 0) -> None:
-        """Raise Overloaded if so much more of `client` may not wait.
+    @property
+    def answers(self) -> int:
+        """How many wait."""
+        return self._answers.taken
 
-        Whatever is asked, it is let in while nothing waits: else it never would be.
-        """
-        if not self.answers:
-            return
-        free = self._max_answers - self.answers
-        free_tokens = self._max_tokens - self.tokens
-        if self._answers_of[client] + answers > free:
-            what = f"{self.answers} answers wait for their turn"
-        elif self._tokens_of[client] + tokens > free_tokens:
-            what = f"{self.tokens} prompt tokens wait for their turn"
-        else:
-            return
-        self.refused += answers
-        own = self._answers_of[client]
-        whose = f", {own} of them yours" if own else ""
-        raise Overloaded(
-            f"There is no room: {what}{whose}. Try again later.", retry_after=self.retry_after()
-        )
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens that wait with them."""
+        return self._tokens.taken
 
     def enter(self, client: str, answers: int, tokens: int) -> Place:
-        """Take a place.
+        """Take a place. While nothing waits, any will do: what is larger than the queue could
+        never wait in it.
 
         Raises:
-            Overloaded: as `require_room`.
+            Overloaded: so much more of `client` may not wait.
         """
-        self.require_room(client, answers, tokens)
         if not self.answers:
             self._last_admission = self._clock()
+        elif not self._answers.fits(client, answers):
+            raise self._refusal(client, answers, f"{self.answers} answers wait for their turn")
+        elif not self._tokens.fits(client, tokens):
+            raise self._refusal(client, answers, f"{self.tokens} prompt tokens wait for their turn")
         place = Place(client, answers, tokens)
-        self._count(place, answers, tokens)
+        self._answers.take(client, answers)
+        self._tokens.take(client, tokens)
         return place
+
+    def _refusal(self, client: str, answers: int, what: str) -> Overloaded:
+        self.refused += answers
+        own = self._answers.taken_by(client)
+        whose = f", {own} of the answers yours" if own else ""
+        return Overloaded(
+            f"There is no room: {what}{whose}. Try again later.", retry_after=self.retry_after()
+        )
 
     def admit(self, place: Place) -> None:
         """The turn of one of a place's answers has come."""
@@ -132,14 +123,7 @@ class Queue:
         return self._next_chance - now
 
     def _leave(self, place: Place, answers: int) -> None:
-        self._count(place, -answers, -place.tokens)
+        self._answers.take(place.client, -answers)
+        self._tokens.take(place.client, -place.tokens)
         place.answers -= answers
         place.tokens = 0
-
-    def _count(self, place: Place, answers: int, tokens: int) -> None:
-        self.answers += answers
-        self.tokens += tokens
-        for counter, change in ((self._answers_of, answers), (self._tokens_of, tokens)):
-            counter[place.client] += change
-            if not counter[place.client]:
-                del counter[place.client]

@@ -18,8 +18,9 @@ from glmd.api.named_events import exhaust, frames, tell
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenClient, GivenTerms, Terms, preparing
+from glmd.api.terms import GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
+from glmd.api.whose import GivenClient
 
 router = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
 
