@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -194,6 +195,45 @@ def test_a_slow_reader_gets_everything(hasty: LiveServer) -> None:
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+
+
+def test_clients_that_vanish_in_any_phase_leave_no_task(hasty: LiveServer) -> None:
+    engine = hasty.service.engine
+    assert engine._supervision is not None
+    loop = engine._supervision.get_loop()
+
+    def tasks() -> int:
+        return len(asyncio.all_tasks(loop))
+
+    waits, runs = (
+        {"messages": [{"role": "user", "content": f"⟦{script}⟧"}], "max_tokens": 4000}
+        for script in ("{wait}", "</think>Hello{wait}")
+    )
+    phases = [
+        (b"", b""),
+        (GET[:20], b""),
+        (request(waits)[:-5], b""),
+        (request(waits), b""),
+        (request(waits | {"stream": True}), b""),
+        (request(runs | {"stream": True}), b"Hello"),
+    ]
+    wait_until(lambda: not open_connections(hasty))
+    # The first stream leaves a task that watches for the server's end, once and for all.
+    for number in range(3):
+        if number == 1:
+            before = tasks()
+        with ExitStack() as stack:
+            for data, until in phases * 5:
+                stack.enter_context(opened := connect(hasty))
+                opened.sendall(data)
+                seen = b""
+                while until not in seen:
+                    seen += opened.recv(65536)
+        wait_until(lambda: not open_connections(hasty) and not engine.in_flight)
+    wait_until(lambda: tasks() <= before)
+    hasty.wait_until_idle()
+    assert not engine.queue.answers
+    assert not engine.queue.tokens
 
 
 def test_connections_beyond_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

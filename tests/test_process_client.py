@@ -105,6 +105,24 @@ async def test_cancelling_the_reader_frees_the_row_before_its_first_token(tmp_pa
         await rows_are_free(it)
 
 
+async def test_a_reader_too_far_behind_frees_the_row_though_it_never_comes_back(
+    tmp_path: Path,
+) -> None:
+    it = EngineClient(Launch(tmp_path, {}, engine="fake_engine"), buffer_tokens=100)
+    await it.start()
+    try:
+        assert await it.wait_for("ready", "failed") == "ready", it.failure
+        async with aclosing(it.generate(request(1, max_tokens=10**9))) as outputs:
+            await anext(outputs)
+            await rows_are_free(it)
+            assert it.in_flight == 1
+            with pytest.raises(Overloaded, match="more than 100 tokens behind"):
+                await anext(outputs)
+        assert it.in_flight == 0
+    finally:
+        await it.close()
+
+
 async def test_one_sequence_can_be_cancelled_and_the_others_go_on(tmp_path: Path) -> None:
     async with ready_client(tmp_path, step_seconds=0.001) as it:
         counts = [0, 0]
