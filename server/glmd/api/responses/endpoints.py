@@ -33,8 +33,9 @@ from glmd.api.responses.tools import Tools, read_tools
 from glmd.api.sampling import ignored_header
 from glmd.api.service import Service, get_service
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenClient, GivenTerms, Terms, preparing
+from glmd.api.terms import GivenTerms, Terms, preparing
 from glmd.api.turn import start_turn
+from glmd.api.whose import GivenClient
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
 from glmd.messages import SamplingParams
