@@ -18,7 +18,7 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
 	$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: help serve test lint format book soak setup setup-dev setup-parity setup-clients picture wheel smoke-wheel clean
+.PHONY: help serve test lint format book soak lock audit setup setup-dev setup-parity setup-clients setup-lock picture wheel smoke-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,7 @@ format: setup-dev
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 setup-parity: $(VENV)/.installed-parity
+setup-lock: $(VENV)/.installed-lock
 setup-clients: $(VENV)/.installed-clients $(NODE_CLIENTS)/node_modules/.package-lock.json
 
 $(BIN)/python:
@@ -64,6 +65,16 @@ $(VENV)/.installed-%: pyproject.toml $(BIN)/python
 $(NODE_CLIENTS)/node_modules/.package-lock.json: $(NODE_CLIENTS)/package-lock.json
 	npm --prefix $(NODE_CLIENTS) ci
 	@touch $@
+
+# What runs, to the last package and its hashes, for macOS and Linux and every Python that glmd takes.
+# `make lock ARGS=--upgrade` takes what is newest.
+lock: setup-lock
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock $(ARGS)
+
+# Whether anything in it is known to be weak.
+audit: setup-lock
+	$(BIN)/pip-audit --requirement requirements.lock --disable-pip --require-hashes
 
 # The book, in site/.
 book: setup-dev
