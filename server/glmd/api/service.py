@@ -24,7 +24,7 @@ from glmd.chat.answer import Answer
 from glmd.chat.grammar import GrammarCompiler, Structure
 from glmd.chat.messages import Conversation
 from glmd.chat.prompt import Prompt, build_prompt
-from glmd.chat.template import ChatTemplate
+from glmd.chat.renderer import Renderer
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turns import Turns
 from glmd.checkpoint.generation import sampling_defaults
@@ -126,7 +126,7 @@ class Service:
         self.requests = Requests()
         self.began = time.monotonic()
         self._grammars = GrammarCompiler(self.tokenizer.controls)
-        self._template = ChatTemplate.load(model.folder, self.tokenizer.controls)
+        self._template = Renderer.load(model.folder, self.tokenizer.controls)
         self._turns = Turns(settings.turn_memory) if settings.turn_memory else None
         # One thread, because `Turns` wants to be used by one, and because encoding a book
         # must not keep the event loop from passing tokens on.
@@ -197,6 +197,7 @@ class Service:
         await self.engine.close()
         await self._grammars.close()
         self._worker.shutdown()
+        self._template.close()
 
     @property
     def is_ready(self) -> bool:

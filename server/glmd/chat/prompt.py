@@ -22,7 +22,7 @@ from glmd.chat.messages import (
     ToolMessage,
     UserMessage,
 )
-from glmd.chat.template import ChatTemplate
+from glmd.chat.template import Template
 from glmd.chat.tokenizer import Piece, Tokenizer
 from glmd.chat.turns import Turns
 from glmd.errors import InvalidRequest
@@ -52,7 +52,7 @@ def build_prompt(
     conversation: Conversation,
     *,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: Template,
     turns: Turns | None = None,
 ) -> Prompt:
     """Render, encode and splice remembered turns in (`turns=None`: never).

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
@@ -23,8 +23,10 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glmd.chat.tokenizer import Piece
 from glmd.errors import CheckpointError, InvalidRequest
+
+if TYPE_CHECKING:
+    from glmd.chat.tokenizer import Piece
 
 DEFAULTS = {"enable_thinking": True, "clear_thinking": False}
 """As the model card recommends."""
@@ -57,6 +59,20 @@ class Rendered:
     pieces: list[Piece]
     text: str
     """As a person reads it (`/apply-template`): tags spelled out."""
+
+
+class Template(Protocol):
+    """What a prompt is built with."""
+
+    def variables(self, kwargs: Mapping[str, Any]) -> dict[str, Any]: ...
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Rendered: ...
 
 
 class ChatTemplate:
@@ -113,20 +129,8 @@ class ChatTemplate:
         Raises:
             CheckpointError: there is none, it does not compile, or it is not in GLM's format.
         """
-        file = folder / "chat_template.jinja"
-        config = folder / "tokenizer_config.json"
-        try:
-            if file.is_file():
-                return cls(file.read_text("utf-8"), controls, file=str(file), defaults=defaults)
-            source = json.loads(config.read_text("utf-8")).get("chat_template")
-        except FileNotFoundError:
-            source = None
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{config} is damaged: {error}", file=str(config)) from error
-        if not isinstance(source, str):
-            message = f"{folder} has no chat template (chat_template.jinja)"
-            raise CheckpointError(message, file=str(file))
-        return cls(source, controls, file=str(config), defaults=defaults)
+        source, file = read_template(folder)
+        return cls(source, controls, file=str(file), defaults=defaults)
 
     def variables(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The template's variables: `kwargs` without nulls, over the defaults.
@@ -134,16 +138,7 @@ class ChatTemplate:
         Raises:
             InvalidRequest: a thinking switch is not a boolean, or a variable is not the client's.
         """
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        for key in OURS:
-            if key in given:
-                param = f"chat_template_kwargs.{key}"
-                raise InvalidRequest(f"{param} cannot be set: the server sets it.", param=param)
-        for key in self.defaults:
-            if key in given and not isinstance(given[key], bool):
-                param = f"chat_template_kwargs.{key}"
-                raise InvalidRequest(f"{param} must be true or false.", param=param)
-        return self.defaults | given
+        return template_variables(kwargs, self.defaults)
 
     def render(
         self,
@@ -181,6 +176,47 @@ class ChatTemplate:
                 pieces.append(part)
                 spelled.append(part)
         return Rendered(pieces, "".join(spelled))
+
+
+def read_template(folder: Path) -> tuple[str, Path]:
+    """A checkpoint's template, from `chat_template.jinja`, or `chat_template` in
+    `tokenizer_config.json`; and which of the two.
+
+    Raises:
+        CheckpointError: there is none, or the file is damaged.
+    """
+    file = folder / "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text("utf-8"), file
+        source = json.loads(config.read_text("utf-8")).get("chat_template")
+    except FileNotFoundError:
+        source = None
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}", file=str(config)) from error
+    if not isinstance(source, str):
+        message = f"{folder} has no chat template (chat_template.jinja)"
+        raise CheckpointError(message, file=str(file))
+    return source, config
+
+
+def template_variables(kwargs: Mapping[str, Any], defaults: Mapping[str, bool]) -> dict[str, Any]:
+    """The template's variables: `kwargs` without nulls, over the defaults.
+
+    Raises:
+        InvalidRequest: a thinking switch is not a boolean, or a variable is not the client's.
+    """
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    for key in OURS:
+        if key in given:
+            param = f"chat_template_kwargs.{key}"
+            raise InvalidRequest(f"{param} cannot be set: the server sets it.", param=param)
+    for key in defaults:
+        if key in given and not isinstance(given[key], bool):
+            param = f"chat_template_kwargs.{key}"
+            raise InvalidRequest(f"{param} must be true or false.", param=param)
+    return {**defaults, **given}
 
 
 def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
