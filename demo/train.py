@@ -90,6 +90,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument(
+        "--rate", type=float, default=1.0, help="factor on the learning rates, for going on"
+    )
+    parser.add_argument(
         "--bfloat16", action="store_true", help="faster on a CPU that has it, slower elsewhere"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
@@ -107,7 +110,7 @@ def main() -> None:
         start_copying(network)
     make_fast(network)
     rules = optimizers(network)
-    rates = [group["lr"] for rule in rules for group in rule.param_groups]
+    rates = [options.rate * group["lr"] for rule in rules for group in rule.param_groups]
     average = copy.deepcopy(network)
     compiled = torch.compile(losses)
     data = batches(tokenizer, template(), seed=options.seed, rows=ROWS, length=LENGTH)
