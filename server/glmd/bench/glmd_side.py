@@ -88,6 +88,10 @@ class GlmdSession:
     def resting_kv_bytes(self) -> int:
         return self._engine.stats().kv_bytes
 
+    @property
+    def resting_arrays(self) -> int:
+        return self._engine.stats().kv_segments * self._engine.kv_layers
+
     def close(self) -> None:
         self._engine.close()
 

@@ -59,6 +59,7 @@ class MlxLmSession:
     def __init__(self, model: Any) -> None:
         self._generator = BatchGenerator(model, stream=mx.default_stream(mx.default_device()))
         self._prompts = LRUPromptCache()
+        self._layers = len(model.layers)
         self._running: dict[int, _Running] = {}
         self._computed = 0
 
@@ -111,6 +112,10 @@ class MlxLmSession:
     @property
     def resting_kv_bytes(self) -> int:
         return int(self._prompts.nbytes)
+
+    @property
+    def resting_arrays(self) -> int:
+        return len(self._prompts) * 2 * self._layers
 
     def close(self) -> None:
         self._generator.close()

@@ -49,6 +49,11 @@ class Session(Protocol):
         """KV that is kept for requests to come; asked when nothing runs."""
         ...
 
+    @property
+    def resting_arrays(self) -> int:
+        """Arrays that this KV consists of."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -70,6 +75,7 @@ def run(side: Side, workload: Workload) -> Trace:
         trace.computed = session.computed
         trace.resting_bytes = _alive() - at_rest
         trace.resting_kv_bytes = session.resting_kv_bytes
+        trace.resting_arrays = session.resting_arrays
     finally:
         session.close()
     return trace

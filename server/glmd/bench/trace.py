@@ -46,6 +46,7 @@ class Trace:
         computed: prompt tokens that were run through the model.
         resting_bytes: arrays alive when all has ended, beyond those alive before the run.
         resting_kv_bytes: of these, what is kept on purpose for later requests.
+        resting_arrays: how many arrays that is.
     """
 
     waves: list[list[Life]] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Trace:
     computed: int = 0
     resting_bytes: int = 0
     resting_kv_bytes: int = 0
+    resting_arrays: int = 0
 
     @property
     def lives(self) -> list[Life]:

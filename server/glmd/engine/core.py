@@ -168,6 +168,11 @@ class Engine:
         self.release_limits: Callable[[], object] = lambda: None
         """Undoes what was set in MLX for this engine; does nothing the second time."""
 
+    @property
+    def kv_layers(self) -> int:
+        """Layers that cache keys and values, and so arrays of each sealed segment."""
+        return self._model.kv_layers
+
     # -- requests -------------------------------------------------------------------------
 
     def submit(self, request: Generate) -> None:
