@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,11 @@ LOAD_SECONDS = 125
 OPTIONS = ["--memory-budget", "384MiB"]
 """So that the demo's memory is to be seen beside its budget."""
 
+ADDRESS = re.compile(r"http://[\w.:]+")
+"""In the server's log, whatever its form."""
+
+START_SECONDS = 120
+
 SAID = ["Hello, I am Nora.", "Tell me a story about a fox."]
 
 PROMPTS = [
@@ -54,12 +60,14 @@ def serving() -> Iterator[str]:
     )
     assert process.stderr is not None
     try:
-        line = next(line for line in process.stderr if "http://" in line)
+        found = next(filter(None, map(ADDRESS.search, process.stderr)))
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        url = line.split()[-1].removesuffix("/v1")
-        while httpx.get(f"{url}/health").status_code != 200:
+        deadline = time.monotonic() + START_SECONDS
+        while httpx.get(f"{found[0]}/health").status_code != 200:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the demo did not become ready")
             time.sleep(0.1)
-        yield url
+        yield found[0]
     finally:
         process.terminate()
         process.wait()
