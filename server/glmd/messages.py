@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 TokenArray = npt.NDArray[np.int32]
 
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -88,6 +90,10 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     prompt_progress: bool = False
     """Emit an Output with `computed_tokens` after each prefill chunk."""
 
+    def __post_init__(self) -> None:
+        if len(self.prompt) % 4:
+            raise ValueError("the prompt's bytes are no int32")
+
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     """Free what request `id` holds (or one of its sequences, by index). Unknown ids are ignored."""
@@ -99,7 +105,7 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
 class LogLevel(msgspec.Struct, tag="log_level", frozen=True):
     """Log from this level on, as `logging` names it."""
 
-    level: str
+    level: Level
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):

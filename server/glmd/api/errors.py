@@ -38,6 +38,9 @@ from glmd.errors import (
 
 log = logging.getLogger("glmd.api")
 
+MAX_MESSAGE, MAX_PARAM = 1000, 300
+"""Characters of what a client is told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -100,7 +103,20 @@ def respond(problem: Problem, scope: Scope) -> JSONResponse:
 
 
 def problem_of(error: Exception) -> Problem:
-    """What to tell the client about an exception; a bug's details stay in the log."""
+    """What to tell the client about an exception; a bug's details stay in the log.
+
+    What the client sent may be part of it, but not all of what it sent.
+    """
+    problem = whole_problem(error)
+    message, param = problem.message, problem.param
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
+    if param is not None and len(param) > MAX_PARAM:
+        param = f"{param[:MAX_PARAM]}…"
+    return replace(problem, message=message, param=param)
+
+
+def whole_problem(error: Exception) -> Problem:
     match error:
         case GlmdError():
             return problem_of_ours(error)

@@ -11,6 +11,7 @@ import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_BIASED_TOKENS
 from glmd.messages import SamplingParams
 
 log = logging.getLogger("glmd.api")
@@ -59,7 +60,9 @@ class SamplingFields(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = Field(
-        None, description="From token ids to what is added to their logits."
+        None,
+        max_length=MAX_BIASED_TOKENS,
+        description="From token ids to what is added to their logits.",
     )
     profile: str | None = Field(
         None, description="Profile of the server, whose values hold where the request has none."

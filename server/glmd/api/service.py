@@ -33,6 +33,7 @@ from glmd.engine.queue import Queue
 from glmd.engine.supervisor import Launch
 from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.keys import Keyring
+from glmd.limits import MAX_NAME, check_length
 from glmd.messages import Guidance
 from glmd.names import nearest
 from glmd.settings import Settings
@@ -147,8 +148,11 @@ class Service:
 
         Raises:
             ModelNotFound: this model does not answer to the name, or there is no such profile.
-            InvalidRequest: `profile` is unknown, or contradicts the model's name.
+            InvalidRequest: `profile` is unknown, or contradicts the model's name; one of them is
+                no name by its length.
         """
+        check_length(model, MAX_NAME, "model")
+        check_length(profile, MAX_NAME, "profile")
         by_name = self.profile_of(model) if model is not None else None
         if profile is not None and by_name not in (None, profile):
             raise InvalidRequest(

@@ -13,6 +13,7 @@ from typing import Any
 from glmd.chat.schema import check_schema
 from glmd.chat.tools import Tool, is_strict
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_TOOLS, check_count
 
 
 def read_flat_tools(
@@ -79,5 +80,10 @@ def _read_function(raw: Mapping[str, Any], schema_key: str, param: str) -> Tool:
 
 
 def numbered(raw: Sequence[Mapping[str, Any]] | None) -> list[tuple[Mapping[str, Any], str]]:
-    """Each tool with its place in the request's `tools`."""
+    """Each tool with its place in the request's `tools`.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    check_count(raw, MAX_TOOLS, "tools")
     return [(tool, f"tools[{index}]") for index, tool in enumerate(raw or ())]

@@ -14,6 +14,7 @@ from math import isinf
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_MESSAGES, check_count
 
 if TYPE_CHECKING:
     from glmd.chat.tools import Tool
@@ -90,6 +91,7 @@ def read_messages(raw: Sequence[Mapping[str, Any]], param: str = "messages") -> 
     """
     if not raw:
         raise InvalidRequest(f"{param} must hold at least one message.", param=param)
+    check_count(raw, MAX_MESSAGES, param)
     params = [f"{param}[{index}]" for index in range(len(raw))]
     messages = [_read_message(message, where) for message, where in zip(raw, params, strict=True)]
     return arrange_results(messages, params)

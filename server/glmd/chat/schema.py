@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from glmd.chat.messages import Json
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_DEPTH
 
 NAMED = ("null", "boolean", "integer", "number", "string", "array", "object")
 TYPES = frozenset(NAMED)
@@ -27,8 +28,6 @@ PYTHON_TYPES = {
     list: "array",
     dict: "object",
 }
-MAX_DEPTH = 100
-"""Of schemas inside schemas; the deepest seen in the wild are near 15."""
 STARTS = {
     "null": "n",
     "boolean": "tf",

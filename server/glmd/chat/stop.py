@@ -4,6 +4,54 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Automaton:
+    """Where each character leads, from each beginning of a string that is looked for.
+
+    Attributes:
+        next: for each state, the next one by character.
+        fail: for each state, the longest proper suffix of it that is a state.
+        found: for each state, the string that is complete in it.
+        length: of what each state stands for.
+    """
+
+    next: list[dict[str, int]]
+    fail: list[int]
+    found: list[str | None]
+    length: list[int]
+
+
+@lru_cache(maxsize=8)  # For the answers to one prompt, of which there may be many.
+def automaton(strings: tuple[str, ...]) -> Automaton:
+    next: list[dict[str, int]] = [{}]
+    found: list[str | None] = [None]
+    length = [0]
+    for string in strings:
+        state = 0
+        for depth, character in enumerate(string, start=1):
+            if character not in next[state]:
+                next[state][character] = len(next)
+                next.append({})
+                found.append(None)
+                length.append(depth)
+            state = next[state][character]
+        found[state] = string
+    fail = [0] * len(next)
+    queue = deque(next[0].values())
+    while queue:
+        state = queue.popleft()
+        for character, target in next[state].items():
+            queue.append(target)
+            back = fail[state]
+            while back and character not in next[back]:
+                back = fail[back]
+            fail[target] = next[back].get(character, 0)
+            found[target] = found[target] or found[fail[target]]
+    return Automaton(next, fail, found, length)
 
 
 class StopStrings:
@@ -20,12 +68,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         """Look for `strings`, none of them empty."""
         self.matched: str | None = None
-        self._next: list[dict[str, int]] = [{}]
-        self._found: list[str | None] = [None]
-        self._length = [0]
-        for string in strings:
-            self._add(string)
-        self._fail = self._failures()
+        self._automaton = automaton(tuple(strings))
         self._state = 0
         self._held = ""
 
@@ -34,11 +77,12 @@ class StopStrings:
         if self.matched is not None:
             return ""
         state = self._state
+        table = self._automaton
         for position, character in enumerate(text):
-            while state and character not in self._next[state]:
-                state = self._fail[state]
-            state = self._next[state].get(character, 0)
-            found = self._found[state]
+            while state and character not in table.next[state]:
+                state = table.fail[state]
+            state = table.next[state].get(character, 0)
+            found = table.found[state]
             if found is not None:
                 self.matched = found
                 seen = self._held + text[: position + 1]
@@ -46,7 +90,7 @@ class StopStrings:
                 return seen[: -len(found)]
         self._state = state
         seen = self._held + text
-        safe = len(seen) - self._length[state]
+        safe = len(seen) - table.length[state]
         self._held = seen[safe:]
         return seen[:safe]
 
@@ -56,29 +100,3 @@ class StopStrings:
         self._held = ""
         self._state = 0
         return held
-
-    def _add(self, string: str) -> None:
-        state = 0
-        for length, character in enumerate(string, start=1):
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._found.append(None)
-                self._length.append(length)
-            state = self._next[state][character]
-        self._found[state] = string
-
-    def _failures(self) -> list[int]:
-        """For each state, the longest proper suffix that is a state; found strings pass along."""
-        fail = [0] * len(self._next)
-        queue = deque(self._next[0].values())
-        while queue:
-            state = queue.popleft()
-            for character, target in self._next[state].items():
-                queue.append(target)
-                back = fail[state]
-                while back and character not in self._next[back]:
-                    back = fail[back]
-                fail[target] = self._next[back].get(character, 0)
-                self._found[target] = self._found[target] or self._found[fail[target]]
-        return fail

@@ -10,6 +10,7 @@ from typing import Any
 from glmd.chat.messages import Json
 from glmd.chat.schema import SchemaReader, ValueType, check_schema
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_TOOLS, check_count
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def read_tools(raw: Sequence[Mapping[str, Any]] | None, param: str = "tools") ->
     Raises:
         InvalidRequest: names the field at fault.
     """
+    check_count(raw, MAX_TOOLS, param)
     tools: dict[str, Tool] = {}
     for index, one in enumerate(raw or ()):
         where = f"{param}[{index}]"

@@ -9,6 +9,9 @@ from glmd.messages import Generate, ModelInfo, SamplingParams, TokenArray
 
 MAX_LOGPROBS = 20
 
+MAX_CONTINUATIONS = 1024
+"""Of one prompt: each is a sequence, and has a place in the queue."""
+
 
 def check_request(request: Generate, prompt: TokenArray, info: ModelInfo) -> None:
     """Refuse what the engine cannot serve.
@@ -20,7 +23,7 @@ def check_request(request: Generate, prompt: TokenArray, info: ModelInfo) -> Non
         InvalidRequest: with the offending field as `param`.
     """
     _check_prompt(prompt, info)
-    _check_range("n", request.n, 1)
+    _check_range("n", request.n, 1, MAX_CONTINUATIONS)
     if request.max_tokens is not None:
         _check_range("max_tokens", request.max_tokens, 1)
     _check_range("min_tokens", request.min_tokens, 0)

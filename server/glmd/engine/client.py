@@ -27,6 +27,7 @@ from glmd.messages import (
     Cancel,
     Failed,
     Generate,
+    Level,
     Loading,
     LogLevel,
     ModelInfo,
@@ -205,7 +206,7 @@ class EngineClient:
         if request is not None:
             request.stream.fail(error)
 
-    def set_log_level(self, level: str) -> None:
+    def set_log_level(self, level: Level) -> None:
         """Have this engine process, and those after it, log from `level` on."""
         self._launch = replace(self._launch, log_level=level)
         if self._process is not None:

@@ -80,11 +80,19 @@ class Channel:
         self._socket.send(encode(message))
 
     def receive(self, timeout: float | None) -> ToEngine | None:
-        """The next message; None after `timeout` seconds without one (None: wait for ever)."""
-        if not self._socket.poll(None if timeout is None else round(timeout * 1000)):
-            return None
-        message: ToEngine = decode_to_engine(self._socket.recv())
-        return message
+        """The next message; None after `timeout` seconds without one (None: wait for ever).
+
+        What is no message is left out: that its sender errs is no reason to end all requests.
+        """
+        while self._socket.poll(None if timeout is None else round(timeout * 1000)):
+            data = self._socket.recv()
+            try:
+                message: ToEngine = decode_to_engine(data)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                log.error("Left out %d bytes that are no message: %s", len(data), error)
+            else:
+                return message
+        return None
 
     def close(self) -> None:
         """Hand what was sent to the operating system, and close."""

@@ -21,6 +21,7 @@ from glmd.chat.messages import (
 )
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_MESSAGES, check_count
 
 SEPARATOR = "\n\n"
 """Between the text blocks of a user, of the system, and of a tool's result, which are pieces of
@@ -49,6 +50,7 @@ def read_conversation(body: CountTokensRequest, defaults: Defaults) -> Conversat
         )
     if not body.messages:
         raise InvalidRequest("messages must hold at least one message.", param="messages")
+    check_count(body.messages, MAX_MESSAGES, "messages")
     messages, params = _read_system(body.system)
     for index, raw in enumerate(body.messages):
         where = f"messages[{index}]"

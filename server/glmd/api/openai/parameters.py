@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from glmd.api.sampling import INT64, NO_OP, SamplingFields, ignored_header
 from glmd.chat.grammar import GUIDED, AnswerFormat, read_guided
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_STOP_LENGTH, MAX_STOP_TOKENS
 
 MAX_STOPS = 16
 
@@ -31,6 +32,8 @@ def check_stops(value: str | list[str] | None) -> str | list[str] | None:
     strings = [value] if isinstance(value, str) else value or []
     if len(strings) > MAX_STOPS:
         raise ValueError(f"at most {MAX_STOPS} stop strings are allowed")
+    if any(len(string) > MAX_STOP_LENGTH for string in strings):
+        raise ValueError(f"a stop string must not have more than {MAX_STOP_LENGTH} characters")
     if "" in strings:
         raise ValueError("a stop string must not be empty")
     return value
@@ -70,7 +73,9 @@ class Parameters(SamplingFields):
     stop: Annotated[str | list[str] | None, AfterValidator(check_stops)] = Field(
         None, description=f"Strings that end the answer, at most {MAX_STOPS}; not part of it."
     )
-    stop_token_ids: list[TokenId] | None = Field(None, description="Further end tokens.")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MAX_STOP_TOKENS, description="Further end tokens."
+    )
     ignore_eos: bool | None = Field(None, description="Go on after an end token.")
 
     guided_json: Any = Field(

@@ -38,6 +38,7 @@ from glmd.api.turn import start_turn
 from glmd.api.whose import GivenClient
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_MESSAGES, check_count
 from glmd.messages import SamplingParams
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
@@ -194,6 +195,7 @@ def read_conversation(
     Raises:
         InvalidRequest: something in it cannot be honoured.
     """
+    check_count([*earlier, *new], MAX_MESSAGES, "input")
     places = ["previous_response_id"] * len(earlier)
     places += [f"input[{index}]" for index in range(len(new))]
     messages: list[Message] = [SystemMessage(body.instructions)] if body.instructions else []

@@ -18,6 +18,7 @@ from glmd.chat.grammar.spec import (
 )
 from glmd.chat.tools import Tool, is_strict
 from glmd.errors import InvalidRequest
+from glmd.limits import MAX_PATTERN, check_depth, check_length
 
 MAX_CHOICES = 10_000
 
@@ -175,6 +176,8 @@ def _read_text(kind: str, value: object, param: str) -> AnswerFormat:
         return Choice(tuple(value), param)
     if not isinstance(value, str) or not value:
         raise _malformed(param, "a string that is not empty")
+    if kind == "regex":
+        check_length(value, MAX_PATTERN, param)
     return Regex(value, param) if kind == "regex" else Grammar(value, param)
 
 
@@ -187,6 +190,7 @@ def _schema(value: object, param: str) -> dict[str, Any] | bool:
             raise InvalidRequest(f"{param} is not JSON: {error}", param=param) from error
     if not isinstance(value, dict | bool):
         raise _malformed(param, "a JSON schema: an object or a boolean")
+    check_depth(value, param)
     return value
 
 
