@@ -234,13 +234,15 @@ def answer(
     return fold(events)
 
 
-def whole_or_pieces(generated: Sequence[int], **options: Any) -> Folded:
-    """The answer, after checking that it is the same in one output and token by token."""
+def whole_or_pieces(generated: Sequence[int], sizes: Sequence[int] = (), **options: Any) -> Folded:
+    """The answer, after checking that it is the same in one output, in outputs of `sizes` tokens
+    and token by token."""
     at_once = answer(generated, sizes=[len(generated) + 1], **options)
+    in_pieces = answer(generated, sizes=sizes, **options)
     by_token = answer(generated, **options)
-    for one in (at_once, by_token):
+    for one in (at_once, in_pieces, by_token):
         one.call_ids.clear()
-    assert at_once == by_token
+    assert at_once == in_pieces == by_token
     return by_token
 
 

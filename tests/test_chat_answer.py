@@ -47,6 +47,7 @@ garbage = st.lists(
     max_size=40,
 )
 finishes = st.sampled_from(["stop", "length"])
+splits = st.lists(st.integers(1, 7), max_size=20)
 
 
 def call(name: str, *arguments: tuple[str, str]) -> str:
@@ -371,11 +372,11 @@ def test_at_the_token_limit_nothing_is_invented_and_length_is_said(
     assert whole.finish == "length"
 
 
-@given(garbage, finishes)
+@given(garbage, finishes, splits, st.booleans())
 def test_whatever_the_model_writes_gives_an_answer_that_does_not_depend_on_chunks(
-    generated: list[int], finish: Any
+    generated: list[int], finish: Any, sizes: list[int], in_reasoning: bool
 ) -> None:
-    whole = whole_or_pieces(generated, tools=TOOLS, finish=finish)
+    whole = whole_or_pieces(generated, sizes, tools=TOOLS, finish=finish, in_reasoning=in_reasoning)
     assert whole.finish in ("stop", "length", "tool_calls")
     for name, arguments in whole.calls[:-1]:
         assert name
@@ -383,11 +384,11 @@ def test_whatever_the_model_writes_gives_an_answer_that_does_not_depend_on_chunk
             assert isinstance(json.loads(arguments), dict)
 
 
-@given(garbage, finishes)
+@given(garbage, finishes, splits)
 def test_without_allowed_tools_no_markup_and_no_call_is_shown(
-    generated: list[int], finish: Any
+    generated: list[int], finish: Any, sizes: list[int]
 ) -> None:
-    whole = whole_or_pieces(generated, finish=finish)
+    whole = whole_or_pieces(generated, sizes, finish=finish)
     assert whole.calls == []
     assert whole.finish in ("stop", "length")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from chat_kit import json_values
 from glmd.chat.messages import (
     AssistantMessage,
     SystemMessage,
@@ -240,3 +244,63 @@ def test_a_schema_nested_without_end_is_refused() -> None:
         schema = {"type": "array", "items": schema}
     with pytest.raises(InvalidRequest, match="nested too deeply"):
         read_tools(function(parameters={"properties": {"a": schema}}))
+
+
+# Anything
+
+names = st.sampled_from(["", "f", "a", "text", "input_text", "function", "{}", '{"a": NaN}', "["])
+odd = json_values | names
+parts = st.fixed_dictionaries({}, optional={"type": odd, "text": odd, "refusal": odd})
+calls = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": odd,
+        "function": odd | st.fixed_dictionaries({}, optional={"name": odd, "arguments": odd}),
+    },
+)
+raw_messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]) | odd},
+    optional={
+        "content": odd | st.lists(parts | odd, max_size=2),
+        "reasoning_content": odd,
+        "refusal": odd,
+        "function_call": odd,
+        "tool_calls": odd | st.lists(calls | odd, max_size=2),
+        "tool_call_id": odd,
+    },
+)
+
+
+def read_or_refused(read: Callable[[list[Any]], list[Any]], raw: list[Any], name: str) -> None:
+    """Every other exception goes through."""
+    fault: str | None = name
+    try:
+        assert len(read(raw)) == len(raw)
+    except InvalidRequest as error:
+        fault = error.param
+    assert (fault or "").startswith(name)
+
+
+@given(st.lists(raw_messages | odd, max_size=4))
+def test_whatever_messages_are_they_are_read_or_refused_by_name(raw: list[Any]) -> None:
+    read_or_refused(read_messages, raw, "messages")
+
+
+@given(
+    st.lists(
+        odd
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                "type": st.just("function") | odd,
+                "function": odd
+                | st.fixed_dictionaries(
+                    {}, optional={"name": odd, "description": odd, "parameters": odd}
+                ),
+            },
+        ),
+        max_size=3,
+    )
+)
+def test_whatever_tools_are_they_are_read_or_refused_by_name(raw: list[Any]) -> None:
+    read_or_refused(read_tools, raw, "tools")

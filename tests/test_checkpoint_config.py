@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,28 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not a JSON object"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../mtp.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\0"])
+def test_the_mtp_file_cannot_be_outside_the_folder(tmp_path: Path, name: str) -> None:
+    mtp = {"file": name, "shares_embedding": True, "shares_head": True, "quantization": {}}
+    assert f"glmd.mtp.file is {json.dumps(name)}" in _refusal(tmp_path, glmd={"mtp": mtp})
+    mtp["file"] = "mtp.safetensors"
+    assert _load(tmp_path, glmd={"mtp": mtp}).mtp is not None
+
+
+def test_code_in_a_checkpoint_is_refused_and_never_run(random_checkpoint: Path) -> None:
+    """`model_file` is how a checkpoint brings mlx-lm its own Python."""
+    loading = pytest.importorskip("glmd.model.loading")
+    folder = random_checkpoint.parent / "with_code"
+    shutil.copytree(random_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))
+    ran = folder / "ran"
+    (folder / "model.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(CheckpointError, match=r'model_file is "model\.py", but glmd runs no code'):
+        loading.load_model(folder, "float32", lambda done, total: None)
+    assert not ran.exists()
 
 
 def test_mlx_quantization_table_is_parted_into_default_and_modules(tmp_path: Path) -> None:

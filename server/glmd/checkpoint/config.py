@@ -72,7 +72,7 @@ class MtpFile(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     file: str
-    """Beside config.json."""
+    """Beside config.json, never elsewhere."""
     shares_embedding: bool
     """No `embed_tokens` of its own: the main model's serves, being equal to the bit."""
     shares_head: bool
@@ -199,6 +199,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def is_file_name(name: object) -> bool:
+    """Whether `name` can only be a file of the checkpoint's own folder, as a checkpoint's must."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 class _RefusedError(Exception):
     """The rest of a sentence that begins with the file's name."""
 
@@ -212,6 +217,11 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     for key in _TABLES:
         if not isinstance(raw.get(key), dict | None):
             raise _RefusedError(f"{key} is not an object")
+    if raw.get("model_file") is not None:
+        raise _RefusedError(
+            f"model_file is {json.dumps(raw['model_file'])}, but glmd runs no code that comes with"
+            " a checkpoint"
+        )
     _refuse_unsupported(raw)
     try:
         known = normalise(raw)
@@ -297,6 +307,11 @@ def _check_sense(config: ModelConfig) -> None:
         )
     if config.qk_rope_head_dim % 2:
         raise _RefusedError(f"qk_rope_head_dim is {config.qk_rope_head_dim}, but must be even")
+    if config.mtp is not None and not is_file_name(config.mtp.file):
+        raise _RefusedError(
+            f"glmd.mtp.file is {json.dumps(config.mtp.file)}, but must be a file's name beside"
+            " config.json"
+        )
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
             raise _RefusedError(

@@ -5,11 +5,12 @@ Only safetensors: a pickle (`pytorch_model.bin`) can run code when it is opened.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from glmd.checkpoint.config import ModelConfig, read_json_object
+from glmd.checkpoint.config import ModelConfig, is_file_name, read_json_object
 from glmd.checkpoint.layout import mtp_prefix
 from glmd.checkpoint.tensorfile import Shape, StoredTensor, read_header
 from glmd.errors import CheckpointError
@@ -35,12 +36,14 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file}: no weight_map", file=str(index_file))
+    for name in weight_map.values():
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{index_file}: {json.dumps(name)} is no file's name in the folder",
+                file=str(index_file),
+            )
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(
-                f"{index_file}: {name} is outside the folder", file=str(index_file)
-            )
         if not (folder / name).exists():
             raise CheckpointError(
                 f"{folder / name}: missing, of {len(names)} weight files that {INDEX_NAME} lists",
