@@ -65,7 +65,7 @@ def live_server(
     """
     model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
     made = Settings(port=0, **settings)
-    launch = Launch(folder, config or {}, engine=engine)
+    launch = Launch(folder, config or {}, engine=engine, log_level=made.log_level)
     service = Service(made, model, launch, Keyring.of(made, keys))
     server = Server(service)
     sockets = listen("127.0.0.1", 0)

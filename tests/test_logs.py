@@ -123,6 +123,45 @@ def test_each_request_has_one_line_with_what_it_took_and_no_text_of_it(
     assert "plugh" not in lines.text
 
 
+def tool_about(text: str) -> dict[str, Any]:
+    """A tool whose every string is `text`, with keywords that are not enforced."""
+    value = {"type": "string", "description": text, "format": text, "not": {"const": text}}
+    parameters = {"type": "object", "properties": {text: value}, "required": [text]}
+    function = {"name": text.replace(" ", "_"), "description": text, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def test_neither_process_logs_what_a_request_says_however_it_ends(
+    lines: Lines, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At DEBUG, with system messages and tools, for refusals and crashes too."""
+    root = logging.getLogger()
+    root.addHandler(lines)  # What others than glmd write.
+    path, statuses = "/v1/chat/completions", []
+    try:
+        with live_server(log_level="DEBUG", slow_request=1e-6) as live, live.client() as http:
+            odd = [{"role": SECRET}], [{"role": "user", "content": {SECRET: SECRET}}], SECRET
+            for messages in odd:
+                body = {"messages": messages, "stop": [SECRET], "tools": [{SECRET: SECRET}]}
+                statuses.append(http.post(path, json=body).status_code)
+            broken = http.post(path, content=SECRET, headers={"content-type": "application/json"})
+            statuses.append(broken.status_code)
+            for script in ("</think>{}", "</think>{}{{refuse}}", "{}{{raise}}", "{}{{die}}"):
+                live.wait_for("ready")
+                body = chat(f"⟦{script.format(SECRET)}⟧")
+                body["messages"].insert(0, {"role": "system", "content": SECRET})
+                body |= {"tools": [tool_about(SECRET)], "tool_choice": "required", "user": SECRET}
+                statuses.append(http.post(path, json=body).status_code)
+    finally:
+        root.removeHandler(lines)
+    assert statuses == [400] * 4 + [200, 400, 503, 503]
+    written = capfd.readouterr().err
+    assert "the script says raise" in written, "nothing of the engine's"
+    assert "Slow: " in lines.text
+    assert "Keywords not enforced: 1 in tools[0]." in lines.text
+    assert "plugh" not in written + lines.text
+
+
 def test_a_line_says_how_a_request_ended(http: httpx.Client, lines: Lines) -> None:
     path = "/v1/chat/completions"
     assert lines.of(http.post(path, json=chat("⟦{refuse}⟧")))["finish"] == "error"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 from glmd.chat.grammar.protocol import Answer, Compiled, Refused, Setup, decode_answer, encode
@@ -122,7 +123,7 @@ class GrammarCompiler:
                 log.warning("The grammar worker ended over %s.", _param(structure))
                 answer = _refusal(structure, "is more than the grammar compiler can take")
         if isinstance(answer, Compiled) and answer.relaxed:
-            log.info("Not enforced: %s.", ", ".join(answer.relaxed))
+            log.info("Keywords not enforced: %s.", _count(answer.relaxed))
         return answer
 
     async def _ask(self, data: bytes) -> bytes:
@@ -166,6 +167,13 @@ def _param(structure: Structure) -> str:
     """The client's name of what a structure was read from."""
     param: str | None = getattr(structure.format, "param", None)
     return param or "tools"
+
+
+def _count(params: Sequence[str]) -> str:
+    """How many keywords, and in which fields. What stands between a field and a keyword are names
+    and patterns of the client's, which are part of its prompt and so not for the log."""
+    counts = Counter(param.partition(".")[0] for param in params)
+    return ", ".join(f"{count} in {field}" for field, count in counts.items())
 
 
 def _refusal(structure: Structure, why: str) -> Refused:
