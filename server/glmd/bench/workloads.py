@@ -94,10 +94,13 @@ def decode(prompts: Prompts, rows: int, *, context: int = 128, new: int = 48) ->
 
 
 def ragged(prompts: Prompts, *, new: int = 48) -> Workload:
-    """One stream with a long context among seven with a short one."""
-    contexts = (4096, *[100] * 7)
-    requests = tuple(Request(prompts.draw(context), new) for context in contexts)
-    return Workload("ragged: one 4k context and seven of 100", (Wave(requests),))
+    """One stream with a long context among seven with a short one, which come when it decodes:
+    together they would have ended while its prompt was still being computed."""
+    long = Request(prompts.draw(4096), ENDLESS)
+    short = tuple(Request(prompts.draw(100), new) for _ in range(7))
+    return Workload(
+        "ragged: one 4k context and seven of 100", (Wave((long,)), Wave(short, after=1))
+    )
 
 
 def shared_prefix(prompts: Prompts, *, rows: int = 16, new: int = 48) -> Workload:
