@@ -313,7 +313,7 @@ def test_mtp_layer_can_be_added_to_what_mlx_lm_converted(source: Path, tmp_path:
     assert plain.stored is not None
     assert plain.stored.main_bytes == plain.stored.main_planned == plain.main.nbytes
     add_mtp(source, tmp_path, MIXED)
-    served = load_for_serving(tmp_path, "float32", 1 << 30, lambda done, total: None)
+    served = load_for_serving(tmp_path, "float32", lambda done, total: None)
     assert served.mtp is not None
 
 
@@ -335,7 +335,7 @@ def test_mtp_layer_is_not_added_to_another_model(source: Path, tmp_path: Path) -
 def test_the_server_loads_the_main_model_and_the_mtp_layer(tmp_path: Path, shared: bool) -> None:
     write_random_checkpoint(tmp_path / "in", mtp_shares_vocabulary=shared)
     convert(tmp_path / "in", tmp_path / "out", MIXED)
-    model = load_for_serving(tmp_path / "out", "float32", 1 << 30, lambda done, total: None)
+    model = load_for_serving(tmp_path / "out", "float32", lambda done, total: None)
     assert model.mtp is not None
     assert round(model.bits_per_weight, 3) == 7.354
 

@@ -87,7 +87,9 @@ class Reader:
             ' "$@"\n'
         )
         make.chmod(0o755)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("GLMD_")}
+        # Nor is the make under which the suite may run to hand its arguments on.
+        ours = ("GLMD_", "MAKE", "MFLAGS", "ARGS")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self._environment = kept | {
             "PATH": f"{tools}:{installed}:{os.environ['PATH']}",
             "HOME": str(folder),

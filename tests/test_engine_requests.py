@@ -114,9 +114,10 @@ def test_an_id_may_be_used_again_once_it_is_free() -> None:
 
 def test_a_budget_too_small_for_any_request_is_refused_at_start() -> None:
     model = tiny_model(max_position_embeddings=128)
-    with pytest.raises(CheckpointError, match="glmd wants 384 at least"):
-        tiny_engine(model, kv_tokens=383)
-    engine = tiny_engine(model, kv_tokens=384)
+    # So few rows that working memory cannot be made smaller to fit.
+    with pytest.raises(CheckpointError, match="KV of 384 tokens"):
+        tiny_engine(model, kv_tokens=383, max_step_tokens=128)
+    engine = tiny_engine(model, kv_tokens=384, max_step_tokens=128)
     assert engine.info.max_context == 128
     assert len(run(engine, request("a", PROMPT, ignore_eos=True)).answer("a").tokens) == 78
 
