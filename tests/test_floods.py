@@ -236,7 +236,9 @@ async def test_two_hundred_streams_are_all_served_to_the_end(server: Flooded) ->
         async with undisturbed(server):
             answers = await asyncio.gather(*(stream(seed) for seed in range(STREAMS)))
     assert all("data: [DONE]" in answer for answer in answers)
-    assert ["".join(ids(answer)) for answer in answers[:2]] == ["".join(each) for each in alone]
+    # A chunk may bring several ids, and how many is chance.
+    together = [",".join(ids(answer)) for answer in answers[:2]]
+    assert together == [",".join(each) for each in alone]
 
 
 async def test_bodies_that_stay_half_written_are_given_up(server: Flooded) -> None:
