@@ -41,9 +41,10 @@ class Rows:
     def part(self, start: int, stop: int) -> Rows:
         return Rows(self.rows[start:stop].copy(), self.copied)
 
-    def joined(self, other: Rows) -> Rows:
-        self.copied[0] += len(self) + len(other)
-        return Rows(np.concatenate([self.rows, other.rows]), self.copied)
+    def joined(self, *others: Rows) -> Rows:
+        rows = np.concatenate([self.rows, *(other.rows for other in others)])
+        self.copied[0] += len(rows)
+        return Rows(rows, self.copied)
 
 
 def _rows(salt: str, before: Prefix, tokens: Prefix, copied: list[int]) -> Rows:

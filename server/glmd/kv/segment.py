@@ -44,8 +44,9 @@ class Segment:
             return self
         return Segment.copy_of(self.layers, start, stop)
 
-    def joined(self, other: Segment) -> Segment:
-        """This segment followed by `other`, copied into one."""
-        layers = [mx.concatenate([a, b]) for a, b in zip(self.layers, other.layers, strict=True)]
+    def joined(self, *others: Segment) -> Segment:
+        """This segment followed by `others`, copied into one."""
+        parts = [self.layers, *(other.layers for other in others)]
+        layers = [mx.concatenate(list(pieces)) for pieces in zip(*parts, strict=True)]
         mx.async_eval(*layers)
         return Segment(layers)

@@ -39,7 +39,7 @@ class Sealed(Protocol):
     @property
     def nbytes(self) -> int: ...
     def part(self, start: int, stop: int) -> Self: ...
-    def joined(self, other: Self) -> Self: ...
+    def joined(self, *others: Self) -> Self: ...
 
 
 S = TypeVar("S", bound=Sealed)
@@ -242,50 +242,52 @@ class PrefixTree(Generic[S]):
         tokens, kv = np.array(tokens[known:], np.int32), kv.part(known, len(tokens))
         self.tokens += len(tokens)
         self.nbytes += kv.nbytes
-        node = lease.node
-        if lease.length == len(node) and _worth_joining(node, len(tokens)):
-            self._append(node, tokens, kv)
-            self._move(lease, node, len(node))
-        else:
-            child = Node(tokens, kv, node, lease.length)
-            node.children[lease.length, int(tokens[0])] = child
-            self._move(lease, child, len(child))
-        self._compact(lease.node)
-
-    def _append(self, node: Node[S], tokens: TokenArray, kv: S) -> None:
-        assert node.kv is not None
-        self.nbytes -= node.kv.nbytes + kv.nbytes
-        node.tokens = np.concatenate([node.tokens, tokens])
-        node.kv = node.kv.joined(kv)
-        self.nbytes += node.kv.nbytes
+        child = Node(tokens, kv, lease.node, lease.length)
+        lease.node.children[lease.length, int(tokens[0])] = child
+        self._move(lease, child, len(child))
+        self._compact(child)
 
     def _compact(self, node: Node[S]) -> None:
-        """Join `node` to its parent while that keeps paths short at little copying.
+        """Join `node` to its ancestors while that keeps paths short at little copying.
 
         Joining only neighbours of similar size copies each token O(log) times in all, and
-        leaves a path of n tokens in O(log n + n / MAX_SEGMENT) pieces.
+        leaves a path of n tokens in O(log n + n / MAX_SEGMENT) pieces. All that are to be one
+        are copied at once: pair by pair, the longest joins would copy twice as much in one step.
         """
-        while True:
-            parent = node.parent
-            if parent is None or node.offset < len(parent):
-                return
-            if not _worth_joining(parent, len(node)):
-                return
-            assert node.kv is not None
-            shift = len(parent)
-            del parent.children[node.offset, int(node.tokens[0])]
-            self._append(parent, node.tokens, node.kv)
-            for (offset, token), child in node.children.items():
-                child.parent, child.offset = parent, offset + shift
-                parent.children[offset + shift, token] = child
-            for lease in node.leases:
-                lease.node, lease.length = parent, lease.length + shift
-            parent.leases |= node.leases
-            for offset, token in node.lost:
-                _remember(parent, offset + shift, token)
-            parent.stamp = max(parent.stamp, node.stamp)
-            parent.passed = max(parent.passed, node.passed)
+        run, size = [node], len(node)
+        while (parent := node.parent) is not None and node.offset == len(parent):
+            if not _worth_joining(parent, size):
+                break
+            run.append(parent)
+            size += len(parent)
             node = parent
+        if len(run) > 1:
+            self._join(run[::-1])
+
+    def _join(self, run: list[Node[S]]) -> None:
+        """Make one node of several, each of which hangs at the end of the one before."""
+        first, *others = run
+        stored = [node.kv for node in run if node.kv is not None]
+        tokens = np.concatenate([node.tokens for node in run])
+        kv = stored[0].joined(*stored[1:])
+        self.nbytes += kv.nbytes - sum(part.nbytes for part in stored)
+        shift = len(first)
+        for node in others:
+            assert node.parent is not None
+            del node.parent.children[node.offset, int(node.tokens[0])]
+        for node in others:
+            for (offset, token), child in node.children.items():
+                child.parent, child.offset = first, offset + shift
+                first.children[offset + shift, token] = child
+            for lease in node.leases:
+                lease.node, lease.length = first, lease.length + shift
+            first.leases |= node.leases
+            for offset, token in node.lost:
+                _remember(first, offset + shift, token)
+            first.stamp = max(first.stamp, node.stamp)
+            first.passed = max(first.passed, node.passed)
+            shift += len(node)
+        first.tokens, first.kv = tokens, kv
 
     # -- eviction -------------------------------------------------------------------------
 
