@@ -7,10 +7,21 @@ rows at no cost, and a CPU, where every row counts.
 
 from __future__ import annotations
 
-_SMOOTHING = 0.2
-"""Weight of the newest observation."""
+from collections import deque
 
-FIRST_CHUNK = 32
+import numpy as np
+
+WINDOW = 9
+"""Observations kept of each kind. Their quantiles do not mind an odd step (a page fault, segments
+that were joined), where a running mean remembers it for a long time."""
+
+LEAST = 0.25
+"""Quantile of the steps without prefill: right behind one with, they still pay for sealing it."""
+
+CAUTION = 0.75
+"""Quantile of the row costs to reckon with: half would have every second step take too long."""
+
+FIRST_CHUNK = 16
 """Rows to try beside decoding sequences before anything has been measured."""
 
 SMALLEST_CHUNK = 4
@@ -18,11 +29,20 @@ SMALLEST_CHUNK = 4
 eight rows make a step three times as long, four rows less than twice."""
 
 
+MOST_WAITING = 32
+"""Sequences waiting for their first token per decoding one beyond which a step gets no longer."""
+
+
+BASE_STEPS = 32
+"""Steps with prefill after which one without measures anew what a step takes without."""
+
+
 class Pace:
     """Step-time model and the prefill budget that follows from it.
 
     Args:
-        max_slowdown: allowed length of a step with prefill, in steps without.
+        max_slowdown: allowed length of a step with prefill, in steps without, while no more
+            sequences are in prefill than decode.
         max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk;
             may be changed.
     """
@@ -30,8 +50,10 @@ class Pace:
     def __init__(self, max_slowdown: float, max_rows: int) -> None:
         self._max_slowdown = max_slowdown
         self.max_rows = max_rows
-        self._base: dict[int, float] = {}
-        self._row_cost: float | None = None
+        self._base: dict[int, deque[float]] = {}
+        self._row_cost: deque[float] = deque(maxlen=WINDOW)
+        self._since_base = 0
+        """Steps with prefill since the last one without."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
         """Learn from one step's duration.
@@ -41,33 +63,42 @@ class Pace:
         """
         if prefill_rows == 0:
             if decoding:
-                self._base[decoding] = _blend(self._base.get(decoding), seconds)
+                self._since_base = 0
+                self._base.setdefault(decoding, deque(maxlen=WINDOW)).append(seconds)
             return
+        self._since_base += decoding > 0
         base = self._base_for(decoding) if decoding else 0.0
         if base is not None:
-            cost = max(seconds - base, 0.05 * seconds) / prefill_rows
-            self._row_cost = _blend(self._row_cost, cost)
+            self._row_cost.append(max(seconds - base, 0.05 * seconds) / prefill_rows)
 
-    def prefill_budget(self, decoding: int) -> int:
-        """Prefill rows for the next step, beside that many decoding sequences."""
+    def prefill_budget(self, decoding: int, prefilling: int = 1) -> int:
+        """Prefill rows for the next step, beside that many decoding sequences.
+
+        Where more sequences are in prefill than decode, prefill has so many times the share of
+        the step: waiting for a first token counts as much as waiting for the next.
+
+        Returns 0 where it has to be measured what a step takes without prefill.
+        """
         if decoding == 0:
             return self.max_rows
         base = self._base_for(decoding)
-        if base is None or self._row_cost is None:
-            rows = FIRST_CHUNK
-        elif self._row_cost == 0:
-            rows = self.max_rows
-        else:
-            rows = int((self._max_slowdown - 1) * base / self._row_cost)
+        if base is None or self._since_base >= BASE_STEPS:
+            return 0
+        rows = FIRST_CHUNK
+        if self._row_cost:
+            cost = float(np.quantile(self._row_cost, CAUTION))
+            slack = (self._max_slowdown - 1) * min(max(1.0, prefilling / decoding), MOST_WAITING)
+            rows = int(slack * base / cost) if cost else self.max_rows
         return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
 
     def _base_for(self, decoding: int) -> float | None:
-        """Seconds of a step with about that many decoding sequences and nothing else."""
-        if not self._base:
+        """Seconds of a step with about that many decoding sequences and nothing else.
+
+        It is measured, not extrapolated: taking what one stream needs for what eight need, the
+        difference would count as the cost of prefill rows, and prompts would starve.
+        """
+        near = [known for known in self._base if abs(known - decoding) <= decoding // 4]
+        if not near:
             return None
-        nearest = min(self._base, key=lambda known: abs(known - decoding))
-        return self._base[nearest]
-
-
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTHING * (new - old)
+        nearest = min(near, key=lambda known: abs(known - decoding))
+        return float(np.quantile(self._base[nearest], LEAST))

@@ -188,7 +188,9 @@ class Scheduler:
         for sequence in decode:
             self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
         admitted = self._admit() if self.preemptions == preempted else []
-        return Plan(decode, self._plan_chunks(self.pace.prefill_budget(len(decode))), admitted)
+        prefilling = sum(sequence.needs > 1 for sequence in self.running)
+        rows = self.pace.prefill_budget(len(decode), prefilling)
+        return Plan(decode, self._plan_chunks(rows), admitted)
 
     def _plan_decode(self) -> list[Sequence]:
         """All running sequences that need one row; the youngest make room if they must."""
