@@ -22,16 +22,14 @@ CAUTION = 0.75
 """Quantile of the row costs to reckon with: half would have every second step take too long."""
 
 FIRST_CHUNK = 16
-"""Rows to try beside decoding sequences before anything has been measured."""
+"""Rows to try beside decoding sequences before the cost of a row has been measured."""
 
 SMALLEST_CHUNK = 4
-"""Rows that prefill gets in any case, so that a prompt always gets on. On a CPU behind 2k tokens
+"""Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k tokens
 eight rows make a step three times as long, four rows less than twice."""
-
 
 MOST_WAITING = 32
 """Sequences waiting for their first token per decoding one beyond which a step gets no longer."""
-
 
 BASE_STEPS = 32
 """Steps with prefill after which one without measures anew what a step takes without."""
@@ -97,8 +95,7 @@ class Pace:
         It is measured, not extrapolated: taking what one stream needs for what eight need, the
         difference would count as the cost of prefill rows, and prompts would starve.
         """
-        near = [known for known in self._base if abs(known - decoding) <= decoding // 4]
-        if not near:
+        nearest = min(self._base, key=lambda known: abs(known - decoding), default=None)
+        if nearest is None or abs(nearest - decoding) > decoding // 4:
             return None
-        nearest = min(near, key=lambda known: abs(known - decoding))
         return float(np.quantile(self._base[nearest], LEAST))
