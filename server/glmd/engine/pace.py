@@ -25,8 +25,8 @@ FIRST_CHUNK = 16
 """Rows to try beside decoding sequences before the cost of a row has been measured."""
 
 SMALLEST_CHUNK = 4
-"""Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k tokens
-eight rows make a step three times as long, four rows less than twice."""
+"""Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
+tokens eight rows make a step three times as long, four rows less than twice."""
 
 MOST_WAITING = 32
 """Sequences waiting for their first token per decoding one beyond which a step gets no longer."""
