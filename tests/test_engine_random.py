@@ -112,9 +112,9 @@ def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
     known = [s for sequences in engine._requests.values() for s in sequences]
     assert {id(s) for s in known} == {id(s) for s in [*running, *waiting]}
     for sequence in running:
-        prefix = [t for p in tree.path(sequence.lease) for t in p.node.tokens[: p.length].tolist()]
+        prefix = [k for p in tree.path(sequence.lease) for k in p.node.keys[: p.length].tolist()]
         assert len(prefix) == sequence.sealed
-        assert prefix == sequence.tokens(0, sequence.sealed).tolist()
+        assert prefix == sequence.keys(0, sequence.sealed).tolist()
     # Tails for further drafts behind a prompt's end come unplanned; the next plan makes room.
     planned = tree.nbytes + (tails.nbytes if engine._config.mtp in {0, 1, "auto"} else 0)
     over = planned - kv_tokens * engine.info.kv_bytes_per_token

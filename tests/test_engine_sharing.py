@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -12,7 +14,12 @@ from engines import Run, assert_at_rest, assert_true, request, run, tiny_engine,
 LONG = np.random.default_rng(0).integers(0, 500, 300).tolist()
 
 
-def _shared(a: list[int], b: list[int]) -> int:
+def _keys(tokens: list[int], mtp: int) -> list[object]:
+    """What tells computed tokens apart: with an MTP layer, what followed them, too."""
+    return [*itertools.pairwise(tokens)] if mtp else [*tokens[:-1]]
+
+
+def _shared(a: list[object], b: list[object]) -> int:
     count = 0
     while count < min(len(a), len(b)) and a[count] == b[count]:
         count += 1
@@ -33,29 +40,33 @@ def _shared(a: list[int], b: list[int]) -> int:
         max_size=6,
     ),
     st.sampled_from([7, 64, 2048]),
+    st.sampled_from([0, 1]),
 )
 def test_sequential_requests_compute_exactly_what_none_before_them_had(
-    requests: list[tuple[int, int, int, int, str]], max_step_tokens: int
+    requests: list[tuple[int, int, int, int, str]], max_step_tokens: int, mtp: int
 ) -> None:
     """Against a list of everything that was computed so far."""
-    engine = tiny_engine(max_step_tokens=max_step_tokens)
+    model = tiny_model(num_nextn_predict_layers=mtp)
+    engine = tiny_engine(model, max_step_tokens=max_step_tokens)
     done: list[tuple[str, list[int]]] = [("-", [])]
     computed = 0
     for number, (which, kept, more, max_tokens, salt) in enumerate(requests):
         before = done[which % len(done)][1]
         prompt = before[:kept] + np.random.default_rng(which).integers(0, 4, more).tolist()
-        cached = max(_shared(prompt[:-1], other) for its, other in done if its in (salt, "-"))
+        known = [_keys(other, mtp) for its, other in done if its in (salt, "-")]
+        cached = max(_shared(_keys(prompt, mtp), keys) for keys in known)
         asked = request(
             str(number), prompt, max_tokens=max_tokens, ignore_eos=True, cache_salt=salt
         )
         answer = run(engine, asked).answer(asked.id)
-        assert_true(tiny_model(), asked, answer)
+        assert_true(model, asked, answer)
         assert answer.cached_tokens == cached
         computed += len(prompt) - cached
         assert engine.stats().prompt_tokens_computed == computed
         # The last token was sampled, but no step ran on it.
-        done.append((salt, prompt + answer.tokens[:-1]))
-        unique = {(s, tuple(t[:end])) for s, t in done for end in range(1, len(t) + 1)}
+        done.append((salt, prompt + answer.tokens))
+        stored = [(its, _keys(tokens, mtp)) for its, tokens in done]
+        unique = {(s, tuple(keys[:end])) for s, keys in stored for end in range(1, len(keys) + 1)}
         assert engine.stats().kv_tokens == len(unique)
     assert_at_rest(engine)
 
@@ -72,12 +83,16 @@ def test_eight_requests_with_one_prompt_compute_it_once() -> None:
         assert_true(tiny_model(), one, running.answer(one.id))
 
 
-def test_requests_with_own_ends_compute_the_common_beginning_once() -> None:
-    engine = tiny_engine(max_step_tokens=64)
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_requests_with_own_ends_compute_the_common_beginning_once(mtp: int) -> None:
+    """With an MTP layer but for its last token, of which each has its own KV there."""
+    model = tiny_model(num_nextn_predict_layers=mtp)
+    engine = tiny_engine(model, max_step_tokens=64)
     asked = [request(f"{i}", [*LONG[:250], 500 + i, 5, 5], max_tokens=3) for i in range(8)]
     running = run(engine, *asked)
-    assert engine.stats().prompt_tokens_computed == 250 + 8 * 3
-    assert sum(a.prompt_tokens - a.cached_tokens for a in running.answers.values()) == 250 + 8 * 3
+    computed = 250 - mtp + 8 * (3 + mtp)
+    assert engine.stats().prompt_tokens_computed == computed
+    assert sum(a.prompt_tokens - a.cached_tokens for a in running.answers.values()) == computed
     assert_at_rest(engine)
 
 

@@ -59,7 +59,7 @@ def _prefix_of(node: Node[Rows]) -> Prefix:
     if node.parent is not None:
         before = _prefix_of(node.parent)
         before = before[: len(before) - len(node.parent) + node.offset]
-    return before + tuple(node.tokens.tolist())
+    return before + tuple(node.keys.tolist())
 
 
 class TreeAgainstSet(RuleBasedStateMachine):
@@ -195,7 +195,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
         for lease, salt, prefix in self.leases:
             assert lease in lease.node.leases
             pieces = self.tree.path(lease)
-            assert sum((tuple(p.node.tokens[: p.length].tolist()) for p in pieces), ()) == prefix
+            assert sum((tuple(p.node.keys[: p.length].tolist()) for p in pieces), ()) == prefix
             held |= {(salt, prefix[:end]) for end in range(1, len(prefix) + 1)}
         assert held <= self.stored.keys(), "a prefix in use was evicted"
         assert self.tree.evictable_tokens == len(self.stored) - len(held)
@@ -209,11 +209,11 @@ class TreeAgainstSet(RuleBasedStateMachine):
         for node in self.tree.nodes():
             assert 0 < len(node) <= tree_module.MAX_SEGMENT
             assert node.parent is not None
-            assert node.parent.children[node.offset, int(node.tokens[0])] is node
+            assert node.parent.children[node.offset, int(node.keys[0])] is node
             assert 0 <= node.offset <= len(node.parent)
             for offset, token in node.children:
                 assert 0 < offset <= len(node)
-                assert offset == len(node) or int(node.tokens[offset]) != token
+                assert offset == len(node) or int(node.keys[offset]) != token
         salts = {salt for salt, _ in self.stored} | {salt for _, salt, _ in self.leases}
         assert self.tree._roots.keys() == salts
 
@@ -371,7 +371,7 @@ def test_early_divergence_from_a_long_entry_compares_few_tokens(shared: int) -> 
     asked = stored.copy()
     asked[shared] = -1
     for node in tree.nodes():
-        node.tokens = node.tokens.view(_Counted)
+        node.keys = node.keys.view(_Counted)
     _Counted.compared = 0
     lease = tree.acquire()
     assert tree.advance(lease, asked) == shared

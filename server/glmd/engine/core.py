@@ -220,7 +220,13 @@ class Engine:
         if seed is None:
             seed = secrets.randbits(63)
         return [
-            Sequence(request, index, self._row_sampling(request, noise_key(seed, index)), limit)
+            Sequence(
+                request,
+                index,
+                self._row_sampling(request, noise_key(seed, index)),
+                limit,
+                paired=self._model.mtp is not None,
+            )
             for index in range(request.n)
         ]
 

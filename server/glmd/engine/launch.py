@@ -468,8 +468,12 @@ class Launcher:
     # -- booking --------------------------------------------------------------------------
 
     def _book(self, plan: Plan, groups: list[_Group], caches: list[mx.array]) -> None:
-        """Note what the step computes; chunks are sealed at once."""
+        """Note what the step computes; chunks are sealed at once.
+
+        Where a token's key takes the one that follows it, a prompt's last row begins the tail.
+        """
         first = 0
+        begun: list[tuple[Sequence, int]] = []
         for group in groups:
             first += len(group.sequences) * group.width
             for sequence in group.sequences:
@@ -477,9 +481,25 @@ class Launcher:
                     self.prompt_rows += sequence.book(sequence.computed, sequence.computed + 1)
         for sequence, count in plan.chunks:
             start = sequence.computed
-            kv = Segment.copy_of(caches, first, first + count)
-            assert sequence.lease is not None
-            self._tree.seal(sequence.lease, sequence.tokens(start, start + count), kv)
-            sequence.computed = sequence.sealed = start + count
+            sequence.computed = start + count
+            sequence.sealed = sequence.sealable
             self.prompt_rows += sequence.book(start, start + count)
+            kv = Segment.copy_of(caches, first, first + sequence.sealed - start)
+            assert sequence.lease is not None
+            self._tree.seal(sequence.lease, sequence.keys(start, sequence.sealed), kv)
             first += count
+            if sequence.sealed < sequence.computed:
+                begun.append((sequence, first - 1))
+        if begun:
+            self._begin_tails([s for s, _ in begun], mx.array([row for _, row in begun]), caches)
+
+    def _begin_tails(
+        self, sequences: list[Sequence], rows: mx.array, caches: list[mx.array]
+    ) -> None:
+        """Put a row of each sequence first into its tail."""
+        for sequence in sequences:
+            self._scheduler.give_slot(sequence)
+        self._tails.ensure(MAX_WIDTH)
+        slots = mx.array([sequence.slot for sequence in sequences])
+        for layer, kv in enumerate(caches):
+            self._tails.write(layer, slots, mx.zeros_like(slots), kv[rows])

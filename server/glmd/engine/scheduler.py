@@ -117,14 +117,14 @@ class Scheduler:
     def seal_tail(self, sequence: Sequence) -> None:
         """Move a sequence's tail into the tree; the slot stays its own."""
         assert sequence.lease is not None
-        stop = sequence.settled
+        stop = sequence.sealable
         count = stop - sequence.sealed
         if count > 0:
             tail = self._tails.copy_out(sequence.slot, count)
-            self._tree.seal(sequence.lease, sequence.tokens(sequence.sealed, stop), tail)
-            if sequence.in_flight > 1:
-                self._tails.shift(sequence.slot, count, sequence.in_flight - 1)
+            self._tree.seal(sequence.lease, sequence.keys(sequence.sealed, stop), tail)
             sequence.sealed = stop
+            if rest := sequence.tail_bound:
+                self._tails.shift(sequence.slot, count, rest)
 
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
@@ -197,7 +197,7 @@ class Scheduler:
         while True:
             ready = [s for s in self.running if s.needs == 1 and not s.saturated]
             for sequence in ready:
-                if sequence.settled - sequence.sealed >= TAIL_TOKENS:
+                if sequence.sealable - sequence.sealed >= TAIL_TOKENS:
                     self.seal_tail(sequence)
             room = max((s.tail_bound for s in self.running), default=0) + 2 * MAX_WIDTH
             if not ready or self._make_room(self._tail_growth(ready, room)):
@@ -302,7 +302,7 @@ class Scheduler:
         kept = max(1, budget // ELDEST_SHARE)
 
         chunks: list[tuple[Sequence, int]] = []
-        planned = 0
+        planned = ending = 0
         # Another chunk of this step may be about to compute the very same tokens: wait for it,
         # the next step finds them sealed.
         starts = {self._start(eldest)} if self._config.prefix_cache else set()
@@ -311,9 +311,14 @@ class Scheduler:
             if left <= 0 or (sequence is not eldest and self._start(sequence) in starts):
                 continue
             rows = self._chunk_limit(sequence.computed, min(sequence.needs, left))
-            rows = self._fitting(planned, rows)
+            ends = rows == sequence.needs
+            # A prompt's last row may begin a tail (`Launcher._book`).
+            capacity = max(self._tails.capacity, MAX_WIDTH)
+            tails = self._tails.growth(ending + ends, capacity)
+            rows = self._fitting(planned + tails, rows)
             if not rows:
                 continue
+            ending += rows == sequence.needs
             if self._config.prefix_cache:
                 starts.add(self._start(sequence))
             chunks.append((sequence, rows))
@@ -327,17 +332,17 @@ class Scheduler:
 
     @staticmethod
     def _start(sequence: Sequence) -> tuple[int, int, int]:
-        """Where in the tree the first token to compute would hang, and which it is."""
+        """Where in the tree the first token to compute would hang, and its key."""
         assert sequence.lease is not None
-        token = sequence.tokens(sequence.computed, sequence.computed + 1)[0]
-        return id(sequence.lease.node), sequence.lease.length, int(token)
+        key = sequence.keys(sequence.computed, sequence.computed + 1)[0]
+        return id(sequence.lease.node), sequence.lease.length, int(key)
 
     def _extend_match(self, sequence: Sequence) -> None:
         """Advance over tokens that are in the tree by now, leaving at least one to compute."""
         assert sequence.lease is not None
         if not self._config.prefix_cache:
             return
-        known = sequence.tokens(sequence.computed, sequence.length - 1)
+        known = sequence.keys(sequence.computed, sequence.length - 1)
         found = self._tree.advance(sequence.lease, known)
         sequence.sealed += found
         sequence.computed += found
@@ -350,7 +355,7 @@ class Scheduler:
         found, last = sequence.computed, sequence.prompt_length - 1
         if found >= last:
             return Match(tokens=found, reason="whole")
-        prompt = sequence.tokens(0, last)
+        prompt = sequence.keys(0, last)
         beyond = self._tree.beyond(sequence.lease, int(prompt[found]))
         if beyond.evicted:
             return Match(tokens=found, reason="evicted")

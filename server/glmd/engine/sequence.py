@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.constraint import Constraint
 from glmd.kv.segment import Segment
-from glmd.kv.tree import Lease
+from glmd.kv.tree import Keys, Lease
 from glmd.messages import Generate, Match, TokenArray, unpack_tokens
 from glmd.model.sampling import History, RowSampling
 
@@ -31,7 +32,19 @@ class Sequence:
         constraint: the grammar that its output follows, if there is one.
     """
 
-    def __init__(self, request: Generate, index: int, sampling: RowSampling, limit: int) -> None:
+    def __init__(
+        self,
+        request: Generate,
+        index: int,
+        sampling: RowSampling,
+        limit: int,
+        *,
+        paired: bool = False,
+    ) -> None:
+        """
+        Args:
+            paired: the KV of a token depends on the one that follows it, too.
+        """
         prompt = unpack_tokens(request.prompt)
         self.request = request
         self.index = index
@@ -42,6 +55,7 @@ class Sequence:
         self.length = len(prompt)
         self._tokens = np.empty(len(prompt) + 256, np.int32)
         self._tokens[: len(prompt)] = prompt
+        self._pairs = _pairs(self._tokens[: len(prompt)], 256) if paired else None
 
         self.lease: Lease[Segment] | None = None
         self.slot = NO_SLOT
@@ -119,6 +133,11 @@ class Sequence:
         return self.length if self.in_flight else min(self.computed, self.length)
 
     @property
+    def sealable(self) -> int:
+        """Positions, from the first, that can be in the tree: settled, and their keys known."""
+        return self.settled if self._pairs is None else min(self.settled, self.length - 1)
+
+    @property
     def tail_bound(self) -> int:
         """Tokens that the tail may hold once the steps in flight are done."""
         return self.settled + max(0, self.in_flight - 1) - self.sealed
@@ -127,6 +146,19 @@ class Sequence:
         """Known tokens at positions `start` to `stop`, a view."""
         assert stop <= self.length
         return self._tokens[start:stop]
+
+    def keys(self, start: int, stop: int) -> Keys:
+        """What the tree tells the tokens at positions `start` to `stop` apart by, a view.
+
+        The MTP layer's KV of a token is made of the token that follows it. Were tokens told apart
+        by themselves, a prompt that forks off another's would find the KV of the last common one
+        made of the other's next. So a token's key is the pair of both there, and the fork comes
+        one token earlier.
+        """
+        if self._pairs is None:
+            return self.tokens(start, stop)
+        assert stop < self.length
+        return self._pairs[start:stop]
 
     def book(self, start: int, stop: int) -> int:
         """Note that positions `start` to `stop` are computed for this sequence, perhaps once more
@@ -140,7 +172,18 @@ class Sequence:
         if self.length == len(self._tokens):
             self._tokens = np.resize(self._tokens, 2 * len(self._tokens))
         self._tokens[self.length] = token
+        if self._pairs is not None:
+            if self.length == len(self._pairs):
+                self._pairs = np.resize(self._pairs, len(self._tokens))
+            self._pairs[self.length - 1] = int(self._tokens[self.length - 1]) << 32 | token
         self.length += 1
         if self.thinking_left is not None:
             closed = token == self.request.thinking_close[-1]
             self.thinking_left = None if closed else self.thinking_left - 1
+
+
+def _pairs(tokens: TokenArray, more: int) -> npt.NDArray[np.int64]:
+    """Each token with the one that follows it, as one number, and room for `more`."""
+    pairs = np.empty(len(tokens) + more, np.int64)
+    pairs[: len(tokens) - 1] = tokens[:-1].astype(np.int64) << 32 | tokens[1:]
+    return pairs

@@ -4,6 +4,10 @@ A node holds a run of tokens and their KV. A child hangs *at an offset* in its p
 continues the parent's first `offset` tokens, so a hit may end at any token and nothing is
 split or copied for it. A sequence holds a `Lease` on the end of its prefix; whatever a lease
 or a child continues stays, the rest can be evicted, least recently used first.
+
+Tokens are told apart by their *keys*: all that their KV depends on beside the tokens before.
+That is the token, and where an MTP layer's KV is stored with it, the token that follows, too
+(`glmd.engine.sequence.Sequence.keys`).
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from glmd.messages import TokenArray
+Keys = npt.NDArray[np.integer[Any]]
+"""[n] integers: what n consecutive tokens are told apart by."""
 
 MAX_SEGMENT = 8192
 """Tokens. Longer segments would not make attention cheaper, but joining them would make one
@@ -45,8 +51,8 @@ class Sealed(Protocol):
 S = TypeVar("S", bound=Sealed)
 
 
-def common_prefix(a: TokenArray, b: TokenArray) -> int:
-    """Number of leading tokens that `a` and `b` share."""
+def common_prefix(a: Keys, b: Keys) -> int:
+    """Number of leading keys that `a` and `b` share."""
     limit = min(len(a), len(b))
     start, window = 0, _COMPARE_WINDOW
     while start < limit:
@@ -63,23 +69,23 @@ def common_prefix(a: TokenArray, b: TokenArray) -> int:
 class Node(Generic[S]):
     """A run of tokens with their KV, continuing `parent`'s first `offset` tokens."""
 
-    tokens: TokenArray
+    keys: Keys
     kv: S | None
     """None for a root only, which holds no tokens."""
     parent: Node[S] | None
     offset: int
     children: dict[tuple[int, int], Node[S]] = field(default_factory=dict)
-    """By offset in this node and the child's first token."""
+    """By offset in this node and the child's first key."""
     leases: set[Lease[S]] = field(default_factory=set)
     stamp: int = 0
     """When the end of this node was last used, in ticks of the tree's clock."""
     passed: int = 0
     """When a prefix was last used that ends in this node before its last child."""
     lost: dict[tuple[int, int], None] = field(default_factory=dict)
-    """What was evicted here: where it began, and its first token. The latest `MAX_LOST`."""
+    """What was evicted here: where it began, and its first key. The latest `MAX_LOST`."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.keys)
 
     @property
     def kept(self) -> int:
@@ -155,29 +161,29 @@ class PrefixTree(Generic[S]):
         """A lease on the empty prefix; `advance` moves it."""
         root = self._roots.get(salt)
         if root is None:
-            root = self._roots[salt] = Node(np.empty(0, np.int32), None, None, 0)
+            root = self._roots[salt] = Node(np.empty(0, np.int64), None, None, 0)
         lease = Lease(root, 0)
         root.leases.add(lease)
         self._leases.add(lease)
         return lease
 
-    def advance(self, lease: Lease[S], tokens: TokenArray) -> int:
-        """Move `lease` along `tokens` as far as they are stored; returns how many were."""
-        node, length, matched = self._walk(lease.node, lease.length, tokens)
+    def advance(self, lease: Lease[S], keys: Keys) -> int:
+        """Move `lease` along `keys` as far as they are stored; returns how many were."""
+        node, length, matched = self._walk(lease.node, lease.length, keys)
         if matched:
             self._move(lease, node, length)
         return matched
 
     @staticmethod
-    def _walk(node: Node[S], length: int, tokens: TokenArray) -> tuple[Node[S], int, int]:
-        """Where one gets from a place along `tokens`, and how many of them that are."""
+    def _walk(node: Node[S], length: int, keys: Keys) -> tuple[Node[S], int, int]:
+        """Where one gets from a place along `keys`, and how many of them that are."""
         matched = 0
-        while matched < len(tokens):
-            step = common_prefix(node.tokens[length:], tokens[matched:])
+        while matched < len(keys):
+            step = common_prefix(node.keys[length:], keys[matched:])
             if step:
                 length += step
             else:
-                child = node.children.get((length, int(tokens[matched])))
+                child = node.children.get((length, int(keys[matched])))
                 if child is None:
                     break
                 node, length = child, 0
@@ -202,48 +208,48 @@ class PrefixTree(Generic[S]):
         pieces.reverse()
         return pieces
 
-    def beyond(self, lease: Lease[S], token: int) -> Beyond:
-        """What is stored behind the lease's prefix, which `token` is not the next of.
+    def beyond(self, lease: Lease[S], key: int) -> Beyond:
+        """What is stored behind the lease's prefix, which `key` is not the next of.
 
         Args:
-            token: the first one that `advance` did not find.
+            key: the first one that `advance` did not find.
         """
         node, length = lease.node, lease.length
         runs = [len(child) for (offset, _), child in node.children.items() if offset == length]
         return Beyond(
             tokens=max([len(node) - length, *runs]),
-            evicted=(length, token) in node.lost,
+            evicted=(length, key) in node.lost,
         )
 
-    def stored_elsewhere(self, salt: str, tokens: TokenArray) -> int:
-        """The longest prefix of `tokens` that is stored with another salt than `salt`.
+    def stored_elsewhere(self, salt: str, keys: Keys) -> int:
+        """The longest prefix of `keys` that is stored with another salt than `salt`.
 
         Looks at the `MAX_SALTS` salts that came last.
         """
         others = [root for other, root in self._roots.items() if other != salt]
-        return max((self._walk(root, 0, tokens)[2] for root in others[-MAX_SALTS:]), default=0)
+        return max((self._walk(root, 0, keys)[2] for root in others[-MAX_SALTS:]), default=0)
 
     # -- growth ---------------------------------------------------------------------------
 
-    def seal(self, lease: Lease[S], tokens: TokenArray, kv: S) -> None:
-        """Store `tokens` and their KV behind the lease's prefix and move the lease to their end.
+    def seal(self, lease: Lease[S], keys: Keys, kv: S) -> None:
+        """Store tokens and their KV behind the lease's prefix and move the lease to their end.
 
         What is stored already (another sequence sealed the same tokens) is not stored twice.
 
         Args:
-            tokens: [n], continuing the lease's prefix.
+            keys: [n], continuing the lease's prefix.
             kv: their KV, `len(kv) == n`.
         """
-        if len(tokens) != len(kv):
-            raise ValueError(f"{len(tokens)} tokens with KV of {len(kv)}")
-        known = self.advance(lease, tokens)
-        if known == len(tokens):
+        if len(keys) != len(kv):
+            raise ValueError(f"{len(keys)} tokens with KV of {len(kv)}")
+        known = self.advance(lease, keys)
+        if known == len(keys):
             return
-        tokens, kv = np.array(tokens[known:], np.int32), kv.part(known, len(tokens))
-        self.tokens += len(tokens)
+        keys, kv = np.array(keys[known:]), kv.part(known, len(keys))
+        self.tokens += len(keys)
         self.nbytes += kv.nbytes
-        child = Node(tokens, kv, lease.node, lease.length)
-        lease.node.children[lease.length, int(tokens[0])] = child
+        child = Node(keys, kv, lease.node, lease.length)
+        lease.node.children[lease.length, int(keys[0])] = child
         self._move(lease, child, len(child))
         self._compact(child)
 
@@ -268,26 +274,26 @@ class PrefixTree(Generic[S]):
         """Make one node of several, each of which hangs at the end of the one before."""
         first, *others = run
         stored = [node.kv for node in run if node.kv is not None]
-        tokens = np.concatenate([node.tokens for node in run])
+        keys = np.concatenate([node.keys for node in run])
         kv = stored[0].joined(*stored[1:])
         self.nbytes += kv.nbytes - sum(part.nbytes for part in stored)
         shift = len(first)
         for node in others:
             assert node.parent is not None
-            del node.parent.children[node.offset, int(node.tokens[0])]
+            del node.parent.children[node.offset, int(node.keys[0])]
         for node in others:
-            for (offset, token), child in node.children.items():
+            for (offset, key), child in node.children.items():
                 child.parent, child.offset = first, offset + shift
-                first.children[offset + shift, token] = child
+                first.children[offset + shift, key] = child
             for lease in node.leases:
                 lease.node, lease.length = first, lease.length + shift
             first.leases |= node.leases
-            for offset, token in node.lost:
-                _remember(first, offset + shift, token)
+            for offset, key in node.lost:
+                _remember(first, offset + shift, key)
             first.stamp = max(first.stamp, node.stamp)
             first.passed = max(first.passed, node.passed)
             shift += len(node)
-        first.tokens, first.kv = tokens, kv
+        first.keys, first.kv = keys, kv
 
     # -- eviction -------------------------------------------------------------------------
 
@@ -336,7 +342,7 @@ class PrefixTree(Generic[S]):
         assert node.kv is not None
         assert node.parent is not None
         before = node.kv.nbytes
-        first = int(node.tokens[length])
+        first = int(node.keys[length])
         if length == 0:
             del node.parent.children[node.offset, first]
             _remember(node.parent, node.offset, first)
@@ -348,7 +354,7 @@ class PrefixTree(Generic[S]):
         self.tokens -= len(node) - length
         self.evicted_tokens += len(node) - length
         self.nbytes -= before - after
-        node.tokens = node.tokens[:length].copy()
+        node.keys = node.keys[:length].copy()
         if length == 0:
             self._drop_bare_root(node.parent)
         return before - after
@@ -399,9 +405,9 @@ class PrefixTree(Generic[S]):
                     del self._roots[salt]
 
 
-def _remember(node: Node[Any], offset: int, token: int) -> None:
+def _remember(node: Node[Any], offset: int, key: int) -> None:
     """Note what was evicted behind the first `offset` tokens of `node`."""
-    node.lost[offset, token] = None
+    node.lost[offset, key] = None
     if len(node.lost) > MAX_LOST:
         del node.lost[next(iter(node.lost))]
 
