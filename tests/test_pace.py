@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 
-from glmd.engine.pace import FIRST_CHUNK, SMALLEST_CHUNK, Pace
+from glmd.engine.pace import BASE_STEPS, FIRST_CHUNK, SMALLEST_CHUNK, STRANGE_STEPS, Pace
 
 Machine = Callable[[int, int], float]
 """Seconds of a step with that many decode and prefill rows."""
@@ -38,7 +38,43 @@ def test_the_first_step_beside_streams_shows_what_they_take_alone() -> None:
     pace.observe(4, 0, 0.02)
     assert pace.prefill_budget(4) == FIRST_CHUNK
     assert pace.prefill_budget(5) == FIRST_CHUNK
-    assert pace.prefill_budget(8) == 0
+
+
+def test_strange_numbers_of_streams_wait_little_for_their_measure() -> None:
+    """By what one stream takes a step with more is not too long; what rows cost beside more is not
+    learnt from that, but from a step without, which comes soon."""
+    machine: Machine = lambda decode, prefill: 0.010 + 0.001 * decode + 0.0005 * prefill  # noqa: E731
+    pace = Pace(2.0, 2048)
+    _run(pace, machine, 1)
+    by_one = pace.prefill_budget(1)
+    assert by_one == pytest.approx(machine(1, 0) / 0.0005, rel=0.03)
+    pace.observe(1, 0, machine(1, 0))
+    shares = []
+    for _ in range(STRANGE_STEPS + 2):
+        shares.append(pace.prefill_budget(16))
+        pace.observe(16, shares[-1], machine(16, shares[-1]))
+    assert shares[:STRANGE_STEPS] == [by_one] * STRANGE_STEPS
+    assert shares[STRANGE_STEPS] == 0
+    assert shares[-1] == pytest.approx(machine(16, 0) / 0.0005, rel=0.03)
+
+
+def test_a_step_that_measures_is_asked_for_once() -> None:
+    """The next is planned before it has been observed."""
+    pace = Pace(2.0, 2048)
+    usual = _run(pace, _linear(0.020, 0.0002), 8)
+    shares = []
+    for _ in range(BASE_STEPS + 2):
+        shares.append(pace.prefill_budget(8))
+        pace.observe(8, usual, 0.04)
+    assert shares.count(0) == 1
+
+
+def test_by_what_many_take_a_few_are_not_slowed_down_more() -> None:
+    machine: Machine = lambda decode, prefill: 0.001 * decode + 0.0001 * prefill  # noqa: E731
+    pace = Pace(2.0, 2048)
+    _run(pace, machine, 16)
+    rows = pace.prefill_budget(2)
+    assert machine(2, rows) <= 2.05 * machine(2, 0)
 
 
 def test_streams_that_join_are_not_taken_for_the_cost_of_prefill() -> None:
@@ -59,7 +95,7 @@ def test_steps_take_the_allowed_multiple_of_a_decode_step(slowdown: float, decod
     assert machine(decode, prefill) / machine(decode, 0) == pytest.approx(slowdown, rel=0.03)
 
 
-@pytest.mark.parametrize(("prefilling", "times"), [(1, 1), (8, 1), (16, 2), (24, 3), (64, 8)])
+@pytest.mark.parametrize(("prefilling", "times"), [(1, 1), (5, 1), (9, 2), (13, 3), (33, 8)])
 def test_more_in_prefill_than_decoding_have_so_much_more_of_a_step(
     prefilling: int, times: int
 ) -> None:

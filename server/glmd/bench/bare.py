@@ -1,32 +1,30 @@
-"""The engine alone on what the servers were given, to see what HTTP costs."""
+"""The engine alone on the very prompts that the servers were given, to see what HTTP costs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
 
-import numpy as np
+from transformers import AutoTokenizer
 
 from glmd.bench.client import Recording
+from glmd.bench.conversations import Scenario, first_prompt
 from glmd.bench.glmd_side import GlmdSide
 from glmd.bench.side import run
-from glmd.bench.workloads import SEED, Request, Wave, Workload
-from glmd.checkpoint.config import load_config
+from glmd.bench.workloads import Request, Wave, Workload
 
 
-def bare_rate(folder: Path, recording: Recording, *, repeat: int) -> float:
-    """Tokens per second, from arrival to the last token, of as many requests as were recorded,
-    with prompts and answers of the recorded lengths. Median of `repeat` runs."""
-    rng = np.random.default_rng(SEED)
-    vocab_size = load_config(folder).vocab_size
+def bare_rate(folder: Path, scenario: Scenario, recording: Recording, *, repeat: int) -> float:
+    """Tokens per second, from arrival to the last token, of the first turns that were recorded,
+    all arriving at once, with answers of the recorded lengths. Median of `repeat` runs.
+
+    The prompts must be the same: where they share their beginning, as templates have it, a step
+    attends to that and to the rest apart, which costs more than prompts that share nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     requests = tuple(
-        Request(
-            rng.integers(0, vocab_size, reply.prompt_tokens, dtype=np.int32),
-            reply.completion_tokens,
-        )
-        for replies in recording.replies
-        for reply in replies
-        if reply.error is None
+        Request(first_prompt(tokenizer, talk), replies[0].completion_tokens)
+        for talk, replies in zip(scenario.conversations, recording.replies, strict=True)
+        if replies and replies[0].error is None
     )
     workload = Workload("bare", (Wave(requests),))
     side = GlmdSide(folder, "auto")

@@ -12,13 +12,10 @@ from typing import Any
 
 import httpx
 
-from glmd.bench.conversations import Conversation, Scenario
+from glmd.bench.conversations import TEMPLATE_SETTINGS, Conversation, Scenario
 
 _PATIENCE = httpx.Timeout(900.0, connect=60.0)
 """Seconds; a CPU may take minutes for what a GPU does in one."""
-
-TEMPLATE_SETTINGS = {"enable_thinking": False, "clear_thinking": False}
-"""Without thinking, whatever is generated is content, and comes back whole with the next turn."""
 
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning")
 

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from glmd.bench.workloads import SEED
+from glmd.messages import TokenArray
+
+TEMPLATE_SETTINGS = {"enable_thinking": False, "clear_thinking": False}
+"""Without thinking, whatever is generated is content, and comes back whole with the next turn."""
 
 _WORDS = [
     "north", "river", "table", "seven", "green", "window", "letter", "morning", "paper", "stone",
@@ -40,6 +45,23 @@ class Scenario:
 
     name: str
     conversations: tuple[Conversation, ...]
+
+
+def first_prompt(tokenizer: Any, talk: Conversation) -> TokenArray:
+    """The token ids of a conversation's first turn.
+
+    Args:
+        tokenizer: the checkpoint's, of transformers.
+    """
+    system = [] if talk.system is None else [{"role": "system", "content": talk.system}]
+    ids = tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": talk.turns[0]}],
+        tools=list(talk.tools) or None,
+        add_generation_prompt=True,
+        return_dict=False,
+        **TEMPLATE_SETTINGS,
+    )
+    return np.array(ids, np.int32)
 
 
 class Writer:

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from glmd.bench import conversations
 from glmd.bench.bare import bare_rate
-from glmd.bench.client import TEMPLATE_SETTINGS, Recording, Reply, play
-from glmd.bench.conversations import Scenario, Writer
+from glmd.bench.client import Recording, Reply, play
+from glmd.bench.conversations import Scenario, Writer, first_prompt
 from glmd.bench.servers import GLMD, MLX_LM, Server, running
 from glmd.bench.workloads import unique_tokens
 from glmd.errors import SettingsError
@@ -111,9 +111,11 @@ def bench_serving(
         for server in (GLMD, MLX_LM)
     ]
     bare = None
-    if (recorded := recordings.get((GLMD.name, BARE))) is not None:
-        on_progress("the engine alone")
-        bare = bare_rate(folder, recorded[0], repeat=repeat)
+    for scenario in chosen:
+        if scenario.name == BARE:
+            on_progress("the engine alone")
+            recorded = recordings[GLMD.name, BARE][0]
+            bare = bare_rate(folder, scenario, recorded, repeat=repeat)
     return ServingReport(figures, bare, list(_checks(figures, bare)))
 
 
@@ -215,18 +217,11 @@ def _least(tokenizer: Any, scenario: Scenario, recording: Recording) -> int:
     Of the first turns, each distinct token once. Of a later turn, what comes after the turn
     before and its answer, and that answer's last token, which was not run through the model.
     """
-    first = []
-    for talk, replies in zip(scenario.conversations, recording.replies, strict=True):
-        if replies and replies[0].error is None:
-            system = [] if talk.system is None else [{"role": "system", "content": talk.system}]
-            ids = tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": talk.turns[0]}],
-                tools=list(talk.tools) or None,
-                add_generation_prompt=True,
-                return_dict=False,
-                **TEMPLATE_SETTINGS,
-            )
-            first.append(np.array(ids, np.int32))
+    first = [
+        first_prompt(tokenizer, talk)
+        for talk, replies in zip(scenario.conversations, recording.replies, strict=True)
+        if replies and replies[0].error is None
+    ]
     later = sum(
         after.prompt_tokens - before.prompt_tokens - before.completion_tokens + 1
         for replies in recording.replies

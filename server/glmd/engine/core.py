@@ -155,7 +155,7 @@ class Engine:
         self._gate = DraftGate(config.mtp if model.mtp is not None else 0)
         self._in_flight: Flight | None = None
         self._outbox: list[Output] = []
-        self._last_read = 0.0
+        self._last_landed = 0.0
         self._steps = 0
         self._rows = 0
         self._step_seconds = 0.0
@@ -360,8 +360,9 @@ class Engine:
         """Wait for a launched step and turn its tokens into Outputs."""
         confirmed = flight.fetch()
         self._relief.step_succeeded()
-        seconds = flight.landed - max(flight.launched, self._last_read)
-        self._last_read = flight.landed
+        landed = flight.landed(self._last_landed)
+        seconds = landed - max(flight.launched, self._last_landed)
+        self._last_landed = landed
         self._steps += 1
         self._rows += flight.prefill_rows + sum(flight.widths[: flight.decoding])
         self._step_seconds += 0.1 * (seconds - self._step_seconds)

@@ -26,6 +26,9 @@ from glmd.model.mla import chunk_form
 from glmd.model.rows import Chunk, DecodeGroup, RowBatch
 from glmd.model.sampling import History, Masks, Row, Sampled, sample
 
+WAIT = 1e-3
+"""Seconds that fetching a step takes at least if it was not done yet."""
+
 
 @dataclass(slots=True)
 class Flight:
@@ -43,7 +46,9 @@ class Flight:
         logprobs: by (sequence, column); see `Sampled`.
         done: evaluated when the step is.
         decoding: number of sequences with decode rows.
-        landed: when it was found to be done.
+        dispatched: when MLX had taken it all, and let go of the host.
+        fetched: when it was found to be done.
+        waited: whether the host had to wait for it then.
         confirmed: the confirmed tokens of each sequence, once fetched.
     """
 
@@ -58,14 +63,18 @@ class Flight:
     decoding: int
     prefill_rows: int
     launched: float
-    landed: float = 0.0
+    dispatched: float = 0.0
+    fetched: float = 0.0
+    waited: bool = False
     confirmed: list[list[int]] | None = None
 
     def fetch(self) -> list[list[int]]:
         """Wait for the step. Constraints follow what it confirms, once."""
         if self.confirmed is None:
+            asked = time.monotonic()
             mx.eval(self.done)
-            self.landed = time.monotonic()
+            self.fetched = time.monotonic()
+            self.waited = self.fetched - asked > WAIT
             self.confirmed = []
             if self.tokens is not None:
                 tokens, counts = np.array(self.tokens).tolist(), np.array(self.counts).tolist()
@@ -75,6 +84,18 @@ class Flight:
                     for token in row:
                         sequence.constraint.accept(token)
         return self.confirmed
+
+    def landed(self, before: float) -> float:
+        """When it was done, as near as can be told once it was fetched.
+
+        MLX makes the host wait in dispatching a step until all but the last few operations of it
+        are done. Then the step before has long been done when it is fetched, and its end is nearer
+        to when it had been dispatched.
+
+        Args:
+            before: when the step before landed.
+        """
+        return self.fetched if self.waited or self.dispatched <= before else self.dispatched
 
     @property
     def place(self) -> dict[int, int]:
@@ -140,6 +161,7 @@ class Launcher:
         # What later steps build on must not keep this step's graph alive.
         kept = [a for s in flight.sequences if s.history is not None for a in s.history.arrays()]
         mx.async_eval(*(arrays or [caches[-1]]), *kept, *self._tails.arrays())
+        flight.dispatched = time.monotonic()
         flight.done = arrays[0] if arrays else caches[-1]
         for sequence, width in zip(flight.sequences, flight.widths, strict=True):
             sequence.in_flight += width

@@ -28,11 +28,18 @@ SMALLEST_CHUNK = 4
 """Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
 tokens eight rows make a step three times as long, four rows less than twice."""
 
+FIRST_TOKENS_WORTH = 2
+"""For each sequence in prefill beyond the first, so many of those that decode may wait one step
+without prefill longer for their next token."""
+
 MOST_WAITING = 32
-"""Sequences waiting for their first token per decoding one beyond which a step gets no longer."""
+"""Slowdowns allowed for few streams beside a crowd in prefill."""
 
 BASE_STEPS = 32
 """Steps with prefill after which one without measures anew what a step takes without."""
+
+STRANGE_STEPS = 4
+"""The same, where that has been measured for other numbers of streams only."""
 
 
 class Pace:
@@ -52,6 +59,8 @@ class Pace:
         self._row_cost: deque[float] = deque(maxlen=WINDOW)
         self._since_base = 0
         """Steps with prefill since the last one without."""
+        self._measuring = False
+        """Whether a step without is on its way, though not observed yet."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
         """Learn from one step's duration.
@@ -61,7 +70,7 @@ class Pace:
         """
         if prefill_rows == 0:
             if decoding:
-                self._since_base = 0
+                self._since_base, self._measuring = 0, False
                 self._base.setdefault(decoding, deque(maxlen=WINDOW)).append(seconds)
             return
         self._since_base += decoding > 0
@@ -72,20 +81,24 @@ class Pace:
     def prefill_budget(self, decoding: int, prefilling: int = 1) -> int:
         """Prefill rows for the next step, beside that many decoding sequences.
 
-        Where more sequences are in prefill than decode, prefill has so many times the share of
-        the step: waiting for a first token counts as much as waiting for the next.
+        Where many sequences are in prefill for those that decode, prefill has so many times the
+        share of the step, as waiting for a first token counts more than waiting for the next.
 
         Returns 0 where it has to be measured what a step takes without prefill.
         """
         if decoding == 0:
             return self.max_rows
-        base = self._base_for(decoding)
-        if base is None or self._since_base >= BASE_STEPS:
+        base, patience = self._base_for(decoding), BASE_STEPS
+        if base is None:
+            base, patience = self._bound_for(decoding), STRANGE_STEPS
+        if base is None or (self._since_base >= patience and not self._measuring):
+            self._measuring = True
             return 0
         rows = FIRST_CHUNK
         if self._row_cost:
             cost = float(np.quantile(self._row_cost, CAUTION))
-            slack = (self._max_slowdown - 1) * min(max(1.0, prefilling / decoding), MOST_WAITING)
+            share = FIRST_TOKENS_WORTH * (prefilling - 1) / decoding
+            slack = (self._max_slowdown - 1) * min(max(1.0, share), MOST_WAITING)
             rows = int(slack * base / cost) if cost else self.max_rows
         return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
 
@@ -98,4 +111,12 @@ class Pace:
         nearest = min(self._base, key=lambda known: abs(known - decoding), default=None)
         if nearest is None or abs(nearest - decoding) > decoding // 4:
             return None
-        return float(np.quantile(self._base[nearest], LEAST))
+        return self._measured(nearest)
+
+    def _bound_for(self, decoding: int) -> float | None:
+        """Seconds that such a step takes at least, by what other numbers of sequences take."""
+        known = [self._measured(n) * min(1.0, decoding / n) for n in self._base]
+        return max(known, default=None)
+
+    def _measured(self, decoding: int) -> float:
+        return float(np.quantile(self._base[decoding], LEAST))
