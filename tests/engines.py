@@ -19,7 +19,7 @@ from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
-from glmd.engine.launch import Flight
+from glmd.engine.flight import Flight
 from glmd.engine.scheduler import Plan
 from glmd.kv.tails import TailPool
 from glmd.messages import FinishReason, Generate, Output, SamplingParams, pack_tokens, unpack_tokens

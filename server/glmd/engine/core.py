@@ -19,8 +19,9 @@ from glmd.engine import memory
 from glmd.engine.check import check_request
 from glmd.engine.config import EngineConfig
 from glmd.engine.constraint import Constraints
+from glmd.engine.flight import Flight
 from glmd.engine.gate import DraftGate
-from glmd.engine.launch import Flight, Launcher
+from glmd.engine.launch import Launcher
 from glmd.engine.relief import Relief, is_out_of_memory
 from glmd.engine.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
