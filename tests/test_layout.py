@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from glmd.engine.layout import levels, sort_by_prefix
+from glmd.engine.layout import GATHERED, JOINED, gather, levels, sort_by_prefix
 from glmd.kv.tree import Node, Piece
 
 
@@ -74,15 +74,18 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
         last = 0
         for span in level:
             assert last <= span.first < span.last <= len(seen), "spans of a level overlap"
-            assert 0 <= span.start < span.stop <= span.segment.length  # type: ignore[attr-defined]
             last = span.last
-            for row in range(span.first, span.last):
-                seen[row] += [(id(span.segment), at) for at in range(span.start, span.stop)]
+            for stretch in span.stretches:
+                assert 0 <= stretch.start < stretch.stop
+                assert stretch.stop <= stretch.segment.length  # type: ignore[attr-defined]
+                for row in range(span.first, span.last):
+                    keys = range(stretch.start, stretch.stop)
+                    seen[row] += [(id(stretch.segment), at) for at in keys]
     for row, keys in enumerate(seen):
         expected = [
             (id(piece.node.kv), at) for piece in paths[row // width] for at in range(piece.length)
         ]
-        assert sorted(keys) == sorted(expected)
+        assert keys == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -93,17 +96,50 @@ def test_a_stretch_is_read_once_for_all_rows_that_share_it(
     order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
     read: dict[int, int] = {}
     for level in levels([paths[i] for i in order], 1):  # type: ignore[arg-type]
-        for span in level:
-            read[id(span.segment)] = read.get(id(span.segment), 0) + span.stop - span.start
+        for stretch in (stretch for span in level for stretch in span.stretches):
+            read[id(stretch.segment)] = read.get(id(stretch.segment), 0) + len(stretch)
     for path in paths:
         for piece in path:
             longest = max(p.length for other in paths for p in other if p.node is piece.node)
             assert read[id(piece.node.kv)] == longest
 
 
-def test_a_lone_row_gets_one_span_per_piece_and_an_empty_path_none() -> None:
-    node: Node[Keys] = Node(np.zeros(9, np.int32), Keys(9), None, 0)
-    (level,) = levels([[Piece(node, 5)]], 3)  # type: ignore[list-item]
-    (span,) = level
-    assert (span.start, span.stop, span.first, span.last) == (0, 5, 0, 3)
+def _piece(length: int, used: int) -> Piece[Keys]:
+    return Piece(Node(np.zeros(length, np.int32), Keys(length), None, 0), used)
+
+
+def test_a_lone_row_gets_one_span_of_its_short_pieces_and_an_empty_path_none() -> None:
+    path = [_piece(9, 5), _piece(3, 3), _piece(JOINED, JOINED - 8), _piece(2, 2), _piece(2, 1)]
+    joined, rest = levels([path], 3)  # type: ignore[list-item]
+    ((span,), (other,)) = joined, rest
+    assert (span.first, span.last) == (other.first, other.last) == (0, 3)
+    assert [(s.start, s.stop) for s in span.stretches] == [(0, 5), (0, 3), (0, JOINED - 8)]
+    assert [(s.start, s.stop) for s in other.stretches] == [(0, 2), (0, 1)]
     assert levels([[], []], 2) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 2, GATHERED, GATHERED + 1]), max_size=8), st.integers(1, 3))
+def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
+    lengths: list[int], width: int
+) -> None:
+    paths = [[_piece(length, length)] if length else [] for length in lengths]
+    for spans in levels(paths, width):  # type: ignore[arg-type]
+        level = gather(spans, width, len(paths) * width)
+        short = [s for s in spans if len(s) <= GATHERED]
+        assert (level.gathered is not None) == (len(short) > 1)
+        found: list[int] = []
+        if level.gathered is not None:
+            assert level.gathered.spans == short
+            keys, visible = np.array(level.gathered.keys), np.array(level.gathered.visible)
+            assert keys[visible[:, 0]].tolist() == [*range(sum(map(len, short)))]
+            assert visible.sum(axis=(1, 2)).tolist() == [*map(len, short)]
+            found += np.array(level.gathered.rows).tolist()
+        found += [row for span in level.spans for row in range(span.first, span.last)]
+        found += [-1]  # rows that no span names
+        order = range(len(found) - 1) if level.order is None else np.array(level.order).tolist()
+        assert [found[at] for at in order] == [
+            i * width + j if length else -1
+            for i, length in enumerate(lengths)
+            for j in range(width)
+        ]

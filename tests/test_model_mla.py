@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from mlx_lm.models.mla import MultiLinear
 
-from glmd.engine.layout import levels, sort_by_prefix
+from glmd.engine.layout import gather, levels, sort_by_prefix
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TailPool
 from glmd.kv.tree import Node, Piece
@@ -156,7 +156,7 @@ class _Steps:
             first=first,
             sequences=len(paths),
             width=width,
-            levels=levels(paths, width),
+            levels=[gather(spans, width, len(paths) * width) for spans in levels(paths, width)],
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
             sequence_of_slot=mx.array(sequence_of_slot),

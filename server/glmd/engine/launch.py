@@ -16,7 +16,7 @@ import numpy as np
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.constraint import Ask, Constraints
 from glmd.engine.flight import Flight
-from glmd.engine.layout import levels, sort_by_prefix
+from glmd.engine.layout import gather, levels, sort_by_prefix
 from glmd.engine.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.kv.segment import Segment
@@ -171,7 +171,10 @@ class Launcher:
             first=first,
             sequences=len(sequences),
             width=group.width,
-            levels=levels(paths, group.width),
+            levels=[
+                gather(spans, group.width, len(sequences) * group.width)
+                for spans in levels(paths, group.width)
+            ],
             slots=mx.repeat(mx.array(slots), group.width),
             tail_positions=tail_positions.flatten(),
             sequence_of_slot=inverse,

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from glmd.kv.tails import TailPool
-from glmd.model.rows import DecodeGroup, Level, RowBatch, Span
+from glmd.model.rows import DecodeGroup, Gathered, Level, RowBatch, Span
 
 SCORE_BYTES = 256 << 20
 """Bytes that the attention scores of one chunk may take in one layer: chunks shrink, and the
@@ -174,14 +174,14 @@ def _attend_absorbed(
     scores = (q.reshape(-1, shape.kv_width) @ kv.T).reshape(rows, shape.heads, rows)
     later = mx.arange(rows)[:, None, None] < mx.arange(rows)
     partials = [_softmax_partial(mx.where(later, -mx.inf, scores), kv[:, : shape.latent])]
-    partials += [_level_partial(shape, layer, q, [span]) for span in spans]
+    partials += [_span_partial(shape, layer, q, span) for span in spans]
     return _unembed(attn, shape, _merge(partials))
 
 
 def _attend_expanded(
     attn: Any, shape: MLAShape, layer: int, q: mx.array, kv: mx.array, spans: list[Span]
 ) -> mx.array:
-    past = [span.segment.layers[layer][span.start : span.stop] for span in spans]
+    past = [stretch.keys(layer) for span in spans for stretch in span.stretches]
     keys = mx.concatenate([*past, kv])[None]  # [1, T, kv_width]
     latent = keys[..., : shape.latent]
     k_nope = attn.embed_q(latent, transpose=False)  # [heads, T, nope]
@@ -254,27 +254,33 @@ def _tail_partial(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.ar
 
 def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
     """Attention to the segments of one level; rows that no span names get lse -inf."""
-    outs, lses, row = [], [], 0
-    for span in level:
-        if span.first > row:
-            outs.append(mx.zeros((span.first - row, shape.heads, shape.latent), q.dtype))
-            lses.append(mx.full((span.first - row, shape.heads), -mx.inf))
-        part = _span_partial(shape, layer, q[span.first : span.last], span)
-        outs.append(part.out)
-        lses.append(part.lse)
-        row = span.last
-    if row < q.shape[0]:
-        outs.append(mx.zeros((q.shape[0] - row, shape.heads, shape.latent), q.dtype))
-        lses.append(mx.full((q.shape[0] - row, shape.heads), -mx.inf))
-    if len(outs) == 1:
-        return Partial(outs[0], lses[0])
-    return Partial(mx.concatenate(outs), mx.concatenate(lses))
+    parts = []
+    if level.gathered is not None:
+        parts.append(_gathered_partial(shape, layer, q, level.gathered))
+    parts += [_span_partial(shape, layer, q[s.first : s.last], s) for s in level.spans]
+    if level.order is None and len(parts) == 1:
+        return parts[0]
+    outs, lses = [part.out for part in parts], [part.lse for part in parts]
+    if level.order is None:
+        return Partial(mx.concatenate(outs), mx.concatenate(lses))
+    outs.append(mx.zeros((1, shape.heads, shape.latent), q.dtype))
+    lses.append(mx.full((1, shape.heads), -mx.inf))
+    return Partial(mx.concatenate(outs)[level.order], mx.concatenate(lses)[level.order])
+
+
+def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gathered) -> Partial:
+    stretches = [stretch for span in gathered.spans for stretch in span.stretches]
+    keys = mx.concatenate([stretch.keys(layer) for stretch in stretches])[gathered.keys]
+    q = q[gathered.rows].reshape(len(gathered.spans), -1, shape.kv_width)
+    scores = mx.where(gathered.visible, q @ keys.swapaxes(1, 2), -mx.inf)
+    part = _softmax_partial(scores, keys[..., : shape.latent])
+    return Partial(
+        part.out.reshape(-1, shape.heads, shape.latent), part.lse.reshape(-1, shape.heads)
+    )
 
 
 def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Partial:
-    keys = span.segment.layers[layer]
-    if (span.start, span.stop) != (0, len(span.segment)):
-        keys = keys[span.start : span.stop]
+    keys = span.keys(layer)
     rows = q.shape[0]
     scores = q.reshape(rows * shape.heads, shape.kv_width) @ keys.T
     scores = scores.reshape(rows, shape.heads, -1)

@@ -15,18 +15,67 @@ from glmd.kv.segment import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Rows `first` to `last` of a group see all keys from `start` to `stop` of a segment."""
+class Stretch:
+    """The keys from `start` to `stop` of a segment."""
 
     segment: Segment
     start: int
     stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def keys(self, layer: int) -> mx.array:
+        """[len(self), kv_width]"""
+        keys = self.segment.layers[layer]
+        whole = len(self) == keys.shape[0]
+        return keys if whole else keys[self.start : self.stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows `first` to `last` of a group see all keys of some stretches."""
+
+    stretches: tuple[Stretch, ...]
     first: int
     last: int
 
+    def __len__(self) -> int:
+        """Number of keys."""
+        return sum(map(len, self.stretches))
 
-Level = list[Span]
-"""Spans over disjoint rows, in row order. A row meets at most one span in each level."""
+    def keys(self, layer: int) -> mx.array:
+        """[len(self), kv_width]"""
+        parts = [stretch.keys(layer) for stretch in self.stretches]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Spans of as many rows each, met in one batched product.
+
+    Their keys are copied for it, so they are short: then a product of its own for each would
+    cost more in its dozen operations than in reading keys.
+    """
+
+    spans: list[Span]
+    keys: mx.array
+    """[spans, longest] int32: where each key lies among those of all spans, laid end to end."""
+    visible: mx.array
+    """[spans, 1, longest] bool: which of them there are."""
+    rows: mx.array
+    """[spans * rows each] int32"""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Spans over disjoint rows of a decode group. A row meets at most one span in each level."""
+
+    gathered: Gathered | None
+    spans: list[Span]
+    order: mx.array | None
+    """[rows] int32: where each row is among those of `gathered`, then of `spans`; one behind the
+    last for rows that no span names. None: just there."""
 
 
 @dataclass(frozen=True, slots=True)
