@@ -13,6 +13,7 @@ HOST := 127.0.0.1
 PORT := 8000
 MODEL :=
 ARGS :=
+WORKERS := 2
 NODE_CLIENTS := tests/clients
 INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
@@ -28,8 +29,9 @@ help:
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+# Files are divided among WORKERS processes; much of the suite waits for processes that it starts.
 test: setup-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
