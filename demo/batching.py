@@ -20,17 +20,48 @@ WAITING = 24
 """Dialogues to choose from: enough to fill rows to 98 %."""
 
 DRILLS = 0.1
-"""Share of examples that are no dialogues but random tokens said again and again.
+"""Share of examples that are no dialogues but random tokens said again and again, or backwards.
 
 They have the model copy what stands in its context, whatever it is; and names, numbers and tools
 of dialogues are little else than copying.
 """
 
-HARD = {"arithmetic": 4, "one call": 2, "two calls": 3, "named call": 2, "count": 2, "list": 1}
-"""Skills that take longest to learn, with their weights among one another."""
+BACKWARDS = 0.3
+"""Share of the drills that turn their passage around."""
 
-HARD_SHARE = 0.35
-"""Share of dialogues drawn from those skills alone, beside what the mixture has of them."""
+
+@dataclass(frozen=True)
+class Focus:
+    """Skills to practise beside the mixture.
+
+    Attributes:
+        share: of dialogues drawn from those skills alone.
+        skills: their weights among one another.
+    """
+
+    share: float
+    skills: dict[str, int]
+
+
+FOCI = {
+    "hard": Focus(
+        0.4,
+        {
+            "arithmetic": 4, "word problem": 1, "upper case": 2, "reverse": 3, "count words": 2,
+            "pick word": 2, "JSON": 1, "one call": 2, "two calls": 3, "named call": 2,
+            "two results": 2, "count": 1, "list": 1,
+        },
+    ),
+    "calls": Focus(
+        0.65,
+        {
+            "arithmetic": 4, "word problem": 1, "upper case": 1, "reverse": 3, "count words": 1,
+            "pick word": 1, "one call": 5, "no arguments": 2, "two calls": 8, "named call": 4,
+            "two results": 2, "multi-turn": 1,
+        },
+    ),
+}  # fmt: skip
+"""What takes longest to learn; and what was then still missing."""
 
 Example = tuple[list[int], list[float]]
 
@@ -77,19 +108,24 @@ def weighed(tokenizer: Tokenizer, compiled: jinja2.Template, dialogue: Dialogue)
     return ids, weights
 
 
-def drill(world: World, vocabulary: int) -> Example:
-    """A random passage, repeated; only the repetitions count."""
+def drill(world: World, tokenizer: Tokenizer) -> Example:
+    """A random passage, repeated or turned around; only what follows the passage counts."""
+    vocabulary = tokenizer.get_vocab_size()
+    if world.chance(BACKWARDS):
+        passage = world.rng.sample(range(vocabulary), world.number(4, 30))
+        there = [*passage, *tokenizer.encode(" reverse").ids]
+        return there + passage[::-1], [0.0] * len(there) + [1.0] * len(passage)
     passage = [world.number(0, vocabulary - 1) for _ in range(world.number(4, 40))]
     repeats = world.number(2, max(2, 80 // len(passage)))
     first = [0.0] * (len(passage) + 1)
     return passage * repeats, (first + [1.0] * (len(passage) * repeats))[: len(passage) * repeats]
 
 
-def dialogue(world: World) -> Dialogue:
-    """One of the mixture, or of the hard skills."""
-    if not world.chance(HARD_SHARE):
+def dialogue(world: World, focus: Focus) -> Dialogue:
+    """One of the mixture, or of the skills in focus."""
+    if not world.chance(focus.share):
         return mixture(world)
-    make, _ = SKILLS[world.rng.choices(list(HARD), list(HARD.values()))[0]]
+    make, _ = SKILLS[world.rng.choices(list(focus.skills), list(focus.skills.values()))[0]]
     return make(world)
 
 
@@ -112,7 +148,13 @@ def packed(rows: list[list[Example]], length: int) -> Batch:
 
 
 def batches(
-    tokenizer: Tokenizer, compiled: jinja2.Template, *, seed: int, rows: int, length: int
+    tokenizer: Tokenizer,
+    compiled: jinja2.Template,
+    focus: Focus,
+    *,
+    seed: int,
+    rows: int,
+    length: int,
 ) -> Iterator[Batch]:
     """Endless training batches; each row takes the oldest waiting dialogues that still fit it."""
     world = World(random.Random(seed), evaluation=False)
@@ -125,9 +167,9 @@ def batches(
             while True:
                 while len(waiting) < WAITING:
                     waiting.append(
-                        drill(world, tokenizer.get_vocab_size())
+                        drill(world, tokenizer)
                         if world.chance(DRILLS)
-                        else weighed(tokenizer, compiled, dialogue(world))
+                        else weighed(tokenizer, compiled, dialogue(world, focus))
                     )
                 fitting = (n for n, (tokens, _) in enumerate(waiting) if len(tokens) <= left)
                 chosen = next(fitting, None)

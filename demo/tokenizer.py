@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import jinja2.sandbox
 from dialogues import Dialogue, World, mixture
+from dialogues.text import UPPER_WORDS
+from dialogues.world import ANIMALS, COLOURS, FOODS, JOBS, ROOMS, SKIES, WORDS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "glm-4.7-flash-demo"
 SEED = 20260
-VOCABULARY = 1536
+VOCABULARY = 2048
 SPECIAL = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
@@ -28,11 +32,17 @@ ADDED = (
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
 )  # fmt: skip
 PIECES = (
-    r"\p{N}|\p{Lu}\p{Ll}+|\p{Lu}{1,3}| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"\p{N}|\p{Lu}\p{Ll}+|\p{Lu}+| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"| ?[^\s\p{L}\p{M}\p{N}]+|\s*\n+|\s"
 )
 """Digits stand alone. A capitalised word never takes the space before it: so a name has the same
 tokens in a sentence, in JSON and in a tool argument, and copying it is copying."""
+COMMON = 150
+"""Occurrences in the texts from which a lower-case word counts as often without a space before it
+as with one: so it is one token either way, and repeating it elsewhere is one step, not spelling."""
+VALUES = sorted({*WORDS, *ANIMALS, *ROOMS, *FOODS, *SKIES, *COLOURS, *JOBS})
+WHOLE = 400
+"""Occurrences added of each of the VALUES and of UPPER_WORDS in capitals: each gets its token."""
 
 
 def template() -> jinja2.Template:
@@ -69,13 +79,29 @@ def train(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def evened(texts: list[str]) -> list[str]:
+    """Texts that even out common words with and without a space before them."""
+    spaced: Counter[str] = Counter()
+    bare: Counter[str] = Counter()
+    for text in texts:
+        for space, word in re.findall(r"( ?)(?<![A-Za-z])([a-z]+)", text):
+            (spaced if space else bare)[word] += 1
+    extra = []
+    for word in sorted(set(spaced) | set(bare)):
+        if spaced[word] + bare[word] >= COMMON:
+            extra += [f" {word}"] * max(0, bare[word] - spaced[word])
+            extra += [word] * max(0, spaced[word] - bare[word])
+    whole = [*VALUES, *(f" {word}" for word in VALUES), *(word.upper() for word in UPPER_WORDS)]
+    return extra + whole * WHOLE
+
+
 def main() -> None:
     compiled = template()
     world = World(random.Random(SEED), evaluation=False)
     texts = [render(compiled, mixture(world)) for _ in range(20_000)]
     for tag in SPECIAL + ADDED:
         texts = [text.replace(tag, "\n") for text in texts]
-    tokenizer = train(texts)
+    tokenizer = train(texts + evened(texts))
     assert tokenizer.get_vocab_size() == VOCABULARY
     tokenizer.save(str(CHECKPOINT / "tokenizer.json"))
     config = {

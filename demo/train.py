@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from batching import batches
+from batching import FOCI, batches
 from checkpoint import load, save
 from muon import Muon
 from network import Network, balance, config, make_fast, start_copying
@@ -93,6 +93,9 @@ def main() -> None:
         "--rate", type=float, default=1.0, help="factor on the learning rates, for going on"
     )
     parser.add_argument(
+        "--focus", choices=FOCI, default="hard", help="skills to practise beside the mixture"
+    )
+    parser.add_argument(
         "--bfloat16", action="store_true", help="faster on a CPU that has it, slower elsewhere"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
@@ -113,7 +116,9 @@ def main() -> None:
     rates = [options.rate * group["lr"] for rule in rules for group in rule.param_groups]
     average = copy.deepcopy(network)
     compiled = torch.compile(losses)
-    data = batches(tokenizer, template(), seed=options.seed, rows=ROWS, length=LENGTH)
+    data = batches(
+        tokenizer, template(), FOCI[options.focus], seed=options.seed, rows=ROWS, length=LENGTH
+    )
     started = time.monotonic()
     for step in itertools.count(1):
         done = (step - 0.5) / options.steps

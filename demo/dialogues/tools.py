@@ -89,8 +89,10 @@ def arguments_of(use: Use, keys: dict[str, str]) -> dict[str, Any]:
     return {keys[slot]: value for slot, value in use.values.items()}
 
 
-def named(tools: list[Tool]) -> str:
-    return " and ".join(tool["function"]["name"] for tool in tools)
+def calling(tools: list[Tool]) -> str:
+    """Which tools are called; in quotes a name has the tokens that it has in the tools block."""
+    names = " and ".join(f'"{tool["function"]["name"]}"' for tool in tools)
+    return f"I call {names}."
 
 
 def with_reasoning(message: Message, reasoning: str, thinking: bool) -> Message:
@@ -105,12 +107,11 @@ def one_call(world: World, thinking: bool, skill: str = "one call") -> Dialogue:
     box = toolbox(world, [concept])
     tool, keys = box[0]
     use = concept.use(world)
-    name = tool["function"]["name"]
     calls = [call(tool, arguments_of(use, keys))]
     messages: list[Message] = [
         {"role": "user", "content": use.request},
         with_reasoning(
-            {"role": "assistant", "content": "", "tool_calls": calls}, f"I call {name}.", thinking
+            {"role": "assistant", "content": "", "tool_calls": calls}, calling([tool]), thinking
         ),
     ]
     if skill == "tool result":
@@ -136,11 +137,12 @@ def two_calls(world: World, thinking: bool, skill: str = "two calls") -> Dialogu
         call(tool, arguments_of(use, keys)) for (tool, keys), use in zip(made, uses, strict=True)
     ]
     joint = world.choice((" {}", " And: {}", " Also: {}", " Then: {}"))
-    names = named([tool for tool, _ in made])
     messages: list[Message] = [
         {"role": "user", "content": uses[0].request + joint.format(uses[1].request)},
         with_reasoning(
-            {"role": "assistant", "content": "", "tool_calls": calls}, f"I call {names}.", thinking
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            calling([tool for tool, _ in made]),
+            thinking,
         ),
     ]
     if skill == "two results":
@@ -204,7 +206,7 @@ def named_call(world: World, thinking: bool) -> Dialogue:
         {"role": "user", "content": request.format(name, listed)},
         with_reasoning(
             {"role": "assistant", "content": "", "tool_calls": [call(tool, arguments)]},
-            f"I call {name}.",
+            calling([tool]),
             thinking,
         ),
     ]
