@@ -176,6 +176,7 @@ def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
     terminal.wait_for("> ")
     terminal.type("Hello, I am Nora.\r")
     assert "Nora" in terminal.wait_for("tokens").partition("Nora.")[2]
+    terminal.wait_for("> ")
     os.kill(terminal.pid, signal.SIGTERM)
     assert terminal.exit_code() == 128 + signal.SIGTERM
     server.wait(20)
