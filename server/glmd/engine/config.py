@@ -25,8 +25,8 @@ class EngineConfig:
         max_context: tokens of one sequence; None: the checkpoint's limit.
         memory_budget: bytes for weights, KV and transients together; None: from the device.
         max_slowdown: how much longer a step may take for the prefill rows in it, as a multiple
-            of a step without any, while others are decoding: twice as much beyond 1 where
-            twice as many sequences wait for their first token as decode, and so on.
+            of a step without any, while others are decoding; longer beside few streams where
+            many prompts are in prefill (`glmd.engine.pace.FIRST_TOKENS_WORTH`).
         dtype: of activations and KV. "auto" is bfloat16 on a GPU and float32 on a CPU, where
             quantised products in bfloat16 take eight times as long.
         mtp: draft tokens per step from the checkpoint's MTP layer: "auto" lets a gate choose

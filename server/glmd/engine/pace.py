@@ -33,7 +33,7 @@ FIRST_TOKENS_WORTH = 2
 without prefill longer for their next token."""
 
 MOST_WAITING = 32
-"""Slowdowns allowed for few streams beside a crowd in prefill."""
+"""How many times the usual share of a step a crowd of prompts gets at most."""
 
 BASE_STEPS = 32
 """Steps with prefill after which one without measures anew what a step takes without."""
@@ -46,8 +46,8 @@ class Pace:
     """Step-time model and the prefill budget that follows from it.
 
     Args:
-        max_slowdown: allowed length of a step with prefill, in steps without, while no more
-            sequences are in prefill than decode.
+        max_slowdown: allowed length of a step with prefill, in steps without; beside few streams
+            a crowd of prompts gets more (`FIRST_TOKENS_WORTH`).
         max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk;
             may be changed.
     """
@@ -58,9 +58,7 @@ class Pace:
         self._base: dict[int, deque[float]] = {}
         self._row_cost: deque[float] = deque(maxlen=WINDOW)
         self._since_base = 0
-        """Steps with prefill since the last one without."""
-        self._measuring = False
-        """Whether a step without is on its way, though not observed yet."""
+        """Steps with prefill since the last one without, or since one was asked for."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
         """Learn from one step's duration.
@@ -70,7 +68,7 @@ class Pace:
         """
         if prefill_rows == 0:
             if decoding:
-                self._since_base, self._measuring = 0, False
+                self._since_base = 0
                 self._base.setdefault(decoding, deque(maxlen=WINDOW)).append(seconds)
             return
         self._since_base += decoding > 0
@@ -91,8 +89,9 @@ class Pace:
         base, patience = self._base_for(decoding), BASE_STEPS
         if base is None:
             base, patience = self._bound_for(decoding), STRANGE_STEPS
-        if base is None or (self._since_base >= patience and not self._measuring):
-            self._measuring = True
+        if base is None or self._since_base >= patience:
+            # Asked for once: the next step is planned before this one has been observed.
+            self._since_base = 0
             return 0
         rows = FIRST_CHUNK
         if self._row_cost:

@@ -53,9 +53,11 @@ class Sequence:
         self.limit = limit
         self.prompt_length = len(prompt)
         self.length = len(prompt)
-        self._tokens = np.empty(len(prompt) + 256, np.int32)
+        room = len(prompt) + 256
+        self._tokens = np.empty(room, np.int32)
         self._tokens[: len(prompt)] = prompt
-        self._pairs = _pairs(self._tokens[: len(prompt)], 256) if paired else None
+        self._pairs = _pairs(prompt, room) if paired else None
+        """[room] int64, each token with the one that follows it; None: not `paired`."""
 
         self.lease: Lease[Segment] | None = None
         self.slot = NO_SLOT
@@ -170,11 +172,11 @@ class Sequence:
     def append(self, token: int) -> None:
         """Add a token that has become known."""
         if self.length == len(self._tokens):
-            self._tokens = np.resize(self._tokens, 2 * len(self._tokens))
+            self._tokens = np.resize(self._tokens, 2 * self.length)
+            if self._pairs is not None:
+                self._pairs = np.resize(self._pairs, 2 * self.length)
         self._tokens[self.length] = token
         if self._pairs is not None:
-            if self.length == len(self._pairs):
-                self._pairs = np.resize(self._pairs, len(self._tokens))
             self._pairs[self.length - 1] = int(self._tokens[self.length - 1]) << 32 | token
         self.length += 1
         if self.thinking_left is not None:
@@ -182,8 +184,8 @@ class Sequence:
             self.thinking_left = None if closed else self.thinking_left - 1
 
 
-def _pairs(tokens: TokenArray, more: int) -> npt.NDArray[np.int64]:
-    """Each token with the one that follows it, as one number, and room for `more`."""
-    pairs = np.empty(len(tokens) + more, np.int64)
+def _pairs(tokens: TokenArray, room: int) -> npt.NDArray[np.int64]:
+    """Each token with the one that follows it, as one number: [room], known but for the last."""
+    pairs = np.empty(room, np.int64)
     pairs[: len(tokens) - 1] = tokens[:-1].astype(np.int64) << 32 | tokens[1:]
     return pairs
