@@ -97,7 +97,7 @@ def test_what_goes_wrong_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_p
 
 
 PAUSE = 0.5
-"""Seconds between a prompt and a signal. Python looks at signals, then readline waits for a key,
+"""Seconds between a prompt and Ctrl-C. Python looks at signals, then readline waits for a key,
 and a signal that comes between the two is noticed with the next key only."""
 
 
@@ -183,7 +183,6 @@ def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
     terminal.type("Hello, I am Nora.\r")
     assert "Nora" in terminal.wait_for("tokens").partition("Nora.")[2]
     terminal.wait_for("> ")
-    time.sleep(PAUSE)
     os.kill(terminal.pid, signal.SIGTERM)
     assert terminal.exit_code() == 128 + signal.SIGTERM
     server.wait(20)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,12 @@ POLL = 0.1
 
 PATIENCE = 60.0
 """Seconds that it gets to end."""
+
+ENDINGS = {signal.SIGTERM, signal.SIGHUP}
+"""Signals by which we are told to leave."""
+
+WAKE = signal.SIGUSR1
+"""Wakes the thread that waits for them."""
 
 
 @contextmanager
@@ -48,9 +56,7 @@ def own_server(
             process_group=0,
             env=environment,
         )
-        previous = {
-            number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)
-        }
+        previous = {number: signal.signal(number, leave) for number in ENDINGS}
         try:
             while (url := ready_at(server.pid, progress)) is None:
                 if server.poll() is not None:
@@ -58,14 +64,10 @@ def own_server(
                     last = log.read().decode(errors="replace").strip().splitlines()[-1:]
                     raise ServerRefused(f"The server did not start: {' '.join(last)}")
                 time.sleep(POLL)
-            yield url
+            with told_to_leave(server):
+                yield url
         finally:
-            server.terminate()
-            try:
-                server.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+            end(server)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -79,6 +81,48 @@ def ready_at(pid: int, progress: Callable[[dict[str, Any]], None]) -> str | None
     return server.url if server.health["status"] == "ready" else None
 
 
+def end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 def leave(number: int, _: object) -> None:
     """The server must not outlive us."""
     raise SystemExit(128 + number)
+
+
+@contextmanager
+def told_to_leave(server: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have a thread wait for the signals to leave, while the block may wait for a key.
+
+    Python looks at signals, then readline waits for a key, and a signal that comes between the two
+    would be noticed with the next key only.
+    """
+    terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+
+    over = threading.Event()
+
+    def wait() -> None:
+        while (number := signal.sigwait(ENDINGS | {WAKE})) == WAKE:
+            if over.is_set():
+                return
+        end(server)
+        if terminal is not None:  # readline may have it show no keys
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, terminal)
+        os._exit(128 + number)
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS | {WAKE})
+    waiting = threading.Thread(target=wait, name="told to leave", daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        over.set()
+        assert waiting.ident is not None
+        signal.pthread_kill(waiting.ident, WAKE)
+        waiting.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
