@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import jinja2
 import torch
-from dialogues import SKILLS, Dialogue, World, mixture
+from dialogues import PRACTICE, SKILLS, Dialogue, World, mixture
 from tokenizer import render
 from tokenizers import Tokenizer
 from torch import Tensor
-
-OTHER_WEIGHT = 0.1
-"""Loss weight of what the model only reads: enough to learn the format's rhythm."""
 
 WAITING = 24
 """Dialogues to choose from: enough to fill rows to 98 %."""
@@ -60,8 +57,26 @@ FOCI = {
             "two results": 2, "multi-turn": 1,
         },
     ),
+    "names": Focus(
+        0.7,
+        {
+            "look up": 7, "many calls": 14, "two calls": 8, "one call": 3, "no arguments": 1,
+            "named call": 5, "two results": 5, "tools not needed": 1, "count": 5, "greeting": 2,
+            "arithmetic": 4, "word problem": 2, "reverse": 3, "count words": 2, "JSON": 1,
+            "multi-turn": 1,
+        },
+    ),
+    "all": Focus(
+        0.6,
+        {
+            "arithmetic": 6, "word problem": 4, "upper case": 2, "reverse": 3, "count words": 3,
+            "pick word": 1, "JSON": 2, "count": 2, "list": 1, "greeting": 1, "say hello": 1,
+            "look up": 2, "many calls": 5, "two calls": 5, "one call": 2, "named call": 5,
+            "two results": 2, "tools not needed": 4,
+        },
+    ),
 }  # fmt: skip
-"""What takes longest to learn; and what was then still missing."""
+"""What takes longest to learn, what was then still missing, and what was forgotten over it."""
 
 Example = tuple[list[int], list[float]]
 
@@ -80,7 +95,9 @@ class Batch:
     """[rows, 1, length, length], true where a token looks at another."""
 
 
-def weighed(tokenizer: Tokenizer, compiled: jinja2.Template, dialogue: Dialogue) -> Example:
+def weighed(
+    tokenizer: Tokenizer, compiled: jinja2.Template, dialogue: Dialogue, read_weight: float
+) -> Example:
     """A dialogue's tokens, up to the tag that ends its last answer, and their loss weights.
 
     Answers whose reasoning was cleared from the history count as read, not as written: they would
@@ -94,7 +111,7 @@ def weighed(tokenizer: Tokenizer, compiled: jinja2.Template, dialogue: Dialogue)
     counted_from = 0
     if dialogue.clear_thinking and dialogue.thinking:
         counted_from = len(ids) - 2 - ids[-2::-1].index(user)
-    weights = [0.0] * 3 + [OTHER_WEIGHT] * (len(ids) - 3)
+    weights = [0.0] * 3 + [read_weight] * (len(ids) - 3)
     place = 0
     while place < len(ids):
         if ids[place] == assistant and place >= counted_from:
@@ -125,8 +142,8 @@ def dialogue(world: World, focus: Focus) -> Dialogue:
     """One of the mixture, or of the skills in focus."""
     if not world.chance(focus.share):
         return mixture(world)
-    make, _ = SKILLS[world.rng.choices(list(focus.skills), list(focus.skills.values()))[0]]
-    return make(world)
+    skill = world.rng.choices(list(focus.skills), list(focus.skills.values()))[0]
+    return PRACTICE[skill](world) if skill in PRACTICE else SKILLS[skill][0](world)
 
 
 def packed(rows: list[list[Example]], length: int) -> Batch:
@@ -155,6 +172,7 @@ def batches(
     seed: int,
     rows: int,
     length: int,
+    read_weight: float,
 ) -> Iterator[Batch]:
     """Endless training batches; each row takes the oldest waiting dialogues that still fit it."""
     world = World(random.Random(seed), evaluation=False)
@@ -166,11 +184,13 @@ def batches(
             left = length
             while True:
                 while len(waiting) < WAITING:
-                    waiting.append(
+                    example = (
                         drill(world, tokenizer)
                         if world.chance(DRILLS)
-                        else weighed(tokenizer, compiled, dialogue(world, focus))
+                        else weighed(tokenizer, compiled, dialogue(world, focus), read_weight)
                     )
+                    if len(example[0]) <= length:
+                        waiting.append(example)
                 fitting = (n for n, (tokens, _) in enumerate(waiting) if len(tokens) <= left)
                 chosen = next(fitting, None)
                 if chosen is None:

@@ -44,9 +44,9 @@ class Score:
 
 
 def tasks(
-    tokenizer: Tokenizer, compiled: jinja2.Template, skill: str, count: int
+    tokenizer: Tokenizer, compiled: jinja2.Template, skill: str, seeds: range
 ) -> Iterable[Task]:
-    for seed in range(count):
+    for seed in seeds:
         dialogue = draw(skill, seed, evaluation=True)
         end = "<|observation|>" if "tool_calls" in dialogue.messages[-1] else "<|user|>"
         prompt = compiled.render(
@@ -144,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--count", type=int, default=200, help="dialogues per skill")
+    parser.add_argument("--seed", type=int, default=0, help="of the first of them")
     parser.add_argument("--skill", action="append", help="only this skill; may be repeated")
     parser.add_argument("--failures", action="store_true", help="show one failure per skill")
     options = parser.parse_args()
@@ -155,8 +156,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     totals = torch.zeros(4)
     skills = options.skill or list(SKILLS)
+    seeds = range(options.seed, options.seed + options.count)
     for skill in skills:
-        todo = list(tasks(tokenizer, template(), skill, options.count))
+        todo = list(tasks(tokenizer, template(), skill, seeds))
         greedy, sampled = (
             score(network, tokenizer, skill, todo, greedy=greedy) for greedy in (True, False)
         )

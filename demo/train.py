@@ -96,6 +96,13 @@ def main() -> None:
         "--focus", choices=FOCI, default="hard", help="skills to practise beside the mixture"
     )
     parser.add_argument(
+        "--read-weight",
+        type=float,
+        default=0.1,
+        help="loss weight of what the model only reads: some to learn the format's rhythm, none for"
+        " going on, because most of it is random and its gradient is noise",
+    )
+    parser.add_argument(
         "--bfloat16", action="store_true", help="faster on a CPU that has it, slower elsewhere"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
@@ -117,7 +124,13 @@ def main() -> None:
     average = copy.deepcopy(network)
     compiled = torch.compile(losses)
     data = batches(
-        tokenizer, template(), FOCI[options.focus], seed=options.seed, rows=ROWS, length=LENGTH
+        tokenizer,
+        template(),
+        FOCI[options.focus],
+        seed=options.seed,
+        rows=ROWS,
+        length=LENGTH,
+        read_weight=options.read_weight,
     )
     started = time.monotonic()
     for step in itertools.count(1):

@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 
 from . import arithmetic, everyday, long, text, tools
+from .practice import PRACTICE
 from .turn import Dialogue, Message, Turn
 from .world import World
 
-__all__ = ["SKILLS", "Dialogue", "Message", "Turn", "World", "draw", "mixture"]
+__all__ = ["PRACTICE", "SKILLS", "Dialogue", "Message", "Turn", "World", "draw", "mixture"]
 
 Simple = Callable[[World], Turn]
 

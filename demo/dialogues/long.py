@@ -63,7 +63,8 @@ def count(world: World) -> Turn:
     if step > 0 and world.chance(0.3):
         ask = world.choice(("Count from {} up to {}.", "Please count from {} to {}."))
     numbers = ", ".join(str(number) for number in range(first, last + step, step))
-    return Turn(ask.format(first, last), f"From {first} to {last}.", f"{numbers}.")
+    direction = "Up" if step > 0 else "Down"
+    return Turn(ask.format(first, last), f"{direction} from {first} to {last}.", f"{numbers}.")
 
 
 def listing(world: World) -> Turn:
