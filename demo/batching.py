@@ -66,17 +66,8 @@ FOCI = {
             "multi-turn": 1,
         },
     ),
-    "all": Focus(
-        0.6,
-        {
-            "arithmetic": 6, "word problem": 4, "upper case": 2, "reverse": 3, "count words": 3,
-            "pick word": 1, "JSON": 2, "count": 2, "list": 1, "greeting": 1, "say hello": 1,
-            "look up": 2, "many calls": 5, "two calls": 5, "one call": 2, "named call": 5,
-            "two results": 2, "tools not needed": 4,
-        },
-    ),
 }  # fmt: skip
-"""What takes longest to learn, what was then still missing, and what was forgotten over it."""
+"""What takes longest to learn; what was then still missing; with practice, which name to call."""
 
 Example = tuple[list[int], list[float]]
 

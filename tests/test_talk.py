@@ -166,7 +166,10 @@ def test_a_conversation_dims_the_reasoning_stops_and_goes_on(
     terminal.wait_for('"""\r\n')
     terminal.wait_for("lines")
     terminal.wait_for("> ")
-    terminal.type("half a question\x03")
+    terminal.type("half a question")
+    terminal.wait_for("half a question")
+    time.sleep(PAUSE)
+    terminal.type("\x03")
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0

@@ -82,6 +82,7 @@ def ready_at(pid: int, progress: Callable[[dict[str, Any]], None]) -> str | None
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
+    """Have it drain and end; after `PATIENCE` it is killed."""
     server.terminate()
     try:
         server.wait(PATIENCE)
@@ -103,7 +104,6 @@ def told_to_leave(server: subprocess.Popen[bytes]) -> Iterator[None]:
     would be noticed with the next key only.
     """
     terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-
     over = threading.Event()
 
     def wait() -> None:
