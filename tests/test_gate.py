@@ -55,6 +55,20 @@ def test_changes_its_mind_when_conditions_do() -> None:
     assert gate.drafts == 1
 
 
+def test_stops_at_once_where_drafts_are_no_longer_accepted() -> None:
+    gate = DraftGate("auto")
+    run(gate, 100, cost=1.4, acceptance=0.9)
+    assert set(run(gate, 50, cost=1.4, acceptance=0.9)) == {1}
+    run(gate, 100, cost=1.4, acceptance=0.1)
+    assert set(run(gate, 200, cost=1.4, acceptance=0.1)) == {0}
+
+
+def test_the_first_trial_counts_what_was_accepted_in_it() -> None:
+    gate = DraftGate("auto")
+    run(gate, 40, cost=1.3, acceptance=0.0)
+    assert set(run(gate, 300, cost=1.3, acceptance=0.0)) == {0}
+
+
 def test_decides_for_each_batch_size_apart() -> None:
     gate = DraftGate("auto")
     for _ in range(40):

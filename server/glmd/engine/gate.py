@@ -3,7 +3,8 @@
 A step that verifies a draft per sequence takes longer than one that does not: much longer where
 rows cost compute (a CPU, a large batch), hardly where steps are bound by reading weights. What
 it gives is the accepted drafts. For each batch size the gate tries both in turn, takes the
-faster, and tries again after a while.
+faster, and tries again after a while; sooner it only stops drafting, when fewer drafts are accepted
+than their time is worth.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ TRIAL_SAMPLES = 9
 HOLD_STEPS = 600
 """Steps for which a decision holds: trials take at most 4 % of steps."""
 
-_ACCEPTANCE_SMOOTHING = 0.02
+MEMORY = 0.98
+"""Weight of a step's drafts, in what is known of acceptance, against that of the next one's."""
+
+PRIOR, PRIOR_DRAFTS = 0.7, 4
+"""Acceptance before there were any drafts, and how many drafts that counts for."""
 
 
 @dataclass(slots=True)
@@ -33,6 +38,8 @@ class _Choice:
     holds_until: int = 0
     gain: float | None = None
     """Speed with a draft over speed without, at the last trial."""
+    cost: float = 1.0
+    """Time of a step with a draft over time without, at the last trial."""
     seconds: dict[int, list[float]] = field(default_factory=lambda: {0: [], 1: []})
     """Times of the trial that is under way, by drafts."""
     steps: int = 0
@@ -46,7 +53,6 @@ class DraftGate:
         setting: a fixed number of drafts, or "auto" for none or one.
 
     Attributes:
-        acceptance: moving average of the share of drafts that were accepted.
         drafts: the choice for the latest step.
     """
 
@@ -55,8 +61,14 @@ class DraftGate:
         self._choices: dict[int, _Choice] = {}
         self._steps = 0
         self._last_observed = -1
-        self.acceptance = 0.7
+        self._drafted = self._accepted = 0.0
+        """Lately, the older the less."""
         self.drafts: int = 1 if self._fixed is None else self._fixed
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were accepted lately."""
+        return (PRIOR * PRIOR_DRAFTS + self._accepted) / (PRIOR_DRAFTS + self._drafted)
 
     def choose(self, sequences: int) -> int:
         """Drafts per sequence for a step with that many decoding sequences."""
@@ -65,7 +77,7 @@ class DraftGate:
         self._steps += 1
         choice = self._choices.setdefault(_bucket(sequences), _Choice())
         if self._steps < choice.holds_until:
-            self.drafts = choice.drafts
+            self.drafts = choice.drafts and int(1 + self.acceptance > choice.cost)
         else:
             self.drafts = 1 - choice.steps // BLOCK_STEPS % 2
             choice.steps += 1
@@ -80,8 +92,8 @@ class DraftGate:
             seconds: the step's duration, or None if other work was in it.
         """
         if sequences and drafts:
-            share = accepted / (sequences * drafts)
-            self.acceptance += _ACCEPTANCE_SMOOTHING * (share - self.acceptance)
+            self._drafted = MEMORY * self._drafted + sequences * drafts
+            self._accepted = MEMORY * self._accepted + accepted
         # Steps overlap, so the first of its kind is timed with a piece of the other kind.
         steady, self._last_observed = drafts == self._last_observed, drafts
         choice = self._choices.get(_bucket(sequences))
@@ -98,7 +110,8 @@ class DraftGate:
 
     def _decide(self, choice: _Choice) -> None:
         without, with_one = (median(choice.seconds[drafts]) for drafts in (0, 1))
-        choice.gain = (1 + self.acceptance) * without / with_one
+        choice.cost = with_one / without
+        choice.gain = (1 + self.acceptance) / choice.cost
         choice.drafts = int(choice.gain > 1)
         choice.holds_until = self._steps + HOLD_STEPS
         choice.seconds = {0: [], 1: []}
