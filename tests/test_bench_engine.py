@@ -32,7 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(checkpoint: Path, scale: float, only: str) -> Report:
-    return bench_engine(checkpoint, scale=scale, repeat=1, only=only, on_progress=lambda line: None)
+    return bench_engine(
+        checkpoint, scale=scale, repeat=1, only=only, mtp=True, on_progress=lambda line: None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_a_returning_prompt_is_found_cached_on_both_sides(sides: tuple[Side, Sid
 def test_cases_run_to_their_end_on_both_sides(checkpoint: Path) -> None:
     """Those with an 8 in their name, which leaves out the slow one."""
     report = bench_engine(
-        checkpoint, scale=SCALE, repeat=1, only="8", on_progress=lambda line: None
+        checkpoint, scale=SCALE, repeat=1, only="8", mtp=True, on_progress=lambda line: None
     )
     expected = [
         (case.workload.name, goal.what)

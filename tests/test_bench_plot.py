@@ -24,7 +24,9 @@ def figures(server: str, scenario: str) -> Figures:
     return Figures(server, scenario, 8, 12.5, times, times, 90, 80, 0, [])
 
 
-ENGINE = Report("float32", 1, 1, 1.0, [row("batch 8", 1.25, 1.0), row("ragged & 7", None, None)])
+ENGINE = Report(
+    "float32", True, 1, 1, 1.0, [row("batch 8", 1.25, 1.0), row("ragged & 7", None, None)]
+)
 SERVING = [
     figures(server, name) for name in ("8 streams", "agents") for server in ("glmd", "other")
 ]

@@ -45,10 +45,12 @@ class Report:
     """All rows, and what was measured on.
 
     Attributes:
+        mtp: whether glmd's side had an MTP layer, if there is one.
         same_answers: share of all requests whose tokens were the same on both sides.
     """
 
     dtype: str
+    mtp: bool
     weight_bytes: int
     kv_bytes_per_token: int
     same_answers: float
@@ -61,6 +63,7 @@ def bench_engine(
     scale: float,
     repeat: int,
     only: str,
+    mtp: bool,
     on_progress: Callable[[str], None],
 ) -> Report:
     """Measure.
@@ -70,6 +73,7 @@ def bench_engine(
         scale: factor on all prompt lengths.
         repeat: runs of each case on each side.
         only: run the cases whose name contains this.
+        mtp: load glmd's MTP layer; mlx-lm has none.
         on_progress: called with a line of progress.
 
     Raises:
@@ -79,7 +83,7 @@ def bench_engine(
     dtype: Dtype = "bfloat16" if on_gpu() else "float32"
     config = load_config(folder)
     on_progress(f"loading {folder.name} twice, {dtype}")
-    glmd = GlmdSide(folder, dtype)
+    glmd = GlmdSide(folder, dtype, "auto" if mtp else 0)
     mlx_lm = MlxLmSide(folder, getattr(mx, dtype))
     chosen = [
         case
@@ -103,6 +107,7 @@ def bench_engine(
         rows += [_row(case, goal, pairs) for goal in case.goals]
     return Report(
         dtype=dtype,
+        mtp=mtp,
         weight_bytes=glmd.weight_bytes,
         kv_bytes_per_token=glmd.kv_bytes_per_token,
         same_answers=sum(agreement) / len(agreement),

@@ -14,6 +14,7 @@ from glmd.messages import Generate, Output, SamplingParams, TokenArray, pack_tok
 from glmd.model.loading import load_model
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Drafts = Literal["auto", 0, 1, 2, 3]
 
 
 class GlmdSide:
@@ -22,15 +23,16 @@ class GlmdSide:
     Args:
         folder: a checkpoint that glmd serves.
         dtype: of activations, KV, and unquantised weights.
+        mtp: drafts per sequence and step; 0 loads no MTP layer.
     """
 
     name = "glmd"
 
-    def __init__(self, folder: Path, dtype: Dtype) -> None:
-        self._config = EngineConfig(dtype=dtype)
+    def __init__(self, folder: Path, dtype: Dtype, mtp: Drafts = "auto") -> None:
+        self._config = EngineConfig(dtype=dtype, mtp=mtp)
         self._budget = memory.default_budget()
         memory.DeviceLimits.set(self._budget)
-        self._model = load_model(folder, dtype, lambda done, total: None)
+        self._model = load_model(folder, dtype, lambda done, total: None, mtp=mtp != 0)
         self.kv_bytes_per_token = self._model.kv_bytes_per_token
         self.weight_bytes = self._model.weight_bytes
 

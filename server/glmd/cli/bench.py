@@ -40,6 +40,9 @@ def engine(
     scale: Scale = 1.0,
     repeat: Repeat = 3,
     only: Only = "",
+    no_mtp: Annotated[
+        bool, typer.Option("--no-mtp", help="Load no MTP layer; mlx-lm's side has none.")
+    ] = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -55,7 +58,12 @@ def engine(
     folder = model or middle_checkpoint()
     with _progress() as on_progress:
         report = bench_engine(
-            folder, scale=scale, repeat=repeat, only=only, on_progress=on_progress
+            folder,
+            scale=scale,
+            repeat=repeat,
+            only=only,
+            mtp=not no_mtp,
+            on_progress=on_progress,
         )
     _console().print(engine_table(report))
     if plot is not None:
