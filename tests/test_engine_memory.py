@@ -21,6 +21,7 @@ from engines import (
 )
 from glmd.engine import scheduler
 from glmd.engine.core import Engine
+from glmd.kv.segment import Segment
 from glmd.model.glm import GlmModel
 
 CONTEXT = 400
@@ -195,3 +196,13 @@ def test_memory_at_rest_is_weights_and_tree() -> None:
     load(100)
     engine._tree.clear()
     assert abs(active() - emptied) < 4096
+
+
+def test_what_the_last_step_saw_is_freed_with_the_tree() -> None:
+    engine = tiny_engine(_model())
+    run(engine, *(request(f"{i}", PROMPTS[i], max_tokens=40, ignore_eos=True) for i in range(3)))
+    seen = {id(node.kv) for node in engine._tree.nodes()}
+    assert seen
+    engine._tree.clear()
+    alive = {id(found) for found in gc.get_objects() if isinstance(found, Segment)}
+    assert not seen & alive

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
+import mlx.core as mx
 import numpy as np
 from hypothesis import given, settings
 
-from glmd.engine.layout import GATHERED, JOINED, gather, levels, sort_by_prefix
+from glmd.engine.layout import GATHERED_BYTES, JOINED, gather, levels, sort_by_prefix
 from glmd.kv.tree import Node, Piece
+
+KV_WIDTH = 1024
+GATHERED = GATHERED_BYTES // (4 * KV_WIDTH)
 
 
 @dataclass
@@ -125,16 +129,24 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
 ) -> None:
     paths = [[_piece(length, length)] if length else [] for length in lengths]
     for spans in levels(paths, width):  # type: ignore[arg-type]
-        level = gather(spans, width, len(paths) * width)
+        level = gather(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
         short = [s for s in spans if len(s) <= GATHERED]
         assert (level.gathered is not None) == (len(short) > 1)
         found: list[int] = []
         if level.gathered is not None:
             assert level.gathered.spans == short
-            keys, visible = np.array(level.gathered.keys), np.array(level.gathered.visible)
-            assert keys[visible[:, 0]].tolist() == [*range(sum(map(len, short)))]
-            assert visible.sum(axis=(1, 2)).tolist() == [*map(len, short)]
-            found += np.array(level.gathered.rows).tolist()
+            longest = max(map(len, short))
+            padding = [longest - len(span) for span in short]
+            assert [part.shape for part in level.gathered.padding] == [
+                (missing, KV_WIDTH) for missing in padding
+            ]
+            visible = level.gathered.visible
+            if visible is None:
+                assert not any(padding)
+            else:
+                assert np.array(visible).sum(axis=(1, 2)).tolist() == [*map(len, short)]
+            rows = level.gathered.rows
+            found += range(len(paths) * width) if rows is None else np.array(rows).tolist()
         found += [row for span in level.spans for row in range(span.first, span.last)]
         found += [-1]  # rows that no span names
         order = range(len(found) - 1) if level.order is None else np.array(level.order).tolist()

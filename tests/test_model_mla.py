@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from mlx_lm.models.mla import MultiLinear
 
-from glmd.engine.layout import gather, levels, sort_by_prefix
+from glmd.engine.layout import common, gather, levels, slot_order, sort_by_prefix
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TailPool
 from glmd.kv.tree import Node, Piece
@@ -104,7 +104,9 @@ class _Steps:
             [group[i] for i in sort_by_prefix([SimpleNamespace(slot=0)] * len(group), group)]
             for group in members
         ]
-        slots = self.rng.permutation([tails.allocate() for group in members for _ in group])
+        slots = np.array([tails.allocate() for group in members for _ in group], np.int64)
+        if self.rng.random() < 0.7:
+            slots = self.rng.permutation(slots)
         filled = self.rng.integers(0, 30, len(slots))
         tails.reserve(int(filled.max(initial=0)) + max(widths, default=0))
         content = self._random(tails.slots, tails.capacity)
@@ -146,21 +148,21 @@ class _Steps:
         lengths: npt.NDArray[np.int64],
         first: int,
     ) -> DecodeGroup:
-        sequence_of_slot = np.zeros(tails.slots, np.int32)
-        sequence_of_slot[slots] = np.arange(len(paths))
         positions = lengths[:, None] + np.arange(width)
-        last_seen = np.zeros((tails.slots, width), np.int64)
-        last_seen[slots] = positions
-        visible = np.arange(tails.capacity) <= last_seen[..., None]
+        visible = np.arange(tails.capacity) <= positions[..., None]
+        rows = len(paths) * width
+        spans, others = common(levels(paths, width), rows, SHAPE.heads)
         return DecodeGroup(
             first=first,
             sequences=len(paths),
             width=width,
-            levels=[gather(spans, width, len(paths) * width) for spans in levels(paths, width)],
+            spans=spans,
+            levels=[
+                gather(level, width, rows, SHAPE.kv_width, tails.view(0).dtype) for level in others
+            ],
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
-            sequence_of_slot=mx.array(sequence_of_slot),
-            slot_of_sequence=mx.array(slots.astype(np.int32)),
+            order=slot_order(slots.tolist(), tails.slots),
             visible=mx.array(visible)[:, :, None, :],
         )
 

@@ -299,6 +299,8 @@ class Engine:
         if plan:
             drafts = self._gate.choose(max(1, len(plan.decode)))
             launched = self._launcher.launch(plan, self._in_flight, drafts)
+        else:
+            self._launcher.rest()
         if self._in_flight is not None:
             self._read(self._in_flight)
         self._in_flight = launched
@@ -308,6 +310,7 @@ class Engine:
         """Give up all KV. What the last step yielded counts, if it can still be read; what it did
         not yield will come out the same, since a token depends on nothing but its position."""
         flight, self._in_flight = self._in_flight, None
+        self._launcher.rest()
         dropped = self._relief.step_failed(error)
         if flight is not None:
             try:
@@ -353,6 +356,7 @@ class Engine:
         for id in list(self._requests):
             self.cancel(id)
         self._in_flight = None
+        self._launcher.rest()
         self._tree.clear()
         mx.clear_cache()
         self.release_limits()

@@ -82,6 +82,11 @@ class Flight:
         return self.fetched if self.waited or self.dispatched <= before else self.dispatched
 
     @property
+    def flying(self) -> bool:
+        """Whether its tokens are still to come for all of its sequences."""
+        return all(s.in_flight for s in self.sequences)
+
+    @property
     def place(self) -> dict[int, int]:
         """Index in `sequences` by identity."""
         return {id(sequence): i for i, sequence in enumerate(self.sequences)}

@@ -16,7 +16,7 @@ import numpy as np
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.constraint import Ask, Constraints
 from glmd.engine.flight import Flight
-from glmd.engine.layout import gather, levels, sort_by_prefix
+from glmd.engine.layout import Layout, Layouts, levels
 from glmd.engine.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.kv.segment import Segment
@@ -38,6 +38,7 @@ class _Group:
     """[n, width]"""
     positions: mx.array
     """[n, width]"""
+    layout: Layout
 
 
 class Launcher:
@@ -60,7 +61,12 @@ class Launcher:
         self._scheduler = scheduler
         self._tree = tree
         self._tails = tails
+        self._layouts = Layouts(tree, tails, model.shape, model.dtype)
         self.prompt_rows = 0
+
+    def rest(self) -> None:
+        """Let go of what is kept from step to step, as there is no next one."""
+        self._layouts.clear()
 
     def launch(self, plan: Plan, before: Flight | None, drafts: int) -> Flight:
         """Start a step.
@@ -69,17 +75,17 @@ class Launcher:
             before: the step in flight, if there is one.
             drafts: tokens to draft per sequence for the step after this one.
         """
+        self._layouts.next_step()
         groups = self._decode_groups(plan.decode, before)
         batch = self._lay_out(groups, plan)
         hidden, caches = self._model.hidden(batch, self._tails)
         flight = self._sample(plan, groups, batch, hidden, before)
         if self._model.mtp is not None:
             successors = self._successors(plan, groups, flight)
-            further, kv = self._model.mtp.hidden(successors, hidden, batch, self._tails)
-            caches.append(kv)
+            caches.append(self._model.mtp.keep(successors, hidden, batch, self._tails))
         self._book(plan, groups, caches)
         if self._model.mtp is not None and drafts and flight.sequences:
-            flight.drafts = self._draft(plan, groups, flight, further, drafts)
+            flight.drafts = self._draft(plan, groups, flight, hidden, drafts)
         outcome = [flight.tokens, flight.counts, flight.last, flight.drafts]
         arrays = [array for array in outcome if array is not None]
         arrays += [array for entry in flight.logprobs.values() for array in entry]
@@ -112,27 +118,34 @@ class Launcher:
         return groups
 
     def _decode_group(self, sequences: list[Sequence], width: int, before: Flight | None) -> _Group:
-        paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
-        sequences = [sequences[i] for i in sort_by_prefix(sequences, paths)]
-        tokens = mx.array(
-            np.array([s.tokens(s.length - 1, s.length)[0] for s in sequences], np.int32)
-        )
+        layout = self._layouts.of(sequences, width)
+        sequences = [sequences[i] for i in layout.order]
         positions = mx.array([s.length - 1 for s in sequences], mx.int32)
         drafts = None
-        if before is not None and any(s.in_flight for s in sequences):
+        if before is not None and before.sequences == sequences and before.flying:
+            # The usual case: the same again.
             assert before.last is not None
             assert before.counts is not None
-            place = before.place
-            source = mx.array([place.get(id(s), 0) if s.in_flight else 0 for s in sequences])
-            flying = mx.array([s.in_flight > 0 for s in sequences])
-            tokens = mx.where(flying, before.last[source], tokens)
-            positions = positions + mx.where(flying, before.counts[source], 0)
-            drafts = before.drafts[source] if before.drafts is not None else None
-        tokens = tokens[:, None]
+            tokens, drafts = before.last, before.drafts
+            positions = positions + before.counts
+        else:
+            known = [s.tokens(s.length - 1, s.length)[0] for s in sequences]
+            tokens = mx.array(np.array(known, np.int32))
+            if before is not None and any(s.in_flight for s in sequences):
+                assert before.last is not None
+                assert before.counts is not None
+                place = before.place
+                source = mx.array([place.get(id(s), 0) if s.in_flight else 0 for s in sequences])
+                flying = mx.array([s.in_flight > 0 for s in sequences])
+                tokens = mx.where(flying, before.last[source], tokens)
+                positions = positions + mx.where(flying, before.counts[source], 0)
+                drafts = before.drafts[source] if before.drafts is not None else None
+        tokens, positions = tokens[:, None], positions[:, None]
         if width > 1:
             assert drafts is not None
             tokens = mx.concatenate([tokens, drafts], axis=1)
-        return _Group(sequences, width, tokens, positions[:, None] + mx.arange(width))
+            positions = positions + mx.arange(width)
+        return _Group(sequences, width, tokens, positions, layout)
 
     def _lay_out(self, groups: list[_Group], plan: Plan) -> RowBatch:
         tokens = [group.tokens.flatten() for group in groups]
@@ -153,33 +166,22 @@ class Launcher:
             _, expanded = chunk_form(self._model.shape, start, count, self._model.dtype.size)
             chunks.append(Chunk(first, first + count, spans, expanded))
             first += count
-        return RowBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
+        return RowBatch(_together(tokens), _together(positions), decode, chunks)
 
     def _rows_of(self, group: _Group, first: int) -> DecodeGroup:
-        sequences = group.sequences
-        slots = np.array([s.slot for s in sequences], np.int32)
-        sequence_of_slot = np.zeros(self._tails.slots, np.int32)
-        sequence_of_slot[slots] = np.arange(len(sequences))
-        inverse = mx.array(sequence_of_slot)
-        sealed = mx.array([s.sealed for s in sequences], mx.int32)
-        tail_positions = group.positions - sealed[:, None]
-        keys = mx.arange(self._tails.capacity)
-        # Slots that are not in use take after sequence 0, so that no row sees nothing.
-        visible = keys <= tail_positions[inverse][..., None]
-        paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
+        layout = group.layout
+        tail_positions = group.positions - layout.sealed
+        visible = mx.arange(self._tails.capacity) <= tail_positions[..., None, None]
         return DecodeGroup(
             first=first,
-            sequences=len(sequences),
+            sequences=len(group.sequences),
             width=group.width,
-            levels=[
-                gather(spans, group.width, len(sequences) * group.width)
-                for spans in levels(paths, group.width)
-            ],
-            slots=mx.repeat(mx.array(slots), group.width),
+            spans=layout.spans,
+            levels=layout.levels,
+            slots=layout.slots,
             tail_positions=tail_positions.flatten(),
-            sequence_of_slot=inverse,
-            slot_of_sequence=mx.array(slots),
-            visible=visible[:, :, None, :],
+            order=layout.slot_order,
+            visible=visible,
         )
 
     # -- sampling -------------------------------------------------------------------------
@@ -226,11 +228,13 @@ class Launcher:
             launched=time.monotonic(),
         )
         if sequences:
-            at = mx.array(places)
-            whole = len(places) == hidden.shape[0]
-            logits = self._model.logits(hidden if whole else hidden[at])
+            at = batch.positions
+            if len(places) < hidden.shape[0]:
+                chosen = mx.array(places)
+                hidden, at = hidden[chosen], at[chosen]
+            logits = self._model.logits(hidden)
             masks = self._masks(flight, rows, logits, before)
-            sampled = sample(logits, rows, batch.positions[at] + 1, masks)
+            sampled = sample(logits, rows, at + 1, masks)
             self._confirm(flight, groups, sampled)
         return flight
 
@@ -292,12 +296,34 @@ class Launcher:
         depends on the position alone. It stands if all drafts before it were what the model
         chose, so the output is distributed (and with the same seed, equal) as without drafts.
         """
-        widest = max(flight.widths)
+        if max(flight.widths) > 1:
+            tokens, counts = self._counted(flight.widths, groups, sampled.tokens)
+            last = mx.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
+        else:
+            tokens, last = sampled.tokens[:, None], sampled.tokens
+            counts = mx.ones(len(flight.widths), mx.int32)
+        flight.tokens, flight.counts, flight.last = tokens, counts, last
+        row = 0
+        for i, (sequence, width) in enumerate(zip(flight.sequences, flight.widths, strict=True)):
+            for column in range(width):
+                if row in sampled.logprobs:
+                    flight.logprobs[i, column] = sampled.logprobs[row]
+                if sequence.history is not None:
+                    counted = (counts[i] > column).astype(mx.float32)
+                    sequence.history = sequence.history.with_token(tokens[i, column], counted)
+                row += 1
+
+    @staticmethod
+    def _counted(
+        widths: list[int], groups: list[_Group], sampled: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The sampled tokens by sequence, [S, W], and how many of them count, [S]."""
+        widest = max(widths)
         tokens, counts = [], []
         first = 0
         for group in groups:
             n, width = len(group.sequences), group.width
-            chosen = sampled.tokens[first : first + n * width].reshape(n, width)
+            chosen = sampled[first : first + n * width].reshape(n, width)
             count = mx.ones(n, mx.int32)
             if width > 1:
                 agreed = (chosen[:, :-1] == group.tokens[:, 1:]).astype(mx.int32)
@@ -305,23 +331,11 @@ class Launcher:
             counts.append(count)
             tokens.append(mx.pad(chosen, [(0, 0), (0, widest - width)]))
             first += n * width
-        rest = sampled.tokens[first:, None]
+        rest = sampled[first:, None]
         if rest.shape[0]:
             counts.append(mx.ones(rest.shape[0], mx.int32))
             tokens.append(mx.pad(rest, [(0, 0), (0, widest - 1)]))
-        flight.tokens = mx.concatenate(tokens)
-        flight.counts = mx.concatenate(counts)
-        flight.last = mx.take_along_axis(flight.tokens, flight.counts[:, None] - 1, axis=1)[:, 0]
-        row = 0
-        for i, (sequence, width) in enumerate(zip(flight.sequences, flight.widths, strict=True)):
-            for column in range(width):
-                if row in sampled.logprobs:
-                    flight.logprobs[i, column] = sampled.logprobs[row]
-                if sequence.history is not None:
-                    counted = (flight.counts[i] > column).astype(mx.float32)
-                    token = flight.tokens[i, column]
-                    sequence.history = sequence.history.with_token(token, counted)
-                row += 1
+        return mx.concatenate(tokens), mx.concatenate(counts)
 
     # -- drafting -------------------------------------------------------------------------
 
@@ -344,7 +358,7 @@ class Launcher:
                 assert flight.last is not None
                 place = sampled[id(sequence)]
                 parts.append(flight.last[place : place + 1])
-        return mx.concatenate(parts)
+        return _together(parts)
 
     def _draft(
         self, plan: Plan, groups: list[_Group], flight: Flight, hidden: mx.array, count: int
@@ -355,7 +369,7 @@ class Launcher:
         are for: where both distributions agree, so do the choices.
 
         Args:
-            hidden: [N, hidden], the MTP layer's, of all rows of the step.
+            hidden: [N, hidden], the main model's, of all rows of the step.
 
         Returns:
             [S, count] int32.
@@ -365,13 +379,15 @@ class Launcher:
         assert flight.last is not None
         rows, positions = self._last_rows(plan, groups)
         h = hidden[rows + flight.counts - 1]
-        at = positions + flight.counts  # of the last confirmed token
+        at = positions + flight.counts - 1
+        token = flight.last
         specs = [Row(s.draft_sampling, 0, None) for s in flight.sequences]
-        drafts = [sample(self._model.mtp.logits(h), specs, at + 1).tokens]
-        for _ in range(1, count):
-            h = self._draft_further(flight.sequences, drafts[-1], h, at)
+        drafts = []
+        for _ in range(count):
+            h = self._draft_one(flight.sequences, token, h, at)
+            token = sample(self._model.mtp.logits(h), specs, at + 2).tokens
             at = at + 1
-            drafts.append(sample(self._model.mtp.logits(h), specs, at + 1).tokens)
+            drafts.append(token)
         return mx.stack(drafts, axis=1)
 
     def _last_rows(self, plan: Plan, groups: list[_Group]) -> tuple[mx.array, mx.array]:
@@ -394,26 +410,35 @@ class Launcher:
             positions.append(mx.array(ends, mx.int32))
         return mx.array(rows), mx.concatenate(positions)
 
-    def _draft_further(
+    def _draft_one(
         self, sequences: list[Sequence], token: mx.array, hidden: mx.array, at: mx.array
     ) -> mx.array:
-        """Run the MTP layer on its own draft and its own hidden state, at positions `at`.
+        """Run the MTP layer on one row of each sequence, at positions `at`.
 
-        What this leaves in the tails is overwritten when the positions are confirmed.
+        What this leaves in the tails is there already for the last confirmed row; behind it, it is
+        overwritten when the positions are confirmed.
+
+        Args:
+            token: [S] int32, what follows each row's.
+            hidden: [S, hidden], the main model's, or the layer's own for its own draft.
+
+        Returns:
+            [S, hidden], the layer's.
         """
         assert self._model.mtp is not None
         for sequence in sequences:
             self._scheduler.give_slot(sequence)
         self._tails.ensure(MAX_WIDTH)
-        paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
-        order = sort_by_prefix(sequences, paths)
-        by_row = mx.array(order)
-        group = _Group(
-            [sequences[i] for i in order], 1, token[by_row][:, None], at[by_row][:, None]
-        )
-        batch = RowBatch(token[by_row], at[by_row], [self._rows_of(group, 0)], [])
-        h, _ = self._model.mtp.hidden(token[by_row], hidden[by_row], batch, self._tails)
-        return h[mx.array(np.argsort(order).astype(np.int32))]
+        layout = self._layouts.of(sequences, 1)
+        order = layout.order
+        moved = order != sorted(order)
+        if moved:
+            by_row = mx.array(order)
+            token, hidden, at = token[by_row], hidden[by_row], at[by_row]
+        group = _Group([sequences[i] for i in order], 1, token[:, None], at[:, None], layout)
+        batch = RowBatch(token, at, [self._rows_of(group, 0)], [])
+        h = self._model.mtp.hidden(token, hidden, batch, self._tails)
+        return h[mx.array(np.argsort(order).astype(np.int32))] if moved else h
 
     # -- booking --------------------------------------------------------------------------
 
@@ -453,3 +478,7 @@ class Launcher:
         slots = mx.array([sequence.slot for sequence in sequences])
         for layer, kv in enumerate(caches):
             self._tails.write(layer, slots, mx.zeros_like(slots), kv[rows])
+
+
+def _together(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

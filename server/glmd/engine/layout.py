@@ -8,36 +8,75 @@ together, as every span costs a dozen operations in every layer, whatever its le
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from glmd.engine.sequence import Sequence
 from glmd.kv.segment import Segment
-from glmd.kv.tree import Piece
-from glmd.model.rows import Gathered, Level, Span, Stretch
+from glmd.kv.tails import TailPool
+from glmd.kv.tree import Piece, PrefixTree
+from glmd.model.mla import MLAShape
+from glmd.model.rows import Gathered, Level, SlotOrder, Span, Stretch
 
 TreePath = list[Piece[Segment]]
 
-JOINED = 1024
+ONE_SOFTMAX = 1 << 21
+"""Attention scores, rows by heads by keys, up to which what all rows see is met in one softmax with
+the tails: 8 MiB in float32."""
+
+JOINED = 4096
 """Tokens up to which stretches that the same rows see one after the other are one span."""
 
-GATHERED = 128
-"""Tokens up to which the spans of single sequences are gathered. Joining and gathering copy
-the keys, each time that they are read."""
+GATHERED_BYTES = 288 << 10
+"""Of one layer's keys: the size up to which the spans of single sequences are gathered, 128 tokens
+of GLM-4.7-Flash in float32. Gathering copies the keys, each time that they are read."""
 
 
 def sort_by_prefix(sequences: list[Sequence], paths: list[TreePath]) -> list[int]:
     """An order in which the rows that share any stretch of any node are consecutive.
 
     Within a node, rows that use more of it come first, so that those using at least x tokens
-    of it are consecutive for every x.
+    of it are consecutive for every x. Otherwise they are in the order of their slots, in which
+    tails need not be reordered.
     """
+    first: dict[int, int] = {}
+    for sequence, path in zip(sequences, paths, strict=True):
+        for piece in path:
+            node = id(piece.node)
+            first[node] = min(sequence.slot, first.get(node, sequence.slot))
 
-    def key(i: int) -> tuple[list[tuple[int, int]], int]:
-        return [(id(piece.node), -piece.length) for piece in paths[i]], sequences[i].slot
+    def key(i: int) -> tuple[list[tuple[int, int, int]], int]:
+        nodes = ((id(piece.node), piece.length) for piece in paths[i])
+        return [(first[node], node, -length) for node, length in nodes], sequences[i].slot
 
     return sorted(range(len(sequences)), key=key)
+
+
+def slot_order(slots: list[int], pool: int) -> SlotOrder | None:
+    """The order of sequences' slots among the `pool` that there are; None if it is theirs."""
+    if slots == list(range(pool)):
+        return None
+    sequences = np.zeros(pool, np.int32)
+    sequences[slots] = np.arange(len(slots))
+    return SlotOrder(mx.array(sequences), mx.array(slots, mx.int32))
+
+
+def common(found: list[list[Span]], rows: int, heads: int) -> tuple[list[Span], list[list[Span]]]:
+    """Of the levels, the spans over all `rows` that fit `ONE_SOFTMAX`, and the other levels."""
+    spans: list[Span] = []
+    others: list[list[Span]] = []
+    left = ONE_SOFTMAX // (rows * heads)
+    for level in found:
+        span = level[0]
+        if (span.first, span.last) == (0, rows) and len(span) <= left:
+            spans.append(span)
+            left -= len(span)
+        else:
+            others.append(level)
+    return spans, others
 
 
 def levels(paths: list[TreePath], width: int) -> list[list[Span]]:
@@ -52,16 +91,21 @@ def levels(paths: list[TreePath], width: int) -> list[list[Span]]:
     return builder.levels
 
 
-def gather(spans: list[Span], width: int, rows: int) -> Level:
-    """A level of spans, over `rows` rows in all, with what can be met together."""
+def gather(spans: list[Span], width: int, rows: int, kv_width: int, dtype: mx.Dtype) -> Level:
+    """A level of spans, over `rows` rows in all, with what can be met together.
+
+    Args:
+        kv_width: values of a token's key in one layer, of `dtype`.
+    """
+    longest = GATHERED_BYTES // (kv_width * dtype.size)
     short: list[Span] = []
     others: list[Span] = []
     for span in spans:
         alone = span.last - span.first == width
-        (short if alone and len(span) <= GATHERED else others).append(span)
+        (short if alone and len(span) <= longest else others).append(span)
     if len(short) < 2:
         short, others = [], spans
-    gathered = _gathered(short) if short else None
+    gathered = _gathered(short, rows, kv_width, dtype) if short else None
     at = np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in [*short, *others]])
     if len(at) == rows and (np.diff(at) == 1).all():
         return Level(gathered, others, None)
@@ -70,16 +114,92 @@ def gather(spans: list[Span], width: int, rows: int) -> Level:
     return Level(gathered, others, mx.array(order))
 
 
-def _gathered(spans: list[Span]) -> Gathered:
+def _gathered(spans: list[Span], rows: int, kv_width: int, dtype: mx.Dtype) -> Gathered:
     lengths = np.array([len(span) for span in spans], np.int32)
-    within = np.arange(lengths.max(), dtype=np.int32)
-    visible = within < lengths[:, None]
-    # Where there is no key, any will do.
-    keys = np.where(visible, (np.cumsum(lengths) - lengths)[:, None] + within, 0)
-    rows = np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in spans])
+    longest = int(lengths.max())
+    visible = np.arange(longest) < lengths[:, None, None]
+    padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
+    at = np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in spans])
     return Gathered(
-        spans, mx.array(keys.astype(np.int32)), mx.array(visible[:, None]), mx.array(rows)
+        spans,
+        padding,
+        None if visible.all() else mx.array(visible),
+        None if len(at) == rows else mx.array(at),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What of a decode group stays the same from step to step.
+
+    Attributes:
+        order: of its sequences, by index in those that it was asked for.
+        spans, levels, slots, slot_order: see `DecodeGroup`.
+        sealed: [sequences, 1] int32, the position at which each tail begins.
+    """
+
+    order: list[int]
+    spans: list[Span]
+    levels: list[Level]
+    slots: mx.array
+    slot_order: SlotOrder | None
+    sealed: mx.array
+
+
+class Layouts:
+    """Layouts of decode groups, each kept while the step after needs it, too.
+
+    Args:
+        shape, dtype: of the model.
+    """
+
+    def __init__(
+        self, tree: PrefixTree[Segment], tails: TailPool, shape: MLAShape, dtype: mx.Dtype
+    ) -> None:
+        self._tree = tree
+        self._tails = tails
+        self._shape = shape
+        self._dtype = dtype
+        self._before: dict[Hashable, Layout] = {}
+        self._now: dict[Hashable, Layout] = {}
+
+    def next_step(self) -> None:
+        """Forget what the last step did not ask for."""
+        self._before, self._now = self._now, {}
+
+    def clear(self) -> None:
+        """Let go of all segments."""
+        self._before, self._now = {}, {}
+
+    def of(self, sequences: list[Sequence], width: int) -> Layout:
+        """The layout of `width` rows of each sequence; all have slots and leases."""
+        ends = tuple(
+            (s.slot, s.sealed, s.lease.node, s.lease.length)
+            for s in sequences
+            if s.lease is not None
+        )
+        # Joining or cutting segments leaves leases where they are, and layouts with the old ones.
+        key = (ends, width, self._tails.slots, self._tree.rebuilt)
+        layout = self._before.get(key) or self._now.get(key) or self._make(sequences, width)
+        self._now[key] = layout
+        return layout
+
+    def _make(self, sequences: list[Sequence], width: int) -> Layout:
+        paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
+        order = sort_by_prefix(sequences, paths)
+        rows = len(sequences) * width
+        found = levels([paths[i] for i in order], width)
+        spans, others = common(found, rows, self._shape.heads)
+        kv_width = self._shape.kv_width
+        slots = [sequences[i].slot for i in order]
+        return Layout(
+            order=order,
+            spans=spans,
+            levels=[gather(level, width, rows, kv_width, self._dtype) for level in others],
+            slots=mx.array(np.repeat(np.array(slots, np.int32), width)),
+            slot_order=slot_order(slots, self._tails.slots),
+            sealed=mx.array([[sequences[i].sealed] for i in order], mx.int32),
+        )
 
 
 class _Builder:

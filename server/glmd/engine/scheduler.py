@@ -189,6 +189,8 @@ class Scheduler:
             self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
         admitted = self._admit() if self.preemptions == preempted else []
         prefilling = sum(sequence.needs > 1 for sequence in self.running)
+        if not prefilling:
+            return Plan(decode, [], admitted)
         rows = self.pace.prefill_budget(len(decode), prefilling)
         return Plan(decode, self._plan_chunks(rows), admitted)
 

@@ -145,9 +145,12 @@ class PrefixTree(Generic[S]):
         tokens: number of tokens stored.
         nbytes: bytes of their KV.
         evicted_tokens: number of tokens evicted so far.
+        rebuilt: how often stored segments were replaced or dropped: what was learnt of them before
+            may keep memory alive that the tree has given up.
     """
 
     def __init__(self) -> None:
+        self.rebuilt = 0
         self._roots: dict[str, Node[S]] = {}
         self._leases: set[Lease[S]] = set()
         self._clock = 0
@@ -272,6 +275,7 @@ class PrefixTree(Generic[S]):
 
     def _join(self, run: list[Node[S]]) -> None:
         """Make one node of several, each of which hangs at the end of the one before."""
+        self.rebuilt += 1
         first, *others = run
         stored = [node.kv for node in run if node.kv is not None]
         keys = np.concatenate([node.keys for node in run])
@@ -332,6 +336,7 @@ class PrefixTree(Generic[S]):
 
     def reset(self) -> None:
         """Drop everything, in use or not, with all leases."""
+        self.rebuilt += 1
         self.evicted_tokens += self.tokens
         self._roots.clear()
         self._leases.clear()
@@ -341,6 +346,7 @@ class PrefixTree(Generic[S]):
         """Keep only the first `length` tokens of `node`, none: unlink it."""
         assert node.kv is not None
         assert node.parent is not None
+        self.rebuilt += 1
         before = node.kv.nbytes
         first = int(node.keys[length])
         if length == 0:

@@ -20,6 +20,8 @@ https://arxiv.org/abs/2205.14135, and cascade inference).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -113,12 +115,27 @@ def project(
         q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x)))
     q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
     compressed = attn.kv_a_proj_with_mqa(x)
+    # The key is rotated as one head more: a rotation is twenty operations where none is fused.
+    unrotated = [q[..., shape.nope :], compressed[:, None, shape.latent :]]
+    rotated = _rotate(attn, mx.concatenate(unrotated, axis=1), positions)
+    q = mx.concatenate([q[..., : shape.nope], rotated[:, : shape.heads]], axis=-1) * attn.scale
     latent = attn.kv_a_layernorm(compressed[:, : shape.latent])
-    # One position per row: rows are the batch axis of the rotation, heads its head axis.
-    q_rope = attn.rope(q[:, :, None, shape.nope :], offset=positions).squeeze(2)
-    k_rope = attn.rope(compressed[:, None, None, shape.latent :], offset=positions)
-    q = mx.concatenate([q[..., : shape.nope], q_rope], axis=-1) * attn.scale
-    return q, mx.concatenate([latent, k_rope.reshape(rows, shape.rope)], axis=-1)
+    return q, mx.concatenate([latent, rotated[:, shape.heads]], axis=-1)
+
+
+def cache_vectors(attn: Any, shape: MLAShape, x: mx.array, positions: mx.array) -> mx.array:
+    """The second result of `project` alone."""
+    compressed = attn.kv_a_proj_with_mqa(x)
+    latent = attn.kv_a_layernorm(compressed[:, : shape.latent])
+    rotated = _rotate(attn, compressed[:, None, shape.latent :], positions)
+    return mx.concatenate([latent, rotated[:, 0]], axis=-1)
+
+
+def _rotate(attn: Any, x: mx.array, positions: mx.array) -> mx.array:
+    """[rows, heads, rope], each row rotated to its position."""
+    # Rows are the batch axis of the rotation, heads its head axis.
+    rotated: mx.array = attn.rope(x[:, :, None], offset=positions)
+    return rotated.squeeze(2)
 
 
 def attend(
@@ -161,9 +178,9 @@ def _attend_decode(
 ) -> mx.array:
     tails.write(layer, group.slots, group.tail_positions, kv)
     q = _absorb(attn, shape, q)
-    partials = [_tail_partial(shape, q, group, tails.view(layer))]
-    partials += [_level_partial(shape, layer, q, level) for level in group.levels]
-    return _unembed(attn, shape, _merge(partials))
+    own = _own_partial(shape, layer, q, group, tails.view(layer))
+    others = [_level_partial(shape, layer, q, level) for level in group.levels]
+    return _unembed(attn, shape, _merge([own, *others]) if others else own.out)
 
 
 def _attend_absorbed(
@@ -171,7 +188,7 @@ def _attend_absorbed(
 ) -> mx.array:
     q = _absorb(attn, shape, q)
     rows = q.shape[0]
-    scores = (q.reshape(-1, shape.kv_width) @ kv.T).reshape(rows, shape.heads, rows)
+    scores = _scores(shape, q, kv)
     later = mx.arange(rows)[:, None, None] < mx.arange(rows)
     partials = [_softmax_partial(mx.where(later, -mx.inf, scores), kv[:, : shape.latent])]
     partials += [_span_partial(shape, layer, q, span) for span in spans]
@@ -225,31 +242,68 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
 def _softmax_partial(scores: mx.array, values: mx.array) -> Partial:
     """scores [..., heads, keys] with values [keys, latent] or [..., keys, latent]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
+    out = _weighed(weights, values) if values.ndim == 2 else weights @ values
+    return Partial(out, _log_denominator(scores, weights))
+
+
+def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
+    """The log of the denominator by which `weights` came of `scores`, float32."""
     # The largest weight is one over the denominator of scores less their maximum. Exponentials
     # are most of the work on a CPU, so none is taken twice. The logarithm is in float32: in
     # bfloat16 it would be off by percents.
     largest = mx.max(scores, axis=-1).astype(mx.float32)
-    lse = largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
-    if values.ndim == 2:
-        out = (weights.reshape(-1, values.shape[0]) @ values).reshape(
-            *scores.shape[:-1], values.shape[1]
-        )
-    else:
-        out = weights @ values
-    return Partial(out, lse)
+    return largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
 
 
-def _tail_partial(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> Partial:
-    slots, capacity, _ = tails.shape
-    width, heads = group.width, shape.heads
-    q = q.reshape(group.sequences, width * heads, shape.kv_width)[group.sequence_of_slot]
-    scores = (q @ tails.swapaxes(1, 2)).reshape(slots, width, heads, capacity)
+def _weighed(weights: mx.array, values: mx.array) -> mx.array:
+    """[rows, heads, keys] and [keys, latent] → [rows, heads, latent]"""
+    out = weights.reshape(-1, values.shape[0]) @ values
+    return out.reshape(*weights.shape[:-1], values.shape[1])
+
+
+def _own_partial(
+    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: mx.array
+) -> Partial:
+    """Attention to the tails and to the spans of all rows, in one softmax."""
+    keys = [stretch.keys(layer) for span in group.spans for stretch in span.stretches]
+    scores = _tail_scores(shape, q, group, tails)
+    if keys:
+        scores = mx.concatenate([scores, *(_scores(shape, q, k) for k in keys)], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    start = tails.shape[1]
+    out = _tail_values(shape, weights[..., :start], group, tails)
+    for k in keys:
+        stop = start + k.shape[0]
+        out = out + _weighed(weights[..., start:stop], k[:, : shape.latent])
+        start = stop
+    # Where it is merged with nothing this is not asked for, and never computed.
+    return Partial(out, _log_denominator(scores, weights))
+
+
+def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
+    """[rows, heads, capacity], -inf for keys that a row does not see."""
+    q = q.reshape(group.sequences, group.width * shape.heads, shape.kv_width)
+    if group.order is not None:
+        q = q[group.order.sequences]
+    scores = q @ tails.swapaxes(1, 2)
+    if group.order is not None:
+        scores = scores[group.order.slots]
+    scores = scores.reshape(group.sequences, group.width, shape.heads, -1)
     scores = mx.where(group.visible, scores, -mx.inf)
-    part = _softmax_partial(
-        scores.reshape(slots, width * heads, capacity), tails[..., : shape.latent]
-    )
-    out = part.out[group.slot_of_sequence].reshape(-1, heads, shape.latent)
-    return Partial(out, part.lse[group.slot_of_sequence].reshape(-1, heads))
+    return scores.reshape(-1, shape.heads, scores.shape[-1])
+
+
+def _tail_values(
+    shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: mx.array
+) -> mx.array:
+    """The tails' values by weights [rows, heads, capacity]: [rows, heads, latent]."""
+    weights = weights.reshape(group.sequences, group.width * shape.heads, -1)
+    if group.order is not None:
+        weights = weights[group.order.sequences]
+    out = weights @ tails[..., : shape.latent]
+    if group.order is not None:
+        out = out[group.order.slots]
+    return out.reshape(-1, shape.heads, shape.latent)
 
 
 def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
@@ -269,10 +323,18 @@ def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Pa
 
 
 def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gathered) -> Partial:
-    stretches = [stretch for span in gathered.spans for stretch in span.stretches]
-    keys = mx.concatenate([stretch.keys(layer) for stretch in stretches])[gathered.keys]
-    q = q[gathered.rows].reshape(len(gathered.spans), -1, shape.kv_width)
-    scores = mx.where(gathered.visible, q @ keys.swapaxes(1, 2), -mx.inf)
+    parts: list[mx.array] = []
+    for span, padding in zip(gathered.spans, gathered.padding, strict=True):
+        parts += [stretch.keys(layer) for stretch in span.stretches]
+        if padding.shape[0]:
+            parts.append(padding)
+    count = len(gathered.spans)
+    keys = mx.concatenate(parts).reshape(count, -1, shape.kv_width)
+    if gathered.rows is not None:
+        q = q[gathered.rows]
+    scores = q.reshape(count, -1, shape.kv_width) @ keys.swapaxes(1, 2)
+    if gathered.visible is not None:
+        scores = mx.where(gathered.visible, scores, -mx.inf)
     part = _softmax_partial(scores, keys[..., : shape.latent])
     return Partial(
         part.out.reshape(-1, shape.heads, shape.latent), part.lse.reshape(-1, shape.heads)
@@ -280,11 +342,23 @@ def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gather
 
 
 def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Partial:
-    keys = span.keys(layer)
-    rows = q.shape[0]
-    scores = q.reshape(rows * shape.heads, shape.kv_width) @ keys.T
-    scores = scores.reshape(rows, shape.heads, -1)
-    return _softmax_partial(scores, keys[:, : shape.latent])
+    keys = [stretch.keys(layer) for stretch in span.stretches]
+    if len(keys) == 1:
+        return _softmax_partial(_scores(shape, q, keys[0]), keys[0][:, : shape.latent])
+    # Scores are put together rather than keys, of which there is more.
+    scores = mx.concatenate([_scores(shape, q, k) for k in keys], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    ends = list(accumulate(k.shape[0] for k in keys))
+    outs = [
+        _weighed(weights[..., end - k.shape[0] : end], k[:, : shape.latent])
+        for k, end in zip(keys, ends, strict=True)
+    ]
+    return Partial(reduce(mx.add, outs), _log_denominator(scores, weights))
+
+
+def _scores(shape: MLAShape, q: mx.array, keys: mx.array) -> mx.array:
+    """[rows, heads, kv_width] and [keys, kv_width] → [rows, heads, keys]"""
+    return (q.reshape(-1, shape.kv_width) @ keys.T).reshape(q.shape[0], shape.heads, -1)
 
 
 def _merge(partials: list[Partial]) -> mx.array:

@@ -16,6 +16,7 @@ from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
 from glmd.kv.tails import TailPool
 from glmd.model.glm import GlmModel, decoder_layer, follow_transformers
+from glmd.model.mla import cache_vectors
 from glmd.model.rows import RowBatch
 
 
@@ -45,7 +46,8 @@ class MtpWeights(Glm4MoeLiteDecoderLayer):
 class MtpLayer:
     """The MTP layer of a loaded model, ready to run.
 
-    Its KV is cached beside the main layers', under the index that follows theirs.
+    Its KV is cached beside the main layers', under the index that follows theirs. As it is one
+    layer, a row's KV depends on no attention: rows that draft nothing need no more than their KV.
     """
 
     def __init__(self, weights: MtpWeights, model: GlmModel) -> None:
@@ -54,10 +56,29 @@ class MtpLayer:
         self._index = model.args.num_hidden_layers
         follow_transformers(weights)
 
+    def keep(
+        self, successors: mx.array, hidden: mx.array, batch: RowBatch, tails: TailPool
+    ) -> mx.array:
+        """Compute the KV of a step's rows, and write that of decode rows to their tails.
+
+        Args:
+            successors, hidden: as for `hidden`.
+
+        Returns:
+            cache vectors [N, kv_width].
+        """
+        layer = self._weights
+        x = layer.input_layernorm(self._joined(successors, hidden))
+        kv = cache_vectors(layer.self_attn, self._model.shape, x, batch.positions)
+        for group in batch.decode:
+            rows = kv[group.first : group.last]
+            tails.write(self._index, group.slots, group.tail_positions, rows)
+        return kv
+
     def hidden(
         self, successors: mx.array, hidden: mx.array, batch: RowBatch, tails: TailPool
-    ) -> tuple[mx.array, mx.array]:
-        """Run the layer over the rows of a step.
+    ) -> mx.array:
+        """Run the layer over rows that draft.
 
         Args:
             successors: [N] int32, the token that follows each row's.
@@ -65,15 +86,21 @@ class MtpLayer:
                 when it drafts further.
 
         Returns:
-            hidden states after the shared head's norm, [N, hidden]; cache vectors [N, kv_width].
+            hidden states after the shared head's norm, [N, hidden].
         """
+        weights = self._weights
+        x = self._joined(successors, hidden)
+        h, _ = decoder_layer(weights, self._model.shape, self._index, x, batch, tails)
+        normed: mx.array = weights.shared_head.norm(h)
+        return normed
+
+    def _joined(self, successors: mx.array, hidden: mx.array) -> mx.array:
+        """The layer's input: [N, hidden]."""
         weights = self._weights
         embed = weights.embed_tokens if "embed_tokens" in weights else self._model.embed_tokens
         x = mx.concatenate([weights.enorm(embed(successors)), weights.hnorm(hidden)], axis=-1)
-        h, kv = decoder_layer(
-            weights, self._model.shape, self._index, weights.eh_proj(x), batch, tails
-        )
-        return weights.shared_head.norm(h), kv
+        projected: mx.array = weights.eh_proj(x)
+        return projected
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[rows, hidden] from `hidden` → [rows, vocabulary] float32."""

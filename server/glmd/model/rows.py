@@ -44,11 +44,6 @@ class Span:
         """Number of keys."""
         return sum(map(len, self.stretches))
 
-    def keys(self, layer: int) -> mx.array:
-        """[len(self), kv_width]"""
-        parts = [stretch.keys(layer) for stretch in self.stretches]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
@@ -59,12 +54,12 @@ class Gathered:
     """
 
     spans: list[Span]
-    keys: mx.array
-    """[spans, longest] int32: where each key lies among those of all spans, laid end to end."""
-    visible: mx.array
-    """[spans, 1, longest] bool: which of them there are."""
-    rows: mx.array
-    """[spans * rows each] int32"""
+    padding: list[mx.array]
+    """For each span [longest - its own, kv_width]: it makes them equally long, end to end."""
+    visible: mx.array | None
+    """[spans, 1, longest] bool: which keys are none of that; None: all."""
+    rows: mx.array | None
+    """[spans * rows each] int32; None: all rows of the group, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +74,16 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotOrder:
+    """How sequences and slots of tails correspond, where they are not one and the same order."""
+
+    sequences: mx.array
+    """[slots] int32; unused slots name sequence 0."""
+    slots: mx.array
+    """[sequences] int32."""
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """`sequences` × `width` rows; row i belongs to sequence i // width.
 
@@ -90,17 +95,19 @@ class DecodeGroup:
     sequences: int
     width: int
     """Rows per sequence: 1, or 1 + number of drafts."""
+    spans: list[Span]
+    """What all rows see, so short that it shares a softmax with the tails: less to do than
+    merging."""
     levels: list[Level]
+    """What they see beside that."""
     slots: mx.array
     """[rows] int32: the tail that each row writes to."""
     tail_positions: mx.array
     """[rows] int32: where in the tail."""
-    sequence_of_slot: mx.array
-    """[slots] int32; unused slots name sequence 0."""
-    slot_of_sequence: mx.array
-    """[sequences] int32."""
+    order: SlotOrder | None
+    """None: sequence i has slot i, and there are no others."""
     visible: mx.array
-    """[slots, width, 1, capacity] bool: the tail keys that a row sees; never none."""
+    """[sequences, width, 1, capacity] bool: the tail keys that a row sees."""
 
     @property
     def last(self) -> int:
