@@ -75,7 +75,6 @@ class Launcher:
             before: the step in flight, if there is one.
             drafts: tokens to draft per sequence for the step after this one.
         """
-        self._layouts.next_step()
         groups = self._decode_groups(plan.decode, before)
         batch = self._lay_out(groups, plan)
         hidden, caches = self._model.hidden(batch, self._tails)
@@ -86,6 +85,7 @@ class Launcher:
         self._book(plan, groups, caches)
         if self._model.mtp is not None and drafts and flight.sequences:
             flight.drafts = self._draft(plan, groups, flight, hidden, drafts)
+        self._layouts.next_step()
         outcome = [flight.tokens, flight.counts, flight.last, flight.drafts]
         arrays = [array for array in outcome if array is not None]
         arrays += [array for entry in flight.logprobs.values() for array in entry]

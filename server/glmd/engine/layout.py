@@ -164,7 +164,7 @@ class Layouts:
         self._now: dict[Hashable, Layout] = {}
 
     def next_step(self) -> None:
-        """Forget what the last step did not ask for."""
+        """Forget what this step did not ask for."""
         self._before, self._now = self._now, {}
 
     def clear(self) -> None:
