@@ -69,6 +69,14 @@ def test_the_first_trial_counts_what_was_accepted_in_it() -> None:
     assert set(run(gate, 300, cost=1.3, acceptance=0.0)) == {0}
 
 
+def test_hopeless_drafts_are_given_up_for_all_batch_sizes_and_tried_again_later() -> None:
+    gate = DraftGate("auto")
+    assert sum(run(gate, 200, cost=1.05, acceptance=0.0)) < 40
+    assert sum(run(gate, 200, cost=1.05, acceptance=0.0, sequences=8)) == 0
+    run(gate, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9)
+    assert gate.choose(1) == 1
+
+
 def test_decides_for_each_batch_size_apart() -> None:
     gate = DraftGate("auto")
     for _ in range(40):

@@ -29,6 +29,13 @@ MEMORY = 0.98
 PRIOR, PRIOR_DRAFTS = 0.7, 4
 """Acceptance before there were any drafts, and how many drafts that counts for."""
 
+HOPELESS = 0.1
+"""Acceptance at which drafts pay at no cost that any device has: no trial takes more drafts."""
+
+REMEMBERED = 1 / 8
+"""Of what is known of acceptance, for a trial that is not a batch size's first: what is written now
+may be easier to guess."""
+
 
 @dataclass(slots=True)
 class _Choice:
@@ -76,8 +83,14 @@ class DraftGate:
             return self._fixed
         self._steps += 1
         choice = self._choices.setdefault(_bucket(sequences), _Choice())
+        if choice.holds_until and choice.steps == 0 and self._steps >= choice.holds_until:
+            self._drafted *= REMEMBERED
+            self._accepted *= REMEMBERED
+        if self._steps >= choice.holds_until and self.acceptance < HOPELESS:
+            self._hold(choice, 0)
         if self._steps < choice.holds_until:
-            self.drafts = choice.drafts and int(1 + self.acceptance > choice.cost)
+            worth = max(choice.cost, 1 + HOPELESS)
+            self.drafts = choice.drafts and int(1 + self.acceptance > worth)
         else:
             self.drafts = 1 - choice.steps // BLOCK_STEPS % 2
             choice.steps += 1
@@ -112,7 +125,10 @@ class DraftGate:
         without, with_one = (median(choice.seconds[drafts]) for drafts in (0, 1))
         choice.cost = with_one / without
         choice.gain = (1 + self.acceptance) / choice.cost
-        choice.drafts = int(choice.gain > 1)
+        self._hold(choice, int(choice.gain > 1))
+
+    def _hold(self, choice: _Choice, drafts: int) -> None:
+        choice.drafts = drafts
         choice.holds_until = self._steps + HOLD_STEPS
         choice.seconds = {0: [], 1: []}
         choice.steps = 0
