@@ -36,8 +36,15 @@ def test_the_first_step_beside_streams_shows_what_they_take_alone() -> None:
     pace = Pace(2.0, 2048)
     assert pace.prefill_budget(4) == 0
     pace.observe(4, 0, 0.02)
-    assert pace.prefill_budget(4) == FIRST_CHUNK
-    assert pace.prefill_budget(5) == FIRST_CHUNK
+    assert pace.prefill_budget(4) == 4
+    assert pace.prefill_budget(5) == 5
+
+
+def test_the_first_chunk_has_no_more_rows_than_there_are_streams_nor_than_it_takes() -> None:
+    pace = Pace(2.0, 2048)
+    for streams, rows in ((1, SMALLEST_CHUNK), (8, 8), (100, FIRST_CHUNK)):
+        pace.observe(streams, 0, 0.02)
+        assert pace.prefill_budget(streams) == rows
 
 
 def test_strange_numbers_of_streams_wait_little_for_their_measure() -> None:

@@ -26,7 +26,7 @@ HOLD_STEPS = 600
 MEMORY = 0.98
 """Weight of a step's drafts, in what is known of acceptance, against that of the next one's."""
 
-PRIOR, PRIOR_DRAFTS = 0.7, 4
+PRIOR, PRIOR_DRAFTS = 0.7, 2
 """Acceptance before there were any drafts, and how many drafts that counts for."""
 
 HOPELESS = 0.1

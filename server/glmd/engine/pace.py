@@ -22,7 +22,8 @@ CAUTION = 0.75
 """Quantile of the row costs to reckon with: half would have every second step take too long."""
 
 FIRST_CHUNK = 16
-"""Rows to try beside decoding sequences before the cost of a row has been measured."""
+"""Rows to try beside decoding sequences before the cost of a row has been measured, but no more
+than there are of those: at worst a row costs as much as one of theirs."""
 
 SMALLEST_CHUNK = 4
 """Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
@@ -93,7 +94,7 @@ class Pace:
             # Asked for once: the next step is planned before this one has been observed.
             self._since_base = 0
             return 0
-        rows = FIRST_CHUNK
+        rows = min(FIRST_CHUNK, decoding)
         if self._row_cost:
             cost = float(np.quantile(self._row_cost, CAUTION))
             share = FIRST_TOKENS_WORTH * (prefilling - 1) / decoding
