@@ -83,7 +83,7 @@ def bench_engine(
     dtype: Dtype = "bfloat16" if on_gpu() else "float32"
     config = load_config(folder)
     on_progress(f"loading {folder.name} twice, {dtype}")
-    glmd = GlmdSide(folder, dtype, "auto" if mtp else 0)
+    glmd = GlmdSide(folder, dtype, mtp=mtp)
     mlx_lm = MlxLmSide(folder, getattr(mx, dtype))
     chosen = [
         case

@@ -14,7 +14,6 @@ from glmd.messages import Generate, Output, SamplingParams, TokenArray, pack_tok
 from glmd.model.loading import load_model
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Drafts = Literal["auto", 0, 1, 2, 3]
 
 
 class GlmdSide:
@@ -23,16 +22,16 @@ class GlmdSide:
     Args:
         folder: a checkpoint that glmd serves.
         dtype: of activations, KV, and unquantised weights.
-        mtp: drafts per sequence and step; 0 loads no MTP layer.
+        mtp: load the MTP layer, if there is one, and draft where that pays.
     """
 
     name = "glmd"
 
-    def __init__(self, folder: Path, dtype: Dtype, mtp: Drafts = "auto") -> None:
-        self._config = EngineConfig(dtype=dtype, mtp=mtp)
+    def __init__(self, folder: Path, dtype: Dtype, *, mtp: bool = True) -> None:
+        self._config = EngineConfig(dtype=dtype, mtp="auto" if mtp else 0)
         self._budget = memory.default_budget()
         memory.DeviceLimits.set(self._budget)
-        self._model = load_model(folder, dtype, lambda done, total: None, mtp=mtp != 0)
+        self._model = load_model(folder, dtype, lambda done, total: None, mtp=mtp)
         self.kv_bytes_per_token = self._model.kv_bytes_per_token
         self.weight_bytes = self._model.weight_bytes
 

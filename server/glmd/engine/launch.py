@@ -166,7 +166,7 @@ class Launcher:
             _, expanded = chunk_form(self._model.shape, start, count, self._model.dtype.size)
             chunks.append(Chunk(first, first + count, spans, expanded))
             first += count
-        return RowBatch(_together(tokens), _together(positions), decode, chunks)
+        return RowBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
 
     def _rows_of(self, group: _Group, first: int) -> DecodeGroup:
         layout = group.layout
@@ -358,7 +358,7 @@ class Launcher:
                 assert flight.last is not None
                 place = sampled[id(sequence)]
                 parts.append(flight.last[place : place + 1])
-        return _together(parts)
+        return mx.concatenate(parts)
 
     def _draft(
         self, plan: Plan, groups: list[_Group], flight: Flight, hidden: mx.array, count: int
@@ -478,7 +478,3 @@ class Launcher:
         slots = mx.array([sequence.slot for sequence in sequences])
         for layer, kv in enumerate(caches):
             self._tails.write(layer, slots, mx.zeros_like(slots), kv[rows])
-
-
-def _together(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

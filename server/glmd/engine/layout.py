@@ -178,7 +178,7 @@ class Layouts:
             for s in sequences
             if s.lease is not None
         )
-        # Joining or cutting segments leaves leases where they are, and layouts with the old ones.
+        # Joining or cutting segments may leave a lease where it is, and its layout with old ones.
         key = (ends, width, self._tails.slots, self._tree.rebuilt)
         layout = self._before.get(key) or self._now.get(key) or self._make(sequences, width)
         self._now[key] = layout

@@ -150,13 +150,13 @@ class PrefixTree(Generic[S]):
     """
 
     def __init__(self) -> None:
-        self.rebuilt = 0
         self._roots: dict[str, Node[S]] = {}
         self._leases: set[Lease[S]] = set()
         self._clock = 0
         self.tokens = 0
         self.nbytes = 0
         self.evicted_tokens = 0
+        self.rebuilt = 0
 
     # -- leases ---------------------------------------------------------------------------
 

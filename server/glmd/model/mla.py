@@ -114,21 +114,24 @@ def project(
     else:
         q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x)))
     q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
-    compressed = attn.kv_a_proj_with_mqa(x)
+    latent, key = _compressed(attn, shape, x)
     # The key is rotated as one head more: a rotation is twenty operations where none is fused.
-    unrotated = [q[..., shape.nope :], compressed[:, None, shape.latent :]]
-    rotated = _rotate(attn, mx.concatenate(unrotated, axis=1), positions)
+    unrotated = mx.concatenate([q[..., shape.nope :], key], axis=1)
+    rotated = _rotate(attn, unrotated, positions)
     q = mx.concatenate([q[..., : shape.nope], rotated[:, : shape.heads]], axis=-1) * attn.scale
-    latent = attn.kv_a_layernorm(compressed[:, : shape.latent])
     return q, mx.concatenate([latent, rotated[:, shape.heads]], axis=-1)
 
 
 def cache_vectors(attn: Any, shape: MLAShape, x: mx.array, positions: mx.array) -> mx.array:
-    """The second result of `project` alone."""
-    compressed = attn.kv_a_proj_with_mqa(x)
-    latent = attn.kv_a_layernorm(compressed[:, : shape.latent])
-    rotated = _rotate(attn, compressed[:, None, shape.latent :], positions)
-    return mx.concatenate([latent, rotated[:, 0]], axis=-1)
+    """The second result of `project` alone, [N, kv_width], of the same arguments."""
+    latent, key = _compressed(attn, shape, x)
+    return mx.concatenate([latent, _rotate(attn, key, positions)[:, 0]], axis=-1)
+
+
+def _compressed(attn: Any, shape: MLAShape, x: mx.array) -> tuple[mx.array, mx.array]:
+    """The normalised latent [N, latent]; the key of all heads, not yet rotated, [N, 1, rope]."""
+    both = attn.kv_a_proj_with_mqa(x)
+    return attn.kv_a_layernorm(both[:, : shape.latent]), both[:, None, shape.latent :]
 
 
 def _rotate(attn: Any, x: mx.array, positions: mx.array) -> mx.array:
@@ -270,12 +273,9 @@ def _own_partial(
     if keys:
         scores = mx.concatenate([scores, *(_scores(shape, q, k) for k in keys)], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    start = tails.shape[1]
-    out = _tail_values(shape, weights[..., :start], group, tails)
-    for k in keys:
-        stop = start + k.shape[0]
-        out = out + _weighed(weights[..., start:stop], k[:, : shape.latent])
-        start = stop
+    capacity = tails.shape[1]
+    parts = [_tail_values(shape, weights[..., :capacity], group, tails)]
+    out = reduce(mx.add, parts + _values(shape, weights, keys, capacity))
     # Where it is merged with nothing this is not asked for, and never computed.
     return Partial(out, _log_denominator(scores, weights))
 
@@ -343,17 +343,24 @@ def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gather
 
 def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Partial:
     keys = [stretch.keys(layer) for stretch in span.stretches]
-    if len(keys) == 1:
-        return _softmax_partial(_scores(shape, q, keys[0]), keys[0][:, : shape.latent])
     # Scores are put together rather than keys, of which there is more.
     scores = mx.concatenate([_scores(shape, q, k) for k in keys], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    ends = list(accumulate(k.shape[0] for k in keys))
-    outs = [
-        _weighed(weights[..., end - k.shape[0] : end], k[:, : shape.latent])
-        for k, end in zip(keys, ends, strict=True)
+    out = reduce(mx.add, _values(shape, weights, keys, 0))
+    return Partial(out, _log_denominator(scores, weights))
+
+
+def _values(shape: MLAShape, weights: mx.array, keys: list[mx.array], start: int) -> list[mx.array]:
+    """For each of `keys` its values' part of the attention, [rows, heads, latent].
+
+    Args:
+        weights: [rows, heads, all keys], those of `keys` one after the other from `start` on.
+    """
+    ends = accumulate((k.shape[0] for k in keys), initial=start)
+    return [
+        _weighed(weights[..., first : first + k.shape[0]], k[:, : shape.latent])
+        for k, first in zip(keys, ends, strict=False)
     ]
-    return Partial(reduce(mx.add, outs), _log_denominator(scores, weights))
 
 
 def _scores(shape: MLAShape, q: mx.array, keys: mx.array) -> mx.array:

@@ -88,7 +88,8 @@ class DecodeGroup:
     """`sequences` × `width` rows; row i belongs to sequence i // width.
 
     Tail keys of all sequences are met in one batched product over the pool's slots, so the
-    queries are brought into slot order (they are smaller than the keys) and the result back.
+    queries are brought into slot order (they are smaller than the keys) and the result back, unless
+    sequences are in that order already.
     """
 
     first: int
