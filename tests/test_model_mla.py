@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,7 @@ from glmd.kv.segment import Segment
 from glmd.kv.tails import TailPool
 from glmd.kv.tree import Node, Piece
 from glmd.model import mla
-from glmd.model.mla import MLAShape, attend, chunk_form
+from glmd.model.mla import MLAShape, Queries, attend, chunk_form
 from glmd.model.rows import Chunk, DecodeGroup, RowBatch
 
 SHAPE = MLAShape(heads=3, latent=16, nope=8, rope=4, value=6)
@@ -165,7 +165,7 @@ class _Steps:
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
             order=slot_order(slots.tolist(), tails.slots),
-            visible=mx.array(visible)[:, :, None, :],
+            visible=mx.array(np.repeat(visible, SHAPE.heads if width > 1 else 1, axis=1)),
         )
 
 
@@ -177,12 +177,17 @@ def _together(parts: list[mx.array]) -> Floats:
     return np.concatenate([_float64(part) for part in parts])
 
 
+def _queries(q: mx.array) -> Queries:
+    return Queries(*mx.split(q, [SHAPE.nope], axis=-1))
+
+
 def _worst(seed: int, dtype: mx.Dtype, widths: list[int], chunks: list[tuple[int, bool]]) -> float:
     """The largest deviation from the reference over all rows of a random step."""
     steps = _Steps(seed, dtype)
     attn = _attention(steps.rng, dtype)
     case = steps.step(widths, chunks)
-    out = _float64(attend(attn, SHAPE, 0, case.q, case.kv, case.batch, case.tails))
+    shape = replace(SHAPE, slices_copied=seed % 2 == 0)
+    out = _float64(attend(attn, shape, 0, _queries(case.q), case.kv, case.batch, case.tails))
     q = _float64(case.q)
     expected = [_reference(attn, q[row], keys) for row, keys in enumerate(case.keys)]
     return float(np.abs(out - np.array(expected)).max())
@@ -219,7 +224,7 @@ def test_large_scores_do_not_overflow() -> None:
     case = steps.step([2], [(9, False), (9, True)])
     for scale in (300.0, -300.0):
         q = case.q * scale
-        out = _float64(attend(attn, SHAPE, 0, q, case.kv, case.batch, case.tails))
+        out = _float64(attend(attn, SHAPE, 0, _queries(q), case.kv, case.batch, case.tails))
         expected = [_reference(attn, _float64(q)[row], keys) for row, keys in enumerate(case.keys)]
         np.testing.assert_allclose(out, expected, atol=1e-3)
 

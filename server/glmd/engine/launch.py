@@ -171,7 +171,9 @@ class Launcher:
     def _rows_of(self, group: _Group, first: int) -> DecodeGroup:
         layout = group.layout
         tail_positions = group.positions - layout.sealed
-        visible = mx.arange(self._tails.capacity) <= tail_positions[..., None, None]
+        visible = mx.arange(self._tails.capacity) <= tail_positions[..., None]
+        if group.width > 1:
+            visible = mx.repeat(visible, self._model.shape.heads, axis=1)
         return DecodeGroup(
             first=first,
             sequences=len(group.sequences),

@@ -60,6 +60,7 @@ class GlmModel:
             nope=self.args.qk_nope_head_dim,
             rope=self.args.qk_rope_head_dim,
             value=self.args.v_head_dim,
+            slices_copied=mx.default_device().type == mx.DeviceType.cpu,
         )
         self.mtp: MtpLayer | None = None
         self._model = model

@@ -40,6 +40,10 @@ GLM-4.7-Flash in bfloat16) the absorbed form serves chunks of any size."""
 MIN_CHUNK = 16
 """Rows that a chunk may always have."""
 
+WHOLE_ROWS = 256
+"""Rows up to which, where slices are copied, it is quicker to multiply keys whole for the values in
+them than to copy these: 1.7 times at 20 rows, and 0.96 times at 320 (GLM-4.7-Flash, OpenBLAS)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MLAShape:
@@ -53,6 +57,8 @@ class MLAShape:
     value: int
     score_bytes: int = SCORE_BYTES
     expanded_bytes: int = EXPANDED_BYTES
+    slices_copied: bool = False
+    """Whether the device copies a matrix of which a product takes some columns. A CPU does."""
 
     @property
     def kv_width(self) -> int:
@@ -95,9 +101,24 @@ class Partial:
     lse: mx.array
 
 
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Queries of N rows, scaled.
+
+    Shapes: nope [N, heads, nope]; rope [N, heads, rope], rotated.
+    """
+
+    nope: mx.array
+    rope: mx.array
+
+    def rows(self, first: int, last: int) -> Queries:
+        """Those of some rows."""
+        return Queries(self.nope[first:last], self.rope[first:last])
+
+
 def project(
     attn: Any, shape: MLAShape, x: mx.array, positions: mx.array
-) -> tuple[mx.array, mx.array]:
+) -> tuple[Queries, mx.array]:
     """Queries and cache vectors of N rows.
 
     Args:
@@ -106,20 +127,20 @@ def project(
         positions: [N] int32.
 
     Returns:
-        queries [N, heads, nope + rope], scaled and rotated; cache vectors [N, kv_width].
+        queries; cache vectors [N, kv_width].
     """
     rows = x.shape[0]
     if attn.q_lora_rank is None:
         q = attn.q_proj(x)
     else:
         q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x)))
-    q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
+    q = q.reshape(rows, shape.heads, shape.nope + shape.rope) * attn.scale
+    nope, rope = mx.split(q, [shape.nope], axis=-1)
     latent, key = _compressed(attn, shape, x)
     # The key is rotated as one head more: a rotation is twenty operations where none is fused.
-    unrotated = mx.concatenate([q[..., shape.nope :], key], axis=1)
-    rotated = _rotate(attn, unrotated, positions)
-    q = mx.concatenate([q[..., : shape.nope], rotated[:, : shape.heads]], axis=-1) * attn.scale
-    return q, mx.concatenate([latent, rotated[:, shape.heads]], axis=-1)
+    rotated = _rotate(attn, mx.concatenate([rope, key], axis=1), positions)
+    rope, key = mx.split(rotated, [shape.heads], axis=1)
+    return Queries(nope, rope), mx.concatenate([latent, key[:, 0]], axis=-1)
 
 
 def cache_vectors(attn: Any, shape: MLAShape, x: mx.array, positions: mx.array) -> mx.array:
@@ -130,8 +151,8 @@ def cache_vectors(attn: Any, shape: MLAShape, x: mx.array, positions: mx.array) 
 
 def _compressed(attn: Any, shape: MLAShape, x: mx.array) -> tuple[mx.array, mx.array]:
     """The normalised latent [N, latent]; the key of all heads, not yet rotated, [N, 1, rope]."""
-    both = attn.kv_a_proj_with_mqa(x)
-    return attn.kv_a_layernorm(both[:, : shape.latent]), both[:, None, shape.latent :]
+    latent, key = mx.split(attn.kv_a_proj_with_mqa(x), [shape.latent], axis=-1)
+    return attn.kv_a_layernorm(latent), key[:, None]
 
 
 def _rotate(attn: Any, x: mx.array, positions: mx.array) -> mx.array:
@@ -145,7 +166,7 @@ def attend(
     attn: Any,
     shape: MLAShape,
     layer: int,
-    q: mx.array,
+    q: Queries,
     kv: mx.array,
     batch: RowBatch,
     tails: TailPool,
@@ -153,7 +174,7 @@ def attend(
     """Attention of all rows in one layer, with the decode rows' `kv` written to their tails.
 
     Args:
-        q: [N, heads, nope + rope], from `project`.
+        q: from `project`.
         kv: [N, kv_width], from `project`.
 
     Returns:
@@ -161,12 +182,12 @@ def attend(
     """
     outs = []
     for group in batch.decode:
-        rows = slice(group.first, group.last)
-        outs.append(_attend_decode(attn, shape, layer, q[rows], kv[rows], group, tails))
+        own, new = q.rows(group.first, group.last), kv[group.first : group.last]
+        outs.append(_attend_decode(attn, shape, layer, own, new, group, tails))
     for chunk in batch.chunks:
-        rows = slice(chunk.first, chunk.last)
+        own, new = q.rows(chunk.first, chunk.last), kv[chunk.first : chunk.last]
         form = _attend_expanded if chunk.expanded else _attend_absorbed
-        outs.append(form(attn, shape, layer, q[rows], kv[rows], chunk.spans))
+        outs.append(form(attn, shape, layer, own, new, chunk.spans))
     return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
 
@@ -174,32 +195,34 @@ def _attend_decode(
     attn: Any,
     shape: MLAShape,
     layer: int,
-    q: mx.array,
+    queries: Queries,
     kv: mx.array,
     group: DecodeGroup,
     tails: TailPool,
 ) -> mx.array:
     tails.write(layer, group.slots, group.tail_positions, kv)
-    q = _absorb(attn, shape, q)
-    own = _own_partial(shape, layer, q, group, tails.view(layer))
-    others = [_level_partial(shape, layer, q, level) for level in group.levels]
-    return _unembed(attn, shape, _merge([own, *others]) if others else own.out)
+    q = _absorb(attn, queries)
+    out, scores, weights = _attend_own(shape, layer, q, group, tails.view(layer))
+    if group.levels:
+        own = Partial(out, _log_denominator(scores, weights))
+        out = _merge([own, *(_level_partial(shape, layer, q, level) for level in group.levels)])
+    return _unembed(attn, shape, out)
 
 
 def _attend_absorbed(
-    attn: Any, shape: MLAShape, layer: int, q: mx.array, kv: mx.array, spans: list[Span]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
 ) -> mx.array:
-    q = _absorb(attn, shape, q)
+    q = _absorb(attn, queries)
     rows = q.shape[0]
     scores = _scores(shape, q, kv)
     later = mx.arange(rows)[:, None, None] < mx.arange(rows)
-    partials = [_softmax_partial(mx.where(later, -mx.inf, scores), kv[:, : shape.latent])]
+    partials = [_softmax_partial(shape, mx.where(later, -mx.inf, scores), kv)]
     partials += [_span_partial(shape, layer, q, span) for span in spans]
     return _unembed(attn, shape, _merge(partials))
 
 
 def _attend_expanded(
-    attn: Any, shape: MLAShape, layer: int, q: mx.array, kv: mx.array, spans: list[Span]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
 ) -> mx.array:
     past = [stretch.keys(layer) for span in spans for stretch in span.stretches]
     keys = mx.concatenate([*past, kv])[None]  # [1, T, kv_width]
@@ -208,6 +231,7 @@ def _attend_expanded(
     k_rope = mx.broadcast_to(keys[..., shape.latent :], (shape.heads, keys.shape[1], shape.rope))
     k = mx.concatenate([k_nope, k_rope], axis=-1)[None]
     v = attn.unembed_out(latent)[None]
+    q = mx.concatenate([queries.nope, queries.rope], axis=-1)
     q = q.swapaxes(0, 1)[None]  # [1, heads, rows, nope + rope]
     rows, total = q.shape[2], k.shape[2]
     # Where no fused kernel applies the scores are materialised: tile the queries.
@@ -229,10 +253,10 @@ def _attend_expanded(
     return out[0].swapaxes(0, 1).reshape(rows, shape.heads * shape.value)
 
 
-def _absorb(attn: Any, shape: MLAShape, q: mx.array) -> mx.array:
-    """[rows, heads, nope + rope] → [rows, heads, kv_width], in the space of the cache."""
-    q_nope = attn.embed_q(q[..., : shape.nope].swapaxes(0, 1)).swapaxes(0, 1)
-    return mx.concatenate([q_nope, q[..., shape.nope :]], axis=-1)
+def _absorb(attn: Any, q: Queries) -> mx.array:
+    """[rows, heads, kv_width], in the space of the cache."""
+    latent = attn.embed_q(q.nope.swapaxes(0, 1)).swapaxes(0, 1)
+    return mx.concatenate([latent, q.rope], axis=-1)
 
 
 def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
@@ -242,11 +266,11 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
     return out.reshape(rows, shape.heads * shape.value)
 
 
-def _softmax_partial(scores: mx.array, values: mx.array) -> Partial:
-    """scores [..., heads, keys] with values [keys, latent] or [..., keys, latent]."""
+def _softmax_partial(shape: MLAShape, scores: mx.array, keys: mx.array) -> Partial:
+    """scores [..., heads, keys] with keys [keys, kv_width] or [..., keys, kv_width]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = _weighed(weights, values) if values.ndim == 2 else weights @ values
-    return Partial(out, _log_denominator(scores, weights))
+    out = _weighed(shape, weights, keys) if keys.ndim == 2 else _values(shape, weights, keys)
+    return Partial(out[..., : shape.latent], _log_denominator(scores, weights))
 
 
 def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
@@ -258,16 +282,30 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
     return largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
 
 
-def _weighed(weights: mx.array, values: mx.array) -> mx.array:
-    """[rows, heads, keys] and [keys, latent] → [rows, heads, latent]"""
-    out = weights.reshape(-1, values.shape[0]) @ values
-    return out.reshape(*weights.shape[:-1], values.shape[1])
+def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
+    """The values in `keys` [..., keys, kv_width] by weights [..., rows, keys].
+
+    Returns:
+        [..., rows, latent or more], of which what is more means nothing.
+    """
+    whole = shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS
+    return weights @ (keys if whole else keys[..., : shape.latent])
 
 
-def _own_partial(
+def _weighed(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
+    """`_values` of [rows, heads, keys] and [keys, kv_width]: [rows, heads, latent or more]."""
+    out = _values(shape, weights.reshape(-1, keys.shape[0]), keys)
+    return out.reshape(*weights.shape[:-1], -1)
+
+
+def _attend_own(
     shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: mx.array
-) -> Partial:
-    """Attention to the tails and to the spans of all rows, in one softmax."""
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Attention to the tails and to the spans of all rows, in one softmax.
+
+    Returns:
+        [rows, heads, latent]; its scores and weights, each [rows, heads, keys].
+    """
     keys = [stretch.keys(layer) for span in group.spans for stretch in span.stretches]
     scores = _tail_scores(shape, q, group, tails)
     if keys:
@@ -275,9 +313,8 @@ def _own_partial(
     weights = mx.softmax(scores, axis=-1, precise=True)
     capacity = tails.shape[1]
     parts = [_tail_values(shape, weights[..., :capacity], group, tails)]
-    out = reduce(mx.add, parts + _values(shape, weights, keys, capacity))
-    # Where it is merged with nothing this is not asked for, and never computed.
-    return Partial(out, _log_denominator(scores, weights))
+    out = reduce(mx.add, parts + _by_stretch(shape, weights, keys, capacity))
+    return out[..., : shape.latent], scores, weights
 
 
 def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
@@ -288,7 +325,6 @@ def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.arr
     scores = q @ tails.swapaxes(1, 2)
     if group.order is not None:
         scores = scores[group.order.slots]
-    scores = scores.reshape(group.sequences, group.width, shape.heads, -1)
     scores = mx.where(group.visible, scores, -mx.inf)
     return scores.reshape(-1, shape.heads, scores.shape[-1])
 
@@ -296,14 +332,14 @@ def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.arr
 def _tail_values(
     shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: mx.array
 ) -> mx.array:
-    """The tails' values by weights [rows, heads, capacity]: [rows, heads, latent]."""
+    """`_values` of weights [rows, heads, capacity] and the tails: [rows, heads, latent or more]."""
     weights = weights.reshape(group.sequences, group.width * shape.heads, -1)
     if group.order is not None:
         weights = weights[group.order.sequences]
-    out = weights @ tails[..., : shape.latent]
+    out = _values(shape, weights, tails)
     if group.order is not None:
         out = out[group.order.slots]
-    return out.reshape(-1, shape.heads, shape.latent)
+    return out.reshape(-1, shape.heads, out.shape[-1])
 
 
 def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
@@ -335,7 +371,7 @@ def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gather
     scores = q.reshape(count, -1, shape.kv_width) @ keys.swapaxes(1, 2)
     if gathered.visible is not None:
         scores = mx.where(gathered.visible, scores, -mx.inf)
-    part = _softmax_partial(scores, keys[..., : shape.latent])
+    part = _softmax_partial(shape, scores, keys)
     return Partial(
         part.out.reshape(-1, shape.heads, shape.latent), part.lse.reshape(-1, shape.heads)
     )
@@ -346,19 +382,21 @@ def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Parti
     # Scores are put together rather than keys, of which there is more.
     scores = mx.concatenate([_scores(shape, q, k) for k in keys], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = reduce(mx.add, _values(shape, weights, keys, 0))
-    return Partial(out, _log_denominator(scores, weights))
+    out = reduce(mx.add, _by_stretch(shape, weights, keys, 0))
+    return Partial(out[..., : shape.latent], _log_denominator(scores, weights))
 
 
-def _values(shape: MLAShape, weights: mx.array, keys: list[mx.array], start: int) -> list[mx.array]:
-    """For each of `keys` its values' part of the attention, [rows, heads, latent].
+def _by_stretch(
+    shape: MLAShape, weights: mx.array, keys: list[mx.array], start: int
+) -> list[mx.array]:
+    """For each of `keys` its values' part of the attention, [rows, heads, latent or more].
 
     Args:
         weights: [rows, heads, all keys], those of `keys` one after the other from `start` on.
     """
     ends = accumulate((k.shape[0] for k in keys), initial=start)
     return [
-        _weighed(weights[..., first : first + k.shape[0]], k[:, : shape.latent])
+        _weighed(shape, weights[..., first : first + k.shape[0]], k)
         for k, first in zip(keys, ends, strict=False)
     ]
 

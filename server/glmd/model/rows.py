@@ -108,7 +108,8 @@ class DecodeGroup:
     order: SlotOrder | None
     """None: sequence i has slot i, and there are no others."""
     visible: mx.array
-    """[sequences, width, 1, capacity] bool: the tail keys that a row sees."""
+    """The tail keys that a row sees: bool, [sequences, width * heads, capacity], or 1 in place of
+    the rows where there is one of each sequence."""
 
     @property
     def last(self) -> int:
