@@ -25,7 +25,7 @@ from mlx_lm.utils import load_model as load_mlx_model
 from engines import TINY, load, one_shot_logits, reference_logits, tiny_model
 from glmd.checkpoint.random import write_random_checkpoint
 from glmd.errors import SettingsError
-from glmd.model.glm import _moe
+from glmd.model.block import _moe
 from glmd.model.loading import load_model
 from golden import make as golden
 

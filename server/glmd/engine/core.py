@@ -69,6 +69,7 @@ def load_engine(
     memory.DeviceLimits.set(budget)
     try:
         model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
+        model.warm_up()
         engine = Engine(model, config, budget, constraints)
     except BaseException:
         memory.DeviceLimits.restore()

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, Model, ModelArgs, group_expert_select
+from mlx_lm.models.glm4_moe_lite import Model, ModelArgs
 
 from glmd.kv.tails import TailPool
-from glmd.model.mla import MLAShape, attend, project
-from glmd.model.rows import RowBatch
+from glmd.model.block import DecoderBlock
+from glmd.model.mla import MLAShape
+from glmd.model.rows import Chunk, RowBatch
 from glmd.model.weights import named_arrays
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class GlmModel:
         self._model = model
         for layer in model.layers:
             follow_transformers(layer)
+        self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 
     @property
     def embed_tokens(self) -> Any:
@@ -91,45 +93,31 @@ class GlmModel:
         inner = self._model.model
         h = inner.embed_tokens(batch.tokens)
         caches = []
-        for index, layer in enumerate(inner.layers):
-            h, kv = decoder_layer(layer, self.shape, index, h, batch, tails)
+        for index, block in enumerate(self._blocks):
+            h, kv = block(self.shape, index, h, batch, tails)
             caches.append(kv)
         return inner.norm(h), caches
+
+    def warm_up(self) -> None:
+        """Run a row, then two, so that it is no request that waits for kernels to be compiled.
+
+        Other numbers of rows take the kernels of two.
+        """
+        tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
+        for rows in (1, 2):
+            tokens, positions = mx.zeros(rows, mx.int32), mx.arange(rows, dtype=mx.int32)
+            batch = RowBatch(tokens, positions, [], [Chunk(0, rows, [], expanded=False)])
+            hidden, _ = self.hidden(batch, tails)
+            outcome = [self.logits(hidden)]
+            if self.mtp is not None:
+                outcome.append(self.mtp.keep(tokens, hidden, batch, tails))
+                outcome.append(self.mtp.hidden(tokens, hidden, batch, tails))
+            mx.eval(outcome)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[rows, hidden] after the final norm → [rows, vocabulary] float32."""
         logits: mx.array = self._model.lm_head(hidden)
         return logits.astype(mx.float32)
-
-
-def decoder_layer(
-    layer: Any, shape: MLAShape, index: int, h: mx.array, batch: RowBatch, tails: TailPool
-) -> tuple[mx.array, mx.array]:
-    """One decoder layer over [N, hidden]; returns the new [N, hidden] and [N, kv_width]."""
-    attn = layer.self_attn
-    q, kv = project(attn, shape, layer.input_layernorm(h), batch.positions)
-    h = h + attn.o_proj(attend(attn, shape, index, q, kv, batch, tails))
-    x = layer.post_attention_layernorm(h)
-    mlp = layer.mlp
-    return h + (_moe(mlp, x) if isinstance(mlp, Glm4MoeLiteMoE) else mlp(x)), kv
-
-
-def _moe(mlp: Any, x: mx.array) -> mx.array:
-    """[N, hidden] → [N, hidden]: the routed experts' weighted sum plus the shared expert."""
-    gate = mlp.gate
-    experts, scores = group_expert_select(
-        x.astype(mx.float32) @ gate.weight.T,
-        gate.e_score_correction_bias,
-        gate.top_k,
-        gate.n_group,
-        gate.topk_group,
-        gate.routed_scaling_factor,
-        gate.norm_topk_prob,
-    )
-    y: mx.array = mlp.switch_mlp(x, experts)
-    y = (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
-    y += mlp.shared_experts(x)
-    return y
 
 
 def follow_transformers(layer: Any) -> None:

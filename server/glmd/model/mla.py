@@ -270,7 +270,7 @@ def _softmax_partial(shape: MLAShape, scores: mx.array, keys: mx.array) -> Parti
     """scores [..., heads, keys] with keys [keys, kv_width] or [..., keys, kv_width]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
     out = _weighed(shape, weights, keys) if keys.ndim == 2 else _values(shape, weights, keys)
-    return Partial(out[..., : shape.latent], _log_denominator(scores, weights))
+    return Partial(out, _log_denominator(scores, weights))
 
 
 def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
@@ -283,19 +283,16 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
 
 
 def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
-    """The values in `keys` [..., keys, kv_width] by weights [..., rows, keys].
-
-    Returns:
-        [..., rows, latent or more], of which what is more means nothing.
-    """
-    whole = shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS
-    return weights @ (keys if whole else keys[..., : shape.latent])
+    """The values in `keys` [..., keys, kv_width] by weights [..., rows, keys]: [..., latent]."""
+    if shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS:
+        return (weights @ keys)[..., : shape.latent]
+    return weights @ keys[..., : shape.latent]
 
 
 def _weighed(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
-    """`_values` of [rows, heads, keys] and [keys, kv_width]: [rows, heads, latent or more]."""
+    """`_values` of [rows, heads, keys] and [keys, kv_width]: [rows, heads, latent]."""
     out = _values(shape, weights.reshape(-1, keys.shape[0]), keys)
-    return out.reshape(*weights.shape[:-1], -1)
+    return out.reshape(*weights.shape[:-1], shape.latent)
 
 
 def _attend_own(
@@ -314,7 +311,7 @@ def _attend_own(
     capacity = tails.shape[1]
     parts = [_tail_values(shape, weights[..., :capacity], group, tails)]
     out = reduce(mx.add, parts + _by_stretch(shape, weights, keys, capacity))
-    return out[..., : shape.latent], scores, weights
+    return out, scores, weights
 
 
 def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
@@ -332,14 +329,14 @@ def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.arr
 def _tail_values(
     shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: mx.array
 ) -> mx.array:
-    """`_values` of weights [rows, heads, capacity] and the tails: [rows, heads, latent or more]."""
+    """`_values` of weights [rows, heads, capacity] and the tails: [rows, heads, latent]."""
     weights = weights.reshape(group.sequences, group.width * shape.heads, -1)
     if group.order is not None:
         weights = weights[group.order.sequences]
     out = _values(shape, weights, tails)
     if group.order is not None:
         out = out[group.order.slots]
-    return out.reshape(-1, shape.heads, out.shape[-1])
+    return out.reshape(-1, shape.heads, shape.latent)
 
 
 def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
@@ -383,13 +380,13 @@ def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Parti
     scores = mx.concatenate([_scores(shape, q, k) for k in keys], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
     out = reduce(mx.add, _by_stretch(shape, weights, keys, 0))
-    return Partial(out[..., : shape.latent], _log_denominator(scores, weights))
+    return Partial(out, _log_denominator(scores, weights))
 
 
 def _by_stretch(
     shape: MLAShape, weights: mx.array, keys: list[mx.array], start: int
 ) -> list[mx.array]:
-    """For each of `keys` its values' part of the attention, [rows, heads, latent or more].
+    """For each of `keys` its values' part of the attention, [rows, heads, latent].
 
     Args:
         weights: [rows, heads, all keys], those of `keys` one after the other from `start` on.

@@ -15,7 +15,8 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
 from glmd.kv.tails import TailPool
-from glmd.model.glm import GlmModel, decoder_layer, follow_transformers
+from glmd.model.block import DecoderBlock, compiled
+from glmd.model.glm import GlmModel, follow_transformers
 from glmd.model.mla import cache_vectors
 from glmd.model.rows import RowBatch
 
@@ -55,6 +56,9 @@ class MtpLayer:
         self._model = model
         self._index = model.args.num_hidden_layers
         follow_transformers(weights)
+        self._block = DecoderBlock(weights, model.shape)
+        self._joined = compiled(self._join)
+        self._vectors = compiled(self._compute_vectors)
 
     def keep(
         self, successors: mx.array, hidden: mx.array, batch: RowBatch, tails: TailPool
@@ -67,9 +71,7 @@ class MtpLayer:
         Returns:
             cache vectors [N, kv_width].
         """
-        layer = self._weights
-        x = layer.input_layernorm(self._joined(successors, hidden))
-        kv = cache_vectors(layer.self_attn, self._model.shape, x, batch.positions)
+        kv = self._vectors(successors, hidden, batch.positions)
         for group in batch.decode:
             rows = kv[group.first : group.last]
             tails.write(self._index, group.slots, group.tail_positions, rows)
@@ -88,13 +90,20 @@ class MtpLayer:
         Returns:
             hidden states after the shared head's norm, [N, hidden].
         """
-        weights = self._weights
         x = self._joined(successors, hidden)
-        h, _ = decoder_layer(weights, self._model.shape, self._index, x, batch, tails)
-        normed: mx.array = weights.shared_head.norm(h)
+        h, _ = self._block(self._model.shape, self._index, x, batch, tails)
+        normed: mx.array = self._weights.shared_head.norm(h)
         return normed
 
-    def _joined(self, successors: mx.array, hidden: mx.array) -> mx.array:
+    def _compute_vectors(
+        self, successors: mx.array, hidden: mx.array, positions: mx.array
+    ) -> mx.array:
+        """Cache vectors [N, kv_width]."""
+        layer = self._weights
+        x = layer.input_layernorm(self._join(successors, hidden))
+        return cache_vectors(layer.self_attn, self._model.shape, x, positions)
+
+    def _join(self, successors: mx.array, hidden: mx.array) -> mx.array:
         """The layer's input: [N, hidden]."""
         weights = self._weights
         embed = weights.embed_tokens if "embed_tokens" in weights else self._model.embed_tokens
