@@ -81,10 +81,14 @@ def cases(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[Case]:
     def stall(trace: Trace) -> float:
         return trace.longest_gap() / trace.median_step()
 
+    def undisturbed(trace: Trace) -> float:
+        return trace.longest_step() / trace.median_step()
+
     in_steps = Goal("longest gap / median step", "×", "lower", stall, bound=3.0)
     gap = Goal("longest gap", "s", "lower", Trace.longest_gap, ratio=5.0)
     answer = Goal("first token of that prompt", "s", "lower", Trace.first_token_seconds)
-    yield Case(workloads.interrupted(prompts), (in_steps, gap, answer))
+    before = Goal("longest gap before it / median step", "×", "lower", undisturbed)
+    yield Case(workloads.interrupted(prompts), (in_steps, before, gap, answer))
 
     overall = Goal("arrival to end", "tokens/s", "higher", Trace.overall_rate, ratio=1.0)
     yield Case(workloads.joining(prompts), (overall,))

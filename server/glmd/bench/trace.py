@@ -93,16 +93,24 @@ class Trace:
         """From the last wave's arrival to its first token."""
         return min(life.times[0] - life.arrived for life in self.waves[-1])
 
-    def median_step(self) -> float:
-        """Seconds between tokens of the first wave before the last one arrives."""
+    def _steps_before(self) -> list[float]:
+        """Seconds between tokens of the first wave's streams, before the last wave arrives."""
         arrival = self.waves[-1][0].arrived
         started = max(life.times[0] for life in self.waves[0])
-        return median(
+        return [
             after - before
             for life in self.waves[0]
             for before, after in pairwise(life.times)
             if started <= before and after <= arrival
-        )
+        ]
+
+    def median_step(self) -> float:
+        """Seconds between tokens of the first wave before the last one arrives."""
+        return median(self._steps_before())
+
+    def longest_step(self) -> float:
+        """The longest of those: what happens on this machine without the last wave."""
+        return max(self._steps_before())
 
     def longest_gap(self) -> float:
         """The longest wait for a token, in seconds, of any first-wave stream from the last wave's

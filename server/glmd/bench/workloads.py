@@ -125,9 +125,10 @@ def returning(prompts: Prompts) -> Workload:
 
 
 def interrupted(prompts: Prompts, *, streams: int = 8) -> Workload:
-    """A long prompt arrives while others are being answered."""
+    """A long prompt arrives while others are being answered, for long enough to know what their
+    steps take, and how long the longest are, with nothing but the machine's own work beside."""
     running = tuple(Request(prompts.draw(100), ENDLESS) for _ in range(streams))
-    waves = (Wave(running), Wave((Request(prompts.draw(8192), 1),), after=24))
+    waves = (Wave(running), Wave((Request(prompts.draw(8192), 1),), after=192))
     return Workload("an 8k prompt arrives among 8 running streams", waves)
 
 
