@@ -8,15 +8,16 @@ from the flight's arrays, so that the host never has to wait before it launches.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.constraint import Ask, Constraints
+from glmd.engine.drafting import Drafter
 from glmd.engine.flight import Flight
-from glmd.engine.layout import Layout, Layouts, levels
+from glmd.engine.group import Group
+from glmd.engine.layout import Layouts, levels
 from glmd.engine.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.kv.segment import Segment
@@ -24,21 +25,8 @@ from glmd.kv.tails import TailPool
 from glmd.kv.tree import PrefixTree
 from glmd.model.glm import GlmModel
 from glmd.model.mla import chunk_form
-from glmd.model.rows import Chunk, DecodeGroup, RowBatch
+from glmd.model.rows import Chunk, RowBatch
 from glmd.model.sampling import History, Masks, Row, Sampled, sample
-
-
-@dataclass(slots=True)
-class _Group:
-    """A decode group in the making: sequences in row order, and where their rows begin."""
-
-    sequences: list[Sequence]
-    width: int
-    tokens: mx.array
-    """[n, width]"""
-    positions: mx.array
-    """[n, width]"""
-    layout: Layout
 
 
 class Launcher:
@@ -62,6 +50,9 @@ class Launcher:
         self._tree = tree
         self._tails = tails
         self._layouts = Layouts(tree, tails, model.shape, model.dtype)
+        self._drafter: Drafter | None = None
+        if model.mtp is not None:
+            self._drafter = Drafter(model.mtp, model.shape.heads, scheduler, tails, self._layouts)
         self.prompt_rows = 0
 
     def rest(self) -> None:
@@ -79,12 +70,11 @@ class Launcher:
         batch = self._lay_out(groups, plan)
         hidden, caches = self._model.hidden(batch, self._tails)
         flight = self._sample(plan, groups, batch, hidden, before)
-        if self._model.mtp is not None:
-            successors = self._successors(plan, groups, flight)
-            caches.append(self._model.mtp.keep(successors, hidden, batch, self._tails))
+        if self._drafter is not None:
+            caches.append(self._drafter.keep(plan, groups, flight, hidden, batch))
         self._book(plan, groups, caches)
-        if self._model.mtp is not None and drafts and flight.sequences:
-            flight.drafts = self._draft(plan, groups, flight, hidden, drafts)
+        if self._drafter is not None and drafts and flight.sequences:
+            flight.drafts = self._drafter.draft(plan, groups, flight, hidden, drafts)
         self._layouts.next_step()
         outcome = [flight.tokens, flight.counts, flight.last, flight.drafts]
         arrays = [array for array in outcome if array is not None]
@@ -100,7 +90,7 @@ class Launcher:
 
     # -- rows -----------------------------------------------------------------------------
 
-    def _decode_groups(self, decode: list[Sequence], before: Flight | None) -> list[_Group]:
+    def _decode_groups(self, decode: list[Sequence], before: Flight | None) -> list[Group]:
         """Sequences with drafts in one group, those without in another."""
         place = before.place if before is not None and before.drafts is not None else {}
         drafted: list[Sequence] = []
@@ -117,7 +107,7 @@ class Launcher:
             groups.append(self._decode_group(plain, 1, before))
         return groups
 
-    def _decode_group(self, sequences: list[Sequence], width: int, before: Flight | None) -> _Group:
+    def _decode_group(self, sequences: list[Sequence], width: int, before: Flight | None) -> Group:
         layout = self._layouts.of(sequences, width)
         sequences = [sequences[i] for i in layout.order]
         positions = mx.array([s.length - 1 for s in sequences], mx.int32)
@@ -145,16 +135,16 @@ class Launcher:
             assert drafts is not None
             tokens = mx.concatenate([tokens, drafts], axis=1)
             positions = positions + mx.arange(width)
-        return _Group(sequences, width, tokens, positions, layout)
+        return Group(sequences, width, tokens, positions, layout)
 
-    def _lay_out(self, groups: list[_Group], plan: Plan) -> RowBatch:
+    def _lay_out(self, groups: list[Group], plan: Plan) -> RowBatch:
         tokens = [group.tokens.flatten() for group in groups]
         positions = [group.positions.flatten() for group in groups]
         decode = []
         first = 0
         for group in groups:
-            decode.append(self._rows_of(group, first))
-            first += len(group.sequences) * group.width
+            decode.append(group.lay_out(first, self._tails, self._model.shape.heads))
+            first += group.rows
         chunks = []
         for sequence, count in plan.chunks:
             start = sequence.computed
@@ -168,30 +158,12 @@ class Launcher:
             first += count
         return RowBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
 
-    def _rows_of(self, group: _Group, first: int) -> DecodeGroup:
-        layout = group.layout
-        tail_positions = group.positions - layout.sealed
-        visible = mx.arange(self._tails.capacity) <= tail_positions[..., None]
-        if group.width > 1:
-            visible = mx.repeat(visible, self._model.shape.heads, axis=1)
-        return DecodeGroup(
-            first=first,
-            sequences=len(group.sequences),
-            width=group.width,
-            spans=layout.spans,
-            levels=layout.levels,
-            slots=layout.slots,
-            tail_positions=tail_positions.flatten(),
-            order=layout.slot_order,
-            visible=visible,
-        )
-
     # -- sampling -------------------------------------------------------------------------
 
     def _sample(
         self,
         plan: Plan,
-        groups: list[_Group],
+        groups: list[Group],
         batch: RowBatch,
         hidden: mx.array,
         before: Flight | None,
@@ -208,7 +180,7 @@ class Launcher:
                 sequences.append(sequence)
                 places += range(first + i * group.width, first + (i + 1) * group.width)
                 rows += self._rows_to_sample(sequence, group.tokens[i])
-            first += len(group.sequences) * group.width
+            first += group.rows
         for sequence, count in plan.chunks:
             first += count
             if count == sequence.needs:
@@ -291,7 +263,7 @@ class Launcher:
             )
         return sequence.history
 
-    def _confirm(self, flight: Flight, groups: list[_Group], sampled: Sampled) -> None:
+    def _confirm(self, flight: Flight, groups: list[Group], sampled: Sampled) -> None:
         """Fill in which of the sampled tokens count.
 
         A row's token is drawn from the model's distribution behind that row, with noise that
@@ -317,7 +289,7 @@ class Launcher:
 
     @staticmethod
     def _counted(
-        widths: list[int], groups: list[_Group], sampled: mx.array
+        widths: list[int], groups: list[Group], sampled: mx.array
     ) -> tuple[mx.array, mx.array]:
         """The sampled tokens by sequence, [S, W], and how many of them count, [S]."""
         widest = max(widths)
@@ -339,112 +311,9 @@ class Launcher:
             tokens.append(mx.pad(rest, [(0, 0), (0, widest - 1)]))
         return mx.concatenate(tokens), mx.concatenate(counts)
 
-    # -- drafting -------------------------------------------------------------------------
-
-    def _successors(self, plan: Plan, groups: list[_Group], flight: Flight) -> mx.array:
-        """The token that follows each row's, as far as the step knows: [N] int32."""
-        parts = []
-        if groups:
-            assert flight.tokens is not None
-            place = 0
-            for group in groups:
-                n = len(group.sequences)
-                parts.append(flight.tokens[place : place + n, : group.width].flatten())
-                place += n
-        sampled = flight.place
-        for sequence, count in plan.chunks:
-            start = sequence.computed
-            stop = min(start + count + 1, sequence.length)
-            parts.append(mx.array(sequence.tokens(start + 1, stop)))
-            if id(sequence) in sampled:
-                assert flight.last is not None
-                place = sampled[id(sequence)]
-                parts.append(flight.last[place : place + 1])
-        return mx.concatenate(parts)
-
-    def _draft(
-        self, plan: Plan, groups: list[_Group], flight: Flight, hidden: mx.array, count: int
-    ) -> mx.array:
-        """Draft `count` tokens behind the last confirmed one of every sampled sequence.
-
-        Drafts are sampled as the model's tokens are, with the noise of the position that they
-        are for: where both distributions agree, so do the choices.
-
-        Args:
-            hidden: [N, hidden], the main model's, of all rows of the step.
-
-        Returns:
-            [S, count] int32.
-        """
-        assert self._model.mtp is not None
-        assert flight.counts is not None
-        assert flight.last is not None
-        rows, positions = self._last_rows(plan, groups)
-        h = hidden[rows + flight.counts - 1]
-        at = positions + flight.counts - 1
-        token = flight.last
-        specs = [Row(s.draft_sampling, 0, None) for s in flight.sequences]
-        drafts = []
-        for _ in range(count):
-            h = self._draft_one(flight.sequences, token, h, at)
-            token = sample(self._model.mtp.logits(h), specs, at + 2).tokens
-            at = at + 1
-            drafts.append(token)
-        return mx.stack(drafts, axis=1)
-
-    def _last_rows(self, plan: Plan, groups: list[_Group]) -> tuple[mx.array, mx.array]:
-        """For each sampled sequence its first sampled row, and that row's position."""
-        rows: list[int] = []
-        positions = []
-        first = 0
-        for group in groups:
-            n = len(group.sequences)
-            rows += range(first, first + n * group.width, group.width)
-            positions.append(group.positions[:, 0])
-            first += n * group.width
-        ends = []
-        for sequence, count in plan.chunks:
-            first += count
-            if sequence.computed == sequence.length:
-                rows.append(first - 1)
-                ends.append(sequence.length - 1)
-        if ends:
-            positions.append(mx.array(ends, mx.int32))
-        return mx.array(rows), mx.concatenate(positions)
-
-    def _draft_one(
-        self, sequences: list[Sequence], token: mx.array, hidden: mx.array, at: mx.array
-    ) -> mx.array:
-        """Run the MTP layer on one row of each sequence, at positions `at`.
-
-        What this leaves in the tails is there already for the last confirmed row; behind it, it is
-        overwritten when the positions are confirmed.
-
-        Args:
-            token: [S] int32, what follows each row's.
-            hidden: [S, hidden], the main model's, or the layer's own for its own draft.
-
-        Returns:
-            [S, hidden], the layer's.
-        """
-        assert self._model.mtp is not None
-        for sequence in sequences:
-            self._scheduler.give_slot(sequence)
-        self._tails.ensure(MAX_WIDTH)
-        layout = self._layouts.of(sequences, 1)
-        order = layout.order
-        moved = order != sorted(order)
-        if moved:
-            by_row = mx.array(order)
-            token, hidden, at = token[by_row], hidden[by_row], at[by_row]
-        group = _Group([sequences[i] for i in order], 1, token[:, None], at[:, None], layout)
-        batch = RowBatch(token, at, [self._rows_of(group, 0)], [])
-        h = self._model.mtp.hidden(token, hidden, batch, self._tails)
-        return h[mx.array(np.argsort(order).astype(np.int32))] if moved else h
-
     # -- booking --------------------------------------------------------------------------
 
-    def _book(self, plan: Plan, groups: list[_Group], caches: list[mx.array]) -> None:
+    def _book(self, plan: Plan, groups: list[Group], caches: list[mx.array]) -> None:
         """Note what the step computes; chunks are sealed at once.
 
         Where a token's key takes the one that follows it, a prompt's last row begins the tail.
@@ -452,7 +321,7 @@ class Launcher:
         first = 0
         begun: list[tuple[Sequence, int]] = []
         for group in groups:
-            first += len(group.sequences) * group.width
+            first += group.rows
             for sequence in group.sequences:
                 if not sequence.in_flight:
                     self.prompt_rows += sequence.book(sequence.computed, sequence.computed + 1)
