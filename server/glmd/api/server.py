@@ -17,7 +17,7 @@ from typing import Any, cast
 import uvicorn
 from sse_starlette.sse import AppStatus
 
-from glmd import __version__
+from glmd import __version__, heap
 from glmd.api import connection
 from glmd.api.access import refuse_open_door
 from glmd.api.app import create_app
@@ -151,6 +151,7 @@ def run(service: Service, read_settings: Callable[[], Settings] | None = None) -
     connection.raise_file_limit()
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
+    heap.settle()
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
     Server(service, read_settings).run(sockets)
     if service.engine.state == "failed":

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from glmd import heap
 from glmd.errors import GlmdError
 from glmd.logfile import LogFile
 from glmd.logs import configure
@@ -177,6 +178,7 @@ def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
             msgspec.convert(config, implementation.EngineConfig),
             progress_reporter(channel),
         )
+        heap.settle()
         serve(engine, channel)
         engine.close()  # Not after an error: there is no telling what that would meet.
     except GlmdError as error:
