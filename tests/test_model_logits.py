@@ -25,7 +25,7 @@ from mlx_lm.utils import load_model as load_mlx_model
 from engines import TINY, load, one_shot_logits, reference_logits, tiny_model
 from glmd.checkpoint.random import write_random_checkpoint
 from glmd.errors import SettingsError
-from glmd.model.block import _moe
+from glmd.model.block import COMPILED_ROWS, _moe
 from glmd.model.loading import load_model
 from golden import make as golden
 
@@ -57,6 +57,19 @@ def test_logits_are_those_that_transformers_gave(golden_folder: Path, expanded: 
     logits = one_shot_logits(load(golden_folder), stored["tokens"], expanded=expanded)
     assert stored["logits"].std() > 2
     np.testing.assert_allclose(logits, stored["logits"], atol=TOLERANCE, rtol=0)
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("rows", [1, 2, COMPILED_ROWS, COMPILED_ROWS + 1])
+def test_a_few_rows_which_run_compiled_give_the_same(
+    golden_folder: Path, rows: int, expanded: bool
+) -> None:
+    stored = np.load(golden.FILE)
+    assert len(stored["tokens"]) > COMPILED_ROWS
+    model = load(golden_folder)
+    for _ in range(2):  # recorded, and played
+        logits = one_shot_logits(model, stored["tokens"][:rows], expanded=expanded)
+        np.testing.assert_allclose(logits, stored["logits"][:rows], atol=TOLERANCE, rtol=0)
 
 
 def test_theta_is_found_where_transformers_5_puts_it(golden_folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SMALLEST_CHUNK = 4
 """Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
 tokens eight rows make a step three times as long, four rows less than twice."""
 
-FIRST_TOKENS_WORTH = 2
+FIRST_TOKENS_WORTH = 4
 """For each sequence in prefill beyond the first, so many of those that decode may wait one step
 without prefill longer for their next token."""
 
@@ -77,7 +77,7 @@ class Pace:
         if base is not None:
             self._row_cost.append(max(seconds - base, 0.05 * seconds) / prefill_rows)
 
-    def prefill_budget(self, decoding: int, prefilling: int = 1) -> int:
+    def prefill_budget(self, decoding: int, prefilling: int) -> int:
         """Prefill rows for the next step, beside that many decoding sequences.
 
         Where many sequences are in prefill for those that decode, prefill has so many times the

@@ -2,8 +2,8 @@
 
 Layer definitions and weights are mlx-lm's (`mlx_lm.models.glm4_moe_lite`); this module runs
 them over flattened rows, with glmd's attention. Where mlx-lm and transformers differ it follows
-transformers, the reference of the checkpoint's authors: router logits in float32, and epsilon
-1e-6 in the norms of the query and key-value latents.
+transformers, the reference of the checkpoint's authors: router logits in float32
+(`glmd.model.block`), and epsilon 1e-6 in the norms of the query and key-value latents.
 """
 
 from __future__ import annotations
