@@ -29,8 +29,8 @@ SMALLEST_CHUNK = 4
 """Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
 tokens eight rows make a step three times as long, four rows less than twice."""
 
-FIRST_TOKENS_WORTH = 4
-"""For each sequence in prefill beyond the first, so many of those that decode may wait one step
+FIRST_TOKENS_WORTH = 8
+"""For each short prompt in prefill beyond the first, so many of those that decode may wait one step
 without prefill longer for their next token."""
 
 MOST_WAITING = 32
@@ -48,7 +48,7 @@ class Pace:
 
     Args:
         max_slowdown: allowed length of a step with prefill, in steps without; beside few streams
-            a crowd of prompts gets more (`FIRST_TOKENS_WORTH`).
+            a crowd of short prompts gets more (`FIRST_TOKENS_WORTH`).
         max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk;
             may be changed.
     """
@@ -80,8 +80,8 @@ class Pace:
     def prefill_budget(self, decoding: int, prefilling: int) -> int:
         """Prefill rows for the next step, beside that many decoding sequences.
 
-        Where many sequences are in prefill for those that decode, prefill has so many times the
-        share of the step, as waiting for a first token counts more than waiting for the next.
+        Where many short prompts are in prefill for the sequences that decode, prefill has so many
+        times the share of the step: waiting for a first token counts more than for the next.
 
         Returns 0 where it has to be measured what a step takes without prefill.
         """

@@ -32,6 +32,10 @@ EVICTION_SHARE = 128
 """Evicting looks at every node, a millisecond per thousand, so one part in this many of the
 budget goes at a time: else a full cache would be searched in every step."""
 
+SHORT_PROMPT = 512
+"""Tokens left to compute, up to which a prompt is of the crowd for which streams wait longer. That
+is over soon; several long prompts would slow them for minutes, and hardly come sooner for it."""
+
 ELDEST_SHARE = 4
 """The prompt that came first gets one part in this many of a step's prefill rows at least."""
 
@@ -188,10 +192,11 @@ class Scheduler:
         for sequence in decode:
             self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
         admitted = self._admit() if self.preemptions == preempted else []
-        prefilling = sum(sequence.needs > 1 for sequence in self.running)
-        if not prefilling:
+        needs = [sequence.needs for sequence in self.running if sequence.needs > 1]
+        if not needs:
             return Plan(decode, [], admitted)
-        rows = self.pace.prefill_budget(len(decode), prefilling)
+        crowd = sum(rows <= SHORT_PROMPT for rows in needs)
+        rows = self.pace.prefill_budget(len(decode), max(crowd, 1))
         return Plan(decode, self._plan_chunks(rows), admitted)
 
     def _plan_decode(self) -> list[Sequence]:
