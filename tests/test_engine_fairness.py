@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engines import Run, assert_true, request, tiny_engine, tiny_model
+from glmd.engine.pace import Pace
 
 LONG = np.random.default_rng(0).integers(0, 500, 1200).tolist()
 
@@ -40,6 +41,30 @@ def test_a_prompt_gets_on_beside_as_many_streams_as_a_step_has_rows() -> None:
     while not _started(run, "prompt"):
         run.step()
     assert run.answer("0").finish is None, "the prompt waited for a stream to end"
+
+
+def test_streams_wait_longer_for_a_crowd_of_short_prompts_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crowds: list[int] = []
+    budget = Pace.prefill_budget
+
+    def spy(self: Pace, decoding: int, prefilling: int) -> int:
+        crowds.append(prefilling)
+        return budget(self, decoding, prefilling)
+
+    monkeypatch.setattr(Pace, "prefill_budget", spy)
+    run = Run(tiny_engine(max_step_tokens=64))
+    run.submit(request("stream", [499], max_tokens=400, ignore_eos=True))
+    while not _started(run, "stream"):
+        run.step()
+    run.submit(*(request(f"long {i}", [i, *LONG], max_tokens=1) for i in range(3)))
+    for _ in range(3):
+        run.step()
+    assert set(crowds) == {1}
+    run.submit(*(request(f"short {i}", [9 + i, *LONG[:100]], max_tokens=1) for i in range(4)))
+    run.step()
+    assert crowds[-1] == 4
 
 
 def test_a_short_prompt_overtakes_a_long_one_at_any_time() -> None:
