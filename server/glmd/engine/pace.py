@@ -83,7 +83,12 @@ class Pace:
         Where many short prompts are in prefill for the sequences that decode, prefill has so many
         times the share of the step: waiting for a first token counts more than for the next.
 
-        Returns 0 where it has to be measured what a step takes without prefill.
+        Args:
+            decoding: sequences that decode in that step.
+            prefilling: short prompts in prefill; 1 where there are none but long ones.
+
+        Returns:
+            0 where it has to be measured what a step takes without prefill.
         """
         if decoding == 0:
             return self.max_rows
