@@ -9,8 +9,17 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import given, settings
 
-from glmd.engine.layout import GATHERED_BYTES, JOINED, gather, levels, sort_by_prefix
+from glmd.engine.layout import (
+    GATHERED_BYTES,
+    JOINED,
+    ONE_SOFTMAX,
+    gather,
+    levels,
+    near,
+    sort_by_prefix,
+)
 from glmd.kv.tree import Node, Piece
+from glmd.model.rows import Gathered, Span
 
 KV_WIDTH = 1024
 GATHERED = GATHERED_BYTES // (4 * KV_WIDTH)
@@ -131,23 +140,26 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
     for spans in levels(paths, width):  # type: ignore[arg-type]
         level = gather(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
         short = [s for s in spans if len(s) <= GATHERED]
-        assert (level.gathered is not None) == (len(short) > 1)
+        gathered = [part for part in level.parts if isinstance(part, Gathered)]
+        assert len(gathered) == (len(short) > 1)
         found: list[int] = []
-        if level.gathered is not None:
-            assert level.gathered.spans == short
+        for part in level.parts:
+            if isinstance(part, Span) or part.rows is None:
+                found += range(part.first, part.last)
+            else:
+                found += np.array(part.rows).tolist()
+        for part in gathered:
+            assert part.spans == short
             longest = max(map(len, short))
+            assert len(part) == longest
             padding = [longest - len(span) for span in short]
-            assert [part.shape for part in level.gathered.padding] == [
+            assert [array.shape for array in part.padding] == [
                 (missing, KV_WIDTH) for missing in padding
             ]
-            visible = level.gathered.visible
-            if visible is None:
+            if part.visible is None:
                 assert not any(padding)
             else:
-                assert np.array(visible).sum(axis=(1, 2)).tolist() == [*map(len, short)]
-            rows = level.gathered.rows
-            found += range(len(paths) * width) if rows is None else np.array(rows).tolist()
-        found += [row for span in level.spans for row in range(span.first, span.last)]
+                assert np.array(part.visible).sum(axis=(1, 2)).tolist() == [*map(len, short)]
         found += [-1]  # rows that no span names
         order = range(len(found) - 1) if level.order is None else np.array(level.order).tolist()
         assert [found[at] for at in order] == [
@@ -155,3 +167,30 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
             for i, length in enumerate(lengths)
             for j in range(width)
         ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(_rows(), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, ONE_SOFTMAX // 50]))
+def test_one_softmax_takes_levels_that_are_in_row_order_and_fit(
+    paths: list[list[Piece[Keys]]], width: int, tail_keys: int, heads: int
+) -> None:
+    order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
+    rows = len(paths) * width
+    found = [
+        gather(spans, width, rows, KV_WIDTH, mx.float32)
+        for spans in levels([paths[i] for i in order], width)  # type: ignore[arg-type]
+    ]
+    chosen, others = near(found, tail_keys, rows, heads)
+    assert sorted([*map(id, chosen), *map(id, others)]) == sorted(map(id, found))
+    scores = [tail_keys] * rows
+    for level in chosen:
+        assert level.order is None
+        seen = [row for part in level.parts for row in range(part.first, part.last)]
+        assert seen == list(range(rows))
+        for part in level.parts:
+            for row in range(part.first, part.last):
+                scores[row] += len(part)
+    assert all(len(level.parts) == 1 for level in chosen[:-1])
+    assert not chosen or sum(scores) * heads <= ONE_SOFTMAX
+    if heads == 1 and found and found[0].order is None:
+        assert found[0] in chosen

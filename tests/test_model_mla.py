@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from mlx_lm.models.mla import MultiLinear
 
-from glmd.engine.layout import ONE_SOFTMAX, common, gather, levels, slot_order, sort_by_prefix
+from glmd.engine.layout import ONE_SOFTMAX, gather, levels, near, slot_order, sort_by_prefix
 from glmd.kv.segment import Segment
 from glmd.kv.tails import TailPool
 from glmd.kv.tree import Node, Piece
@@ -153,15 +153,17 @@ class _Steps:
         rows = len(paths) * width
         # At times as if there were so many heads that nothing fits one softmax with the tails.
         heads = SHAPE.heads if len(paths) % 2 else ONE_SOFTMAX
-        spans, others = common(levels(paths, width), rows, heads)
+        found = [
+            gather(level, width, rows, SHAPE.kv_width, tails.view(0).dtype)
+            for level in levels(paths, width)
+        ]
+        closest, others = near(found, tails.capacity, rows, heads)
         return DecodeGroup(
             first=first,
             sequences=len(paths),
             width=width,
-            spans=spans,
-            levels=[
-                gather(level, width, rows, SHAPE.kv_width, tails.view(0).dtype) for level in others
-            ],
+            near=closest,
+            levels=others,
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
             order=slot_order(slots.tolist(), tails.slots),

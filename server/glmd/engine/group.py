@@ -47,7 +47,7 @@ class Group:
             first=first,
             sequences=len(self.sequences),
             width=self.width,
-            spans=layout.spans,
+            near=layout.near,
             levels=layout.levels,
             slots=layout.slots,
             tail_positions=tail_positions.flatten(),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from glmd.engine.sequence import Sequence
 from glmd.kv.segment import Segment
@@ -24,8 +25,8 @@ from glmd.model.rows import Gathered, Level, SlotOrder, Span, Stretch
 TreePath = list[Piece[Segment]]
 
 ONE_SOFTMAX = 1 << 21
-"""Attention scores, rows by heads by keys, up to which what all rows see is met in one softmax with
-the tails: 8 MiB in float32."""
+"""Attention scores, rows by heads by keys, up to which segments are met in one softmax with the
+tails: 8 MiB in float32."""
 
 JOINED = 4096
 """Tokens up to which stretches that the same rows see one after the other are one span."""
@@ -64,19 +65,27 @@ def slot_order(slots: list[int], pool: int) -> SlotOrder | None:
     return SlotOrder(mx.array(sequences), mx.array(slots, mx.int32))
 
 
-def common(found: list[list[Span]], rows: int, heads: int) -> tuple[list[Span], list[list[Span]]]:
-    """Of the levels, the spans over all `rows` that fit `ONE_SOFTMAX`, and the other levels."""
-    spans: list[Span] = []
-    others: list[list[Span]] = []
-    left = ONE_SOFTMAX // (rows * heads)
+def near(
+    found: list[Level], tail_keys: int, rows: int, heads: int
+) -> tuple[list[Level], list[Level]]:
+    """Of the levels, those that share one softmax with the tails (see `DecodeGroup`); the others.
+
+    Args:
+        tail_keys: of each row.
+    """
+    chosen: list[Level] = []
+    others: list[Level] = []
+    shared = tail_keys
+    split = False
     for level in found:
-        span = level[0]
-        if (span.first, span.last) == (0, rows) and len(span) <= left:
-            spans.append(span)
-            left -= len(span)
-        else:
+        sizes = [(part.last - part.first) * (shared + len(part)) for part in level.parts]
+        if split or level.order is not None or sum(sizes) * heads > ONE_SOFTMAX:
             others.append(level)
-    return spans, others
+            continue
+        chosen.append(level)
+        split = len(level.parts) > 1
+        shared += len(level.parts[0])
+    return chosen, others
 
 
 def levels(paths: list[TreePath], width: int) -> list[list[Span]]:
@@ -105,27 +114,38 @@ def gather(spans: list[Span], width: int, rows: int, kv_width: int, dtype: mx.Dt
         (short if alone and len(span) <= longest else others).append(span)
     if len(short) < 2:
         short, others = [], spans
-    gathered = _gathered(short, rows, kv_width, dtype) if short else None
-    at = np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in [*short, *others]])
+    parts: list[Span | Gathered] = [*others]
+    together = True
+    if short:
+        together = short[-1].last - short[0].first == len(short) * width
+        parts.append(_gathered(short, kv_width, dtype, together=together))
+    if together:
+        parts.sort(key=lambda part: part.first)
+    at = np.concatenate([_rows(part) for part in parts])
     if len(at) == rows and (np.diff(at) == 1).all():
-        return Level(gathered, others, None)
+        return Level(parts, None)
     order = np.full(rows, len(at), np.int32)
     order[at] = np.arange(len(at), dtype=np.int32)
-    return Level(gathered, others, mx.array(order))
+    return Level(parts, mx.array(order))
 
 
-def _gathered(spans: list[Span], rows: int, kv_width: int, dtype: mx.Dtype) -> Gathered:
+def _gathered(spans: list[Span], kv_width: int, dtype: mx.Dtype, *, together: bool) -> Gathered:
     lengths = np.array([len(span) for span in spans], np.int32)
     longest = int(lengths.max())
     visible = np.arange(longest) < lengths[:, None, None]
     padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
-    at = np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in spans])
+    at = np.concatenate([_rows(span) for span in spans])
     return Gathered(
         spans,
         padding,
         None if visible.all() else mx.array(visible),
-        None if len(at) == rows else mx.array(at),
+        None if together else mx.array(at),
     )
+
+
+def _rows(part: Span | Gathered) -> npt.NDArray[np.int32]:
+    spans = [part] if isinstance(part, Span) else part.spans
+    return np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in spans])
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +154,12 @@ class Layout:
 
     Attributes:
         order: of its sequences, by index in those that it was asked for.
-        spans, levels, slots, slot_order: see `DecodeGroup`.
+        near, levels, slots, slot_order: see `DecodeGroup`.
         sealed: [sequences, 1] int32, the position at which each tail begins.
     """
 
     order: list[int]
-    spans: list[Span]
+    near: list[Level]
     levels: list[Level]
     slots: mx.array
     slot_order: SlotOrder | None
@@ -189,13 +209,14 @@ class Layouts:
         order = sort_by_prefix(sequences, paths)
         rows = len(sequences) * width
         found = levels([paths[i] for i in order], width)
-        spans, others = common(found, rows, self._shape.heads)
-        kv_width = self._shape.kv_width
+        shape = self._shape
+        gathered = [gather(spans, width, rows, shape.kv_width, self._dtype) for spans in found]
+        closest, others = near(gathered, self._tails.capacity, rows, shape.heads)
         slots = [sequences[i].slot for i in order]
         return Layout(
             order=order,
-            spans=spans,
-            levels=[gather(level, width, rows, kv_width, self._dtype) for level in others],
+            near=closest,
+            levels=others,
             slots=mx.array(np.repeat(np.array(slots, np.int32), width)),
             slot_order=slot_order(slots, self._tails.slots),
             sealed=mx.array([[sequences[i].sealed] for i in order], mx.int32),

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -202,10 +201,10 @@ def _attend_decode(
 ) -> mx.array:
     tails.write(layer, group.slots, group.tail_positions, kv)
     q = _absorb(attn, queries)
-    out, scores, weights = _attend_own(shape, layer, q, group, tails.view(layer))
-    if group.levels:
-        own = Partial(out, _log_denominator(scores, weights))
-        out = _merge([own, *(_level_partial(shape, layer, q, level) for level in group.levels)])
+    out, lse = _attend_near(shape, layer, q, group, tails.view(layer))
+    if lse is not None:
+        far = [_level_partial(shape, layer, q, level) for level in group.levels]
+        out = _merge([Partial(out, lse), *far])
     return _unembed(attn, shape, out)
 
 
@@ -216,15 +215,15 @@ def _attend_absorbed(
     rows = q.shape[0]
     scores = _scores(shape, q, kv)
     later = mx.arange(rows)[:, None, None] < mx.arange(rows)
-    partials = [_softmax_partial(shape, mx.where(later, -mx.inf, scores), kv)]
-    partials += [_span_partial(shape, layer, q, span) for span in spans]
+    partials = [_softmax_partial(shape, mx.where(later, -mx.inf, scores), [kv])]
+    partials += [_part_partial(shape, layer, q, span) for span in spans]
     return _unembed(attn, shape, _merge(partials))
 
 
 def _attend_expanded(
     attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
 ) -> mx.array:
-    past = [stretch.keys(layer) for span in spans for stretch in span.stretches]
+    past = [keys for span in spans for keys in span.keys(layer)]
     keys = mx.concatenate([*past, kv])[None]  # [1, T, kv_width]
     latent = keys[..., : shape.latent]
     k_nope = attn.embed_q(latent, transpose=False)  # [heads, T, nope]
@@ -266,11 +265,10 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
     return out.reshape(rows, shape.heads * shape.value)
 
 
-def _softmax_partial(shape: MLAShape, scores: mx.array, keys: mx.array) -> Partial:
-    """scores [..., heads, keys] with keys [keys, kv_width] or [..., keys, kv_width]."""
+def _softmax_partial(shape: MLAShape, scores: mx.array, keys: list[mx.array]) -> Partial:
+    """Of scores [rows, heads, keys of all arrays]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = _weighed(shape, weights, keys) if keys.ndim == 2 else _values(shape, weights, keys)
-    return Partial(out, _log_denominator(scores, weights))
+    return Partial(_weighed(shape, weights, keys), _log_denominator(scores, weights))
 
 
 def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
@@ -282,36 +280,41 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
     return largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
 
 
-def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
-    """The values in `keys` [..., keys, kv_width] by weights [..., rows, keys]: [..., latent]."""
-    if shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS:
-        return (weights @ keys)[..., : shape.latent]
-    return weights @ keys[..., : shape.latent]
-
-
-def _weighed(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
-    """`_values` of [rows, heads, keys] and [keys, kv_width]: [rows, heads, latent]."""
-    out = _values(shape, weights.reshape(-1, keys.shape[0]), keys)
-    return out.reshape(*weights.shape[:-1], shape.latent)
-
-
-def _attend_own(
+def _attend_near(
     shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Attention to the tails and to the spans of all rows, in one softmax.
+) -> tuple[mx.array, mx.array | None]:
+    """Attention to the tails and to what shares a softmax with them.
 
     Returns:
-        [rows, heads, latent]; its scores and weights, each [rows, heads, keys].
+        as in `Partial`; the second is None where nothing is left to be merged with.
     """
-    keys = [stretch.keys(layer) for span in group.spans for stretch in span.stretches]
-    scores = _tail_scores(shape, q, group, tails)
-    if keys:
-        scores = mx.concatenate([scores, *(_scores(shape, q, k) for k in keys)], axis=-1)
-    weights = mx.softmax(scores, axis=-1, precise=True)
+    scores = [_tail_scores(shape, q, group, tails)]
+    common: list[mx.array] = []
+    for level in group.near[:-1]:
+        (part,) = level.parts
+        keys = part.keys(layer)
+        scores += _part_scores(shape, q, part, keys)
+        common += keys
+    seen = _joined(scores, -1)
+    shared = seen.shape[-1]
+    outs, weights, lses = [], [], []
+    for part in group.near[-1].parts if group.near else [Span((), 0, q.shape[0])]:
+        keys = part.keys(layer)
+        own = _joined([seen[part.first : part.last], *_part_scores(shape, q, part, keys)], -1)
+        part_weights = mx.softmax(own, axis=-1, precise=True)
+        weights.append(part_weights[..., :shared])
+        if keys:
+            outs.append(_weighed(shape, part_weights[..., shared:], keys))
+        if group.levels:
+            lses.append(_log_denominator(own, part_weights))
+    all_weights = _joined(weights, 0)
     capacity = tails.shape[1]
-    parts = [_tail_values(shape, weights[..., :capacity], group, tails)]
-    out = reduce(mx.add, parts + _by_stretch(shape, weights, keys, capacity))
-    return out, scores, weights
+    out = _tail_values(shape, all_weights[..., :capacity], group, tails)
+    if common:
+        out = out + _weighed(shape, all_weights[..., capacity:], common)
+    if outs:
+        out = out + _joined(outs, 0)
+    return out, _joined(lses, 0) if lses else None
 
 
 def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
@@ -329,7 +332,7 @@ def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.arr
 def _tail_values(
     shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: mx.array
 ) -> mx.array:
-    """`_values` of weights [rows, heads, capacity] and the tails: [rows, heads, latent]."""
+    """The values in the tails by weights [rows, heads, capacity]: [rows, heads, latent]."""
     weights = weights.reshape(group.sequences, group.width * shape.heads, -1)
     if group.order is not None:
         weights = weights[group.order.sequences]
@@ -341,75 +344,84 @@ def _tail_values(
 
 def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
     """Attention to the segments of one level; rows that no span names get lse -inf."""
-    parts = []
-    if level.gathered is not None:
-        parts.append(_gathered_partial(shape, layer, q, level.gathered))
-    parts += [_span_partial(shape, layer, q[s.first : s.last], s) for s in level.spans]
-    if level.order is None and len(parts) == 1:
-        return parts[0]
+    parts = [_part_partial(shape, layer, q, part) for part in level.parts]
     outs, lses = [part.out for part in parts], [part.lse for part in parts]
     if level.order is None:
-        return Partial(mx.concatenate(outs), mx.concatenate(lses))
+        return Partial(_joined(outs, 0), _joined(lses, 0))
     outs.append(mx.zeros((1, shape.heads, shape.latent), q.dtype))
     lses.append(mx.full((1, shape.heads), -mx.inf))
     return Partial(mx.concatenate(outs)[level.order], mx.concatenate(lses)[level.order])
 
 
-def _gathered_partial(shape: MLAShape, layer: int, q: mx.array, gathered: Gathered) -> Partial:
-    parts: list[mx.array] = []
-    for span, padding in zip(gathered.spans, gathered.padding, strict=True):
-        parts += [stretch.keys(layer) for stretch in span.stretches]
-        if padding.shape[0]:
-            parts.append(padding)
-    count = len(gathered.spans)
-    keys = mx.concatenate(parts).reshape(count, -1, shape.kv_width)
-    if gathered.rows is not None:
-        q = q[gathered.rows]
-    scores = q.reshape(count, -1, shape.kv_width) @ keys.swapaxes(1, 2)
-    if gathered.visible is not None:
-        scores = mx.where(gathered.visible, scores, -mx.inf)
-    part = _softmax_partial(shape, scores, keys)
-    return Partial(
-        part.out.reshape(-1, shape.heads, shape.latent), part.lse.reshape(-1, shape.heads)
-    )
-
-
-def _span_partial(shape: MLAShape, layer: int, q: mx.array, span: Span) -> Partial:
-    keys = [stretch.keys(layer) for stretch in span.stretches]
+def _part_partial(shape: MLAShape, layer: int, q: mx.array, part: Span | Gathered) -> Partial:
+    keys = part.keys(layer)
     # Scores are put together rather than keys, of which there is more.
-    scores = mx.concatenate([_scores(shape, q, k) for k in keys], axis=-1)
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    out = reduce(mx.add, _by_stretch(shape, weights, keys, 0))
-    return Partial(out, _log_denominator(scores, weights))
+    scores = _joined(_part_scores(shape, q, part, keys), -1)
+    return _softmax_partial(shape, scores, keys)
 
 
-def _by_stretch(
-    shape: MLAShape, weights: mx.array, keys: list[mx.array], start: int
+def _part_scores(
+    shape: MLAShape, q: mx.array, part: Span | Gathered, keys: list[mx.array]
 ) -> list[mx.array]:
-    """For each of `keys` its values' part of the attention, [rows, heads, latent].
+    """For each of the part's `keys` the scores of its rows, [its rows, heads, keys].
 
     Args:
-        weights: [rows, heads, all keys], those of `keys` one after the other from `start` on.
+        q: [rows, heads, kv_width], of all rows of the group.
     """
-    ends = accumulate((k.shape[0] for k in keys), initial=start)
-    return [
-        _weighed(shape, weights[..., first : first + k.shape[0]], k)
-        for k, first in zip(keys, ends, strict=False)
-    ]
+    if isinstance(part, Span):
+        return [_scores(shape, q[part.first : part.last], array) for array in keys]
+    own = q[part.first : part.last] if part.rows is None else q[part.rows]
+    return [_scores(shape, own, array, part.visible) for array in keys]
 
 
-def _scores(shape: MLAShape, q: mx.array, keys: mx.array) -> mx.array:
-    """[rows, heads, kv_width] and [keys, kv_width] → [rows, heads, keys]"""
-    return (q.reshape(-1, shape.kv_width) @ keys.T).reshape(q.shape[0], shape.heads, -1)
+def _scores(
+    shape: MLAShape, q: mx.array, keys: mx.array, visible: mx.array | None = None
+) -> mx.array:
+    """[rows, heads, keys] of q [rows, heads, kv_width].
+
+    Args:
+        keys: [keys, kv_width], or [parts, keys, kv_width] for as many rows each.
+        visible: [parts, 1, keys] bool; None: all.
+    """
+    scores = q.reshape(*keys.shape[:-2], -1, shape.kv_width) @ keys.swapaxes(-1, -2)
+    if visible is not None:
+        scores = mx.where(visible, scores, -mx.inf)
+    return scores.reshape(q.shape[0], shape.heads, -1)
+
+
+def _weighed(shape: MLAShape, weights: mx.array, keys: list[mx.array]) -> mx.array:
+    """The values in all `keys`, each as `_scores` takes them: [rows, heads, latent].
+
+    Args:
+        weights: [rows, heads, keys of all arrays], those of an array behind those of the one
+            before.
+    """
+    outs = []
+    first = 0
+    for array in keys:
+        last = first + array.shape[-2]
+        part = weights[..., first:last].reshape(*array.shape[:-2], -1, array.shape[-2])
+        outs.append(_values(shape, part, array).reshape(-1, shape.heads, shape.latent))
+        first = last
+    return reduce(mx.add, outs)
+
+
+def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
+    """The values in `keys` [..., keys, kv_width] by weights [..., rows, keys]: [..., latent]."""
+    if shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS:
+        return (weights @ keys)[..., : shape.latent]
+    return weights @ keys[..., : shape.latent]
+
+
+def _joined(arrays: list[mx.array], axis: int) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=axis)
 
 
 def _merge(partials: list[Partial]) -> mx.array:
     """The attention over all partials' keys together: [rows, heads, latent]."""
     if len(partials) == 1:
         return partials[0].out
-    weights = mx.softmax(mx.stack([part.lse for part in partials]), axis=0)
-    weights = weights.astype(partials[0].out.dtype)[..., None]
-    total = weights[0] * partials[0].out
-    for weight, part in zip(weights[1:], partials[1:], strict=True):
-        total = total + weight * part.out
-    return total
+    weights = mx.softmax(mx.stack([part.lse for part in partials], axis=-1), axis=-1)
+    weights = weights.astype(partials[0].out.dtype)
+    weighed = [weights[..., i : i + 1] * part.out for i, part in enumerate(partials)]
+    return reduce(mx.add, weighed)

@@ -44,6 +44,10 @@ class Span:
         """Number of keys."""
         return sum(map(len, self.stretches))
 
+    def keys(self, layer: int) -> list[mx.array]:
+        """One after the other, each [keys, kv_width]."""
+        return [stretch.keys(layer) for stretch in self.stretches]
+
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
@@ -59,18 +63,39 @@ class Gathered:
     visible: mx.array | None
     """[spans, 1, longest] bool: which keys are none of that; None: all."""
     rows: mx.array | None
-    """[spans * rows each] int32; None: all rows of the group, in order."""
+    """[spans * rows each] int32; None: all from `first` to `last`."""
+
+    @property
+    def first(self) -> int:
+        return self.spans[0].first
+
+    @property
+    def last(self) -> int:
+        return self.spans[-1].last
+
+    def __len__(self) -> int:
+        """Number of keys that each row meets, with padding."""
+        return len(self.spans[0]) + self.padding[0].shape[0]
+
+    def keys(self, layer: int) -> list[mx.array]:
+        """One array [spans, longest, kv_width]."""
+        parts: list[mx.array] = []
+        for span, padding in zip(self.spans, self.padding, strict=True):
+            parts += span.keys(layer)
+            if padding.shape[0]:
+                parts.append(padding)
+        keys = mx.concatenate(parts)
+        return [keys.reshape(len(self.spans), -1, keys.shape[-1])]
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """Spans over disjoint rows of a decode group. A row meets at most one span in each level."""
 
-    gathered: Gathered | None
-    spans: list[Span]
+    parts: list[Span | Gathered]
     order: mx.array | None
-    """[rows] int32: where each row is among those of `gathered`, then of `spans`; one behind the
-    last for rows that no span names. None: just there."""
+    """[rows] int32: where each row is among those of `parts`, one behind the other; one behind the
+    last for rows that no span names. None: just there, with none unnamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +121,11 @@ class DecodeGroup:
     sequences: int
     width: int
     """Rows per sequence: 1, or 1 + number of drafts."""
-    spans: list[Span]
-    """What all rows see, so short that it shares a softmax with the tails: less to do than
-    merging."""
+    near: list[Level]
+    """What shares a softmax with the tails, which is less to do than merging. All but the last
+    have one part, which all rows see; the last has no order."""
     levels: list[Level]
-    """What they see beside that."""
+    """What rows see beside that."""
     slots: mx.array
     """[rows] int32: the tail that each row writes to."""
     tail_positions: mx.array
