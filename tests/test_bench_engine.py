@@ -117,9 +117,15 @@ def test_cases_run_to_their_end_on_both_sides(checkpoint: Path) -> None:
     assert all(row.glmd == median(ours for ours, _ in row.runs) for row in report.rows)
 
 
-def test_a_workload_beyond_the_checkpoints_context_is_refused_by_name(checkpoint: Path) -> None:
-    with pytest.raises(SettingsError, match=r"8k context.* context is 4096"):
-        bench(checkpoint, 1.0, "8k")
+def test_a_checkpoint_is_measured_beyond_its_context_too(tmp_path: Path) -> None:
+    context = 64
+    write_random_checkpoint(
+        tmp_path, vocab_size=VOCAB, num_nextn_predict_layers=0, max_position_embeddings=context
+    )
+    report = bench(tmp_path, SCALE, "one row at 8k")
+    assert round(8192 * SCALE) > context
+    assert report.same_answers == 1.0
+    assert all(rate > 0 for row in report.rows for rate in (row.glmd, row.mlx_lm))
 
 
 def test_an_unknown_workload_is_refused(checkpoint: Path) -> None:

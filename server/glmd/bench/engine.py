@@ -20,6 +20,9 @@ from glmd.bench.workloads import Prompts
 from glmd.checkpoint.config import load_config
 from glmd.errors import SettingsError
 
+ENDLESS_ROOM = 2048
+"""Tokens of context for what an endless stream gives until the others are done."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -77,7 +80,7 @@ def bench_engine(
         on_progress: called with a line of progress.
 
     Raises:
-        SettingsError: a workload does not fit the checkpoint's context at this scale.
+        SettingsError: no case has `only` in its name.
         CheckpointError: the checkpoint cannot be loaded.
     """
     dtype: Dtype = "bfloat16" if on_gpu() else "float32"
@@ -92,7 +95,7 @@ def bench_engine(
     ]
     if not chosen:
         raise SettingsError(f"--only {only!r} is in the name of no workload")
-    _check_context(chosen, config.max_position_embeddings)
+    glmd.extend_context(max(case.workload.longest for case in chosen) + ENDLESS_ROOM)
     sides: list[Side] = [glmd, mlx_lm]
     for side in sides:  # compiles what is compiled, and touches all weights
         run(side, workloads.decode(Prompts(config.vocab_size, 0), 2, new=4))
@@ -133,12 +136,3 @@ def _row(case: Case, goal: Goal, pairs: Iterable[tuple[Trace, Trace]]) -> Row:
         met=goal.met(ours, advantage),
         runs=runs,
     )
-
-
-def _check_context(chosen: list[Case], limit: int) -> None:
-    longest = max(chosen, key=lambda case: case.workload.longest).workload
-    if longest.longest >= limit:
-        raise SettingsError(
-            f"{longest.name!r} takes {longest.longest} tokens at this --scale, but the"
-            f" checkpoint's context is {limit}"
-        )

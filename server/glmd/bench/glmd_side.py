@@ -35,6 +35,15 @@ class GlmdSide:
         self.kv_bytes_per_token = self._model.kv_bytes_per_token
         self.weight_bytes = self._model.weight_bytes
 
+    def extend_context(self, tokens: int) -> None:
+        """Let sequences have `tokens` tokens, though the checkpoint was made for fewer.
+
+        Its answers make no sense there, as they make none to random prompts. What a step takes
+        does not depend on that, and mlx-lm does not stop there either.
+        """
+        args = self._model.args
+        args.max_position_embeddings = max(args.max_position_embeddings, tokens)
+
     def open(self) -> Session:
         """A session with an empty KV store."""
         return GlmdSession(self.engine())
