@@ -446,6 +446,11 @@ class Engine:
             return "stop"
         return "length" if sequence.length >= sequence.limit else None
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of all segments and tails."""
+        return self._tree.nbytes + self._tails.nbytes
+
     def stats(self) -> Stats:
         """A snapshot of counters and gauges."""
         shape = self._tree.shape()
@@ -457,7 +462,7 @@ class Engine:
             kv_segments=shape.segments,
             kv_branches=shape.branches,
             kv_longest=shape.longest,
-            kv_bytes=self._tree.nbytes + self._tails.nbytes,
+            kv_bytes=self.kv_bytes,
             kv_budget_bytes=self._scheduler.kv_budget,
             memory_budget_bytes=self._memory_budget,
             weight_bytes=self._model.weight_bytes,
