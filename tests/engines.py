@@ -73,7 +73,7 @@ def one_shot_logits(model: GlmModel, tokens: Iterable[int], *, expanded: bool) -
     """glmd's forward over all tokens as one chunk: [tokens, vocabulary]."""
     ids = mx.array(np.array(list(tokens), np.int32))
     count = ids.shape[0]
-    batch = RowBatch(ids, mx.arange(count), [], [Chunk(0, count, [], expanded)])
+    batch = RowBatch(ids, mx.arange(count), [], [Chunk(0, count, [], expanded, count)])
     tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
     hidden, _ = model.hidden(batch, tails)
     return np.array(model.logits(hidden))

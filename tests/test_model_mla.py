@@ -132,7 +132,8 @@ class _Steps:
         for rows, expanded in chunks:
             first, path = len(keys), self.path()
             spans = [span for level in levels([path], rows) for span in level]
-            prefills.append(Chunk(first, first + rows, spans, expanded))
+            wanted = int(self.rng.integers(0, rows + 1))
+            prefills.append(Chunk(first, first + rows, spans, expanded, wanted))
             for row in range(rows):
                 keys.append(_together([*_sealed(path), kv[first : first + row + 1]]))
         empty = mx.zeros(count, mx.int32)
@@ -191,8 +192,14 @@ def _worst(seed: int, dtype: mx.Dtype, widths: list[int], chunks: list[tuple[int
     shape = replace(SHAPE, slices_copied=seed % 2 == 0)
     out = _float64(attend(attn, shape, 0, _queries(case.q), case.kv, case.batch, case.tails))
     q = _float64(case.q)
-    expected = [_reference(attn, q[row], keys) for row, keys in enumerate(case.keys)]
-    return float(np.abs(out - np.array(expected)).max())
+    expected = np.array([_reference(attn, q[row], keys) for row, keys in enumerate(case.keys)])
+    worst = float(np.abs(out - expected).max())
+    wanted = case.batch.wanted
+    if wanted:
+        queries = _queries(case.q[mx.array(wanted)])
+        out = _float64(attend(attn, shape, 0, queries, case.kv, case.batch, case.tails))
+        worst = max(worst, float(np.abs(out - expected[wanted]).max()))
+    return worst
 
 
 @settings(max_examples=60, deadline=None)

@@ -154,7 +154,8 @@ class Launcher:
             path = self._tree.path(sequence.lease)
             spans = [span for level in levels([path], count) for span in level]
             _, expanded = chunk_form(self._model.shape, start, count, self._model.dtype.size)
-            chunks.append(Chunk(first, first + count, spans, expanded))
+            wanted = count if self._drafter is not None else int(count == sequence.needs)
+            chunks.append(Chunk(first, first + count, spans, expanded, wanted))
             first += count
         return RowBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
 
@@ -203,9 +204,11 @@ class Launcher:
         )
         if sequences:
             at = batch.positions
+            chosen = mx.array(places)
+            if len(places) < at.shape[0]:
+                at = at[chosen]
             if len(places) < hidden.shape[0]:
-                chosen = mx.array(places)
-                hidden, at = hidden[chosen], at[chosen]
+                hidden = hidden[chosen]
             logits = self._model.logits(hidden)
             masks = self._masks(flight, rows, logits, before)
             sampled = sample(logits, rows, at + 1, masks)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, group_expert_select
 
 from glmd.kv.tails import TailPool
-from glmd.model.mla import MLAShape, Queries, attend, project
+from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project
 from glmd.model.rows import RowBatch
 
 COMPILED_ROWS = 32
@@ -55,7 +55,11 @@ class DecoderBlock:
             x = layer.post_attention_layernorm(h)
             return h + (_moe(mlp, x) if routed else mlp(x))
 
+        def vectors(h: mx.array, positions: mx.array) -> mx.array:
+            return cache_vectors(attn, shape, layer.input_layernorm(h), positions)
+
         self._attn = attn
+        self._vectors = compiled(vectors)
         self._before = compiled(before)
         self._behind = compiled(behind)
 
@@ -72,6 +76,26 @@ class DecoderBlock:
             the new [N, hidden]; cache vectors [N, kv_width].
         """
         nope, rope, kv = self._before(h, batch.positions)
+        attended = attend(self._attn, shape, index, Queries(nope, rope), kv, batch, tails)
+        return self._behind(h, attended), kv
+
+    def last(
+        self, shape: MLAShape, index: int, h: mx.array, batch: RowBatch, tails: TailPool
+    ) -> tuple[mx.array, mx.array]:
+        """The layer as the last one: of rows that are not wanted, cache vectors alone.
+
+        Returns:
+            the new [wanted, hidden]; cache vectors [N, kv_width].
+        """
+        wanted = batch.wanted
+        if len(wanted) == h.shape[0]:
+            return self(shape, index, h, batch, tails)
+        kv = self._vectors(h, batch.positions)
+        if not wanted:
+            return h[:0], kv
+        rows = mx.array(wanted)
+        h = h[rows]
+        nope, rope, _ = self._before(h, batch.positions[rows])
         attended = attend(self._attn, shape, index, Queries(nope, rope), kv, batch, tails)
         return self._behind(h, attended), kv
 

@@ -87,14 +87,17 @@ class GlmModel:
         """Run all layers over the rows of a step.
 
         Returns:
-            hidden states after the final norm, [N, hidden]; cache vectors of all rows per
-            layer, each [N, kv_width] (those of decode rows are in their tails already).
+            hidden states of `batch.wanted` after the final norm, [wanted, hidden]; cache vectors
+            of all rows per layer, each [N, kv_width] (those of decode rows are in their tails
+            already).
         """
         inner = self._model.model
         h = inner.embed_tokens(batch.tokens)
         caches = []
+        last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks):
-            h, kv = block(self.shape, index, h, batch, tails)
+            run = block.last if index == last else block
+            h, kv = run(self.shape, index, h, batch, tails)
             caches.append(kv)
         return inner.norm(h), caches
 
@@ -106,7 +109,9 @@ class GlmModel:
         tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
         for rows in (1, 2):
             tokens, positions = mx.zeros(rows, mx.int32), mx.arange(rows, dtype=mx.int32)
-            batch = RowBatch(tokens, positions, [], [Chunk(0, rows, [], expanded=False)])
+            batch = RowBatch(
+                tokens, positions, [], [Chunk(0, rows, [], expanded=False, wanted=rows)]
+            )
             hidden, _ = self.hidden(batch, tails)
             outcome = [self.logits(hidden)]
             if self.mtp is not None:

@@ -170,23 +170,30 @@ def attend(
     batch: RowBatch,
     tails: TailPool,
 ) -> mx.array:
-    """Attention of all rows in one layer, with the decode rows' `kv` written to their tails.
+    """Attention of rows in one layer, with the decode rows' `kv` written to their tails.
 
     Args:
-        q: from `project`.
+        q: of all N rows, from `project`, or of those that are wanted only (`RowBatch.wanted`).
         kv: [N, kv_width], from `project`.
 
     Returns:
-        [N, heads * value], before the output projection.
+        [rows of q, heads * value], before the output projection.
     """
+    whole = q.nope.shape[0] == kv.shape[0]
     outs = []
     for group in batch.decode:
         own, new = q.rows(group.first, group.last), kv[group.first : group.last]
         outs.append(_attend_decode(attn, shape, layer, own, new, group, tails))
+    first = batch.decode[-1].last if batch.decode else 0
     for chunk in batch.chunks:
-        own, new = q.rows(chunk.first, chunk.last), kv[chunk.first : chunk.last]
-        form = _attend_expanded if chunk.expanded else _attend_absorbed
-        outs.append(form(attn, shape, layer, own, new, chunk.spans))
+        rows = chunk.last - chunk.first if whole else chunk.wanted
+        if rows:
+            own, new = q.rows(first, first + rows), kv[chunk.first : chunk.last]
+            # What is expanded for all rows is not worth it for the last one of a prompt.
+            expanded = chunk.expanded and rows == new.shape[0]
+            form = _attend_expanded if expanded else _attend_absorbed
+            outs.append(form(attn, shape, layer, own, new, chunk.spans))
+            first += rows
     return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
 
@@ -212,9 +219,9 @@ def _attend_absorbed(
     attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
 ) -> mx.array:
     q = _absorb(attn, queries)
-    rows = q.shape[0]
+    keys = kv.shape[0]
     scores = _scores(shape, q, kv)
-    later = mx.arange(rows)[:, None, None] < mx.arange(rows)
+    later = mx.arange(keys - q.shape[0], keys)[:, None, None] < mx.arange(keys)
     partials = [_softmax_partial(shape, mx.where(later, -mx.inf, scores), [kv])]
     partials += [_part_partial(shape, layer, q, span) for span in spans]
     return _unembed(attn, shape, _merge(partials))

@@ -150,6 +150,9 @@ class Chunk:
     spans: list[Span]
     expanded: bool
     """Which form of MLA to take; see `glmd.model.mla`."""
+    wanted: int
+    """How many of the last rows' hidden states are asked for; of the others the last layer computes
+    nothing but cache vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +166,12 @@ class RowBatch:
     positions: mx.array
     decode: list[DecodeGroup]
     chunks: list[Chunk]
+
+    @property
+    def wanted(self) -> list[int]:
+        """The rows whose hidden states are asked for: all that decode, and some of each chunk."""
+        decoding = self.decode[-1].last if self.decode else 0
+        rows = list(range(decoding))
+        for chunk in self.chunks:
+            rows += range(chunk.last - chunk.wanted, chunk.last)
+        return rows
