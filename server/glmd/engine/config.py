@@ -38,7 +38,7 @@ class EngineConfig:
     max_step_tokens: int = 2048
     max_context: int | None = None
     memory_budget: int | None = None
-    max_slowdown: float = 2.0
+    max_slowdown: float = 1.75
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     prefix_cache: bool = True
