@@ -204,11 +204,12 @@ class Launcher:
         )
         if sequences:
             at = batch.positions
-            chosen = mx.array(places)
             if len(places) < at.shape[0]:
+                chosen = mx.array(places)
                 at = at[chosen]
-            if len(places) < hidden.shape[0]:
-                hidden = hidden[chosen]
+                # Without an MTP layer no others' hidden states were asked for.
+                if len(places) < hidden.shape[0]:
+                    hidden = hidden[chosen]
             logits = self._model.logits(hidden)
             masks = self._masks(flight, rows, logits, before)
             sampled = sample(logits, rows, at + 1, masks)
