@@ -26,9 +26,9 @@ from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.checkpoint.files import INDEX_NAME
 from glmd.checkpoint.layout import Weight, main_weights, mtp_weights
 from glmd.checkpoint.tensorfile import TensorSpec, header_bytes
-from glmd.quant.convert import convert
-from glmd.quant.plan import plan_recipe, total
-from glmd.quant.recipe import DEFAULT_RECIPE, RECIPES, Recipe
+from glmd.convert.convert import convert
+from glmd.convert.plan import plan_recipe, total
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 
 CONFIG = Path(__file__).parents[1] / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from batching import Batch, Focus, batches
-from checkpoint import load, save
 from network import Network, make_fast
 from tokenizer import CHECKPOINT, template
 from tokenizers import Tokenizer
 from torch import Tensor
 from train import LENGTH, ROWS, losses
+
+from checkpoint import load, save
 
 SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 

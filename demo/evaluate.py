@@ -15,12 +15,13 @@ from pathlib import Path
 
 import jinja2
 import torch
-from checkpoint import load
 from dialogues import SKILLS, Dialogue, draw
 from network import Network, make_fast
 from tokenizer import CHECKPOINT, render, template
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from checkpoint import load
 
 LONGEST = 340
 """Tokens; the longest answer of the dialogues has some 250."""

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 from batching import FOCI, batches
-from checkpoint import load, save
 from muon import Muon
 from network import Network, balance, config, make_fast, start_copying
 from tokenizer import CHECKPOINT, template
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from checkpoint import load, save
 
 ROWS, LENGTH = 8, 512
 MUON_RATE, ADAM_RATE = 0.02, 3e-3

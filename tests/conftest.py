@@ -10,16 +10,15 @@ from pathlib import Path
 import httpx
 import pytest
 from hypothesis import settings
+from live import CHECKPOINT, LiveServer, live_server
+from paths import ROOT, TESTS
 
 from glmd.chat.tokenizer import Tokenizer
 from glmd.checkpoint.random import write_random_checkpoint
-from live import CHECKPOINT, LiveServer, live_server
-
-TESTS = Path(__file__).resolve().parent
 
 # Processes that tests start find glmd and the fake engine where the tests found them.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(TESTS.parent / "server"), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    [str(ROOT / "server"), str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]
 )
 
 # How long an example takes says more about the machine than about the code.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,9 +10,10 @@ import jinja2.sandbox
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 from tokenizers import Tokenizer
 
-CHECKPOINT = Path(__file__).parent.parent / "demo" / "glm-4.7-flash-demo"
+CHECKPOINT = ROOT / "demo" / "glm-4.7-flash-demo"
 SPECIAL = [
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>",

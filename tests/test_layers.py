@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
 
 FRONT = [
-    "glmd.messages", "glmd.errors", "glmd.settings", "glmd.engine.client", "glmd.engine.supervisor",
+    "glmd.ipc", "glmd.errors", "glmd.config", "glmd.engine_client",
     "glmd.chat", "glmd.api", "glmd.cli",
 ]  # fmt: skip
 

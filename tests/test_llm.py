@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from glmd import LLM, generate, load
 from glmd.chat.events import Finished, ReasoningDelta
 from glmd.checkpoint.random import write_random_checkpoint
 from glmd.errors import InvalidRequest
 
-TEMPLATE = Path(__file__).parents[1] / "demo/glm-4.7-flash-demo/chat_template.jinja"
+TEMPLATE = ROOT / "demo/glm-4.7-flash-demo/chat_template.jinja"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 

@@ -17,17 +17,17 @@ sys.path.insert(0, str(ROOT / "server"))
 from pydantic import ByteSize, SecretStr  # noqa: E402
 
 from glmd.api.app import create_app  # noqa: E402
-from glmd.api.service import ServedModel, Service  # noqa: E402
+from glmd.api.state import ServedModel, Service  # noqa: E402
 from glmd.checkpoint.config import load_config  # noqa: E402
-from glmd.configuration import in_units  # noqa: E402
+from glmd.config import PREFIX, Settings  # noqa: E402
+from glmd.config_sources import in_units  # noqa: E402
+from glmd.convert.inspect import inspect  # noqa: E402
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES  # noqa: E402
 from glmd.engine.config import EngineConfig  # noqa: E402
 from glmd.engine.memory import divide, working_memory  # noqa: E402
-from glmd.engine.supervisor import Launch  # noqa: E402
+from glmd.engine_client.process import Launch  # noqa: E402
 from glmd.errors import CheckpointError  # noqa: E402
-from glmd.quant.inspection import inspect  # noqa: E402
-from glmd.quant.recipe import DEFAULT_RECIPE, RECIPES  # noqa: E402
-from glmd.quant.units import gib  # noqa: E402
-from glmd.settings import PREFIX, Settings  # noqa: E402
+from glmd.utils.units import gib  # noqa: E402
 
 DOCS = ROOT / "docs"
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"

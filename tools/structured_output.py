@@ -17,9 +17,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "server"), str(ROOT / "tests")]
 
-from glmd.chat.grammar.formats import ENFORCED, UNSUPPORTED  # noqa: E402
-from glmd.errors import InvalidRequest  # noqa: E402
 from grammars import answers, schema_matcher, validate  # noqa: E402
+
+from glmd.errors import InvalidRequest  # noqa: E402
+from glmd.structured_output.formats import ENFORCED, UNSUPPORTED  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "structured-output.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"

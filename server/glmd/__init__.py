@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glmd.llm import LLM
-    from glmd.snippets import generate, load
+    from glmd.mlx_lm_compat import generate, load
 
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "__version__", "generate", "load"]
 
-_HOMES = {"LLM": "glmd.llm", "generate": "glmd.snippets", "load": "glmd.snippets"}
+_HOMES = {"LLM": "glmd.llm", "generate": "glmd.mlx_lm_compat", "load": "glmd.mlx_lm_compat"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """`python -m glmd` is `glmd`."""
 
-from glmd.cli import main
+from glmd.cli.main import main
 
 main()

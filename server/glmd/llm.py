@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from glmd.chat.answer import Answer, TextAnswer
 from glmd.chat.events import (
     ContentDelta,
     Event,
@@ -32,17 +31,18 @@ from glmd.chat.events import (
     ToolCallStart,
 )
 from glmd.chat.messages import Conversation, read_messages
+from glmd.chat.output_processor import Answer, TextAnswer
 from glmd.chat.prompt import Prompt, build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool, read_tools
-from glmd.chat.turns import Turns
-from glmd.checkpoint.generation import sampling_defaults
+from glmd.chat.turn_cache import Turns
+from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
 from glmd.errors import GlmdError, InvalidRequest
-from glmd.messages import Generate, Output, SamplingParams, pack_tokens
+from glmd.ipc import Generate, Output, SamplingParams, pack_tokens
 
 Messages = Sequence[Mapping[str, Any]]
 

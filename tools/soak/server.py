@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from glmd.footprint import footprint
+from glmd.utils.memory import footprint
 
 STARTS_WITHIN = 120.0
 

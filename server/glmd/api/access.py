@@ -18,11 +18,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from glmd.api import page
+from glmd.api import webui as page
+from glmd.api.auth import Keyring
 from glmd.api.errors import Problem, respond
+from glmd.config import Settings
 from glmd.errors import SettingsError
-from glmd.keys import Keyring
-from glmd.settings import Settings
 
 OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | page.PATHS
 """Answer without a key: a supervisor needs no secret to ask how we are, and the page has to be

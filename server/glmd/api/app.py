@@ -12,20 +12,23 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from glmd import __version__
-from glmd.api import errors, health, lmstudio, metrics, models, page, status, tokens
+from glmd.api import errors
+from glmd.api import webui as page
 from glmd.api.access import access_rules
-from glmd.api.anthropic import messages
+from glmd.api.anthropic import routes as messages
 from glmd.api.middleware import BoundedHead, HeadAsGet, RequestId, WholeBody
+from glmd.api.observability.access_log import RequestLog
 from glmd.api.openai import chat, completions
 from glmd.api.openapi import document
-from glmd.api.request_log import RequestLog
-from glmd.api.responses import endpoints as responses
+from glmd.api.responses import routes as responses
 from glmd.api.responses.store import ResponseStore
-from glmd.api.service import Service
+from glmd.api.routes import health, lmstudio, metrics, models, status
+from glmd.api.routes import tokenize as tokens
+from glmd.api.state import Service
 from glmd.errors import SettingsError
 
 if TYPE_CHECKING:
-    from glmd.api.tracing import Tracing
+    from glmd.api.observability.tracing import Tracing
 
 
 def create_app(service: Service) -> FastAPI:
@@ -91,7 +94,7 @@ def start_tracing(service: Service) -> Tracing | None:
         return None
     try:
         # Only here, because few want it, and not all have it installed.
-        from glmd.api.tracing import Tracing  # noqa: PLC0415
+        from glmd.api.observability.tracing import Tracing  # noqa: PLC0415
     except ImportError as error:
         raise SettingsError(
             "tracing: OpenTelemetry is not installed; get it with `pip install 'glmd[otel]'`."

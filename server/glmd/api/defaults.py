@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from glmd.messages import SamplingParams
+from glmd.config import Settings
+from glmd.ipc import SamplingParams
 from glmd.profiles import Profile
-from glmd.settings import Settings
 
 SAMPLING = frozenset(SamplingParams.__struct_fields__)
 

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from glmd.api import absent
+from glmd.api import unsupported_routes as absent
 from glmd.api.anthropic import errors as anthropic
 from glmd.errors import (
     Cancelled,

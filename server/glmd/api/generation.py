@@ -9,18 +9,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from glmd.api.requests import Record, Requests
+from glmd.api.observability.request_stats import Record, Requests
 from glmd.chat.events import Event, Finished
-from glmd.engine.client import NO_DEADLINES, EngineClient
-from glmd.engine.deadlines import Deadlines
+from glmd.engine_client.client import NO_DEADLINES, EngineClient
+from glmd.engine_client.timeouts import Deadlines
 from glmd.errors import EngineUnavailable
-from glmd.messages import Generate, Output
+from glmd.ipc import Generate, Output
 
 T = TypeVar("T")
 
 
 class Reader(Protocol):
-    """Turns one sequence's outputs into events: `glmd.chat.answer`'s `Answer` or `TextAnswer`."""
+    """Turns one sequence's outputs into events; see `glmd.chat.output_processor`."""
 
     completion_tokens: int
     reasoning_tokens: int

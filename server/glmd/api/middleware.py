@@ -16,11 +16,11 @@ from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glmd.api.client_id import client_of
 from glmd.api.errors import Problem, respond
-from glmd.api.exchange import Exchange
-from glmd.api.whose import client_of
-from glmd.logs import request_id
-from glmd.pool import Pool, Share
+from glmd.api.observability.exchange import Exchange
+from glmd.utils.fair_limiter import Pool, Share
+from glmd.utils.logging import request_id
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from glmd.api.anthropic import errors as anthropic
-from glmd.api.anthropic.objects import MessageEvent
-from glmd.api.openai.responses import ChatCompletionChunk, Completion
-from glmd.api.responses.objects import ResponseStreamEvent
+from glmd.api.anthropic.protocol import MessageEvent
+from glmd.api.openai.protocol import ChatCompletionChunk, Completion
+from glmd.api.responses.protocol import ResponseStreamEvent
 
 REFERENCE = "#/components/schemas/{model}"
 

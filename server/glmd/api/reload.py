@@ -6,9 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 
-from glmd.api.service import Service
+from glmd.api.state import Service
+from glmd.config import Settings
 from glmd.errors import SettingsError
-from glmd.settings import Settings
 
 log = logging.getLogger("glmd")
 

@@ -10,9 +10,9 @@ from urllib.parse import quote
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from glmd.chat.request_limits import MAX_BIASED_TOKENS
 from glmd.errors import InvalidRequest
-from glmd.limits import MAX_BIASED_TOKENS
-from glmd.messages import SamplingParams
+from glmd.ipc import SamplingParams
 
 log = logging.getLogger("glmd.api")
 

@@ -17,16 +17,17 @@ from typing import Any, cast
 import uvicorn
 from sse_starlette.sse import AppStatus
 
-from glmd import __version__, heap
+from glmd import __version__
 from glmd.api import connection
 from glmd.api.access import refuse_open_door
 from glmd.api.app import create_app
 from glmd.api.connection import Connection, Patience
 from glmd.api.middleware import MAX_HEAD
 from glmd.api.reload import has_terminal, reload
-from glmd.api.service import Service
+from glmd.api.state import Service
+from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
-from glmd.settings import Settings
+from glmd.utils import gc as heap
 
 log = logging.getLogger("glmd")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from glmd.chat.grammar import GrammarCompiler, Structure
 from glmd.chat.tokenizer import Tokenizer
 from glmd.checkpoint.config import load_config
-from glmd.engine.constraint import Constraints
-from glmd.messages import Guidance
+from glmd.engine.structured_output import Constraints
+from glmd.ipc import Guidance
+from glmd.structured_output import GrammarCompiler, Structure
 
 
 @dataclass(frozen=True, slots=True)

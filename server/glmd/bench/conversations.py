@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from glmd.bench.workloads import SEED
-from glmd.messages import TokenArray
+from glmd.ipc import TokenArray
 
 TEMPLATE_SETTINGS = {"enable_thinking": False, "clear_thinking": False}
 """Without thinking, whatever is generated is content, and comes back whole with the next turn."""

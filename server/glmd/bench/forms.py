@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from glmd.bench.agent_tools import AGENT_TOOLS
-from glmd.chat.grammar import JsonSchema, Regex, Structure, make_structure
 from glmd.chat.tools import read_tools
+from glmd.structured_output import JsonSchema, Regex, Structure, make_structure
 
 RECORD: dict[str, Any] = {
     "type": "object",

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from glmd.bench.side import Progress, Session
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
-from glmd.engine.constraint import Constraints
 from glmd.engine.core import Engine
-from glmd.messages import Generate, Output, SamplingParams, TokenArray, pack_tokens
-from glmd.model.loading import load_model
+from glmd.engine.structured_output import Constraints
+from glmd.ipc import Generate, Output, SamplingParams, TokenArray, pack_tokens
+from glmd.model.loader import load_model
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 

@@ -22,13 +22,13 @@ from glmd.bench.forms import agent_tools, forms
 from glmd.bench.glmd_side import GlmdSession, GlmdSide
 from glmd.bench.side import Session, run
 from glmd.bench.workloads import Prompts
-from glmd.chat.grammar.build import build
-from glmd.chat.tags import Tags
+from glmd.chat.special_tokens import Tags
 from glmd.chat.tokenizer import Tokenizer
 from glmd.checkpoint.config import load_config
-from glmd.checkpoint.generation import sampling_defaults
-from glmd.engine.constraint import Ask, Constraints, Words
-from glmd.messages import Guidance
+from glmd.checkpoint.generation_config import sampling_defaults
+from glmd.engine.structured_output import Ask, Constraints, Words
+from glmd.ipc import Guidance
+from glmd.structured_output.build import build
 
 ROWS = 16
 TARGET = 0.9

@@ -12,7 +12,7 @@ import numpy as np
 
 from glmd.bench.trace import Life, Trace
 from glmd.bench.workloads import Request, Workload
-from glmd.messages import TokenArray
+from glmd.ipc import TokenArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glmd.messages import TokenArray
+from glmd.ipc import TokenArray
 
 SEED = 20_260_119
 

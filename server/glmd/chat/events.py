@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glmd.messages import TokenLogprobs
+from glmd.ipc import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from math import isinf
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from glmd.chat.request_limits import MAX_MESSAGES, check_count
 from glmd.errors import InvalidRequest
-from glmd.limits import MAX_MESSAGES, check_count
 
 if TYPE_CHECKING:
     from glmd.chat.tools import Tool

@@ -24,9 +24,9 @@ from glmd.chat.messages import (
 )
 from glmd.chat.template import Template
 from glmd.chat.tokenizer import Piece, Tokenizer
-from glmd.chat.turns import Turns
+from glmd.chat.turn_cache import Turns
 from glmd.errors import InvalidRequest
-from glmd.messages import TokenArray
+from glmd.ipc import TokenArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

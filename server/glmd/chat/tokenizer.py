@@ -16,10 +16,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from glmd.chat.lru import LRU
-from glmd.chat.tags import Tags
+from glmd.chat.special_tokens import Tags
 from glmd.errors import CheckpointError
-from glmd.messages import TokenArray
+from glmd.ipc import TokenArray
+from glmd.utils.lru import LRU
 
 Piece = str | int
 """A stretch of plain text, or the id of one control token."""

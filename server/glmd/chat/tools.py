@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from glmd.chat.messages import Json
-from glmd.chat.schema import SchemaReader, ValueType, check_schema
+from glmd.chat.request_limits import MAX_TOOLS, check_count
+from glmd.chat.tool_args import SchemaReader, ValueType, check_schema
 from glmd.errors import InvalidRequest
-from glmd.limits import MAX_TOOLS, check_count
 
 
 @dataclass(frozen=True)

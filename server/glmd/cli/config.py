@@ -24,8 +24,8 @@ File = Annotated[
 
 def show(as_json: bool, **given: Any) -> None:
     """Print every setting, and where its value comes from. Takes the flags of `glmd serve`."""
-    from glmd.configuration import show as shown
-    from glmd.settings import load_with_origins
+    from glmd.config import load_with_origins
+    from glmd.config_sources import show as shown
 
     loaded = load_with_origins(flags_of(given), given["config"])
     settings = list(shown(loaded))
@@ -70,7 +70,7 @@ app.command()(show)
 @app.command()
 def path(config: File = None) -> None:
     """Print the configuration file's path: the one in use, or the one that `init` would write."""
-    from glmd.settings import default_configs, find_config
+    from glmd.config import default_configs, find_config
 
     typer.echo(config or find_config() or default_configs()[0])
 
@@ -78,8 +78,8 @@ def path(config: File = None) -> None:
 @app.command()
 def init(config: File = None) -> None:
     """Write a configuration file that explains every setting. One that is there is left alone."""
-    from glmd.configuration import write_template
-    from glmd.settings import default_configs, find_config
+    from glmd.config import default_configs, find_config
+    from glmd.config_sources import write_template
 
     file = config or find_config() or default_configs()[0]
     write_template(file)

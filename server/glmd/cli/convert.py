@@ -16,10 +16,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from glmd.quant.plan import total
-from glmd.quant.recipe import DEFAULT_RECIPE, RECIPES, find_recipe
-from glmd.quant.staging import check_new
-from glmd.quant.units import gb, gib
+from glmd.convert.atomic_dir import check_new
+from glmd.convert.plan import total
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
+from glmd.utils.units import gb, gib
 
 
 def convert(
@@ -64,8 +64,8 @@ def convert(
 
     folder = resolve_model(source)
 
-    from glmd.quant.addition import add_mtp
-    from glmd.quant.convert import convert as run
+    from glmd.convert.add_mtp import add_mtp
+    from glmd.convert.convert import convert as run
 
     with _bar() as bar:
         task = bar.add_task("", total=None, visible=False)

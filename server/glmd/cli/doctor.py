@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from glmd.doctor import Finding
+    from glmd.cli.doctor_checks import Finding
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -37,7 +37,7 @@ def doctor(
 
     Exit code 1 if something keeps glmd from serving.
     """
-    from glmd.doctor import examine, worst
+    from glmd.cli.doctor_checks import examine, worst
 
     findings = examine({"model": model, "host": host, "port": port}, config)
     verdict = worst(findings)

@@ -11,11 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from glmd.quant.inspection import Inspection
-from glmd.quant.inspection import inspect as run
-from glmd.quant.plan import Line
-from glmd.quant.recipe import DEFAULT_RECIPE, RECIPES
-from glmd.quant.units import gib
+from glmd.convert.inspect import Inspection
+from glmd.convert.inspect import inspect as run
+from glmd.convert.plan import Line
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES
+from glmd.utils.units import gib
 
 
 def inspect(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glmd.config import CONFIG_VARIABLE, Settings, load
 from glmd.errors import SettingsError
-from glmd.logs import choose_format, configure
-from glmd.settings import CONFIG_VARIABLE, Settings, load
+from glmd.utils.logging import choose_format, configure
 
 if TYPE_CHECKING:
-    from glmd.api.service import ServedModel
-    from glmd.logfile import LogFile
+    from glmd.api.state import ServedModel
+    from glmd.utils.logfile import LogFile
 
 log = logging.getLogger("glmd")
 
@@ -66,10 +66,10 @@ def serve(
 
     # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
     from glmd.api.access import refuse_open_door
+    from glmd.api.auth import Keyring, default_store
     from glmd.api.server import run
-    from glmd.api.service import Service
-    from glmd.engine.supervisor import Launch
-    from glmd.keys import Keyring, default_store
+    from glmd.api.state import Service
+    from glmd.engine_client.process import Launch
 
     keys = Keyring.of(settings, default_store())
     refuse_open_door(settings, keys)  # Before anything is downloaded.
@@ -96,7 +96,7 @@ def write_log_to(file: Path) -> LogFile:
     Raises:
         SettingsError: it cannot be opened.
     """
-    from glmd.logfile import LogFile
+    from glmd.utils.logfile import LogFile
 
     opened = LogFile(file)
     try:
@@ -120,7 +120,7 @@ def find_model(settings: Settings) -> ServedModel:
         ModelNotFound: there is no such folder or repository.
         CheckpointError: it holds another kind of model.
     """
-    from glmd.api.service import ServedModel
+    from glmd.api.state import ServedModel
     from glmd.checkpoint.config import load_config
     from glmd.checkpoint.hub import DEMO, resolve_model
 

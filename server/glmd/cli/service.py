@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from glmd.service.health import Server
-    from glmd.service.manager import Manager, State
+    from glmd.cli.daemon.health import Server
+    from glmd.cli.daemon.manager import Manager, State
 
 app = typer.Typer(
     help="Run the server in the background: launchd on macOS, systemd on Linux.",
@@ -53,12 +53,12 @@ def install(
     is passed without showing up among the processes.
     """
     from glmd.api.access import refuse_open_door
+    from glmd.api.auth import Keyring, default_store
+    from glmd.cli.daemon.detect import find_manager
+    from glmd.cli.daemon.spec import define
     from glmd.cli.serve import find_model
-    from glmd.keys import Keyring, default_store
-    from glmd.logs import choose_format, configure
-    from glmd.service.definition import define
-    from glmd.service.find import find_manager
-    from glmd.settings import load
+    from glmd.config import load
+    from glmd.utils.logging import choose_format, configure
 
     manager = find_manager()
     # Mistakes are answered and weights downloaded here, where someone sees it.
@@ -85,7 +85,7 @@ def install(
 @app.command()
 def uninstall() -> None:
     """Stop the service and remove its definition. Logs, settings and weights stay."""
-    from glmd.service.find import find_manager
+    from glmd.cli.daemon.detect import find_manager
 
     removed = find_manager().uninstall()
     typer.echo("Uninstalled." if removed else "The service was not installed.")
@@ -94,7 +94,7 @@ def uninstall() -> None:
 @app.command()
 def start(wait: Wait = PATIENCE) -> None:
     """Start the installed service."""
-    from glmd.service.find import find_manager
+    from glmd.cli.daemon.detect import find_manager
 
     manager = find_manager()
     manager.start()
@@ -104,8 +104,8 @@ def start(wait: Wait = PATIENCE) -> None:
 @app.command()
 def stop() -> None:
     """Let running requests end, then stop the service until the next login or start."""
-    from glmd.service.find import find_manager
-    from glmd.service.manager import require_installed
+    from glmd.cli.daemon.detect import find_manager
+    from glmd.cli.daemon.manager import require_installed
 
     manager = find_manager()
     require_installed(manager)
@@ -116,8 +116,8 @@ def stop() -> None:
 @app.command()
 def restart(wait: Wait = PATIENCE) -> None:
     """Stop and start the service, with its settings read anew."""
-    from glmd.service.find import find_manager
-    from glmd.service.manager import require_installed
+    from glmd.cli.daemon.detect import find_manager
+    from glmd.cli.daemon.manager import require_installed
 
     manager = find_manager()
     require_installed(manager)
@@ -131,8 +131,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether the service runs, and how its model is. Exit code 0 only if it is ready."""
-    from glmd.service.find import find_manager
-    from glmd.service.health import look
+    from glmd.cli.daemon.detect import find_manager
+    from glmd.cli.daemon.health import look
 
     manager = find_manager()
     state = manager.state()
@@ -152,9 +152,9 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
 ) -> None:
     """Print the service's log: on a terminal as text, else as it is written."""
-    from glmd.logs import for_people
-    from glmd.service.find import find_manager
-    from glmd.service.manager import require_installed
+    from glmd.cli.daemon.detect import find_manager
+    from glmd.cli.daemon.manager import require_installed
+    from glmd.utils.logging import for_people
 
     manager = find_manager()
     require_installed(manager)
@@ -205,7 +205,7 @@ def describe(manager: Manager, state: State, server: Server | None) -> dict[str,
 
 def _lines(report: dict[str, Any]) -> str:
     """The report for people. Not a table: nothing is cut where the terminal is narrow."""
-    from glmd.service.health import describe_exit
+    from glmd.cli.daemon.health import describe_exit
 
     shown = dict(report)
     if report["uptime"] is not None:
@@ -222,7 +222,7 @@ def _lines(report: dict[str, Any]) -> str:
 def _wait(manager: Manager, seconds: float) -> None:
     if not seconds:
         return
-    from glmd.service.health import wait_until_ready
+    from glmd.cli.daemon.health import wait_until_ready
 
     with Console(stderr=True).status("Starting") as line:
 

@@ -26,7 +26,8 @@ class EngineConfig:
         memory_budget: bytes for weights, KV and transients together; None: from the device.
         max_slowdown: how much longer a step may take for the prefill rows in it, as a multiple
             of a step without any, while others are decoding; longer beside few streams where
-            many short prompts are in prefill (`glmd.engine.pace.FIRST_TOKENS_WORTH`).
+            many short prompts are in prefill
+            (`glmd.engine.scheduler.prefill_budget.FIRST_TOKENS_WORTH`).
         dtype: of activations and KV. "auto" is bfloat16 on a GPU and float32 on a CPU, where
             quantised products in bfloat16 take eight times as long.
         mtp: draft tokens per step from the checkpoint's MTP layer: "auto" lets a gate choose

@@ -16,21 +16,17 @@ from llguidance import LLMatcher
 
 from glmd.checkpoint.config import load_config
 from glmd.engine import memory
-from glmd.engine.check import check_request
 from glmd.engine.config import EngineConfig
-from glmd.engine.constraint import Constraints
-from glmd.engine.flight import Flight
-from glmd.engine.gate import DraftGate
-from glmd.engine.launch import Launcher
-from glmd.engine.relief import Relief, is_out_of_memory
-from glmd.engine.scheduler import Plan, Scheduler
+from glmd.engine.model_runner import Launcher
+from glmd.engine.oom_recovery import Relief, is_out_of_memory
+from glmd.engine.scheduler.scheduler import Plan, Scheduler
 from glmd.engine.sequence import Sequence
+from glmd.engine.spec_decode.controller import DraftGate
+from glmd.engine.step import Flight
+from glmd.engine.structured_output import Constraints
+from glmd.engine.validation import check_request
 from glmd.errors import GlmdError, InvalidRequest
-from glmd.footprint import footprint
-from glmd.kv.segment import Segment
-from glmd.kv.tails import TailPool
-from glmd.kv.tree import PrefixTree
-from glmd.messages import (
+from glmd.ipc import (
     FinishReason,
     Generate,
     ModelInfo,
@@ -39,10 +35,14 @@ from glmd.messages import (
     TokenLogprobs,
     unpack_tokens,
 )
-from glmd.model.glm import GlmModel
-from glmd.model.loading import load_model
+from glmd.kv_cache.prefix_tree import PrefixTree
+from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.glm4_moe_lite import GlmModel
+from glmd.model.loader import load_model
 from glmd.model.mla import chunk_form
-from glmd.model.sampling import RowSampling, noise_key
+from glmd.model.sampler import RowSampling, noise_key
+from glmd.utils.memory import footprint
 
 log = logging.getLogger(__name__)
 

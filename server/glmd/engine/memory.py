@@ -11,11 +11,11 @@ import psutil
 
 from glmd.checkpoint.config import ModelConfig
 from glmd.engine.config import EngineConfig
-from glmd.engine.pace import SMALLEST_CHUNK
+from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK
 from glmd.errors import CheckpointError
-from glmd.kv.tails import TAIL_TOKENS
-from glmd.kv.tree import MAX_SEGMENT
-from glmd.model.loading import choose_dtype, has_mtp_layer, weight_bytes
+from glmd.kv_cache.prefix_tree import MAX_SEGMENT
+from glmd.kv_cache.tail_pool import TAIL_TOKENS
+from glmd.model.loader import choose_dtype, has_mtp_layer, weight_bytes
 from glmd.model.mla import EXPANDED_BYTES, SCORE_BYTES
 
 CPU_SHARE = 0.6

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.constraint import Constraint
-from glmd.kv.segment import Segment
-from glmd.kv.tree import Keys, Lease
-from glmd.messages import Generate, Match, TokenArray, unpack_tokens
-from glmd.model.sampling import History, RowSampling
+from glmd.engine.structured_output import Constraint
+from glmd.ipc import Generate, Match, TokenArray, unpack_tokens
+from glmd.kv_cache.prefix_tree import Keys, Lease
+from glmd.kv_cache.segment import Segment
+from glmd.model.sampler import History, RowSampling
 
 NO_SLOT = -1
 

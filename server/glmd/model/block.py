@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, group_expert_select
 
-from glmd.kv.tails import TailPool
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import RowBatch
 from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project
-from glmd.model.rows import RowBatch
 
 COMPILED_ROWS = 32
 """Rows up to which a layer runs compiled. MLX keeps what it recorded for each number of them as

@@ -25,8 +25,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from glmd.kv.tails import TailPool
-from glmd.model.rows import DecodeGroup, Gathered, Level, RowBatch, Span
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import DecodeGroup, Gathered, Level, RowBatch, Span
 
 SCORE_BYTES = 256 << 20
 """Bytes that the attention scores of one chunk may take in one layer: chunks shrink, and the

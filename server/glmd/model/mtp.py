@@ -14,11 +14,11 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import RMSNorm
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
-from glmd.kv.tails import TailPool
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import RowBatch
 from glmd.model.block import DecoderBlock, compiled
-from glmd.model.glm import GlmModel, follow_transformers
+from glmd.model.glm4_moe_lite import GlmModel, follow_transformers
 from glmd.model.mla import cache_vectors
-from glmd.model.rows import RowBatch
 
 
 class SharedHead(Module):

@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from glmd.api.anthropic.schemas import MESSAGES_SCHEMA, SYSTEM_SCHEMA, TOOLS_SCHEMA
 from glmd.api.defaults import Defaults
-from glmd.api.openai.conversation import Effort
+from glmd.api.openai.input import Effort
 from glmd.api.openai.parameters import MAX_STOPS
 from glmd.api.sampling import NO_OP, SamplingFields
-from glmd.chat.grammar import Structure, make_structure, read_response_format
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
+from glmd.structured_output import Structure, make_structure, read_response_format
 
 REFUSED = {
     "output_format": "The format is called output_config.format here.",

@@ -1,6 +1,6 @@
 """What messages and tools look like, for the OpenAPI document.
 
-The types are not pydantic models, because `glmd.api.anthropic.conversation` reads them more
+The types are not pydantic models, because `glmd.api.anthropic.input` reads them more
 leniently than a model would, and names the field that is wrong more clearly.
 """
 

@@ -6,15 +6,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from glmd.api.context import GivenTerms, Terms, preparing
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
-from glmd.api.openai.chat_answer import ChatRenderer
 from glmd.api.openai.chat_request import ChatCompletionRequest
-from glmd.api.openai.responses import ChatCompletion, Header
-from glmd.api.service import Service, get_service
+from glmd.api.openai.chat_stream import ChatRenderer
+from glmd.api.openai.protocol import ChatCompletion, Header
+from glmd.api.serving import start_turn
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms, preparing
-from glmd.api.turn import start_turn
+from glmd.api.state import Service, get_service
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 

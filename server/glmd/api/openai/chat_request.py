@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glmd.api.openai.conversation import ConversationFields
+from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import Limit, Parameters
 from glmd.api.sampling import INT64, NO_OP
-from glmd.chat.grammar import Structure, make_structure, only_format, read_response_format
 from glmd.chat.tools import Tool, read_tools
 from glmd.errors import InvalidRequest
+from glmd.structured_output import Structure, make_structure, only_format, read_response_format
 
 
 class NamedFunction(BaseModel):

@@ -8,19 +8,19 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
+from glmd.api.context import GivenTerms, Terms, preparing
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
-from glmd.api.openai.completion_answer import CompletionRenderer
 from glmd.api.openai.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
-from glmd.api.openai.responses import Completion, Header
-from glmd.api.service import Service, get_service
+from glmd.api.openai.completion_stream import CompletionRenderer
+from glmd.api.openai.protocol import Completion, Header
 from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.terms import GivenTerms, Terms, preparing
-from glmd.chat.answer import TextAnswer
-from glmd.chat.grammar import Structure
+from glmd.api.state import Service, get_service
+from glmd.chat.output_processor import TextAnswer
 from glmd.chat.tokenizer import Tokenizer
 from glmd.errors import InvalidRequest
-from glmd.messages import Generate, TokenArray, pack_tokens
+from glmd.ipc import Generate, TokenArray, pack_tokens
+from glmd.structured_output import Structure
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from glmd.api.openai.responses import TokenLogprob, TopLogprob
+from glmd.api.openai.protocol import TokenLogprob, TopLogprob
 from glmd.chat.events import TokenInfo
 from glmd.chat.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from glmd.api.sampling import INT64, NO_OP, SamplingFields, ignored_header
-from glmd.chat.grammar import GUIDED, AnswerFormat, read_guided
+from glmd.chat.request_limits import MAX_STOP_LENGTH, MAX_STOP_TOKENS
 from glmd.errors import InvalidRequest
-from glmd.limits import MAX_STOP_LENGTH, MAX_STOP_TOKENS
+from glmd.structured_output import GUIDED, AnswerFormat, read_guided
 
 MAX_STOPS = 16
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from glmd.api.openai.conversation import Effort
+from glmd.api.openai.input import Effort
 from glmd.api.responses.schemas import INPUT_SCHEMA, TOOLS_SCHEMA
 from glmd.api.responses.tools import full_name
 from glmd.api.sampling import NO_OP, SamplingFields
-from glmd.chat.grammar import Structure, make_structure, read_response_format
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
+from glmd.structured_output import Structure, make_structure, read_response_format
 
 REFUSED = {
     "conversation": "Conversations are not kept here; send previous_response_id.",

@@ -1,6 +1,6 @@
 """What input items and tools look like, for the OpenAPI document.
 
-The types are not pydantic models, because `glmd.api.responses.items` reads them more leniently
+The types are not pydantic models, because `glmd.api.responses.input` reads them more leniently
 than a model would, and names the field that is wrong more clearly.
 """
 

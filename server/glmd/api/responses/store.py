@@ -10,10 +10,10 @@ from typing import Any
 
 from fastapi import Request
 
-from glmd.api.responses.items import Item
-from glmd.api.responses.objects import ResponseObject
-from glmd.chat.lru import LRU
+from glmd.api.responses.input import Item
+from glmd.api.responses.protocol import ResponseObject
 from glmd.errors import InvalidRequest
+from glmd.utils.lru import LRU
 
 
 @dataclass(frozen=True, slots=True)

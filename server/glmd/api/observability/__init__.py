@@ -1,0 +1,1 @@
+"""Request statistics, the access log and tracing."""

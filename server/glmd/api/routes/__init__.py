@@ -1,0 +1,1 @@
+"""Routes that belong to neither API: health, models, tokenize, status, metrics."""

@@ -1,0 +1,73 @@
+"""A conversation's next turn, on its way: what every chat API has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from glmd.api.context import Terms
+from glmd.api.generation import Generation
+from glmd.api.state import Service
+from glmd.chat.output_processor import Answer
+from glmd.chat.prompt import Prompt
+from glmd.chat.tools import Tool
+from glmd.ipc import Generate, SamplingParams, pack_tokens
+
+
+def start_turn(
+    service: Service,
+    prompt: Prompt,
+    terms: Terms,
+    *,
+    id: str,
+    sampling: SamplingParams,
+    param: str,
+    tools: Sequence[Tool] = (),
+    stop: Sequence[str] = (),
+    reasoning_limit: int | None = None,
+    single_call: bool = False,
+    report_tokens: bool = False,
+    report_progress: bool = False,
+    **options: Any,
+) -> Generation:
+    """The request to the engine, which begins when its events are read.
+
+    Args:
+        id: of the request.
+        param: what holds the messages, in the client's spelling.
+        tools: what the answer may call.
+        stop: strings that end the answer.
+        reasoning_limit: tokens after which the reasoning is closed, if the prompt opens one.
+        single_call: end the answer after its first tool call.
+        report_tokens, report_progress: as of `Generation`.
+        options: further fields of `Generate`.
+
+    Raises:
+        InvalidRequest: the prompt is too long.
+    """
+    service.check_length(len(prompt.tokens), param=param)
+    answers = [
+        Answer(service.tokenizer, prompt, tools=tools, stop=stop, single_call=single_call)
+        for _ in range(options.get("n", 1))
+    ]
+    request = Generate(
+        id=id,
+        prompt=pack_tokens(prompt.tokens),
+        sampling=sampling,
+        client=terms.client,
+        thinking_budget=reasoning_limit if prompt.in_reasoning else None,
+        thinking_close=(service.tokenizer.tags.end_think,),
+        prompt_progress=True,
+        **options,
+    )
+    return Generation(
+        service.engine,
+        request,
+        answers,
+        deadlines=terms.deadlines,
+        requests=service.requests,
+        record=service.requests.record(terms.exchange, request),
+        report_progress=report_progress,
+        report_tokens=report_tokens,
+        on_finished=lambda index: service.remember(prompt, answers[index]),
+    )

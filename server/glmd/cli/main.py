@@ -1,0 +1,58 @@
+"""The `glmd` command. Each subcommand is a module here, and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from glmd import __version__
+from glmd.cli.bench import app as bench_app
+from glmd.cli.chat.command import chat
+from glmd.cli.config import app as config_app
+from glmd.cli.convert import convert
+from glmd.cli.doctor import doctor
+from glmd.cli.inspect import inspect
+from glmd.cli.keys import app as key_app
+from glmd.cli.serve import serve
+from glmd.cli.service import app as service_app
+from glmd.errors import GlmdError
+
+app = typer.Typer(
+    name="glmd",
+    help="Serve GLM-4.7-Flash on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (serve, chat, convert, inspect, doctor):
+    app.command()(command)
+app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
+app.add_typer(key_app, name="key")
+app.add_typer(service_app, name="service")
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"glmd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Serve GLM-4.7-Flash on this machine."""
+
+
+def main() -> None:
+    """The entry point: an error of ours is one line on stderr and exit code 1."""
+    try:
+        app()
+    except GlmdError as error:
+        sys.exit(f"glmd: {error.message}")

@@ -1,0 +1,615 @@
+"""`/v1/chat/completions` as bytes on the wire: streams, whole answers, parameters, refusals."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import sse
+from live import LiveServer, live_server
+
+from glmd.api.openai.chat_request import ChatCompletionRequest
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def ask(http: httpx.Client, script: str, **parameters: Any) -> dict[str, Any]:
+    """The whole answer to a request whose answer is `script`."""
+    body = {"messages": [user(f"⟦{script}⟧")], **parameters}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def ask_streaming(http: httpx.Client, script: str, **parameters: Any) -> sse.Events:
+    body = {"messages": [user(f"⟦{script}⟧")], "stream": True, **parameters}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return sse.read(response.read())
+
+
+def refusal(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    """The error of a request that must be refused with 400."""
+    response = http.post("/v1/chat/completions", json={"messages": [user("Hi")]} | body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def request_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """What reached the engine, from an answer to `</think>{request}`."""
+    request: dict[str, Any] = json.loads(answer["choices"][0]["message"]["content"])
+    return request
+
+
+def text_of(events: sse.Events, field: str = "content", index: int = 0) -> str:
+    return "".join(
+        choice["delta"].get(field) or ""
+        for chunk in events.chunks
+        for choice in chunk.get("choices", ())
+        if choice["index"] == index
+    )
+
+
+# -- answers ------------------------------------------------------------------------------
+
+
+def test_a_whole_answer_keeps_reasoning_apart_and_counts_its_tokens(http: httpx.Client) -> None:
+    answer = ask(http, "Let me see.</think>It is 4.", model="tiny")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "It is 4.",
+        "refusal": None,
+        "reasoning_content": "Let me see.",
+    }
+    assert choice["finish_reason"] == "stop"
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "test/tiny"
+    assert answer["id"].startswith("chatcmpl-")
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    details = usage["completion_tokens_details"]
+    assert 0 < details["reasoning_tokens"] < usage["completion_tokens"]
+    drafted = details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"]
+    assert drafted == usage["completion_tokens"]
+
+
+def test_a_stream_is_role_deltas_finish_done(http: httpx.Client) -> None:
+    events = ask_streaming(http, "Hm.</think>Yes: ä€😀.")
+    assert events.done
+    assert [chunk["choices"][0]["delta"] for chunk in events.chunks[:1]] == [
+        {"role": "assistant", "content": ""}
+    ]
+    assert text_of(events, "reasoning_content") == "Hm."
+    assert text_of(events) == "Yes: ä€😀."
+    finishes = [chunk["choices"][0]["finish_reason"] for chunk in events.chunks]
+    assert finishes == [None] * (len(finishes) - 1) + ["stop"]
+    assert events.chunks[-1]["choices"][0]["delta"] == {}
+    assert len({(chunk["id"], chunk["created"]) for chunk in events.chunks}) == 1
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in events.chunks)
+    assert not any("usage" in chunk for chunk in events.chunks)
+
+
+def test_the_usage_chunk_comes_last_with_no_choices_and_the_others_say_null(
+    http: httpx.Client,
+) -> None:
+    script = "Hm.</think>Yes."
+    events = ask_streaming(http, script, stream_options={"include_usage": True})
+    *others, last = events.chunks
+    assert [chunk["usage"] for chunk in others] == [None] * len(others)
+    assert last["choices"] == []
+    whole = ask(http, script)["usage"]
+    for usage in (whole, last["usage"]):
+        del usage["prompt_tokens_details"]  # The second request finds the first one's prefix.
+    assert last["usage"] == whole
+
+
+CALLS = (
+    "I look.</think>One moment.<tool_call>get_weather<arg_key>city</arg_key>"
+    "<arg_value> São\n Paulo </arg_value></tool_call>"
+    "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
+)
+
+
+def test_a_whole_answer_is_the_fold_of_its_stream(http: httpx.Client) -> None:
+    whole = ask(http, CALLS, tools=[TOOL])["choices"][0]
+    events = ask_streaming(http, CALLS, tools=[TOOL])
+    message = whole["message"]
+    assert text_of(events, "reasoning_content") == message["reasoning_content"] == "I look."
+    assert text_of(events) == message["content"] == "One moment."
+    calls: dict[int, dict[str, str]] = {}
+    for chunk in events.chunks:
+        for delta in chunk["choices"][0]["delta"].get("tool_calls", ()):
+            function = delta["function"]
+            if "id" in delta:
+                assert delta["type"] == "function"
+                calls[delta["index"]] = {"name": function["name"], "arguments": ""}
+            calls[delta["index"]]["arguments"] += function["arguments"]
+    assert [calls[index] for index in range(2)] == [
+        call["function"] for call in message["tool_calls"]
+    ]
+    assert json.loads(calls[0]["arguments"]) == {"city": " São\n Paulo "}
+    assert events.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert whole["finish_reason"] == "tool_calls"
+
+
+def test_content_beside_nothing_but_calls_is_null(http: httpx.Client) -> None:
+    message = ask(http, "</think><tool_call>get_weather</tool_call>", tools=[TOOL])["choices"][0][
+        "message"
+    ]
+    assert message["content"] is None
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": "{}"}
+    assert "reasoning_content" not in message
+
+
+def test_without_parallel_calls_the_answer_ends_after_the_first(
+    scripted: LiveServer, http: httpx.Client
+) -> None:
+    choice = ask(http, CALLS + "{wait}", tools=[TOOL], parallel_tool_calls=False)["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["finish_reason"] == "tool_calls"
+    scripted.wait_until_idle()
+
+
+def test_an_answer_cut_in_its_reasoning_has_no_content(http: httpx.Client) -> None:
+    choice = ask(http, "Let me see, let me see.", max_tokens=4)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] == ""
+    assert "Let me see, let me see.".startswith(choice["message"]["reasoning_content"])
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_row(
+    scripted: LiveServer, http: httpx.Client
+) -> None:
+    choice = ask(http, "</think>one, two, three{wait}", stop=[", th", "zzz"])["choices"][0]
+    assert choice["message"]["content"] == "one, two"
+    assert choice["finish_reason"] == "stop"
+    scripted.wait_until_idle()
+
+
+def test_n_answers_are_n_choices(http: httpx.Client) -> None:
+    answer = ask(http, "</think>Yes.", n=3)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in answer["choices"]} == {"Yes."}
+    events = ask_streaming(http, "</think>Yes.", n=3)
+    assert [text_of(events, index=index) for index in range(3)] == ["Yes."] * 3
+    assert answer["usage"]["completion_tokens"] % 3 == 0
+
+
+def test_logprobs_have_openais_shape_and_cover_every_token_of_the_content(
+    http: httpx.Client,
+) -> None:
+    choice = ask(http, "Hm.</think>Yes: ä€", logprobs=True, top_logprobs=2)["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode() == "Yes: ä€"
+    for token in tokens:
+        assert list(token) == ["token", "bytes", "logprob", "top_logprobs"] or set(token) == {
+            "token",
+            "bytes",
+            "logprob",
+            "top_logprobs",
+        }
+        assert len(token["top_logprobs"]) == 2
+        assert set(token["top_logprobs"][0]) == {"token", "bytes", "logprob"}
+    assert choice["logprobs"]["refusal"] is None
+    assert choice["logprobs"]["reasoning_content"]
+    events = ask_streaming(http, "Hm.</think>Yes: ä€", logprobs=True, top_logprobs=2)
+    streamed = [
+        token
+        for chunk in events.chunks
+        for token in (chunk["choices"][0]["logprobs"] or {}).get("content") or ()
+    ]
+    assert streamed == tokens
+
+
+def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:
+    script = "Hm.</think>Yes."
+    answer = ask(http, script, return_token_ids=True)
+    prompt = http.post("/apply-template", json={"messages": [user(f"⟦{script}⟧")]}).json()
+    assert answer["prompt_token_ids"] == prompt["tokens"]
+    ids = answer["choices"][0]["token_ids"]
+    assert len(ids) == answer["usage"]["completion_tokens"]
+    text = http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == script + "<|user|>"
+    first, *chunks = ask_streaming(http, script, return_token_ids=True).chunks
+    assert first["prompt_token_ids"] == prompt["tokens"]
+    streamed = [id for chunk in chunks for id in chunk["choices"][0].get("token_ids", ())]
+    assert streamed == ids
+
+
+def test_progress_is_streamed_if_asked_for(http: httpx.Client) -> None:
+    events = ask_streaming(http, "</think>Yes.", return_progress=True)
+    progress = [chunk["prompt_progress"] for chunk in events.chunks if "prompt_progress" in chunk]
+    assert progress[-1]["processed"] == progress[-1]["total"]
+
+
+# -- parameters ---------------------------------------------------------------------------
+
+
+def test_every_sampling_parameter_reaches_the_engine(http: httpx.Client) -> None:
+    sampling = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "seed": 42,
+    }
+    limits = {
+        "max_tokens": 900,
+        "min_tokens": 3,
+        "stop_token_ids": [5],
+        "priority": 2,
+        "cache_salt": "s",
+    }
+    answer = ask(http, "</think>{request}", logit_bias={"17": -100}, **sampling, **limits)
+    request = request_of(answer)
+    assert request["sampling"] == sampling | {"logit_bias": {"17": -100.0}}
+    assert {name: request[name] for name in limits} == limits
+
+
+def test_unsaid_and_null_parameters_are_the_checkpoints(http: httpx.Client) -> None:
+    nulls = dict.fromkeys(set(ChatCompletionRequest.model_fields) - {"messages"})
+    expected = {"temperature": 0.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+    assert request_of(ask(http, "</think>{request}"))["sampling"] == expected
+    assert request_of(ask(http, "</think>{request}", **nulls))["sampling"] == expected
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_no_limit_may_be_written_as_minus_one(http: httpx.Client, name: str) -> None:
+    assert request_of(ask(http, "</think>{request}", **{name: -1}))["max_tokens"] is None
+
+
+def test_settings_change_the_defaults_and_requests_still_win() -> None:
+    with live_server(temperature=0.9, max_tokens=500) as live, live.client() as http:
+        request = request_of(ask(http, "</think>{request}", top_k=-1))
+        assert request["sampling"]["temperature"] == 0.9
+        assert "top_k" not in request["sampling"]  # 0, which is off, is the message's default.
+        assert request["max_tokens"] == 500
+        request = request_of(ask(http, "</think>{request}", temperature=0, max_tokens=400))
+        assert request["sampling"]["temperature"] == 0
+        assert request["max_tokens"] == 400
+
+
+@pytest.mark.parametrize(
+    ("parameters", "thinks"),
+    [
+        ({}, True),
+        ({"enable_thinking": False}, False),
+        ({"enable_thinking": None, "thinking": None}, True),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, True),
+        ({"thinking": {"type": "disabled"}}, False),
+        ({"thinking": {"type": "enabled"}, "enable_thinking": True}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "high"}, True),
+    ],
+)
+def test_thinking_is_switched_in_every_spelling(
+    http: httpx.Client, parameters: dict[str, Any], thinks: bool
+) -> None:
+    body = {"messages": [user("Hi")], **parameters}
+    prompt = http.post("/apply-template", json=body).json()["prompt"]
+    assert prompt.endswith("<|assistant|><think>" if thinks else "<|assistant|></think>")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"clear_thinking": True},
+        {"thinking": {"clear_thinking": True}},
+        {"chat_template_kwargs": {"clear_thinking": True}},
+    ],
+)
+def test_earlier_reasoning_stays_unless_it_is_to_be_cleared(
+    http: httpx.Client, parameters: dict[str, Any]
+) -> None:
+    messages = [
+        user("Hi"),
+        {"role": "assistant", "content": "Hello.", "reasoning_content": "A greeting."},
+        user("Bye"),
+    ]
+    kept = http.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    cleared = http.post("/apply-template", json={"messages": messages} | parameters)
+    assert "A greeting." in kept
+    assert "A greeting." not in cleared.json()["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "budget"),
+    [
+        ({}, None),
+        ({"thinking_budget": 7}, 7),
+        ({"thinking": {"type": "enabled", "budget_tokens": 8}}, 8),
+        ({"reasoning_effort": "minimal"}, 512),
+        ({"reasoning_effort": "low"}, 1024),
+        ({"reasoning_effort": "medium"}, 8192),
+        ({"reasoning_effort": "high"}, 24576),
+        ({"reasoning_effort": "low", "thinking_budget": 9}, 9),
+        ({"reasoning_effort": "max"}, None),
+        ({"enable_thinking": False, "reasoning_effort": "low"}, None),
+    ],
+)
+def test_the_reasoning_has_a_budget_if_one_is_given(
+    http: httpx.Client, parameters: dict[str, Any], budget: int | None
+) -> None:
+    close = "" if parameters.get("enable_thinking") is False else "</think>"
+    request = request_of(ask(http, close + "{request}", **parameters))
+    assert request["thinking_budget"] == budget
+
+
+def test_thinking_by_default_is_a_setting() -> None:
+    budgets = {"low": 2048, "max": 9}
+    with live_server(enable_thinking=False, effort_budgets=budgets) as live, live.client() as http:
+        for effort, budget in (("low", 2048), ("medium", 8192), ("max", 9), ("xhigh", None)):
+            request = request_of(ask(http, "</think>{request}", reasoning_effort=effort))
+            assert request["thinking_budget"] == budget
+        body = {"messages": [user("Hi")]}
+        assert http.post("/apply-template", json=body).json()["prompt"].endswith("</think>")
+        body = body | {"enable_thinking": True}
+        assert http.post("/apply-template", json=body).json()["prompt"].endswith("<think>")
+
+
+def test_unknown_parameters_are_named_in_a_header(http: httpx.Client) -> None:
+    body = {
+        "messages": [user("⟦</think>Yes.⟧")],
+        "tempratur": 1,
+        "né\r\nx": 2,
+        "": 3,
+        "unset": None,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "flex",
+    }
+    for stream in (False, True):
+        response = http.post("/v1/chat/completions", json=body | {"stream": stream})
+        assert response.headers["x-glmd-ignored-parameters"] == 'tempratur, n%C3%A9%0D%0Ax, ""'
+    assert (
+        "x-glmd-ignored-parameters"
+        not in http.post(
+            "/v1/chat/completions", json={"messages": [user("⟦</think>Yes.⟧")], "user": "me"}
+        ).headers
+    )
+
+
+def test_what_is_sent_to_leave_it_off_is_off(http: httpx.Client) -> None:
+    """As front ends do that send every parameter they know."""
+    off = {
+        "use_beam_search": False,
+        "logits_processors": [],
+        "grammar": "",
+        "functions": [],
+        "prompt_logprobs": False,
+        "logit_bias": [],
+        "stop": [],
+        "tools": [],
+        "stream_options": {},
+        "chat_template_kwargs": {},
+    }
+    response = http.post("/v1/chat/completions", json={"messages": [user("⟦</think>Yes.⟧")]} | off)
+    assert response.status_code == 200, response.text
+    assert "x-glmd-ignored-parameters" not in response.headers
+
+
+# -- refusals -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": ["Hi"]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [user("Hi"), {"role": "user", "content": 7}]}, "messages[1].content"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 1e999}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": "2"}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"logit_bias": {"17": 101}}, "logit_bias.17"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": "all"}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+            "tool_choice",
+        ),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"guided_json": 3}, "guided_json"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"reasoning_effort": "heroic"}, "reasoning_effort"),
+        ({"enable_thinking": "true"}, "enable_thinking"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking"),
+        ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking.type"),
+        ({"enable_thinking": True, "reasoning_effort": "none"}, "reasoning_effort"),
+        (
+            {"clear_thinking": True, "chat_template_kwargs": {"clear_thinking": False}},
+            "chat_template_kwargs.clear_thinking",
+        ),
+        ({"thinking": {"type": "auto"}}, "thinking.type"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"thinking_budget": 5, "thinking": {"budget_tokens": 6}}, "thinking.budget_tokens"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+)
+def test_what_cannot_be_honoured_is_400_and_names_the_field(
+    http: httpx.Client, body: dict[str, Any], param: str
+) -> None:
+    text = json.dumps({"messages": [user("Hi")]} | body).replace("Infinity", "1e999")
+    response = http.post(
+        "/v1/chat/completions", content=text, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param.rpartition(".")[2].rpartition("[")[0] in error["message"]
+
+
+def test_numbers_that_are_none_do_not_reach_the_prompt(http: httpx.Client) -> None:
+    function = {"name": "f", "parameters": {"properties": {"x": {"maximum": 1e999}}}}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1e999}'}}
+    for body, param in (
+        ({"tools": [{"type": "function", "function": function}]}, "messages"),
+        (
+            {"messages": [user("Hi"), {"role": "assistant", "tool_calls": [call]}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+    ):
+        text = json.dumps({"messages": [user("Hi")]} | body).replace("Infinity", "1e999")
+        response = http.post(
+            "/v1/chat/completions", content=text, headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == param
+
+
+def test_an_unknown_model_is_404(http: httpx.Client) -> None:
+    response = http.post("/v1/chat/completions", json={"model": "gpt-5", "messages": [user("Hi")]})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_prompt_over_the_context_is_400_with_both_numbers(http: httpx.Client) -> None:
+    error = refusal(http, messages=[user("1 " * 5000)])
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "messages"
+    assert "4096" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engines_refusals_keep_their_status(http: httpx.Client, stream: bool) -> None:
+    body = {"messages": [user("⟦{refuse}⟧")], "stream": stream}
+    assert http.post("/v1/chat/completions", json=body).status_code == 400
+    body = {"messages": [user("⟦{busy}⟧")], "stream": stream}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "overloaded_error"
+    assert response.headers["retry-after"] == "1"
+
+
+# -- the client's and the engine's absence --------------------------------------------------
+
+
+def test_comments_keep_a_silent_stream_open(http: httpx.Client) -> None:
+    body = {"messages": [user("⟦</think>Wait…{wait}⟧")], "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        received = b""
+        for piece in response.iter_raw():
+            received += piece
+            if received.count(b": keep-alive\n\n") == 2:
+                break
+    events = sse.read(received)
+    assert text_of(events) == "Wait…"
+
+
+@pytest.mark.parametrize("script", ["{wait}", "Hm{wait}", "</think>Yes{wait}"])
+def test_a_client_that_leaves_a_stream_frees_its_row(
+    scripted: LiveServer, http: httpx.Client, script: str
+) -> None:
+    scripted.wait_until_idle()
+    body = {"messages": [user(f"⟦{script}⟧")], "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        pieces = response.iter_raw()
+        next(pieces)
+        assert scripted.service.engine.in_flight == 1
+    scripted.wait_until_idle()
+
+
+def test_a_client_that_leaves_a_whole_answer_frees_its_row(
+    scripted: LiveServer, http: httpx.Client
+) -> None:
+    body = {"messages": [user("⟦Hm{wait}⟧")]}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/chat/completions", json=body, timeout=0.5)
+    scripted.wait_until_idle()
+
+
+def test_an_engine_that_fails_mid_stream_is_an_error_event_and_the_next_request_works() -> None:
+    with live_server() as live, live.client() as http, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ask_streaming, http, "</think>I wait{wait}")
+        whole = pool.submit(
+            http.post, "/v1/chat/completions", json={"messages": [user("⟦Hm{wait}⟧")]}
+        )
+        while live.service.engine.in_flight < 2:
+            time.sleep(0.01)
+        failed = ask_streaming(http, "</think>So far{raise}")
+        for events, text in ((failed, "So far"), (waiting.result(), "I wait")):
+            *chunks, last = events.chunks
+            assert not events.done
+            assert last["error"]["type"] == "server_error"
+            assert last["error"]["code"] == "engine_unavailable"
+            assert text.startswith(text_of(sse.Events(chunks)))
+        assert text_of(failed) == "So far"
+        assert whole.result().status_code == 503
+        live.wait_for("ready")
+        answer = ask(http, "</think>Back.")
+        assert answer["choices"][0]["message"]["content"] == "Back."
+        assert http.get("/health").json()["restarts"] == 1
+
+
+def test_at_shutdown_streams_get_the_drain_timeout_and_then_an_error_event() -> None:
+    with ThreadPoolExecutor() as pool, httpx.Client(timeout=30) as http:
+        with live_server(drain_timeout=0.3) as live:
+            http.base_url = live.url
+            stream = pool.submit(ask_streaming, http, "</think>On and on{wait}")
+            while not live.service.engine.in_flight:
+                time.sleep(0.01)
+        events = stream.result()
+    assert events.chunks[-1]["error"]["message"] == "The server is shutting down."

@@ -1,0 +1,239 @@
+"""The API over the real engine, on a tiny checkpoint of random weights.
+
+What it says is noise; that it says the same when it must, counts right, frees its rows and comes
+back from the dead does not depend on that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import sse
+from live import LiveServer, live_server
+
+from glmd.ipc import Stats
+
+MESSAGES = [{"role": "user", "content": "What is a random weight?"}]
+
+
+@pytest.fixture(scope="module")
+def real(random_checkpoint: Path) -> Iterator[LiveServer]:
+    with live_server(folder=random_checkpoint, engine="glmd.engine.core") as live:
+        yield live
+
+
+@pytest.fixture
+def http(real: LiveServer) -> Iterator[httpx.Client]:
+    with real.client() as client:
+        yield client
+
+
+def ask(http: httpx.Client, **parameters: Any) -> dict[str, Any]:
+    body = {"messages": MESSAGES, "max_tokens": 20, "ignore_eos": True, **parameters}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(http: httpx.Client) -> None:
+    alone = ask(http, seed=7, temperature=1.0)["choices"][0]["message"]
+    with ThreadPoolExecutor(8) as pool:
+        seeds = [7, 1, 2, 7, 3, 4, 5, 7]
+        crowd = list(pool.map(lambda seed: ask(http, seed=seed, temperature=1.0), seeds))
+    answers = [answer["choices"][0]["message"] for answer in crowd]
+    assert [answers[index] for index in (0, 3, 7)] == [alone] * 3
+    assert len({json.dumps(answer) for answer in answers}) == 6
+
+
+def test_a_stream_says_what_the_whole_answer_says(http: httpx.Client) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        *chunks, last = sse.read(response.read()).chunks
+    whole = ask(http, max_tokens=30, temperature=0, ignore_eos=False)
+    for field in ("content", "reasoning_content"):
+        streamed = "".join(chunk["choices"][0]["delta"].get(field) or "" for chunk in chunks)
+        assert streamed == (whole["choices"][0]["message"].get(field) or "")
+    for count in ("prompt_tokens", "completion_tokens"):
+        assert last["usage"][count] == whole["usage"][count]
+
+
+def test_a_prompt_sent_again_is_cached_but_for_its_last_token(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "Something not said before."}]
+    first, second = (ask(http, messages=messages)["usage"] for _ in range(2))
+    assert second["prompt_tokens_details"]["cached_tokens"] == second["prompt_tokens"] - 1
+    assert first["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens"] - 1
+
+
+def test_logprobs_are_sorted_and_cover_every_token(http: httpx.Client) -> None:
+    answer = ask(http, logprobs=True, top_logprobs=5, enable_thinking=False, temperature=0)
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    tokens += answer["choices"][0]["logprobs"].get("reasoning_content") or []
+    assert 0 < len(tokens) <= 20
+    for token in tokens:
+        tops = [top["logprob"] for top in token["top_logprobs"]]
+        assert tops == sorted(tops, reverse=True)
+        assert token["logprob"] == pytest.approx(tops[0], abs=1e-4)
+
+
+def test_the_reasoning_ends_at_its_budget(http: httpx.Client) -> None:
+    # Without a bias, noise might end the reasoning by itself, or begin another.
+    tags = http.post("/tokenize", json={"prompt": "</think><think>"}).json()["tokens"]
+    bias = {str(tag): -100 for tag in tags}
+    answer = ask(http, thinking_budget=5, max_tokens=12, logit_bias=bias)
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 6  # and </think>
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_a_client_that_leaves_frees_its_row(real: LiveServer, http: httpx.Client) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        pieces = response.iter_raw()
+        next(pieces)
+    real.wait_until_idle()
+
+
+def test_the_engine_killed_mid_stream_is_an_error_event_and_the_next_request_works(
+    real: LiveServer, http: httpx.Client
+) -> None:
+    before = ask(http, temperature=0)["choices"]
+    body = {"messages": MESSAGES, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        pieces = response.iter_raw()
+        received = next(pieces)
+        pid = real.service.engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        received += b"".join(pieces)
+    events = sse.read(received)
+    assert events.chunks[-1]["error"]["code"] == "engine_unavailable"
+    assert not events.done
+    real.wait_for("ready")
+    assert ask(http, temperature=0)["choices"] == before
+
+
+# -- the command ----------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`glmd serve` as users run it; its process, and the URL that it prints."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glmd", "serve", *arguments, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "http://" in line)
+        url = json.loads(line)["message"].split()[-1]
+        yield process, url.removesuffix("/v1")
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listens(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/livez")
+    except httpx.ConnectError:
+        return False
+    return True
+
+
+def engine_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The server's child that holds the model."""
+    deadline = time.monotonic() + 20
+    while True:
+        for child in psutil.Process(process.pid).children():
+            if "glmd.engine.main" in child.cmdline():
+                return child
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_ends_the_server_with_0_and_leaves_nothing(random_checkpoint: Path) -> None:
+    with serving(str(random_checkpoint)) as (process, url):
+        engine = engine_of(process)
+        assert httpx.get(f"{url}/livez").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        engine.wait(10)
+
+
+def test_the_server_killed_takes_its_loading_engine_with_it(random_checkpoint: Path) -> None:
+    with serving(str(random_checkpoint)) as (process, _):
+        engine = engine_of(process)
+        process.kill()
+        engine.wait(20)
+
+
+def test_a_second_sigterm_does_not_wait_for_streams(random_checkpoint: Path) -> None:
+    with serving(str(random_checkpoint)) as (process, url), httpx.Client(timeout=30) as http:
+        engine = engine_of(process)
+        wait_until_ready(url)
+        body = {"messages": MESSAGES, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            process.send_signal(signal.SIGTERM)
+            while listens(url):
+                time.sleep(0.02)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            engine.wait(20)
+
+
+def test_a_checkpoint_of_another_kind_ends_the_server_with_one_line(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in random_checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((random_checkpoint / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    run = subprocess.run(
+        [sys.executable, "-m", "glmd", "serve", str(folder), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("glmd: ")
+    assert "llama" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
+def test_stats_say_what_the_engine_did(real: LiveServer, http: httpx.Client) -> None:
+    ask(http)
+    real.wait_until_idle()
+    stats: Stats = real.service.engine.stats
+    assert stats.tokens_generated > 0
+    assert stats.prompt_tokens_computed > 0
+    assert stats.footprint_bytes > stats.weight_bytes

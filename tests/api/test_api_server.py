@@ -1,0 +1,255 @@
+"""The server around the routes: health, models, errors, keys, bodies, and the way it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from live import LiveServer, live_server
+
+from glmd.api.server import listen
+from glmd.errors import SettingsError
+
+
+def error_of(response: httpx.Response) -> dict[str, str | None]:
+    """The error object, whose shape must be OpenAI's."""
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert isinstance(body["error"]["message"], str)
+    assert isinstance(body["error"]["type"], str)
+    return body["error"]
+
+
+def test_livez_and_health_say_that_all_is_well(http: httpx.Client) -> None:
+    assert http.get("/livez").json() == {"status": "alive"}
+    health = http.get("/health")
+    assert health.status_code == 200
+    assert health.json() == {
+        "status": "ready",
+        "model": "test/tiny",
+        "loading": None,
+        "failure": None,
+        "restarts": health.json()["restarts"],
+    }
+
+
+def test_models_lists_the_one_with_its_context_and_names(http: httpx.Client) -> None:
+    (model,) = http.get("/v1/models").json()["data"]
+    assert model["id"] == "test/tiny"
+    assert model["object"] == "model"
+    assert model["owned_by"] == "test"
+    assert model["aliases"] == ["tiny", "default", "gpt-test"]
+    assert model["context_length"] == model["max_model_len"] == 4096
+
+
+@pytest.mark.parametrize("name", ["test/tiny", "tiny", "default", "gpt-test"])
+def test_a_model_answers_to_all_its_names(http: httpx.Client, name: str) -> None:
+    assert http.get(f"/v1/models/{name}").json()["id"] == "test/tiny"
+
+
+def test_an_unknown_model_is_404_in_openais_shape(http: httpx.Client) -> None:
+    response = http.get("/v1/models/gpt-5")
+    assert response.status_code == 404
+    error = error_of(response)
+    assert error["code"] == "model_not_found"
+    assert "'gpt-5'" in str(error["message"])
+
+
+def test_an_unknown_path_and_a_wrong_method_keep_the_shape(http: httpx.Client) -> None:
+    response = http.get("/v1/nothing")
+    assert response.status_code == 404
+    assert error_of(response)["message"] == "There is no /v1/nothing here."
+    response = http.get("/v1/chat/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert "GET" in str(error_of(response)["message"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"messages": NaN}',
+        b"[" * 1000,
+        b"\xff",
+        b'{"messages": "\\ud8"}',
+        b"[]",
+        b"1",
+    ],
+)
+def test_a_broken_body_is_400(http: httpx.Client, body: bytes) -> None:
+    response = http.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"cut \ud83d", "cut \ufffd"),
+        (r"\uDE00 cut", "\ufffd cut"),
+        (r"\ud83d\ud83d\ude00", "\ufffd😀"),
+        (r"\ud83dx\ude00", "\ufffdx\ufffd"),
+        (r"\\ud83d \\\ud83d", "\\ud83d \\\ufffd"),
+    ],
+)
+def test_half_of_a_surrogate_pair_does_not_end_a_conversation(
+    http: httpx.Client, sent: str, read: str
+) -> None:
+    """As agents send it, who cut what tools print without regard for pairs."""
+    body = f'{{"messages": [{{"role": "user", "content": "{sent}"}}]}}'
+    response = http.post(
+        "/apply-template", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 200, response.text
+    assert f"<|user|>{read}<|assistant|>" in response.json()["prompt"]
+
+
+def test_head_is_answered_wherever_get_is(http: httpx.Client) -> None:
+    for path in ("/livez", "/health", "/v1/models", "/v1/models/tiny", "/openapi.json"):
+        response = http.head(path)
+        assert response.status_code == 200
+        assert response.content == b""
+    assert http.head("/v1/models/nobody").status_code == 404
+    assert http.head("/v1/messages").status_code == 405
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"],
+)
+def test_another_content_type_is_415(http: httpx.Client, content_type: str) -> None:
+    response = http.post(
+        "/v1/chat/completions", content=b"{}", headers={"content-type": content_type}
+    )
+    assert response.status_code == 415
+    assert "application/json" in str(error_of(response)["message"])
+
+
+def test_every_response_has_a_request_id_and_takes_over_the_clients(http: httpx.Client) -> None:
+    assert len(http.get("/livez").headers["x-request-id"]) == 32
+    mine = http.get("/livez", headers={"x-request-id": "abc-1"})
+    assert mine.headers["x-request-id"] == "abc-1"
+    forged = http.get("/livez", headers={"x-request-id": "a b\tc"})
+    assert forged.headers["x-request-id"] != "a b\tc"
+
+
+def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length() -> None:
+    with live_server(max_body="2KiB") as live, live.client() as http:
+        headers = {"content-type": "application/json"}
+        for content in (b" " * 3000, iter([b" " * 1500] * 2)):
+            response = http.post("/v1/chat/completions", content=content, headers=headers)
+            assert response.status_code == 413
+            assert "2048 bytes" in str(error_of(response)["message"])
+
+
+def test_with_a_key_everything_but_health_wants_it() -> None:
+    with live_server(api_key="s3cret-ß") as live, live.client() as http:
+        assert http.get("/livez").status_code == 200
+        assert http.get("/health").status_code == 200
+        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"}):
+            response = http.get("/v1/models", headers=header)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert error_of(response)["code"] == "invalid_api_key"
+        known = http.get("/v1/models", headers={b"authorization": "Bearer s3cret-ß".encode()})
+        assert known.status_code == 200
+
+
+def test_while_loading_health_is_503_and_requests_are_told_to_come_back(tmp_path: Path) -> None:
+    config = {"on_load": "wait"}
+    with live_server(engine="fake_engine", config=config, ready=False) as live:
+        live.wait_for("loading")
+        with live.client() as http:
+            assert http.get("/health").status_code == 503
+            response = http.post("/v1/chat/completions", json={"messages": [{"role": "user"}]})
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert "loading" in str(error_of(response)["message"])
+            assert http.get("/v1/models").json()["data"][0]["context_length"] is None
+
+
+def glmd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command, which must end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "glmd", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_a_mistake_at_start_is_one_line_and_an_exit_code(
+    scripted: LiveServer, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "glmd.toml"
+    config.write_text("prot = 8000")
+    port = scripted.url.rpartition(":")[2]
+    checkpoint = str(random_checkpoint)
+    for arguments, line in [
+        (["serve", "./nowhere"], "nowhere"),
+        (["serve", checkpoint, "--port", port], f"Cannot listen on 127.0.0.1 port {port}"),
+        (["serve", "--config", str(config)], "did you mean port?"),
+        (["serve", "--max-context", "0"], "--max-context"),
+    ]:
+        run = glmd(*arguments)
+        assert run.returncode == 1, run
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("glmd: ")
+        assert line in last
+        assert "Traceback" not in run.stderr
+
+
+def test_the_api_process_never_imports_the_array_libraries() -> None:
+    script = (
+        "import sys, glmd.cli, glmd.api.server, glmd.api.state; "
+        "bad = {'mlx', 'mlx_lm', 'torch', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'imported: {bad}' if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_localhost_is_every_address_of_that_name() -> None:
+    sockets = listen("localhost", 0)
+    assert len({opened.getsockname()[1] for opened in sockets}) == 1
+    for opened in sockets:
+        with socket.create_connection(opened.getsockname()[:2], timeout=5):
+            pass
+        opened.close()
+
+
+def test_an_unknown_host_is_said_to_be() -> None:
+    with pytest.raises(SettingsError, match=r"Cannot listen on no\.such\.host\.invalid port 1"):
+        listen("no.such.host.invalid", 1)
+
+
+def test_what_is_written_leaves_at_once() -> None:
+    """Small writes must not wait for the acknowledgement of the one before (TCP_NODELAY)."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        (listening,) = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(look, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            nodelay = await found
+            writer.close()
+        return nodelay
+
+    assert asyncio.run(accepted())

@@ -1,0 +1,162 @@
+"""SIGHUP: what changes at once, what does not, and that nothing in flight notices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import sse
+from live import live_server
+
+from glmd.api.reload import RELOADABLE, reload
+from glmd.config import Settings, load
+from glmd.engine.main import serve
+from glmd.ipc import LogLevel, Shutdown, ToEngine
+
+
+def wait(condition: object) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_can_change_changes_the_rest_is_named_and_streams_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "glmd.toml"
+    body = {"messages": [{"role": "user", "content": "⟦</think>one two three⟧"}], "stream": True}
+    caplog.set_level(logging.INFO, "glmd")
+    with (
+        live_server(config={"step_seconds": 0.05}) as live,
+        live.client() as http,
+        http.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        pieces = response.iter_bytes()
+        first = next(pieces)
+        file.write_text(
+            "port = 0\nmax_body = '2MiB'\ntemperature = 0.125\naliases = ['new']\n"
+            "[profiles.mine]\ntop_k = 5\n"
+        )
+        reload(live.service, lambda: load({}, file))
+        chunks = sse.read(first + b"".join(pieces)).chunks
+        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        assert text == "one two three"
+        with live.client() as other:
+            listed = other.get("/v1/models").json()["data"]
+            assert "new" in listed[0]["aliases"]
+            assert listed[1]["id"] == "test/tiny:mine"
+        assert live.service.defaults("new").sampling.temperature == 0.125
+        assert live.service.settings.max_body == 32 * 2**20
+    assert "changed: aliases, profiles, temperature." in caplog.text
+    assert "with the next start only: max_body." in caplog.text
+
+
+def test_a_bad_file_leaves_the_settings_as_they_are_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "glmd.toml"
+    file.write_text("temprature = 0.1\n")
+    with live_server(temperature=0.5) as live:
+        reload(live.service, lambda: load({}, file))
+        assert live.service.settings.temperature == 0.5
+    assert "did you mean temperature?" in caplog.text
+
+
+class Told:
+    """The engine's end of the socket, with what it is going to be told."""
+
+    def __init__(self, *messages: ToEngine) -> None:
+        self._messages = list(messages)
+
+    def receive(self, timeout: float | None) -> ToEngine:
+        return self._messages.pop(0)
+
+    def send(self, message: object) -> None:
+        pass
+
+
+def test_the_engine_process_logs_from_the_level_that_it_is_told() -> None:
+    ours = logging.getLogger("glmd")
+    before = ours.level
+    try:
+        serve(SimpleNamespace(has_work=False, info=None), Told(LogLevel("ERROR"), Shutdown()))  # type: ignore[arg-type]
+        assert ours.level == logging.ERROR
+    finally:
+        ours.setLevel(before)
+
+
+def test_every_reloadable_setting_is_one() -> None:
+    assert Settings.model_fields.keys() >= RELOADABLE
+
+
+# -- the command, whose engine does not matter here ------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "glmd.toml"
+    file.write_text("")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def hear_sighup() -> Iterator[None]:
+    """Whoever runs this suite may have it ignored, and so would its children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_has_the_server_read_its_file_anew_and_a_renamed_log_is_begun_anew(
+    file: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    command = ["serve", "--port", "0", "--config", str(file), "--log-file", str(log)]
+    process = subprocess.Popen([sys.executable, "-m", "glmd", *command], start_new_session=True)
+    try:
+        wait(lambda: log.exists() and "http://" in log.read_text())
+        url = log.read_text().split("http://")[1].split("/v1")[0]
+        wait(lambda: answers(url))
+        log.rename(tmp_path / "log.0")
+        file.write_text("aliases = ['later']")
+        process.send_signal(signal.SIGHUP)
+        wait(lambda: log.exists() and "changed: aliases." in log.read_text())
+        assert httpx.get(f"http://{url}/v1/models/later").status_code == 200
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"http://{url}/livez").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def test_a_server_ends_with_its_terminal(file: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        arguments = ["-m", "glmd", "serve", "--port", "0", "--config", str(file)]
+        os.execv(sys.executable, [sys.executable, *arguments])
+    seen = b""
+    while b"http://" not in seen or not answers(
+        seen.split(b"http://")[1].split(b"/v1")[0].decode()
+    ):
+        seen += os.read(terminal, 4096) if b"/v1" not in seen else b""
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,0 +1,452 @@
+"""The page at `/`, in a browser: what people see, do and hear there, and what it never does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from browsers import chromium, find_chromium
+from live import LiveServer, live_server
+from paths import ROOT, TESTS
+
+from glmd.api import webui as pages
+
+expect = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not installed (make setup-clients)"
+).expect
+
+CHECKS = TESTS / "support" / "page_checks.js"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = find_chromium()
+    if path is None:
+        pytest.skip("there is no Chromium")
+    expect.set_options(timeout=20_000)  # For busy machines; what is expected comes at once.
+    with chromium(path) as browser:
+        yield browser
+
+
+@contextmanager
+def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
+    """The page in a browser of its own; at the end it has broken no rule."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
+    context.set_default_timeout(20_000)
+    context.add_init_script(path=CHECKS)
+    tab = context.new_page()
+    requested: list[str] = []
+    failures: list[str] = []
+    tab.on("request", lambda request: requested.append(request.url))
+    tab.on("pageerror", lambda error: failures.append(str(error)))
+    tab.goto(url)
+    try:
+        yield tab
+        assert tab.evaluate("checks.violations") == []
+        assert failures == []
+        assert {urlsplit(each).netloc for each in requested} == {urlsplit(url).netloc}
+    finally:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[LiveServer]:
+    with live_server(engine="glmd.engine.core") as live:
+        yield live
+
+
+@pytest.fixture
+def tab(browser: Any, scripted: LiveServer) -> Iterator[Any]:
+    """The page of a server whose engine writes what the prompt says."""
+    with opened(browser, scripted.url) as tab:
+        yield tab
+
+
+def send(tab: Any, text: str) -> None:
+    tab.get_by_label("Message").fill(text)
+    tab.keyboard.press("Enter")
+
+
+def answers(tab: Any) -> Any:
+    """Answers that have come to their end."""
+    return tab.locator("article.answer[aria-busy=false]")
+
+
+@contextmanager
+def asked(live: LiveServer, text: str) -> Iterator[httpx.Response]:
+    """The stream of another client's request."""
+    body = {"messages": [{"role": "user", "content": text}], "stream": True}
+    with live.client() as http, http.stream("POST", "/v1/chat/completions", json=body) as response:
+        yield response
+
+
+def rows(tab: Any) -> Any:
+    """Requests in flight, as the page lists them."""
+    return tab.locator("#running tr")
+
+
+def figure(tab: Any, name: str) -> Any:
+    return tab.locator(f'dd[data-name="{name}"]')
+
+
+def endless(tab: Any) -> None:
+    """Let the real engine go on after end tokens, so that there is something to stop."""
+
+    def go_on(route: Any) -> None:
+        body = route.request.post_data_json | {"ignore_eos": True}
+        route.continue_(post_data=body)
+
+    tab.route("**/v1/chat/completions", go_on)
+
+
+# -- delivery -------------------------------------------------------------------------------
+
+
+def test_every_file_is_served_with_its_type_and_a_strict_policy(http: httpx.Client) -> None:
+    for path in sorted(pages.PATHS):
+        response = http.get(path)
+        assert response.status_code == 200, path
+        policy = response.headers["content-security-policy"].split("; ")
+        assert "default-src 'none'" in policy
+        assert "script-src 'self'" in policy
+        assert not any("unsafe" in rule or "http" in rule or "*" in rule for rule in policy)
+        assert response.headers["x-content-type-options"] == "nosniff"
+        again = http.get(path, headers={"if-none-match": response.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert http.get("/").headers["content-type"] == "text/html; charset=utf-8"
+    assert http.get("/page/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
+
+
+def test_nothing_else_is_served(http: httpx.Client) -> None:
+    for path in ("/page/", "/page/index.html", "/page/__init__.py", "/page/..%2fapp.py"):
+        assert http.get(path).status_code == 404, path
+
+
+def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
+    with live_server(api_key="open-sesame") as live:
+        with live.client() as http:
+            assert {http.get(path).status_code for path in pages.PATHS} == {200}
+            assert http.get("/v1/models").status_code == 401
+        with opened(browser, live.url) as tab:
+            dialog = tab.get_by_role("dialog", name="This server wants an API key")
+            expect(dialog.get_by_label("API key")).to_be_focused()
+            tab.keyboard.press("Escape")
+            expect(dialog).to_be_hidden()
+            expect(tab.locator("#state")).to_have_text("locked")
+            send(tab, "⟦</think>Come in.⟧")
+            expect(dialog.get_by_label("API key")).to_be_focused()
+            tab.keyboard.type("wrong")
+            tab.keyboard.press("Enter")
+            expect(dialog.get_by_role("alert")).to_contain_text("does not take the key")
+            tab.keyboard.type("open-sesame")
+            tab.keyboard.press("Enter")
+            expect(dialog).to_be_hidden()
+            expect(answers(tab)).to_contain_text("Come in.")
+            expect(tab.locator("#state")).to_have_text("ready")
+            assert tab.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
+            assert tab.evaluate("localStorage.length") == 0
+            assert "open-sesame" not in tab.content()
+
+
+def test_the_picture_of_the_page_is_small_enough_for_a_repository() -> None:
+    picture = (ROOT / "docs" / "page.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) <= 300_000
+
+
+# -- the chat -------------------------------------------------------------------------------
+
+
+def test_the_demo_thinks_and_then_answers_in_view(browser: Any, demo: LiveServer) -> None:
+    with opened(browser, demo.url) as tab:
+        tab.evaluate("checks.watch()")
+        send(tab, "What is 17 + 25?")
+        expect(answers(tab)).to_have_count(1)
+        assert tab.evaluate("checks.seen") == ["reasoning", "content"]
+        reasoning = tab.locator(".reasoning .prose")
+        expect(reasoning).to_be_hidden()  # Folded away, and to be had again.
+        tab.get_by_text("Thought for").click()
+        expect(reasoning).to_have_text(re.compile(r"\S"))
+        assert "written" in tab.locator(".note").inner_text()
+
+
+def test_reasoning_is_shown_while_it_comes_and_apart_from_the_answer(tab: Any) -> None:
+    send(tab, "⟦First I think.{wait}⟧")
+    expect(tab.locator(".reasoning .prose")).to_have_text("First I think.")
+    expect(tab.locator(".reasoning")).to_have_attribute("open", "")
+    expect(tab.locator(".answer .content")).to_be_empty()
+    dim, plain = (
+        tab.locator(where).evaluate("(element) => getComputedStyle(element).color")
+        for where in (".reasoning .prose", ".answer .content")
+    )
+    assert dim != plain
+
+
+def test_a_conversation_goes_on_from_what_was_stopped(tab: Any) -> None:
+    send(tab, "⟦First I think.{wait}⟧")
+    expect(tab.locator(".reasoning .prose")).to_have_text("First I think.")
+    tab.get_by_role("button", name="Stop").click()
+    expect(answers(tab)).to_have_count(1)
+    with tab.expect_request("**/v1/chat/completions") as sent:
+        send(tab, "⟦</think>And on.⟧")
+    expect(answers(tab).last).to_contain_text("And on.")
+    assert sent.value.post_data_json["messages"][1]["reasoning_content"] == "First I think."
+
+
+def test_escape_stops_the_answer_and_frees_its_row(browser: Any, demo: LiveServer) -> None:
+    with opened(browser, demo.url) as tab:
+        endless(tab)
+        send(tab, "Hello, I am Nora.")
+        expect(tab.locator(".answer")).to_contain_text(re.compile(r"\w"))
+        expect(rows(tab)).to_have_count(1)
+        tab.keyboard.press("Escape")
+        expect(tab.locator(".note")).to_contain_text("stopped")
+        expect(rows(tab)).to_have_count(0)
+        expect(tab.get_by_role("button", name="Send")).to_be_visible()
+        demo.wait_until_idle()
+
+
+def test_each_turn_is_sent_with_those_before_it_and_the_switches(tab: Any) -> None:
+    tab.get_by_role("button", name="Options").click()
+    tab.get_by_label("System prompt").fill("Be brief.")
+    tab.get_by_label("Temperature").fill("0.5")
+    tab.get_by_label("Seed").fill("7")
+    tab.get_by_label("Clear earlier thinking").check()
+    send(tab, "⟦Hm.</think>One.⟧")
+    expect(answers(tab)).to_have_count(1)
+    tab.get_by_label("Think", exact=True).uncheck()
+    with tab.expect_request("**/v1/chat/completions") as sent:
+        send(tab, "⟦Two.⟧")
+    expect(answers(tab)).to_have_count(2)
+    body = sent.value.post_data_json
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "⟦Hm.</think>One.⟧"},
+        {"role": "assistant", "content": "One.", "reasoning_content": "Hm."},
+        {"role": "user", "content": "⟦Two.⟧"},
+    ]
+    assert (body["temperature"], body["seed"]) == (0.5, 7)
+    assert (body["enable_thinking"], body["clear_thinking"]) == (False, True)
+    assert "top_p" not in body
+
+
+def test_trying_again_replaces_the_last_answer_and_a_new_chat_forgets_all(tab: Any) -> None:
+    send(tab, "⟦</think>Once.⟧")
+    expect(answers(tab)).to_have_count(1)
+    with tab.expect_request("**/v1/chat/completions") as sent:
+        tab.get_by_role("button", name="Try again").click()
+    assert len(sent.value.post_data_json["messages"]) == 1
+    expect(answers(tab)).to_have_count(1)
+    tab.get_by_role("button", name="New chat").click()
+    expect(tab.locator(".answer")).to_have_count(0)
+    with tab.expect_request("**/v1/chat/completions") as sent:
+        send(tab, "⟦</think>Anew.⟧")
+    assert len(sent.value.post_data_json["messages"]) == 1
+    expect(answers(tab)).to_have_count(1)
+
+
+def test_a_refusal_is_shown_and_the_conversation_goes_on(tab: Any) -> None:
+    send(tab, "⟦{refuse}⟧")
+    expect(tab.get_by_role("alert").filter(has_text="As you wish.")).to_be_visible()
+    expect(answers(tab)).to_have_count(1)
+    send(tab, "⟦</think>Better.⟧")
+    expect(answers(tab).last).to_contain_text("Better.")
+
+
+def test_an_engine_that_dies_is_an_error_beside_what_had_come(
+    tab: Any, scripted: LiveServer
+) -> None:
+    send(tab, "⟦</think>So far{wait}⟧")
+    expect(tab.locator(".content")).to_have_text("So far")
+    assert scripted.service.engine.pid is not None
+    os.kill(scripted.service.engine.pid, signal.SIGKILL)
+    expect(tab.get_by_role("alert").filter(has_text="engine stopped")).to_be_visible()
+    expect(tab.locator(".content")).to_have_text("So far")
+    scripted.wait_for("ready")
+    send(tab, "⟦</think>Back.⟧")
+    expect(answers(tab).last).to_contain_text("Back.")
+    expect(figure(tab, "Restarts")).not_to_have_text("0")
+
+
+def test_the_options_show_what_the_server_has_and_a_profile_changes_it(browser: Any) -> None:
+    with (
+        live_server(enable_thinking=False, temperature=0.6) as live,
+        opened(browser, live.url) as tab,
+    ):
+        tab.get_by_role("button", name="Options").click()
+        expect(tab.get_by_label("Temperature")).to_have_attribute("placeholder", "0.6")
+        expect(tab.get_by_label("Think", exact=True)).not_to_be_checked()
+        tab.get_by_label("Profile").select_option("general")
+        expect(tab.get_by_label("Temperature")).to_have_attribute("placeholder", "1")
+        with tab.expect_request("**/v1/chat/completions") as sent:
+            send(tab, "⟦Done.⟧")
+        body = sent.value.post_data_json
+        assert (body["profile"], body["enable_thinking"]) == ("general", False)
+        assert "temperature" not in body
+        expect(answers(tab)).to_contain_text("Done.")
+
+
+def test_a_bad_option_is_shown_and_nothing_is_sent(tab: Any) -> None:
+    tab.get_by_role("button", name="Options").click()
+    tab.get_by_label("Temperature").fill("3")
+    tab.get_by_role("button", name="Options").click()
+    send(tab, "⟦</think>Hot.⟧")
+    expect(tab.get_by_label("Temperature")).to_be_focused()
+    expect(tab.get_by_label("Message")).to_have_value("⟦</think>Hot.⟧")
+    expect(tab.locator(".answer")).to_have_count(0)
+
+
+MARKUP = "<img src=x onerror=alert(1)> <b>bold</b>"
+CODE = "if a < b:\n    pass\n"
+
+
+def test_text_is_shown_as_it_is_and_code_apart(tab: Any) -> None:
+    send(tab, f"⟦</think>{MARKUP}\n\n  two  spaces\n```python\n{CODE}```\nafter `x`⟧")
+    expect(answers(tab)).to_have_count(1)
+    texts = tab.locator(".content > .text").evaluate_all("(all) => all.map((e) => e.textContent)")
+    assert texts == [f"{MARKUP}\n\n  two  spaces\n", "after `x`"]
+    code = tab.locator(".content pre")
+    assert code.evaluate("(element) => element.textContent") == CODE
+    assert code.get_attribute("data-language") == "python"
+    assert tab.locator(".answer img, .answer b, .question img").count() == 0
+
+
+# -- the server -----------------------------------------------------------------------------
+
+
+def test_a_request_of_another_client_is_listed_and_can_be_cancelled(
+    tab: Any, scripted: LiveServer
+) -> None:
+    with asked(scripted, "⟦</think>Still here{wait}⟧") as response:
+        expect(rows(tab)).to_have_count(1)
+        expect(rows(tab)).to_contain_text("decoding")
+        button = rows(tab).get_by_role("button", name="Cancel the chat request")
+        button.focus()
+        tab.keyboard.press("Enter")
+        expect(rows(tab)).to_have_count(0)
+        assert "cancelled at the server" in response.read().decode()
+    expect(tab.locator("#recent tr").first).to_contain_text("cancelled")
+    assert tab.evaluate("document.activeElement.id") == "requests"
+    scripted.wait_until_idle()
+
+
+def test_cancelling_ones_own_request_in_the_list_is_an_error_in_the_chat(tab: Any) -> None:
+    send(tab, "⟦</think>Mine{wait}⟧")
+    rows(tab).get_by_role("button").click()
+    expect(tab.locator(".answer").get_by_role("alert")).to_contain_text("cancelled at the server")
+    expect(tab.locator(".content")).to_have_text("Mine")
+
+
+def test_the_figures_are_those_of_the_engine(browser: Any, demo: LiveServer) -> None:
+    with opened(browser, demo.url) as tab:
+        send(tab, "Hello, I am Nora.")
+        expect(answers(tab)).to_have_count(1)
+        demo.wait_until_idle()
+        expect(tab.locator("#state")).to_have_text("ready")
+        expect(figure(tab, "Running")).to_have_text("0")
+        stats = demo.service.engine.stats
+        expect(figure(tab, "Tokens kept")).to_have_text(f"{stats.kv_tokens:,}")
+        expect(figure(tab, "Segments")).to_have_text(f"{stats.kv_segments:,}")
+        assert stats.kv_segments > 0
+        expect(figure(tab, "In use")).to_have_text("0")
+        expect(tab.locator("#bytes-taken")).to_have_text(
+            re.compile(r"^[\d.]+ MiB of [\d.]+ [GT]iB$")
+        )
+        for name in ("Tokens per second", "Time to first token"):
+            picture = tab.get_by_role("img", name=re.compile(f"^{name}: .*at most"))
+            expect(picture).to_be_visible()
+        assert "NaN" not in tab.locator("#server").inner_text()
+        assert "undefined" not in tab.locator("#server").inner_text()
+
+
+def test_a_server_that_is_gone_is_said_to_be_and_found_again(tab: Any) -> None:
+    expect(tab.locator("#state")).to_have_text("ready")
+    tab.context.set_offline(True)
+    expect(tab.locator("#state")).to_have_text("unreachable")
+    send(tab, "⟦</think>Hello?⟧")
+    expect(tab.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
+    tab.context.set_offline(False)
+    expect(tab.locator("#state")).to_have_text("ready")
+
+
+def test_a_long_answer_is_shown_whole_in_blocks_of_its_lines(tab: Any) -> None:
+    lines = [f"{number}. line" + "\n" * (number % 3 == 0) for number in range(120)]
+    text = "\n".join(lines)
+    send(tab, f"⟦</think>{text}\n```\n{text}\n```⟧")
+    expect(answers(tab)).to_have_count(1)
+    for place in (".content > .text", ".content code .text"):
+        blocks = tab.locator(place).evaluate_all("(all) => all.map((e) => e.textContent)")
+        assert len(blocks) > 2
+        assert "\n".join(blocks).rstrip("\n") == text.rstrip("\n")
+
+
+# -- for everyone ---------------------------------------------------------------------------
+
+
+def test_the_keyboard_alone_is_enough(tab: Any) -> None:
+    expect(tab.get_by_label("Message")).to_be_focused()
+    tab.keyboard.type("⟦</think>a")
+    tab.keyboard.press("Shift+Enter")
+    tab.keyboard.type("b⟧")
+    tab.keyboard.press("Enter")
+    expect(answers(tab).locator(".content")).to_have_text("a\nb", use_inner_text=True)
+    expect(tab.get_by_label("Message")).to_be_focused()
+    names = []
+    for _ in range(5):
+        tab.keyboard.press("Tab")
+        names.append(tab.evaluate("document.activeElement.name || document.activeElement.id"))
+    assert names == ["enable_thinking", "clear_thinking", "options-button", "new", "send"]
+    assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    tab.keyboard.press("Shift+Tab")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(".answer")).to_have_count(0)
+    expect(tab.get_by_label("Message")).to_be_focused()
+
+
+def test_screen_readers_hear_how_it_goes_and_every_control_has_a_name(tab: Any) -> None:
+    assert tab.evaluate("checks.unnamed()") == []
+    assert tab.get_by_role("log").get_attribute("aria-live") in (None, "polite")
+    progress = tab.locator("#progress")
+    assert progress.get_attribute("role") == "status"
+    send(tab, "⟦Hm.{wait}⟧")
+    expect(progress).to_have_text("Thinking")
+    expect(tab.locator(".answer")).to_have_attribute("aria-busy", "true")
+    tab.keyboard.press("Escape")
+    expect(progress).to_have_text("Stopped.")
+    expect(tab.locator(".answer")).to_have_attribute("aria-busy", "false")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_by_day_and_by_night(
+    browser: Any, scripted: LiveServer, scheme: str
+) -> None:
+    with opened(browser, scripted.url, color_scheme=scheme, reduced_motion="reduce") as tab:
+        tab.get_by_role("button", name="Options").click()
+        send(tab, "⟦Hm.</think>```py\nx = 1\n```\nDone.⟧")
+        expect(answers(tab)).to_have_count(1)
+        send(tab, "⟦{refuse}⟧")
+        expect(tab.get_by_role("alert").filter(has_text="As you wish.")).to_be_visible()
+        tab.get_by_text("Thought for").click()
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        darkness = sum(map(int, re.findall(r"\d+", ground)[:3]))
+        assert (darkness < 200) == (scheme == "dark")
+        assert tab.evaluate("checks.faint()") == []
+
+
+def test_a_narrow_window_shows_one_view_at_a_time_and_scrolls_down_only(tab: Any) -> None:
+    tab.set_viewport_size({"width": 360, "height": 640})
+    send(tab, f"⟦</think>{'word' * 60}\n```\n{'code ' * 60}\n```⟧")
+    expect(answers(tab)).to_have_count(1)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(tab.locator("#server")).to_be_hidden()
+    tab.get_by_role("button", name="Server").click()
+    expect(figure(tab, "Running")).to_be_visible()
+    expect(tab.get_by_label("Message")).to_be_hidden()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,196 @@
+"""The chat template: rendered as transformers renders it, and sure of what it wrote itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_kit import SPELLINGS, TEMPLATE, tag_like, template, tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from paths import ROOT
+
+from glmd.chat.template import ChatTemplate
+from glmd.errors import CheckpointError, InvalidRequest
+
+DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def small(source: str) -> ChatTemplate:
+    """A template of which only `source`, at its beginning, matters."""
+    return ChatTemplate(source + TEMPLATE, tokenizer().controls)
+
+
+def text_of(source: str, **kwargs: Any) -> str:
+    return small(source).render(USER, kwargs=kwargs).text.split("[gMASK]")[0]
+
+
+def test_the_templates_tags_are_ids_and_the_rest_is_text() -> None:
+    tags = tokenizer().tags
+    rendered = template().render(USER)
+    start = [tokenizer().token_id("[gMASK]"), tokenizer().token_id("<sop>")]
+    assert rendered.pieces == [*start, tags.user, "Hi", tags.assistant, tags.think]
+    assert rendered.text == "[gMASK]<sop><|user|>Hi<|assistant|><think>"
+
+
+@given(tag_like, tag_like, tag_like)
+def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: str) -> None:
+    """Wherever it stands: in messages, in names and values of arguments, in tools."""
+
+    def render(*texts: str) -> list[Any]:
+        a, b, c = texts
+        call = {"function": {"name": a, "arguments": {b: c, "x": [b, {c: 1}]}}}
+        conversation = [
+            {"role": "system", "content": a},
+            {"role": "user", "content": b},
+            {"role": "assistant", "content": c, "reasoning_content": a, "tool_calls": [call]},
+            {"role": "tool", "content": b},
+        ]
+        tools = [{"type": "function", "function": {"name": c, "parameters": {a: b}}}]
+        return template().render(conversation, tools=tools).pieces
+
+    plain = [piece for piece in render("a", "b", "c") if isinstance(piece, int)]
+    pieces = render(one, two, three)
+    assert [piece for piece in pieces if isinstance(piece, int)] == plain or not one.strip()
+    text = "".join(piece for piece in pieces if isinstance(piece, str))
+    assert two in text
+    assert set(tokenizer().encode(text)).isdisjoint(tokenizer().spellings)
+
+
+@given(st.text(st.characters(categories=["Co", "Cn"]), max_size=20))
+def test_private_characters_of_a_client_come_back_whole(text: str) -> None:
+    pieces = template().render([{"role": "user", "content": "a" + text + "b"}]).pieces
+    assert "a" + text + "b" in pieces
+
+
+def test_variables_have_the_model_cards_defaults_and_nulls_are_none() -> None:
+    source = "{{ enable_thinking }} {{ clear_thinking }} {{ other is defined }}"
+    assert text_of(source) == "True False False"
+    assert text_of(source, enable_thinking=None, clear_thinking=None, other=None) == (
+        "True False False"
+    )
+    assert text_of(source, enable_thinking=False, clear_thinking=True, other=0) == (
+        "False True True"
+    )
+
+
+def test_defaults_are_configurable() -> None:
+    defaults = {"enable_thinking": False}
+    made = ChatTemplate(TEMPLATE, tokenizer().controls, defaults=defaults)
+    assert made.render(USER).text.endswith("<|assistant|></think>")
+
+
+@pytest.mark.parametrize("key", ["messages", "tools", "add_generation_prompt"])
+def test_the_servers_own_variables_cannot_be_set(key: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        template().render(USER, kwargs={key: []})
+    assert caught.value.param == f"chat_template_kwargs.{key}"
+
+
+def test_a_thinking_switch_must_be_a_boolean() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        template().render(USER, kwargs={"enable_thinking": "no"})
+    assert caught.value.param == "chat_template_kwargs.enable_thinking"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('no way') }}", "{{ messages[0].x.y }}", "{{ 1 / 0 }}"]
+)
+def test_what_a_template_raises_is_about_the_request(source: str) -> None:
+    late = small("{% if fail %}" + source + "{% endif %}")
+    with pytest.raises(InvalidRequest, match="cannot render this conversation") as caught:
+        late.render(USER, kwargs={"fail": True})
+    assert caught.value.param == "messages"
+
+
+def test_json_is_printed_as_it_came() -> None:
+    value = {"b": "ü<&>'", "a": [1.5, None, True]}
+    printed = text_of("{{ (value or 0) | tojson }}", value=value)
+    assert printed == json.dumps(value, ensure_ascii=False)
+    printed = text_of("{{ (value or 0) | tojson(indent=1) }}", value={"b": 1})
+    assert printed == '{\n "b": 1\n}'
+
+
+def test_a_template_can_tell_the_time() -> None:
+    assert text_of("{{ strftime_now('%Y') }}").isdigit()
+
+
+def test_templates_cannot_reach_out() -> None:
+    for source in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+        with pytest.raises(CheckpointError, match="no usable template"):
+            small(source)
+
+
+def test_a_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path: Path) -> None:
+    config = {"chat_template": TEMPLATE.replace("# Tools", "# Old")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tools = [{"type": "function"}]
+    load = ChatTemplate.load
+    assert "# Old" in load(tmp_path, tokenizer().controls).render(USER, tools=tools).text
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert "# Tools" in load(tmp_path, tokenizer().controls).render(USER, tools=tools).text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (None, "", "has no chat template"),
+        ("tokenizer_config.json", "{}", "has no chat template"),
+        ("tokenizer_config.json", "{", "damaged"),
+        ("chat_template.jinja", "{% if %}", "no usable template"),
+        ("chat_template.jinja", TEMPLATE.replace("<|user|>", "<|{{ 'user' }}|>"), "<.user.>"),
+    ],
+)
+def test_a_missing_or_broken_template_is_named(
+    tmp_path: Path, name: str | None, content: str, said: str
+) -> None:
+    if name is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=said):
+        ChatTemplate.load(tmp_path, tokenizer().controls)
+
+
+LOOP = """
+{% for i in range(5) %}
+  {% if i == 1 %}{% continue %}{% endif %}
+  {% if i == 3 %}{% break %}{% endif %}
+  {# nothing #}
+{{ i }}{% generation %}<think>{% set i = 9 %}{{ i }}{% endgeneration %}
+{% endfor %}
+{%- set n = namespace(x=dict(a=1)) %}{{ n.x | tojson(indent=2) }}
+{{ '<|assistant|>' ~ '</think>' }}
+"""
+
+
+@pytest.mark.parametrize(
+    "source", [(DEMO / "chat_template.jinja").read_text(), TEMPLATE, LOOP + TEMPLATE]
+)
+def test_templates_render_the_same_text_as_in_transformers(source: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    call = {"function": {"name": "f", "arguments": {"a": "x", "b": [1, "ü"]}}}
+    conversation = [
+        {"role": "system", "content": "Be <b>brief</b>."},
+        {"role": "user", "content": " Hi\n"},
+        {"role": "assistant", "content": " Yo ", "reasoning_content": " hm ", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": "Bye"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for clear in (False, True):
+        kwargs = {"enable_thinking": clear, "clear_thinking": clear}
+        made = ChatTemplate(source, tokenizer().controls)
+        ours = made.render(conversation, tools=tools, kwargs=kwargs)
+        theirs, _ = utils.render_jinja_template(
+            [conversation], tools=tools, chat_template=source, add_generation_prompt=True, **kwargs
+        )
+        assert ours.text == theirs[0]
+
+
+def test_every_tag_of_a_template_is_marked() -> None:
+    for name in SPELLINGS:
+        assert tokenizer().token_id(name) in small(f"{name}{{{{ '{name}' }}}}").render(USER).pieces

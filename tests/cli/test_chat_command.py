@@ -1,0 +1,284 @@
+"""`glmd chat`: in a pipe, in a terminal, and its commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import psutil
+import pytest
+from live import LiveServer, live_server
+from rich.console import Console
+
+from glmd.cli.chat.client import ChatClient, Piece
+from glmd.cli.chat.screen import show
+from glmd.cli.chat.session import COMMANDS, Leave, Mistake, Session, run_command
+from glmd.errors import ServerRefused
+
+DIM = "\x1b[2m"
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GLMD_")}
+    places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
+    return {**kept, **places, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **more}
+
+
+def piped(
+    home: Path, *arguments: str, said: str = "", **more: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "glmd", "chat", *arguments],
+        input=said, capture_output=True, text=True, check=False, timeout=120,
+        env=environment(home, **more),
+    )  # fmt: skip
+
+
+# -- in a pipe --------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_the_answer_alone(scripted: LiveServer, tmp_path: Path) -> None:
+    run = piped(tmp_path, "--url", scripted.url, said="⟦Hm.</think>Yes,\nno⟧\n")
+    assert (run.stdout, run.stderr, run.returncode) == ("Yes,\nno\n", "", 0)
+
+
+def test_argument_and_pipe_are_one_question_with_its_flags(
+    scripted: LiveServer, tmp_path: Path
+) -> None:
+    run = piped(
+        tmp_path, "⟦first⟧ is over", "--url", f"{scripted.url}/v1", "--no-think",
+        "--profile", "tools", said="⟦{request}⟧",
+    )  # fmt: skip
+    assert json.loads(run.stdout)["sampling"]["temperature"] == 0.7
+
+
+def test_the_key_comes_from_the_environment_and_without_it_the_answer_says_so(
+    tmp_path: Path,
+) -> None:
+    with live_server(api_key="s3cret") as live:
+        run = piped(tmp_path, "⟦</think>Yes⟧", "--url", live.url, GLMD_API_KEY="s3cret")
+        assert run.stdout == "Yes\n", run.stderr
+        keys = tmp_path / "keys"
+        keys.write_text("# mine\ns3cret\n")
+        keys.chmod(0o600)
+        run = piped(tmp_path, "⟦</think>Yes⟧", "--url", live.url, GLMD_API_KEY_FILE=str(keys))
+        assert run.stdout == "Yes\n", run.stderr
+        run = piped(tmp_path, "Hi", "--url", live.url)
+        assert run.returncode == 1
+        assert "GLMD_API_KEY" in run.stderr
+
+
+def test_what_goes_wrong_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    for arguments, said, line in [
+        (["Hi", "--url", nowhere], "", f"No server answers at {nowhere}"),
+        (["--url", scripted.url], "⟦</think>One{raise}⟧", "stopped"),
+        (["Hi", "--model", "./nowhere"], "", "nowhere"),
+    ]:
+        run = piped(tmp_path, *arguments, said=said)
+        assert run.returncode == 1, run
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("glmd: "), run.stderr
+        assert line in last
+        assert "Traceback" not in run.stderr
+    scripted.wait_for("ready")
+
+
+# -- in a terminal ----------------------------------------------------------------------------
+
+
+PAUSE = 0.5
+"""Seconds between a prompt and Ctrl-C. Python looks at signals, then readline waits for a key,
+and a signal that comes between the two is noticed with the next key only."""
+
+
+class Terminal:
+    """`glmd chat` with a terminal of its own."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self.pid, self._end = pty.fork()
+        if self.pid == 0:
+            command = [sys.executable, "-m", "glmd", "chat", *arguments]
+            os.execve(sys.executable, command, environment(home))
+        self._seen = b""
+
+    def wait_for(self, text: str) -> str:
+        """What came up to `text`, which is then forgotten."""
+        deadline = time.monotonic() + 120
+        while text.encode() not in self._seen:
+            assert time.monotonic() < deadline, self._seen.decode(errors="replace")
+            if select.select([self._end], [], [], 1)[0]:
+                self._seen += os.read(self._end, 4096)
+        before, _, self._seen = self._seen.partition(text.encode())
+        return before.decode()
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def exit_code(self) -> int:
+        """Wait for the end, reading on, because a full terminal would hold it up."""
+        while True:
+            try:
+                if not os.read(self._end, 4096):
+                    break
+            except OSError:  # Linux says EIO where the other side is closed
+                break
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._end)
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        os.close(self._end)
+        os.waitpid(self.pid, 0)
+
+
+def test_a_conversation_dims_the_reasoning_stops_and_goes_on(
+    scripted: LiveServer, tmp_path: Path
+) -> None:
+    terminal = Terminal(tmp_path, "--url", scripted.url)
+    assert "test/tiny" in terminal.wait_for("> ")
+    terminal.type("⟦Hm.</think>Yes⟧\r")
+    terminal.wait_for(DIM)
+    terminal.wait_for("Yes")
+    assert "per second" in terminal.wait_for("prompt tokens cached")
+    terminal.wait_for("> ")
+    terminal.type("⟦</think>endless{wait}⟧\r")
+    terminal.wait_for("⟧")  # the echo
+    terminal.wait_for("endless")
+    terminal.type("\x03")
+    terminal.wait_for("Stopped.")
+    scripted.wait_until_idle()
+    terminal.wait_for("> ")
+    terminal.type("/thnk\r")
+    terminal.wait_for("did you mean think?")
+    terminal.wait_for("> ")
+    terminal.type('"""two\r')
+    terminal.type('⟦</think>lines⟧"""\r')
+    terminal.wait_for('"""\r\n')
+    terminal.wait_for("lines")
+    terminal.wait_for("> ")
+    terminal.type("half a question")
+    terminal.wait_for("half a question")
+    time.sleep(PAUSE)
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, "--demo", "--no-think")
+    terminal.wait_for("> ")
+    server, *others = psutil.Process(terminal.pid).children()
+    assert others == []
+    time.sleep(PAUSE)
+    terminal.type("\x03")  # stops no server
+    terminal.wait_for("> ")
+    terminal.type("Hello, I am Nora.\r")
+    assert "Nora" in terminal.wait_for("tokens").partition("Nora.")[2]
+    terminal.wait_for("> ")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.exit_code() == 128 + signal.SIGTERM
+    server.wait(20)
+
+
+def test_an_answer_does_not_speak_to_the_terminal() -> None:
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None)
+    show(iter([Piece("content", "a\x1b]0;title\x07b\nc\x9b2J")]), console)
+    assert out.getvalue() == "a]0;titleb\nc2J"
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(scripted: LiveServer) -> Iterator[Session]:
+    client = ChatClient(scripted.url)
+    yield Session(client)
+    client.close()
+
+
+def test_commands_change_the_next_request(session: Session) -> None:
+    for line in (
+        "/think off", "/system Be brief.", "/set temperature 0.5", "/set seed 7", "/set top_k 3",
+        "/set top_k", "/model gpt-test",
+    ):  # fmt: skip
+        assert run_command(session, line)
+    session.turns.append({"role": "user", "content": "Hi"})
+    assert session.body == {
+        "model": "gpt-test",
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+        ],
+        "enable_thinking": False,
+        "temperature": 0.5,
+        "seed": 7,
+    }  # fmt: skip
+    run_command(session, "/clear")
+    run_command(session, "/system")
+    run_command(session, "/think auto")
+    assert session.body["messages"] == []
+    assert "enable_thinking" not in session.body
+
+
+def test_models_are_listed_with_their_profiles_and_unknown_ones_refused(session: Session) -> None:
+    assert "test/tiny:tools" in run_command(session, "/model")
+    with pytest.raises(ServerRefused, match="There is no model 'gpt-9'"):
+        run_command(session, "/model gpt-9")
+    assert session.model == "default"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/sve x", "did you mean save?"),
+        ("/think maybe", "on, off or auto"),
+        ("/set temprature 1", "did you mean temperature?"),
+        ("/set temperature hot", "must be a number, not 'hot'"),
+        ("/save", "one file name"),
+        ("/save /nowhere/at/all", "No such file"),
+        ("/retry", "Nothing was asked yet"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line(session: Session, line: str, message: str) -> None:
+    with pytest.raises(Mistake) as caught:
+        run_command(session, line)
+    assert message in caught.value.message
+
+
+def test_save_keeps_everything_as_json_or_markdown_and_overwrites_nothing(
+    session: Session, tmp_path: Path
+) -> None:
+    session.turns += [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho", "reasoning_content": "Hm"},
+    ]
+    run_command(session, f"/save {tmp_path}/a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["messages"] == session.turns
+    run_command(session, f"/save '{tmp_path}/b c.md'")
+    assert (tmp_path / "b c.md").read_text() == "## user\n\nHi\n\n## assistant\n\nHo\n"
+    with pytest.raises(Mistake, match="there already"):
+        run_command(session, f"/save {tmp_path}/a.json")
+
+
+def test_retry_asks_the_last_question_again(session: Session) -> None:
+    session.turns += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    run_command(session, "/retry")
+    assert (session.turns, session.pending) == ([], "Hi")
+
+
+def test_help_lists_every_command_and_exit_leaves(session: Session) -> None:
+    text = run_command(session, "/help")
+    assert all(f"/{name}" in text for name in COMMANDS)
+    with pytest.raises(Leave):
+        run_command(session, "/exit")

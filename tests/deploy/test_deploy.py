@@ -1,0 +1,162 @@
+"""The files of deploy/: sound in themselves, and in agreement with what glmd does."""
+
+from __future__ import annotations
+
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launchd_keys import check_documented
+from paths import ROOT
+
+from glmd.cli.daemon.plist import agent
+from glmd.cli.daemon.spec import DEFAULT_DRAIN, EXIT_MARGIN, Definition
+from glmd.config import Settings
+
+DEPLOY = ROOT / "deploy"
+EXIT_TIMEOUT = int(DEFAULT_DRAIN) + EXIT_MARGIN
+DAEMON = "launchd/local.glmd.daemon.plist"
+
+
+def plist(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = plistlib.loads((DEPLOY / name).read_bytes())
+    return value
+
+
+def test_service_waits_longer_than_the_server_drains() -> None:
+    assert Settings.model_fields["drain_timeout"].default == DEFAULT_DRAIN
+
+
+def test_agent_installed_by_hand_is_the_one_that_glmd_installs() -> None:
+    by_hand = plist("launchd/local.glmd.plist")
+    definition = Definition(tuple(by_hand["ProgramArguments"]), {}, EXIT_TIMEOUT)
+    assert by_hand == agent(definition, Path("/Users/YOU/Library/Logs/glmd/glmd.log"))
+
+
+def test_daemon_is_the_agent_with_a_user_of_its_own() -> None:
+    daemon = plist(DAEMON)
+    check_documented(daemon)
+    for key in ("UserName", "GroupName"):
+        assert daemon.pop(key) == "_glmd"
+    assert daemon.pop("InitGroups") is False
+    assert daemon.pop("WorkingDirectory") == "/opt/glmd"
+    definition = Definition(
+        tuple(daemon["ProgramArguments"]), daemon["EnvironmentVariables"], EXIT_TIMEOUT
+    )
+    assert daemon == agent(definition, Path(daemon["StandardErrorPath"]), label="local.glmd.daemon")
+
+
+def test_launchd_files_are_named_by_their_labels() -> None:
+    for file in (DEPLOY / "launchd").iterdir():
+        assert file.name == f"{plistlib.loads(file.read_bytes())['Label']}.plist"
+
+
+def test_rotation_is_of_the_daemons_log_for_its_user_and_loses_no_line() -> None:
+    lines = (DEPLOY / "newsyslog" / "glmd.conf").read_text().splitlines()
+    (entry,) = [line.split() for line in lines if line and not line.startswith("#")]
+    log, owner, mode, count, size, when, flags = entry
+    daemon = plist(DAEMON)
+    assert log == daemon["StandardErrorPath"] == daemon["StandardOutPath"]
+    assert owner == f"{daemon['UserName']}:{daemon['GroupName']}"
+    assert re.fullmatch("[0-7]{3}", mode)
+    assert int(count) > 0
+    assert int(size) > 0
+    assert when == "*"
+    assert flags == "N", "a compressed file would be cut while the server still writes into it"
+
+
+def test_system_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("only on Linux with systemd")
+    text = (DEPLOY / "systemd" / "glmd.service").read_text()
+    file = tmp_path / "glmd.service"
+    file.write_text(text.replace("/opt/glmd/venv/bin/glmd", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
+    )
+    assert [line for line in done.stderr.splitlines() if file.name in line] == []
+
+
+def test_system_unit_has_the_limits_of_the_user_unit() -> None:
+    text = (DEPLOY / "systemd" / "glmd.service").read_text()
+    unit = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
+    agent_plist = plist("launchd/local.glmd.plist")
+    assert int(unit["LimitNOFILE"]) == agent_plist["SoftResourceLimits"]["NumberOfFiles"]
+    assert int(unit["RestartSec"]) == agent_plist["ThrottleInterval"]
+    assert int(unit["TimeoutStopSec"]) == agent_plist["ExitTimeOut"]
+    assert unit["Restart"] == "on-failure"
+    assert unit["DynamicUser"] == "yes"
+
+
+def test_formula_installs_the_command_and_defines_the_same_service() -> None:
+    text = (DEPLOY / "homebrew" / "glmd.rb").read_text()
+    assert re.search(r"^class Glmd < Formula$", text, re.MULTILINE)
+    for part in (
+        'license "Apache-2.0"',
+        'bin.install_symlink libexec/"bin/glmd"',
+        'run [opt_bin/"glmd", "serve"]',
+        "keep_alive successful_exit: false",
+        "process_type :interactive",
+        f"throttle_interval {plist('launchd/local.glmd.plist')['ThrottleInterval']}",
+    ):
+        assert part in text
+    opened = len(re.findall(r"^\s*(?:class|def)\b|\bdo$", text, re.MULTILINE))
+    assert opened == len(re.findall(r"^\s*end$", text, re.MULTILINE))
+
+
+def test_formula_is_ruby() -> None:
+    if sys.platform != "darwin":
+        pytest.skip("only on macOS, which has Ruby")
+    subprocess.run(["ruby", "-c", str(DEPLOY / "homebrew" / "glmd.rb")], check=True)
+
+
+def test_property_lists_are_sound_to_macos_too() -> None:
+    if sys.platform != "darwin":
+        pytest.skip("only on macOS, which has plutil")
+    files = [str(file) for file in (DEPLOY / "launchd").iterdir()]
+    subprocess.run(["plutil", "-lint", *files], check=True)
+
+
+def test_readme_names_every_file_and_only_files_that_are_there() -> None:
+    readme = (DEPLOY / "README.md").read_text()
+    files = {str(file.relative_to(DEPLOY)) for file in DEPLOY.glob("*/*")}
+    named = set(
+        re.findall(
+            r"(?:launchd|newsyslog|systemd|homebrew|prometheus|grafana)/[\w.-]+\.\w+", readme
+        )
+    )
+    assert named == files
+
+
+def test_shell_of_the_readme_is_shell() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        subprocess.run(["sh", "-n"], input=block, text=True, check=True)
+
+
+def test_hand_installation_fills_in_every_placeholder(tmp_path: Path) -> None:
+    block = re.search(r"^sed .*?\.plist$", (DEPLOY / "README.md").read_text(), re.DOTALL | re.M)
+    assert block
+    glmd = tmp_path / "bin" / "glmd"
+    glmd.parent.mkdir()
+    glmd.write_text("#!/bin/sh\n")
+    glmd.chmod(0o755)
+    (tmp_path / "Library" / "LaunchAgents").mkdir(parents=True)
+    environment = {"HOME": str(tmp_path), "PATH": f"{glmd.parent}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-c", block.group()], cwd=DEPLOY.parent, env=environment, check=True)
+    written = tmp_path / "Library" / "LaunchAgents" / "local.glmd.plist"
+    made = plistlib.loads(written.read_bytes())
+    assert made["ProgramArguments"] == [str(glmd), "serve"]
+    assert made["StandardErrorPath"] == f"{tmp_path}/Library/Logs/glmd/glmd.log"
+    assert b"YOU" not in written.read_bytes()

@@ -1,0 +1,74 @@
+"""docs/parameters.md says of every field what the code does with it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+from paths import ROOT
+
+from glmd.api.anthropic import request as messages
+from glmd.api.openai import parameters
+from glmd.api.openai.chat_request import ChatCompletionRequest
+from glmd.api.openai.completion_request import CompletionRequest
+from glmd.api.responses import request as responses
+from glmd.api.sampling import NO_OP
+
+PAGE = ROOT / "docs" / "parameters.md"
+HEADER = "| Field | C | T | R | M | Meaning |"
+
+APIS: dict[str, tuple[Any, dict[str, str]]] = {
+    "C": (ChatCompletionRequest, parameters.REFUSED),
+    "T": (CompletionRequest, parameters.REFUSED),
+    "R": (responses.ResponsesRequest, responses.REFUSED),
+    "M": (messages.MessagesRequest, messages.REFUSED),
+}
+
+
+def in_the_code(api: str) -> dict[str, str]:
+    """Each field's mark."""
+    model, refused = APIS[api]
+    marks = dict.fromkeys(refused, "✗")
+    for name, field in model.model_fields.items():
+        said = field.description or ""
+        marks[name] = "○" if said.startswith(NO_OP) else "✗" if said.startswith("Refused") else "✓"
+    return marks
+
+
+def on_the_page(api: str) -> dict[str, str]:
+    marks: dict[str, str] = {}
+    in_table = False
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        in_table = line.startswith("|") and (in_table or line == HEADER)
+        if not in_table or line.startswith(("|---", HEADER)):
+            continue
+        fields, *cells, _ = [cell.strip() for cell in line.strip("|").split("|")]
+        mark = dict(zip("CTRM", cells, strict=True))[api]
+        for name in re.findall(r"`(\w+)`", fields) if mark else ():
+            assert name not in marks, f"{name} is there twice"
+            marks[name] = mark
+    return marks
+
+
+MINIMAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "C": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "⟦</think>Yes.⟧"}]}),
+    "T": ("/v1/completions", {"prompt": "⟦Yes.⟧"}),
+    "R": ("/v1/responses", {"input": "⟦</think>Yes.⟧"}),
+    "M": ("/v1/messages", {"messages": [{"role": "user", "content": "⟦Yes.⟧"}], "max_tokens": 9}),
+}
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_null_means_the_same_as_leaving_a_field_out(http: httpx.Client, api: str) -> None:
+    model, refused = APIS[api]
+    path, body = MINIMAL[api]
+    response = http.post(path, json=dict.fromkeys([*model.model_fields, *refused]) | body)
+    assert response.status_code == 200, response.text
+    assert "x-glmd-ignored-parameters" not in response.headers
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_every_field_has_the_mark_that_the_code_gives_it(api: str) -> None:
+    assert on_the_page(api) == in_the_code(api)

@@ -1,0 +1,237 @@
+"""Drafts in mixed company change nothing: not what is said, nor how often, nor how well."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from distribution import Floats, deviation, exact
+from engines import Answer, Run, load, reference_logits, request, run, tiny_engine, tiny_model
+from grammars import CONTROLS
+
+from glmd.bench.drafting import WEATHER
+from glmd.chat.messages import Conversation, read_messages
+from glmd.chat.prompt import build_prompt
+from glmd.chat.special_tokens import Tags
+from glmd.chat.template import ChatTemplate
+from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tools import read_tools
+from glmd.chat.turn_cache import Turns
+from glmd.checkpoint.hub import DEMO
+from glmd.engine.core import Engine
+from glmd.ipc import Generate, Guidance, SamplingParams, unpack_tokens
+from glmd.llm import LLM
+from glmd.model.glm4_moe_lite import GlmModel
+from glmd.structured_output import Regex, Structure
+from glmd.structured_output.build import build
+
+
+@cache
+def model_of(name: str) -> GlmModel:
+    return load(DEMO) if name == "demo" else tiny_model(num_nextn_predict_layers=1)
+
+
+@cache
+def demo_prompt(text: str, *, with_tool: bool = False) -> list[int]:
+    """A conversation that begins, as the demo reads it."""
+    tokenizer = Tokenizer.load(DEMO)
+    tools = read_tools([WEATHER] if with_tool else None)
+    conversation = Conversation(read_messages([{"role": "user", "content": text}]), tools=tools)
+    template = ChatTemplate.load(DEMO, tokenizer.controls)
+    prompt = build_prompt(conversation, tokenizer=tokenizer, template=template, turns=Turns())
+    return list(prompt.tokens)
+
+
+def company(name: str) -> list[Generate]:
+    """Requests of every kind, for one batch."""
+    rng = np.random.default_rng(2)
+    if name == "demo":
+        controls, prompt = Tokenizer.load(DEMO).controls, demo_prompt("Count from 3 to 30.")
+    else:
+        controls, prompt = CONTROLS, rng.integers(0, 250, 30).tolist()
+    long = rng.integers(0, 250, 300).tolist()
+    form = Structure(Regex("[a-c]{2}( [0-9]+,){4,}", "p"))
+    guidance = Guidance(grammar=build(form, Tags.find(controls, "tokenizer.json")).text)
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "sampled": {"temperature": 2.0},
+        "filtered": {"temperature": 3.0, "top_k": 12, "top_p": 0.9, "min_p": 0.01},
+        "penalised": {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        "greedy and penalised": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        "with logprobs": {"temperature": 1.5, "logprobs": 2},
+        "biased": {"logit_bias": {prompt[5]: 3.0}},
+        "stopped": {"stop_token_ids": tuple(range(30, 90)), "min_tokens": 4, "temperature": 2.0},
+        "held to a grammar": {"guidance": guidance, "temperature": 1.0},
+        "held and penalised": {"guidance": guidance, "frequency_penalty": 0.4, "n": 2},
+        "thinking": {"thinking_budget": 11, "thinking_close": (40, 41), "temperature": 2.0},
+        "many": {"temperature": 2.0, "n": 3},
+    }
+    rest: dict[str, Any] = {"ignore_eos": True, "max_tokens": 24}
+    return [
+        *(
+            request(kind, prompt, **rest | {"seed": seed} | fields)
+            for seed, (kind, fields) in enumerate(kinds.items())
+        ),
+        request("long", long, **rest),
+        request("its beginning", long[:90], **rest),
+    ]
+
+
+@cache
+def answers(name: str, mtp: int) -> Run:
+    """Of the whole company, long prompts in chunks beside those who decode already."""
+    engine = tiny_engine(model_of(name), mtp=mtp, max_step_tokens=64, max_running=24)
+    done = run(engine, *company(name))
+    stats = engine.stats()
+    assert mtp == 0 or 0 < stats.accepted < stats.drafted
+    return done
+
+
+def is_tie(model: GlmModel, asked: Generate, tokens: list[int], others: list[int]) -> bool:
+    """Whether two answers part where two tokens are all but equally likely; says where."""
+    at = next(i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b)
+    whole = [*unpack_tokens(asked.prompt).tolist(), *tokens[:at]]
+    row = reference_logits(model, whole)[-1]
+    print(f"{asked.id}, token {at}: {tokens[at]} or {others[at]}")
+    return bool(abs(row[tokens[at]] - row[others[at]]) < 1e-3)
+
+
+@pytest.mark.parametrize("name", ["random", "demo"])
+@pytest.mark.parametrize("mtp", [1, 2, 3])
+def test_every_kind_of_request_answers_as_without_drafts(name: str, mtp: int) -> None:
+    model, drafted, undrafted = model_of(name), answers(name, mtp), answers(name, 0)
+    for asked in company(name):
+        for index in range(asked.n):
+            one, other = drafted.answer(asked.id, index), undrafted.answer(asked.id, index)
+            if one.tokens != other.tokens:
+                assert is_tie(model, asked, one.tokens, other.tokens), asked.id
+                continue
+            assert one.finish == other.finish
+            assert np.allclose(one.logprobs, other.logprobs, atol=1e-3)
+
+
+@pytest.mark.parametrize("mtp", [1, 3])
+def test_a_stop_string_that_ends_within_a_draft_ends_the_answer_there(mtp: int) -> None:
+    """Of several tokens that come at once, those behind the stop string are not said."""
+    asked: dict[str, Any] = {
+        "conversations": [[{"role": "user", "content": "Count from 3 to 30."}]],
+        "template": {"enable_thinking": False},
+        "temperature": 0.0,
+        "max_tokens": 30,
+    }
+    with_drafts, without = LLM(mtp=mtp), LLM(mtp=0)
+    whole = without.chat_batch(**asked)[0].text
+    assert len(whole) > 20
+    for end in range(8, 12):
+        stop = whole[end : end + 2]
+        (one,), (other,) = (llm.chat_batch(**asked, stop=[stop]) for llm in (with_drafts, without))
+        assert one.text == other.text == whole[: whole.index(stop)]
+        assert one.finish_reason == other.finish_reason == "stop"
+    assert with_drafts.engine.stats().accepted
+
+
+FILTERED = SamplingParams(
+    temperature=8.0,
+    top_k=6,
+    top_p=0.95,
+    min_p=0.1,
+    repetition_penalty=1.3,
+    frequency_penalty=3.0,
+    presence_penalty=-2.0,
+    logit_bias={7: 4.0},
+)
+"""At this temperature the noise counts for as much as the logits."""
+
+
+@pytest.mark.parametrize("mtp", [1, 2])
+def test_three_tokens_are_distributed_as_the_model_has_them(mtp: int) -> None:
+    """All 216 ways to go on, with filters and penalties, where many drafts are refused."""
+    model = tiny_model(num_nextn_predict_layers=1, vocab_size=16, eos_token_id=[1])
+    prompt = np.array([5, 9, 9, 3, 7, 11, 12, 5], np.int32)
+    draws = 700
+    fields = {name: getattr(FILTERED, name) for name in FILTERED.__struct_fields__} | {"seed": 3}
+    asked = request("r", prompt, n=draws, max_tokens=3, ignore_eos=True, **fields)
+    engine = tiny_engine(model, mtp=mtp, max_running=200)
+    done = run(engine, asked)
+    stats = engine.stats()
+    assert 0.1 * draws < stats.accepted < 0.9 * stats.drafted
+    expected = _of_three(model, prompt)
+    drawn = [tuple(done.answer("r", index).tokens) for index in range(draws)]
+    assert set(drawn) <= expected.keys()
+    observed = np.array([drawn.count(way) for way in expected])
+    assert deviation(observed, draws * np.array([*expected.values()])) < 3.5
+
+
+def _of_three(model: GlmModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation by three tokens."""
+    ways: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for way, probability in ways.items():
+            output = np.array(way, np.int32)
+            logits = reference_logits(model, [*prompt.tolist(), *way])[-1]
+            next_: Floats = exact(logits, FILTERED, prompt, output)
+            for token in np.flatnonzero(next_).tolist():
+                longer[*way, token] = probability * float(next_[token])
+        ways = longer
+    return ways
+
+
+def count_drafts(engine: Engine, asked: Generate) -> tuple[Answer, int, int]:
+    """An answer, the drafts verified for it, and those that became part of it."""
+    before = engine.stats()
+    answer = run(engine, asked).answer(asked.id)
+    after = engine.stats()
+    return answer, after.drafted - before.drafted, after.accepted - before.accepted
+
+
+def forget_mtp_kv(engine: Engine) -> None:
+    for node in engine._tree.nodes():
+        assert node.kv is not None
+        node.kv.layers[-1] = mx.zeros_like(node.kv.layers[-1])
+
+
+def test_a_prefix_hit_loses_no_acceptance() -> None:
+    """The MTP layer's KV comes back with the rest, within a conversation and when it is had again.
+    Without that KV drafts are worse, and answers are the same."""
+    model = model_of("demo")
+    cached = tiny_engine(model, mtp=1)
+    prompt = demo_prompt("Count from 4 to 20.", with_tool=True)
+    for turn in range(2):
+        asked = request(f"turn {turn}", prompt, max_tokens=40)
+        first, *counts = count_drafts(cached, asked)
+        assert first.cached_tokens >= 100 * turn
+        alone, *cold = count_drafts(tiny_engine(model, mtp=1), asked)
+        assert (first.tokens, counts) == (alone.tokens, cold)
+        again, *counts = count_drafts(cached, asked)
+        assert again.cached_tokens == len(prompt) - 1
+        assert (again.tokens, counts) == (alone.tokens, cold)
+        said = [token for token in first.tokens if token not in model.eos_token_ids]
+        prompt = [*prompt, *said, *demo_prompt("Count from 7 to 30.")[2:]]
+    forget_mtp_kv(cached)
+    without, drafted, accepted = count_drafts(cached, asked)
+    assert without.tokens == alone.tokens
+    assert accepted / drafted < cold[1] / cold[0]
+
+
+def test_where_prefixes_fork_no_acceptance_is_lost() -> None:
+    """The MTP layer's KV of a token is made of the one that follows, so what another prompt left
+    of the last common token is not taken."""
+    model, shared = model_of("demo"), tiny_engine(model_of("demo"), mtp=1)
+    cities = ("Lisbon", "Turin", "Bergen", "Porto")
+    asked = [
+        request(city, demo_prompt(f"What is the weather in {city}?", with_tool=True), max_tokens=40)
+        for city in cities
+    ]
+    cold = [count_drafts(tiny_engine(model, mtp=1), one) for one in asked]
+    forked = [count_drafts(shared, one) for one in asked]
+    forget_mtp_kv(shared)
+    without = [count_drafts(shared, one) for one in asked]
+    assert min(answer.cached_tokens for answer, *_ in forked[1:]) > 100
+    for (alone, *cold_counts), (answer, *counts) in zip(cold, forked, strict=True):
+        assert (answer.tokens, counts) == (alone.tokens, cold_counts)
+    assert sum(accepted for *_, accepted in without) < sum(accepted for *_, accepted in cold)
+    assert [answer.tokens for answer, *_ in without] == [answer.tokens for answer, *_ in cold]

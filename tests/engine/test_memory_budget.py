@@ -1,0 +1,234 @@
+"""One memory budget: what fits is known beforehand, kept to, given back, and may be too much."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from engines import (
+    assert_at_rest,
+    assert_true,
+    assert_whole,
+    refuse_memory,
+    request,
+    run,
+    tiny_engine,
+    tiny_model,
+)
+from paths import TESTS
+
+from glmd.checkpoint.config import load_config
+from glmd.checkpoint.hub import DEMO
+from glmd.checkpoint.random import write_random_checkpoint
+from glmd.engine import memory
+from glmd.engine.config import EngineConfig
+from glmd.engine.core import Engine, load_engine
+from glmd.errors import CheckpointError
+from glmd.model.loader import load_model, weight_bytes
+
+PROMPTS = [np.random.default_rng(i).integers(3, 500, 300).tolist() for i in range(4)]
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+@pytest.mark.parametrize("kind", ["demo", "published", "own vocabulary"])
+def test_the_size_of_the_weights_is_known_before_they_are_loaded(
+    kind: str, mtp: bool, tmp_path: Path
+) -> None:
+    folder = DEMO
+    if kind != "demo":
+        folder = tmp_path / "random"
+        shares = kind == "published"
+        write_random_checkpoint(
+            folder, num_nextn_predict_layers=1, mtp_shares_vocabulary=shares, num_hidden_layers=2
+        )
+    expected = weight_bytes(folder, load_config(folder), mx.float32, mtp=mtp)
+    loaded = load_model(folder, "float32", lambda done, total: None, mtp=mtp)
+    if kind == "own vocabulary" and mtp:
+        # Not to be told from copies by their headers; found out when they are loaded.
+        args = loaded.args
+        expected += 2 * args.vocab_size * args.hidden_size * 4
+    assert loaded.weight_bytes == expected
+
+
+def test_what_cannot_fit_is_refused_unloaded_and_with_the_sum() -> None:
+    loaded: list[int] = []
+    config = EngineConfig(memory_budget=20 << 20)
+    with pytest.raises(CheckpointError) as caught:
+        load_engine(DEMO, config, lambda done, total: loaded.append(done))
+    assert not loaded
+    words = caught.value.message
+    for part in ("Weights ", " + working memory ", " + KV of 4352 tokens ", "20.00 MiB"):
+        assert part in words
+    mebibytes = [float(word) for word in words.split() if word.replace(".", "").isdigit()]
+    weights, working, _, kv, total, budget = mebibytes
+    assert weights + working + kv == pytest.approx(total, abs=0.02)
+    assert total > budget == 20
+
+
+def test_where_memory_is_short_working_memory_gives_way_to_kv() -> None:
+    """GLM-4.7-Flash in mixed 8/5 bit on a Mac with 32 GB, and on one with 48."""
+    dims = load_config(TESTS / "fixtures" / "glm-4.7-flash" / "config.json")
+    config = EngineConfig()
+
+    def divided(gib: float) -> memory.Division:
+        return memory.divide(
+            Path("model"),
+            dims,
+            config,
+            int(gib * 2**30),
+            weights=int(20.36 * 2**30),
+            token_bytes=55_296,
+            item=2,
+        )
+
+    large, small = divided(36), divided(21.33)
+    assert large.config == config
+    assert small.config.max_step_tokens == config.max_step_tokens // 8
+    assert small.working < large.working / 4
+    assert small.kv > 12_000 * 55_296
+    for division, gib in ((large, 36), (small, 21.33)):
+        total = division.weights + division.working + division.kv
+        assert total == int(gib * 2**30)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        divided(20.6)
+
+
+def test_an_engine_with_little_memory_takes_smaller_chunks_and_answers_the_same() -> None:
+    model = tiny_model(max_position_embeddings=2000)
+    engine = tiny_engine(model, kv_tokens=2000 + 256 - 100)
+    assert engine._config.max_step_tokens == EngineConfig().max_step_tokens // 2
+    prompt = np.random.default_rng(7).integers(3, 500, 1500).tolist()
+    asked = request("long", prompt, max_tokens=5, prompt_progress=True)
+    answer = run(engine, asked).answer("long")
+    assert answer.progress[0] == engine._config.max_step_tokens
+    assert_true(model, asked, answer)
+
+
+def test_a_chunk_shrinks_to_the_room_that_is_left() -> None:
+    model = tiny_model(max_position_embeddings=700)
+    engine = tiny_engine(model, kv_tokens=700 + 256)
+    prompt = np.random.default_rng(9).integers(3, 500, 650).tolist()
+    asked = [
+        request("long", prompt, max_tokens=40, ignore_eos=True),
+        request("other", PROMPTS[1], max_tokens=200, ignore_eos=True, prompt_progress=True),
+        request("third", PROMPTS[2], max_tokens=200, ignore_eos=True, priority=1),
+    ]
+    running = run(engine, *asked)
+    for one in asked:
+        assert_whole(model, one, running.answer(one.id), 700)
+        assert_true(model, one, running.answer(one.id))
+    assert_at_rest(engine)
+
+
+def test_the_peak_of_a_mixed_load_stays_within_the_budget() -> None:
+    model = tiny_model(max_position_embeddings=1000, num_nextn_predict_layers=1)
+    settings = EngineConfig(max_running=8, max_step_tokens=256, mtp=1)
+    least = (
+        memory.working_memory(model.args, settings, model.dtype.size, model.kv_bytes_per_token)
+        + 1400 * model.kv_bytes_per_token
+    )
+    gc.collect()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    engine = Engine(model, settings, model.weight_bytes + least)
+    mx.reset_peak_memory()
+    fields: list[dict[str, Any]] = [{}, {"logprobs": 5}, {"temperature": 2.0, "top_p": 0.9}]
+    prompts = [np.random.default_rng(i).integers(3, 500, 60 * i).tolist() for i in range(1, 9)]
+    asked = [
+        request(f"{i}", prompt, max_tokens=60, ignore_eos=True, **fields[i % 3])
+        for i, prompt in enumerate(prompts)
+    ]
+    run(engine, *asked)
+    assert mx.get_peak_memory() - before <= least
+
+
+LIMITS = """
+import gc, sys
+import mlx.core as mx
+from glmd.errors import CheckpointError
+from glmd.llm import LLM
+
+def limits():  # can only be read by being set
+    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 20)
+    mx.set_memory_limit(memory), mx.set_cache_limit(cache)
+    return memory, cache
+
+before, budget = limits(), 1 << 30
+first = LLM(memory_budget=budget)
+assert limits() == (budget, budget)
+second = LLM(memory_budget=2 * budget)
+first.close()
+first.close()
+assert limits() == (2 * budget, 2 * budget)
+del second  # A user may never call close.
+gc.collect()
+assert limits() == before
+try:
+    LLM(memory_budget=1 << 20)
+except CheckpointError:
+    assert limits() == before
+else:
+    sys.exit("it fits")
+"""
+
+
+def test_the_library_puts_mlxs_limits_back_when_the_last_engine_goes() -> None:
+    """In a process of its own: other tests' engines may live in this one."""
+    subprocess.run([sys.executable, "-c", LIMITS], check=True)
+
+
+def test_memory_refused_twice_changes_no_answer() -> None:
+    model = tiny_model(num_nextn_predict_layers=1)
+    fields: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"frequency_penalty": 0.4, "logprobs": 2},
+        {"thinking_budget": 9, "thinking_close": (90, 91)},
+        {"temperature": 8.0},
+    ]
+    asked = [
+        request(str(i), PROMPTS[i], max_tokens=40, ignore_eos=True, seed=i, **fields[i])
+        for i in range(4)
+    ]
+    for late in (False, True):
+        engine = tiny_engine(model, mtp=2, max_step_tokens=200)
+        refuse_memory(engine, {2, 17}, late=late)
+        running = run(engine, *asked)
+        assert engine.stats().out_of_memory == 2
+        assert engine._scheduler.max_running == 1
+        for one in asked:
+            assert_whole(model, one, running.answer(one.id), 2000)
+            assert_true(model, one, running.answer(one.id))
+        assert_at_rest(engine)
+
+
+def test_the_request_that_gets_no_memory_alone_is_let_go_and_the_others_are_served() -> None:
+    model = tiny_model()
+    engine = tiny_engine(model, max_step_tokens=400)
+    refuse_memory(engine, {3, 6, 9}, late=True)
+    asked = [request(str(i), PROMPTS[i], max_tokens=300, ignore_eos=True) for i in range(3)]
+    running = run(engine, *asked)
+    failed = [one for one in asked if running.answer(one.id).finish == "error"]
+    assert len(failed) == 1
+    assert "no memory" in (running.answer(failed[0].id).error or "")
+    for one in asked:
+        assert_true(model, one, running.answer(one.id))
+    assert engine._scheduler.max_running == EngineConfig().max_running  # calm since long
+    assert_at_rest(engine)
+
+
+def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[matmul] Last dimension of first input does not match.")
+
+    monkeypatch.setattr(engine._launcher, "launch", fail)
+    engine.submit(request("a", [1, 2, 3]))
+    with pytest.raises(RuntimeError, match="matmul"):
+        engine.step()

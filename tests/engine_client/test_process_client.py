@@ -1,0 +1,296 @@
+"""The engine process and its client: outputs, cancellation, death and restart."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import fake_engine
+import psutil
+import pytest
+
+from glmd.engine_client.client import EngineClient
+from glmd.engine_client.output_collector import Stream
+from glmd.engine_client.process import Launch
+from glmd.errors import EngineUnavailable, InvalidRequest, Overloaded
+from glmd.ipc import Generate, Output, TokenLogprobs, pack_tokens
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def client(model: Path, **config: int | float | str) -> AsyncIterator[EngineClient]:
+    client = EngineClient(Launch(model, config, engine="fake_engine"))
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def ready_client(model: Path, **config: int | float | str) -> AsyncIterator[EngineClient]:
+    async with client(model, **config) as it:
+        assert await it.wait_for("ready", "failed") == "ready", it.failure
+        yield it
+
+
+def request(*prompt: int, id: str = "r", n: int = 1, max_tokens: int = 16) -> Generate:
+    return Generate(id=id, prompt=pack_tokens(prompt), n=n, max_tokens=max_tokens)
+
+
+async def collect(client: EngineClient, request: Generate) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async for output in client.generate(request):
+        tokens.setdefault(output.index, []).extend(output.tokens)
+    return tokens
+
+
+async def rows_are_free(client: EngineClient) -> None:
+    """Wait until the engine reports that nothing runs."""
+    async with asyncio.timeout(10):
+        while client.stats.running or not client.stats.steps:
+            await asyncio.sleep(0.02)
+
+
+async def test_tokens_arrive_in_order_and_the_last_output_says_why_it_ended(tmp_path: Path) -> None:
+    async with ready_client(tmp_path) as it:
+        outputs = [output async for output in it.generate(request(5, 6, 7, max_tokens=7))]
+    assert [token for output in outputs for token in output.tokens] == [5, 6, 7, 5, 6, 7, 5]
+    assert outputs[0].prompt_tokens == 3
+    assert [output.finish for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
+
+
+async def test_requests_and_their_sequences_do_not_mix(tmp_path: Path) -> None:
+    async with ready_client(tmp_path) as it:
+        answers = await asyncio.gather(
+            *(
+                collect(it, request(k + 1, k + 2, id=str(k), n=1 + k % 3, max_tokens=4 + k))
+                for k in range(20)
+            )
+        )
+        assert it.in_flight == 0
+    for k, answer in enumerate(answers):
+        expected = [(k + 1, k + 2)[i % 2] for i in range(4 + k)]
+        assert answer == dict.fromkeys(range(1 + k % 3), expected)
+
+
+async def test_closing_the_iterator_frees_the_row(tmp_path: Path) -> None:
+    async with ready_client(tmp_path) as it:
+        async with aclosing(it.generate(request(1, max_tokens=10**9))) as outputs:
+            await anext(outputs)
+        await rows_are_free(it)
+        assert it.in_flight == 0
+
+
+async def test_cancelling_the_reader_frees_the_row_before_its_first_token(tmp_path: Path) -> None:
+    async with ready_client(tmp_path) as it:
+        reader = asyncio.create_task(collect(it, request(fake_engine.SILENT)))
+        await collect(it, request(1, id="other"))
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await rows_are_free(it)
+
+
+async def test_a_reader_too_far_behind_frees_the_row_though_it_never_comes_back(
+    tmp_path: Path,
+) -> None:
+    it = EngineClient(Launch(tmp_path, {}, engine="fake_engine"), buffer_tokens=100)
+    await it.start()
+    try:
+        assert await it.wait_for("ready", "failed") == "ready", it.failure
+        async with aclosing(it.generate(request(1, max_tokens=10**9))) as outputs:
+            await anext(outputs)
+            await rows_are_free(it)
+            assert it.in_flight == 1
+            with pytest.raises(Overloaded, match="more than 100 tokens behind"):
+                await anext(outputs)
+        assert it.in_flight == 0
+    finally:
+        await it.close()
+
+
+async def test_one_sequence_can_be_cancelled_and_the_others_go_on(tmp_path: Path) -> None:
+    async with ready_client(tmp_path, step_seconds=0.001) as it:
+        counts = [0, 0]
+        async for output in it.generate(request(1, n=2, max_tokens=200)):
+            counts[output.index] += len(output.tokens)
+            if output.index == 0:
+                it.cancel("r", 0)
+        assert counts[0] < 200
+        assert counts[1] == 200
+
+
+async def test_a_refused_request_raises_with_its_field(tmp_path: Path) -> None:
+    async with ready_client(tmp_path) as it:
+        with pytest.raises(InvalidRequest, match="No such thing") as caught:
+            await collect(it, request(fake_engine.REFUSE))
+        assert caught.value.param == "prompt"
+        with pytest.raises(Overloaded):
+            await collect(it, request(fake_engine.OVERLOAD))
+
+
+async def test_a_request_before_the_engine_is_ready_is_told_so(tmp_path: Path) -> None:
+    async with client(tmp_path, on_load="wait") as it:
+        assert it.state == "loading"
+        with pytest.raises(EngineUnavailable, match="loading"):
+            await collect(it, request(1))
+        (tmp_path / "go").touch()
+        await it.wait_for("ready")
+        assert await collect(it, request(1, max_tokens=2)) == {0: [1, 1]}
+
+
+async def test_loading_progress_is_visible(tmp_path: Path) -> None:
+    async with client(tmp_path, on_load="wait") as it:
+        async with asyncio.timeout(30):
+            while it.progress is None or not it.progress.total_bytes:
+                await asyncio.sleep(0.01)
+        assert (it.progress.done_bytes, it.progress.total_bytes) == (6, 12)
+
+
+@pytest.mark.parametrize("trouble", [fake_engine.DIE, fake_engine.RAISE])
+async def test_death_fails_what_is_in_flight_and_the_engine_comes_back(
+    tmp_path: Path, trouble: int
+) -> None:
+    async with ready_client(tmp_path) as it:
+        first = it.pid
+        waiting = asyncio.create_task(collect(it, request(fake_engine.SILENT, id="waiting")))
+        await collect(it, request(1, id="before"))
+        with pytest.raises(EngineUnavailable):
+            await collect(it, request(trouble))
+        with pytest.raises(EngineUnavailable):
+            await waiting
+        assert it.state == "restarting"
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            await collect(it, request(1, id="meanwhile"))
+        assert await it.wait_for("ready", "failed") == "ready"
+        assert it.pid != first
+        assert it.restarts == 1
+        assert await collect(it, request(3, max_tokens=2)) == {0: [3, 3]}
+
+
+async def test_a_refused_checkpoint_is_final_and_says_why(tmp_path: Path) -> None:
+    async with client(tmp_path, on_load="refuse") as it:
+        assert await it.wait_for("ready", "failed") == "failed"
+        assert it.failure == f"{tmp_path} holds no checkpoint."
+        assert it.restarts == 0
+        with pytest.raises(EngineUnavailable, match="holds no checkpoint"):
+            await collect(it, request(1))
+
+
+async def test_an_engine_that_never_comes_up_is_given_up(tmp_path: Path) -> None:
+    async with client(tmp_path, on_load="crash") as it:
+        assert await it.wait_for("ready", "failed") == "failed"
+        assert it.failure is not None
+        assert "exit code 7" in it.failure
+
+
+async def test_close_leaves_no_process_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    async with ready_client(tmp_path) as it:
+        pid = it.pid
+        assert pid is not None
+        (folder,) = tmp_path.glob("glmd-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        reader = asyncio.create_task(collect(it, request(fake_engine.SILENT)))
+        await collect(it, request(1, id="other"))
+    with pytest.raises(EngineUnavailable):
+        await reader
+    assert not psutil.pid_exists(pid)
+    assert not list(tmp_path.glob("glmd-*"))
+
+
+async def test_close_ends_an_engine_that_is_still_loading(tmp_path: Path) -> None:
+    async with client(tmp_path, on_load="wait") as it:
+        async with asyncio.timeout(30):
+            while it.progress is None or not it.progress.total_bytes:
+                await asyncio.sleep(0.01)
+        pid = it.pid
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+
+
+async def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, sys
+        from pathlib import Path
+        from glmd.engine_client.client import EngineClient
+        from glmd.engine_client.process import Launch
+
+        async def main():
+            client = EngineClient(Launch(Path(sys.argv[1]), engine="fake_engine"))
+            await client.start()
+            await client.wait_for("ready")
+            print(client.pid, flush=True)
+            await asyncio.Event().wait()
+
+        asyncio.run(main())
+        """
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert parent.stdout is not None
+    engine = psutil.Process(int(parent.stdout.readline()))
+    assert list(tmp_path.glob("glmd-*"))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    engine.wait(timeout=20)
+    assert not list(tmp_path.glob("glmd-*"))
+
+
+async def test_outputs_that_pile_up_arrive_as_one() -> None:
+    stream = Stream(n=1, limit=100)
+    logprobs = [TokenLogprobs(-0.5, [], [])]
+    stream.push(Output(id="r", tokens=[1], logprobs=logprobs, prompt_tokens=9, cached_tokens=4))
+    stream.push(Output(id="r", tokens=[2, 3], logprobs=2 * logprobs, drafted=2, accepted=1))
+    stream.push(Output(id="r", tokens=[4], logprobs=logprobs, drafted=1, finish="stop"))
+    (output,) = await stream.take()
+    assert output == Output(
+        id="r",
+        tokens=[1, 2, 3, 4],
+        logprobs=4 * logprobs,
+        prompt_tokens=9,
+        cached_tokens=4,
+        drafted=3,
+        accepted=1,
+        finish="stop",
+    )
+    assert stream.finished
+
+
+async def test_what_arrived_before_a_failure_is_read_before_it() -> None:
+    stream = Stream(n=1, limit=100)
+    stream.push(Output(id="r", tokens=[1]))
+    stream.fail(EngineUnavailable("gone"))
+    stream.push(Output(id="r", tokens=[2]))
+    assert [output.tokens for output in await stream.take()] == [[1]]
+    with pytest.raises(EngineUnavailable):
+        await stream.take()
+
+
+async def test_a_reader_too_far_behind_is_cut_off() -> None:
+    stream = Stream(n=1, limit=100)
+    for _ in range(101):
+        stream.push(Output(id="r", tokens=[1]))
+    with pytest.raises(Overloaded, match="100 tokens behind"):
+        await stream.take()

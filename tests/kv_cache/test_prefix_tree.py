@@ -1,0 +1,378 @@
+"""The prefix tree against a set of token prefixes, and its promises about cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from glmd.kv_cache import prefix_tree as tree_module
+from glmd.kv_cache.prefix_tree import Lease, Node, PrefixTree, common_prefix
+
+Prefix = tuple[int, ...]
+
+
+def _array(tokens: Any) -> npt.NDArray[np.int32]:
+    return np.array(tokens, np.int32)
+
+
+@dataclass
+class Rows:
+    """A segment whose row for each token is a hash of the salt and all tokens up to it."""
+
+    rows: npt.NDArray[np.int64]
+    copied: list[int]
+    """Tokens copied by joins, shared by all segments of a test."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return 100 * len(self.rows)
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self.rows[start:stop].copy(), self.copied)
+
+    def joined(self, *others: Rows) -> Rows:
+        rows = np.concatenate([self.rows, *(other.rows for other in others)])
+        self.copied[0] += len(rows)
+        return Rows(rows, self.copied)
+
+
+def _rows(salt: str, before: Prefix, tokens: Prefix, copied: list[int]) -> Rows:
+    ends = range(len(before) + 1, len(before) + len(tokens) + 1)
+    whole = before + tokens
+    return Rows(np.array([hash((salt, whole[:end])) for end in ends], np.int64), copied)
+
+
+def _prefix_of(node: Node[Rows]) -> Prefix:
+    """All tokens from the root to the end of `node`."""
+    before: Prefix = ()
+    if node.parent is not None:
+        before = _prefix_of(node.parent)
+        before = before[: len(before) - len(node.parent) + node.offset]
+    return before + tuple(node.keys.tolist())
+
+
+class TreeAgainstSet(RuleBasedStateMachine):
+    """What is stored is a set of (salt, prefix); leases are (salt, prefix) too."""
+
+    tokens = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
+    which = st.integers(0, 10**6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree: PrefixTree[Rows] = PrefixTree()
+        self.stored: dict[tuple[str, Prefix], int] = {}
+        """When each stored prefix was last used."""
+        self.leases: list[tuple[Lease[Rows], str, Prefix]] = []
+        self.copied = [0]
+
+    # -- rules ----------------------------------------------------------------------------
+
+    @rule(salt=st.sampled_from(["", "", "a"]))
+    def acquire(self, salt: str) -> None:
+        if len(self.leases) < 6:
+            self.leases.append((self.tree.acquire(salt), salt, ()))
+
+    @precondition(lambda self: self.leases)
+    @rule(which=which, tokens=tokens)
+    def advance(self, which: int, tokens: Prefix) -> None:
+        at = which % len(self.leases)
+        lease, salt, before = self.leases[at]
+        known = 0
+        while known < len(tokens) and (salt, before + tokens[: known + 1]) in self.stored:
+            known += 1
+        assert self.tree.advance(lease, _array(tokens)) == known
+        self.leases[at] = lease, salt, before + tokens[:known]
+        if known:
+            self._use(salt, before + tokens[:known])
+
+    @precondition(lambda self: self.leases)
+    @rule(which=which, tokens=tokens)
+    def seal(self, which: int, tokens: Prefix) -> None:
+        at = which % len(self.leases)
+        lease, salt, before = self.leases[at]
+        self.tree.seal(lease, _array(tokens), _rows(salt, before, tokens, self.copied))
+        self.leases[at] = lease, salt, before + tokens
+        self._use(salt, before + tokens)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=which)
+    def release(self, which: int) -> None:
+        lease, salt, prefix = self.leases.pop(which % len(self.leases))
+        self.tree.release(lease)
+        self._use(salt, prefix)
+
+    @precondition(lambda self: self.stored)
+    @rule(which=which, cut=st.integers(0, 3), tokens=tokens | st.just(()))
+    def come_and_go(self, which: int, cut: int, tokens: Prefix) -> None:
+        """A request that shares the beginning of an earlier one."""
+        salt, prefix = sorted(self.stored)[which % len(self.stored)]
+        prefix = prefix[: len(prefix) - cut]
+        lease = self.tree.acquire(salt)
+        assert self.tree.advance(lease, _array(prefix)) == len(prefix)
+        if tokens:
+            self.tree.seal(lease, _array(tokens), _rows(salt, prefix, tokens, self.copied))
+        self.tree.release(lease)
+        self._use(salt, prefix + tokens)
+
+    @rule(tokens=st.integers(1, 12))
+    def evict(self, tokens: int) -> None:
+        bytes_before, evicted_before = self.tree.nbytes, self.tree.evicted_tokens
+        evictable = 100 * self.tree.evictable_tokens
+        freed = self.tree.evict(100 * tokens)
+        assert freed >= min(100 * tokens, evictable)
+        assert freed == bytes_before - self.tree.nbytes
+        left = self._walk()
+        gone = self.stored.keys() - left.keys()
+        assert not left.keys() - self.stored.keys()
+        assert self.tree.evicted_tokens - evicted_before == len(gone) == freed // 100
+        if gone:
+            youngest = max(self.stored[prefix] for prefix in gone)
+            for node in self.tree.nodes():
+                if node.kept < len(node):
+                    assert youngest <= node.stamp, "something younger than a kept end was evicted"
+        self.stored = {prefix: self.stored[prefix] for prefix in left}
+
+    @rule()
+    def clear(self) -> None:
+        self.tree.clear()
+        held = {(salt, p[:end]) for _, salt, p in self.leases for end in range(1, len(p) + 1)}
+        assert self._walk().keys() == held
+        self.stored = {prefix: self.stored[prefix] for prefix in held}
+
+    def _use(self, salt: str, prefix: Prefix) -> None:
+        for end in range(1, len(prefix) + 1):
+            self.stored[salt, prefix[:end]] = self.tree._clock
+
+    # -- what always holds ----------------------------------------------------------------
+
+    def _walk(self) -> dict[tuple[str, Prefix], Node[Rows]]:
+        """All prefixes that the tree stores, having checked that each is stored once."""
+        found: dict[tuple[str, Prefix], Node[Rows]] = {}
+        for salt, root in self.tree._roots.items():
+            stack = list(root.children.values())
+            while stack:
+                node = stack.pop()
+                whole = _prefix_of(node)
+                start = len(whole) - len(node)
+                for end in range(start + 1, len(whole) + 1):
+                    assert (salt, whole[:end]) not in found, "stored twice"
+                    found[salt, whole[:end]] = node
+                assert node.kv is not None
+                expected = _rows(salt, whole[:start], whole[start:], [0])
+                assert (node.kv.rows == expected.rows).all()
+                stack += node.children.values()
+        return found
+
+    @invariant()
+    def shape_is_that_of_the_stored_prefixes(self) -> None:
+        shape = self.tree.shape()
+        assert shape.segments == len(list(self.tree.nodes()))
+        continued = {(salt, prefix[:-1]) for salt, prefix in self.stored}
+        assert shape.branches == len(self.stored.keys() - continued)
+        assert shape.longest == max((len(prefix) for _, prefix in self.stored), default=0)
+
+    @invariant()
+    def holds_exactly_what_was_sealed_and_not_evicted(self) -> None:
+        found = self._walk()
+        assert found.keys() == self.stored.keys()
+        assert self.tree.tokens == len(found)
+        assert self.tree.nbytes == 100 * len(found)
+
+    @invariant()
+    def leases_lie_on_their_prefix(self) -> None:
+        held: set[tuple[str, Prefix]] = set()
+        for lease, salt, prefix in self.leases:
+            assert lease in lease.node.leases
+            pieces = self.tree.path(lease)
+            assert sum((tuple(p.node.keys[: p.length].tolist()) for p in pieces), ()) == prefix
+            held |= {(salt, prefix[:end]) for end in range(1, len(prefix) + 1)}
+        assert held <= self.stored.keys(), "a prefix in use was evicted"
+        assert self.tree.evictable_tokens == len(self.stored) - len(held)
+
+    @invariant()
+    def is_well_formed(self) -> None:
+        assert len(self.tree._leases) == len(self.leases)
+        assert sum(len(node.leases) for node in self.tree.nodes()) + sum(
+            len(root.leases) for root in self.tree._roots.values()
+        ) == len(self.leases)
+        for node in self.tree.nodes():
+            assert 0 < len(node) <= tree_module.MAX_SEGMENT
+            assert node.parent is not None
+            assert node.parent.children[node.offset, int(node.keys[0])] is node
+            assert 0 <= node.offset <= len(node.parent)
+            for offset, token in node.children:
+                assert 0 < offset <= len(node)
+                assert offset == len(node) or int(node.keys[offset]) != token
+        salts = {salt for salt, _ in self.stored} | {salt for _, salt, _ in self.leases}
+        assert self.tree._roots.keys() == salts
+
+
+@pytest.mark.parametrize("max_segment", [8192, 9])
+def test_tree_behaves_as_a_set_of_prefixes(
+    max_segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_module, "MAX_SEGMENT", max_segment)
+    TreeAgainstSet.TestCase.settings = settings(
+        max_examples=60, stateful_step_count=50, deadline=None
+    )
+    TreeAgainstSet.TestCase().runTest()
+
+
+# -- single promises ------------------------------------------------------------------------
+
+
+def _sealed(tree: PrefixTree[Rows], tokens: Any, salt: str = "", step: int | None = None) -> int:
+    """Seal `tokens` in steps of `step` tokens and let go; returns the tokens copied by joins."""
+    tokens = tuple(int(token) for token in tokens)
+    copied = [0]
+    lease = tree.acquire(salt)
+    step = step or len(tokens)
+    for start in range(0, len(tokens), step):
+        part = tokens[start : start + step]
+        tree.seal(lease, _array(part), Rows(np.zeros(len(part), np.int64), copied))
+    tree.release(lease)
+    return copied[0]
+
+
+def _matched(tree: PrefixTree[Rows], tokens: Any, salt: str = "") -> int:
+    lease = tree.acquire(salt)
+    count = tree.advance(lease, _array(tokens))
+    tree.release(lease)
+    return count
+
+
+def test_a_hit_may_end_at_any_token() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    _sealed(tree, range(300))
+    for length in range(301):
+        assert _matched(tree, [*range(length), 999]) == length
+
+
+def test_salts_share_nothing() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    _sealed(tree, range(50), salt="a")
+    assert _matched(tree, range(50), salt="b") == 0
+    assert _matched(tree, range(50), salt="") == 0
+    assert _matched(tree, range(50), salt="a") == 50
+
+
+def test_a_salt_leaves_nothing_behind_once_evicted() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    for i in range(50):
+        _sealed(tree, range(3), salt=f"user {i}")
+    assert tree.tokens == 150
+    tree.clear()
+    assert (tree.tokens, tree.nbytes, tree._roots) == (0, 0, {})
+
+
+def test_sealing_with_kv_of_another_length_is_refused() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    lease = tree.acquire()
+    with pytest.raises(ValueError, match="3 tokens with KV of 2"):
+        tree.seal(lease, _array([1, 2, 3]), Rows(np.zeros(2, np.int64), [0]))
+    assert tree.tokens == 0
+
+
+@pytest.mark.parametrize("step", [1, 7, 128, 1000])
+def test_growing_prefixes_stay_in_few_pieces_at_little_copying(step: int) -> None:
+    total = 20_000
+    tree: PrefixTree[Rows] = PrefixTree()
+    copied = _sealed(tree, np.arange(total), step=step)
+    lease = tree.acquire()
+    assert tree.advance(lease, np.arange(total, dtype=np.int32)) == total
+    rounds = math.log2(tree_module.MAX_SEGMENT / step)
+    assert len(tree.path(lease)) <= 2 * total / tree_module.MAX_SEGMENT + rounds + 2
+    assert copied <= total * (2 * rounds + 2)
+
+
+def test_least_recently_used_prefix_goes_first() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    for first in range(5):
+        _sealed(tree, [first, *range(100, 110)])
+    assert _matched(tree, [0, *range(100, 110)]) == 11  # used again: now the youngest
+    tree.evict(11 * 100)
+    assert [_matched(tree, [first, *range(100, 110)]) for first in range(5)] == [11, 0, 11, 11, 11]
+
+
+def test_use_of_a_beginning_keeps_it_longer_than_what_was_used_before() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    _sealed(tree, range(20))  # a conversation …
+    _sealed(tree, [*range(10), 77])  # … and another that forks from it
+    _sealed(tree, range(1000, 1020))
+    assert _matched(tree, range(5)) == 5  # the common beginning, used last of all
+    tree.evict(12 * 100)
+    assert _matched(tree, range(5)) == 5
+    assert _matched(tree, range(1000, 1020)) == 0
+
+
+def test_use_of_a_beginning_does_not_keep_the_end() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    _sealed(tree, range(20))
+    _sealed(tree, [*range(10), 77])
+    _sealed(tree, range(1000, 1020))
+    assert _matched(tree, range(10)) == 10
+    tree.evict(100)
+    assert _matched(tree, range(20)) == 10
+    assert _matched(tree, range(1000, 1020)) == 20
+
+
+# -- comparing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_common_prefix_equals_a_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, 9, rng.integers(0, 3000)).astype(np.int32)
+    b = a[: rng.integers(0, len(a) + 1)].copy()
+    if len(b) and seed % 2:
+        b[rng.integers(0, len(b))] += 1
+    b = np.concatenate([b, rng.integers(0, 9, rng.integers(0, 5)).astype(np.int32)])
+    expected = 0
+    while expected < min(len(a), len(b)) and a[expected] == b[expected]:
+        expected += 1
+    assert common_prefix(a, b) == common_prefix(b, a) == expected
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 1279, 1280, 1281])
+def test_common_prefix_sees_differences_at_window_borders(length: int) -> None:
+    a = np.arange(5000, dtype=np.int32)
+    b = a.copy()
+    b[length] = -1
+    assert common_prefix(a, b) == length
+    assert common_prefix(a[:length], a) == length
+
+
+class _Counted(np.ndarray[Any, np.dtype[np.int32]]):
+    """Counts the elements that are compared."""
+
+    compared = 0
+
+    def __ne__(self, other: Any) -> Any:
+        _Counted.compared += len(self)
+        return super().__ne__(other).view(np.ndarray)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 1000])
+def test_early_divergence_from_a_long_entry_compares_few_tokens(shared: int) -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    stored = np.arange(100_000, dtype=np.int32)
+    _sealed(tree, stored)
+    asked = stored.copy()
+    asked[shared] = -1
+    for node in tree.nodes():
+        node.keys = node.keys.view(_Counted)
+    _Counted.compared = 0
+    lease = tree.acquire()
+    assert tree.advance(lease, asked) == shared
+    assert _Counted.compared <= 512 + 5 * shared

@@ -1,0 +1,275 @@
+"""Both forms of MLA, over keys in any number of places, against softmax attention in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from mlx_lm.models.mla import MultiLinear
+
+from glmd.engine.attention_metadata import (
+    ONE_SOFTMAX,
+    gather,
+    levels,
+    near,
+    slot_order,
+    sort_by_prefix,
+)
+from glmd.kv_cache.prefix_tree import Node, Piece
+from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model import mla
+from glmd.model.batch import Chunk, DecodeGroup, RowBatch
+from glmd.model.mla import MLAShape, Queries, attend, chunk_form
+
+SHAPE = MLAShape(heads=3, latent=16, nope=8, rope=4, value=6)
+PUBLISHED = MLAShape(heads=20, latent=512, nope=192, rope=64, value=256)
+
+Floats = npt.NDArray[np.float64]
+Path = list[Piece[Segment]]
+
+
+def _attention(rng: np.random.Generator, dtype: mx.Dtype) -> Any:
+    """The two projections of mlx-lm's attention module that `attend` uses."""
+    embed_q = MultiLinear(SHAPE.nope, SHAPE.latent, SHAPE.heads)
+    unembed_out = MultiLinear(SHAPE.latent, SHAPE.value, SHAPE.heads)
+    for module in (embed_q, unembed_out):
+        values = rng.normal(0, 0.4, module.weight.shape).astype(np.float32)
+        module.weight = mx.array(values).astype(dtype)
+    return SimpleNamespace(embed_q=embed_q, unembed_out=unembed_out)
+
+
+def _float64(array: mx.array) -> Floats:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _reference(attn: Any, q: Floats, keys: Floats) -> Floats:
+    """One row's attention over `keys` [n, kv_width], head by head: [heads * value]."""
+    up_k, up_v = _float64(attn.embed_q.weight), _float64(attn.unembed_out.weight)
+    latent, rotated = keys[:, : SHAPE.latent], keys[:, SHAPE.latent :]
+    heads = []
+    for head in range(SHAPE.heads):
+        k = np.concatenate([latent @ up_k[head], rotated], axis=1)
+        scores = k @ q[head]
+        weights = np.exp(scores - scores.max())
+        heads.append(weights / weights.sum() @ (latent @ up_v[head].T))
+    return np.concatenate(heads)
+
+
+@dataclass
+class Case:
+    """A step: what `attend` gets, and per row the keys that it must see."""
+
+    batch: RowBatch
+    tails: TailPool
+    q: mx.array
+    kv: mx.array
+    keys: list[Floats]
+
+
+class _Steps:
+    """Random steps over a random tree."""
+
+    def __init__(self, seed: int, dtype: mx.Dtype) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.dtype = dtype
+        self.paths: list[Path] = [[]]
+        for _ in range(self.rng.integers(1, 6)):
+            length = int(self.rng.integers(1, 40))
+            node: Node[Segment] = Node(
+                np.zeros(length, np.int32), Segment([self._random(length)]), None, 0
+            )
+            before = list(self.paths[self.rng.integers(len(self.paths))])
+            if before:
+                last = before[-1].node
+                before[-1] = Piece(last, int(self.rng.integers(1, len(last) + 1)))
+            self.paths.append([*before, Piece(node, length)])
+
+    def _random(self, *rows: int) -> mx.array:
+        values = self.rng.normal(0, 1, (*rows, SHAPE.kv_width)).astype(np.float32)
+        return mx.array(values).astype(self.dtype)
+
+    def path(self) -> Path:
+        path = list(self.paths[self.rng.integers(len(self.paths))])
+        if path:
+            last = path[-1].node
+            path[-1] = Piece(last, int(self.rng.integers(1, len(last) + 1)))
+        return path
+
+    def step(self, widths: list[int], chunks: list[tuple[int, bool]]) -> Case:
+        """Decode groups of the given widths and chunks of (rows, expanded)."""
+        tails = TailPool(1, SHAPE.kv_width, self.dtype)
+        members = [[self.path() for _ in range(self.rng.integers(1, 6))] for _ in widths]
+        members = [
+            [group[i] for i in sort_by_prefix([SimpleNamespace(slot=0)] * len(group), group)]
+            for group in members
+        ]
+        slots = np.array([tails.allocate() for group in members for _ in group], np.int64)
+        if self.rng.random() < 0.7:
+            slots = self.rng.permutation(slots)
+        filled = self.rng.integers(0, 30, len(slots))
+        tails.reserve(int(filled.max(initial=0)) + max(widths, default=0))
+        content = self._random(tails.slots, tails.capacity)
+        if tails.slots:
+            at = np.indices((tails.slots, tails.capacity)).reshape(2, -1)
+            tails.write(0, mx.array(at[0]), mx.array(at[1]), content.reshape(-1, SHAPE.kv_width))
+        count = sum(w * len(g) for w, g in zip(widths, members, strict=True))
+        count += sum(rows for rows, _ in chunks)
+        kv = self._random(count)
+        q = self.rng.normal(0, 0.6, (count, SHAPE.heads, SHAPE.nope + SHAPE.rope))
+        keys: list[Floats] = []
+        groups: list[DecodeGroup] = []
+        for width, group in zip(widths, members, strict=True):
+            own, slots = slots[: len(group)], slots[len(group) :]
+            lengths, filled = filled[: len(group)], filled[len(group) :]
+            groups.append(self._group(tails, group, width, own, lengths, len(keys)))
+            for path, slot, length in zip(group, own, lengths, strict=True):
+                tail = content[int(slot), : int(length)]
+                first = len(keys)
+                for row in range(width):
+                    keys.append(_together([*_sealed(path), tail, kv[first : first + row + 1]]))
+        prefills: list[Chunk] = []
+        for rows, expanded in chunks:
+            first, path = len(keys), self.path()
+            spans = [span for level in levels([path], rows) for span in level]
+            wanted = int(self.rng.integers(0, rows + 1))
+            prefills.append(Chunk(first, first + rows, spans, expanded, wanted))
+            for row in range(rows):
+                keys.append(_together([*_sealed(path), kv[first : first + row + 1]]))
+        empty = mx.zeros(count, mx.int32)
+        batch = RowBatch(empty, empty, groups, prefills)
+        return Case(batch, tails, mx.array(q.astype(np.float32)).astype(self.dtype), kv, keys)
+
+    @staticmethod
+    def _group(
+        tails: TailPool,
+        paths: list[Path],
+        width: int,
+        slots: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        first: int,
+    ) -> DecodeGroup:
+        positions = lengths[:, None] + np.arange(width)
+        visible = np.arange(tails.capacity) <= positions[..., None]
+        rows = len(paths) * width
+        # At times as if there were so many heads that nothing fits one softmax with the tails.
+        heads = SHAPE.heads if len(paths) % 2 else ONE_SOFTMAX
+        found = [
+            gather(level, width, rows, SHAPE.kv_width, tails.view(0).dtype)
+            for level in levels(paths, width)
+        ]
+        closest, others = near(found, tails.capacity, rows, heads)
+        return DecodeGroup(
+            first=first,
+            sequences=len(paths),
+            width=width,
+            near=closest,
+            levels=others,
+            slots=mx.array(np.repeat(slots, width).astype(np.int32)),
+            tail_positions=mx.array(positions.flatten().astype(np.int32)),
+            order=slot_order(slots.tolist(), tails.slots),
+            visible=mx.array(np.repeat(visible, SHAPE.heads if width > 1 else 1, axis=1)),
+        )
+
+
+def _sealed(path: Path) -> list[mx.array]:
+    return [piece.node.kv.layers[0][: piece.length] for piece in path if piece.node.kv is not None]
+
+
+def _together(parts: list[mx.array]) -> Floats:
+    return np.concatenate([_float64(part) for part in parts])
+
+
+def _queries(q: mx.array) -> Queries:
+    return Queries(*mx.split(q, [SHAPE.nope], axis=-1))
+
+
+def _worst(seed: int, dtype: mx.Dtype, widths: list[int], chunks: list[tuple[int, bool]]) -> float:
+    """The largest deviation from the reference over all rows of a random step."""
+    steps = _Steps(seed, dtype)
+    attn = _attention(steps.rng, dtype)
+    case = steps.step(widths, chunks)
+    shape = replace(SHAPE, slices_copied=seed % 2 == 0)
+    out = _float64(attend(attn, shape, 0, _queries(case.q), case.kv, case.batch, case.tails))
+    q = _float64(case.q)
+    expected = np.array([_reference(attn, q[row], keys) for row, keys in enumerate(case.keys)])
+    worst = float(np.abs(out - expected).max())
+    wanted = case.batch.wanted
+    if wanted:
+        queries = _queries(case.q[mx.array(wanted)])
+        out = _float64(attend(attn, shape, 0, queries, case.kv, case.batch, case.tails))
+        worst = max(worst, float(np.abs(out - expected[wanted]).max()))
+    return worst
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 4), max_size=2),
+    st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=3),
+)
+def test_every_form_equals_softmax_attention(
+    seed: int, widths: list[int], chunks: list[tuple[int, bool]]
+) -> None:
+    if widths or chunks:
+        assert _worst(seed, mx.float32, widths, chunks) < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_stays_within_its_rounding(seed: int) -> None:
+    assert _worst(seed, mx.bfloat16, [1, 3], [(20, False), (20, True)]) < 0.06
+
+
+@pytest.mark.parametrize("rows", [17, 40, 100])
+def test_tiling_the_queries_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla, "SCORE_BYTES", 1)
+    monkeypatch.setattr(mla, "MIN_CHUNK", 7)
+    assert _worst(3, mx.float32, [], [(rows, True)]) < 2e-5
+
+
+def test_large_scores_do_not_overflow() -> None:
+    steps = _Steps(0, mx.float32)
+    attn = _attention(steps.rng, mx.float32)
+    case = steps.step([2], [(9, False), (9, True)])
+    for scale in (300.0, -300.0):
+        q = case.q * scale
+        out = _float64(attend(attn, SHAPE, 0, _queries(q), case.kv, case.batch, case.tails))
+        expected = [_reference(attn, _float64(q)[row], keys) for row, keys in enumerate(case.keys)]
+        np.testing.assert_allclose(out, expected, atol=1e-3)
+
+
+# -- which form -------------------------------------------------------------------------------
+
+
+def test_forms_break_even_at_398_rows_in_the_published_model() -> None:
+    assert PUBLISHED.break_even_rows == 398
+    assert PUBLISHED.kv_width == 576
+    assert [chunk_form(PUBLISHED, 1000, rows, 2) for rows in (1, 397, 398, 2048)] == [
+        (1, False),
+        (397, False),
+        (398, True),
+        (2048, True),
+    ]
+
+
+@given(st.integers(0, 202_752), st.integers(1, 8192), st.sampled_from([2, 4]))
+def test_transients_of_a_chunk_are_bounded_at_any_context(
+    context: int, rows: int, itemsize: int
+) -> None:
+    fitting, expanded = chunk_form(PUBLISHED, context, rows, itemsize)
+    assert 1 <= fitting <= rows
+    total = context + fitting
+    if expanded:
+        assert fitting == rows
+        assert total * 20 * (192 + 64 + 256) * itemsize <= mla.EXPANDED_BYTES
+    else:
+        scores = fitting * total * 20 * itemsize
+        assert scores <= mla.SCORE_BYTES or fitting <= mla.MIN_CHUNK
+    assert chunk_form(PUBLISHED, context, fitting, itemsize)[0] == fitting

@@ -1,0 +1,287 @@
+"""JSON schemas: what is enforced is valid, and what cannot be enforced is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from grammars import accepts, answers, schema_matcher, validate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from schemas import INTEGER, SCHEMAS, obj
+
+from glmd.errors import InvalidRequest
+from glmd.structured_output.backend import GrammarError
+from glmd.structured_output.formats import ENFORCED
+from glmd.structured_output.json_schema import Normaliser
+
+
+def refusal(schema: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        Normaliser(schema, strict=True).normalise(schema, "schema")
+    return caught.value
+
+
+def relaxed(schema: Any) -> list[str]:
+    normaliser = Normaliser(schema, strict=False)
+    normaliser.normalise(schema, "schema")
+    return normaliser.relaxed
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_is_generated_blindly_is_valid(name: str) -> None:
+    schema = SCHEMAS[name]
+    found = list(answers(schema_matcher(schema), 8))
+    assert found
+    for text in found:
+        validate(text, schema)
+
+
+@pytest.mark.parametrize("name", ENFORCED)
+def test_every_enforced_format_satisfies_the_validator(name: str) -> None:
+    assert name in Draft202012Validator.FORMAT_CHECKER.checkers
+    schema = {"type": "string", "format": name}
+    for text in answers(schema_matcher(schema), 30):
+        validate(text, schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (obj({"a": INTEGER}), '{"a": 1}'),
+        (obj({"a": INTEGER}), '{\n    "a": 1\n}'),
+        ({"type": "string"}, '"any \\"text\\" – with \\n and \\u001b"'),
+        ({"type": "string", "format": "date"}, '"2024-02-29"'),
+        ({"type": "string", "format": "date-time"}, '"2024-12-31T23:59:59.5+05:30"'),
+        ({"type": "string", "format": "email"}, '"first.last+tag@mail.example.com"'),
+        ({"type": "string", "format": "uri"}, '"https://example.com:8080/a/b?x=1&y=%20#top"'),
+        ({"type": "string", "format": "uri"}, '"mailto:someone@example.com"'),
+        ({"type": "string", "format": "ipv6"}, '"2001:db8::ff00:42:8329"'),
+        ({"type": "string", "format": "duration"}, '"P3DT12H30M"'),
+        ({"type": "string", "format": "hostname"}, '"db-1.internal.example.com"'),
+        ({"type": "number"}, "-1.5e-10"),
+        ({"type": "object"}, '{"anything": [1, {"deep": null}]}'),
+        ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, '{"b": []}'),
+        ({"enum": [1.0, 2]}, "1"),
+        ({"type": "string", "pattern": "b"}, '"abc"'),
+        (True, '[{"x": "y"}]'),
+    ],
+)
+def test_what_people_would_write_is_allowed(schema: Any, text: str) -> None:
+    validate(text, schema)
+    assert accepts(schema_matcher(schema), text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        # In another spelling a declared property would escape its schema.
+        (
+            {
+                "type": "object",
+                "properties": {"a": INTEGER},
+                "additionalProperties": {"type": "string"},
+            },
+            '{"\\u0061": "x"}',
+        ),
+        ({"type": "string", "format": "date"}, '"2023-02-29"'),
+        ({"type": "string", "format": "date"}, '"0000-01-01"'),
+        ({"type": "string", "format": "time"}, '"23:59:60Z"'),
+        (obj({"a": INTEGER, "b": INTEGER}), '{"a": 1, "a": 2, "b": 3}'),
+        ({"type": "object"}, '{"a":  1}'),
+        ({"type": "object"}, '{\n\n"a": 1}'),
+        ({"type": "object", "properties": {"a": INTEGER}}, '{"b": 1}'),
+        ({"properties": {"a": INTEGER}}, '"not an object"'),
+        ({"minLength": 1}, "3"),
+        # What llguidance gets wrong of itself: the bound is allowed where it is excluded.
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0"),
+        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0"),
+    ],
+)
+def test_what_would_go_wrong_is_not_allowed(schema: Any, text: str) -> None:
+    assert not accepts(schema_matcher(schema), text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "param"),
+    [
+        ({"not": {"type": "null"}}, "schema.not"),
+        ({"if": {}, "then": {}}, "schema.if"),
+        (obj({"a": {"type": "array", "uniqueItems": True}}), "schema.properties.a.uniqueItems"),
+        (obj({"a": {"items": {"contains": {}}}}), "schema.properties.a.items.contains"),
+        ({"anyOf": [{}, {"dependentRequired": {"a": ["b"]}}]}, "schema.anyOf[1].dependentRequired"),
+        ({"type": "object", "minProperties": 2}, "schema.minProperties"),
+        (
+            obj({"a": INTEGER, "b": INTEGER}, "a", maxProperties=1, additionalProperties=True),
+            "schema.maxProperties",
+        ),
+        ({"type": "object", "propertyNames": {"maxLength": 3}}, "schema.propertyNames"),
+        ({"type": "string", "pattern": "(?=x)y"}, "schema.pattern"),
+        ({"type": "string", "pattern": r"\bword\b"}, "schema.pattern"),
+        ({"type": "string", "format": "regex"}, "schema.format"),
+        ({"type": "integer", "minimum": 2**53 + 1}, "schema.minimum"),
+        ({"const": 2**60 + 1}, "schema.const"),
+        ({"type": "integer", "multipleOf": 1_000_003}, "schema.multipleOf"),
+        ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "schema.oneOf"),
+        ({"$ref": "https://example.com/schema.json"}, "schema.$ref"),
+        ({"$ref": "#anchor"}, "schema.$ref"),
+        (
+            {"allOf": [{"unevaluatedProperties": False}, {}]},
+            "schema.allOf[0].unevaluatedProperties",
+        ),
+    ],
+)
+def test_unsupported_keywords_are_refused_by_path_or_left_out(schema: Any, param: str) -> None:
+    error = refusal(schema)
+    assert error.param == param
+    assert error.message.startswith(f"{param} cannot be enforced")
+    assert relaxed(schema) == [param]
+    schema_matcher(schema, strict=False)  # something is left
+
+
+@pytest.mark.parametrize(
+    ("schema", "param"),
+    [
+        (3, "schema"),
+        ({"type": "text"}, "schema.type"),
+        ({"type": []}, "schema.type"),
+        ({"properties": []}, "schema.properties"),
+        ({"properties": {"a": 1}}, "schema.properties.a"),
+        ({"required": "a"}, "schema.required"),
+        ({"items": 3}, "schema.items"),
+        ({"anyOf": []}, "schema.anyOf"),
+        ({"enum": "a"}, "schema.enum"),
+        ({"minLength": -1}, "schema.minLength"),
+        ({"maxItems": 1.5}, "schema.maxItems"),
+        ({"minimum": "0"}, "schema.minimum"),
+        ({"multipleOf": 0}, "schema.multipleOf"),
+        ({"pattern": 3}, "schema.pattern"),
+        ({"$ref": 3}, "schema.$ref"),
+        ({"$ref": "#/$defs/nowhere"}, "schema.$ref"),
+        ({"$ref": "#"}, "schema.$ref"),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, "schema.properties.a.$ref"),
+        ({"properties": {f"p{i}": {} for i in range(1001)}}, "schema.properties"),
+        ({"enum": list(range(10_001))}, "schema.enum"),
+    ],
+)
+def test_malformed_and_oversized_schemas_are_refused_strict_or_not(schema: Any, param: str) -> None:
+    for strict in (True, False):
+        with pytest.raises(InvalidRequest) as caught:
+            Normaliser(schema, strict=strict).normalise(schema, "schema")
+        assert caught.value.param == param
+
+
+def test_a_schema_nested_without_end_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"items": schema}
+    assert "nested more than 64 deep" in refusal(schema).message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"uniqueItems": False},
+        {"type": "array", "maxItems": 1, "uniqueItems": True},
+        {"if": {"type": "null"}},
+        {"unevaluatedProperties": True},
+        {"type": "object", "propertyNames": {"type": "string"}},
+        obj({"a": INTEGER}, unevaluatedProperties=False),
+        obj({"a": INTEGER}, minProperties=1),
+        obj({"a": INTEGER}, maxProperties=1),
+        {"type": "integer", "format": "int64"},
+        {"type": "string", "format": "password", "x-order": 3, "example": "x"},
+        {"title": "T", "description": "D", "default": 1, "deprecated": True, "$comment": "c"},
+    ],
+)
+def test_keywords_that_ask_for_nothing_more_are_no_obstacle(schema: Any) -> None:
+    assert not relaxed(schema)
+    schema_matcher(schema)
+
+
+def test_branches_that_differ_in_an_optional_tag_must_name_it() -> None:
+    matcher = schema_matcher(SCHEMAS["oneOf of references"])
+    assert accepts(matcher, '{"pet": "dog", "tricks": "sits"}')
+    assert not accepts(matcher, '{"tricks": "sits"}')
+
+
+# -- random schemas -----------------------------------------------------------------------
+
+names = st.sampled_from(["a", "b", "c d", "é", 'q"'])
+small = st.integers(0, 4)
+bounds = st.one_of(st.integers(-50, 50), st.decimals(-9, 9, places=2).map(float))
+
+
+def ranges(low: str, high: str, values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    both = st.tuples(values, values).map(sorted)
+    return both.map(lambda pair: {low: pair[0], high: pair[1]})
+
+
+def with_type(name: str) -> Any:
+    return lambda rest: {"type": name, **rest}
+
+
+strings = st.one_of(
+    ranges("minLength", "maxLength", small),
+    st.sampled_from(["^a|b$", "[0-9]+", "^(x|yy){1,3}$", "(^é|z)", r"^\w\s\S$", ""]).map(
+        lambda pattern: {"pattern": pattern, "maxLength": 9}
+    ),
+    st.sampled_from(["date", "ipv4", "uuid", "time"]).map(lambda name: {"format": name}),
+).map(with_type("string"))
+numbers = st.one_of(
+    ranges("minimum", "maximum", bounds),
+    ranges("exclusiveMinimum", "maximum", bounds),
+    st.just({}),
+)
+scalars = st.one_of(
+    strings,
+    numbers.map(with_type("number")),
+    numbers.map(with_type("integer")),
+    st.integers(1, 9).map(lambda n: {"type": "integer", "multipleOf": n}),
+    st.sampled_from(["null", "boolean"]).map(lambda name: {"type": name}),
+    st.lists(st.one_of(st.integers(-3, 3), names, st.none(), st.booleans()), min_size=1).map(
+        lambda values: {"enum": values}
+    ),
+    st.just({"$ref": "#/$defs/shared"}),
+)
+
+
+def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    properties = st.dictionaries(names, inner, max_size=3)
+    return st.one_of(
+        st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": properties},
+            optional={
+                "required": st.lists(names, unique=True, max_size=2),
+                "additionalProperties": st.one_of(st.booleans(), inner),
+                "minProperties": st.integers(0, 1),
+                "maxProperties": st.integers(3, 5),
+            },
+        ),
+        st.fixed_dictionaries(
+            {"type": st.just("array"), "maxItems": small},
+            optional={
+                "items": inner,
+                "minItems": st.integers(0, 2),
+                "prefixItems": st.lists(inner, min_size=1, max_size=2),
+            },
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda branches: {"anyOf": branches}),
+        st.lists(inner, min_size=2, max_size=3).map(lambda branches: {"oneOf": branches}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda branches: {"allOf": branches}),
+    )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.recursive(scalars, larger, max_leaves=8), scalars, st.integers(0, 2**32))
+def test_random_schemas_are_refused_or_followed(schema: Any, shared: Any, seed: int) -> None:
+    if shared == {"$ref": "#/$defs/shared"}:
+        shared = {"type": "boolean"}
+    whole = {**schema, "$defs": {"shared": shared}}
+    try:
+        matcher = schema_matcher(whole)
+    except (InvalidRequest, GrammarError):
+        return
+    for text in answers(matcher, 4, seed):
+        validate(text, whole)

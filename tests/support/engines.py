@@ -1,0 +1,301 @@
+"""Tiny models and engines for tests, and a reference forward to hold them against."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from glmd.checkpoint.random import write_random_checkpoint
+from glmd.engine import memory
+from glmd.engine.config import EngineConfig
+from glmd.engine.core import Engine
+from glmd.engine.scheduler.scheduler import Plan
+from glmd.engine.step import Flight
+from glmd.ipc import FinishReason, Generate, Output, SamplingParams, pack_tokens, unpack_tokens
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import Chunk, RowBatch
+from glmd.model.glm4_moe_lite import GlmModel
+from glmd.model.loader import load_model
+from glmd.model.sampler import History, Row, RowSampling, noise_key, sample
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_nextn_predict_layers": 0,
+}
+"""Changes to the defaults of `write_random_checkpoint` that make a step as short as can be, and
+both forms of attention pay somewhere: the expanded one from 42 rows on."""
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+Logits = npt.NDArray[np.float32]
+
+
+def fresh_folder() -> Path:
+    """A folder that lives as long as the test run."""
+    _folders.append(tempfile.TemporaryDirectory(prefix="glmd-test-"))
+    return Path(_folders[-1].name)
+
+
+def load(folder: Path, **options: Any) -> GlmModel:
+    """The checkpoint in float32, whatever the device."""
+    return load_model(folder, "float32", lambda done, total: None, **options)
+
+
+@cache
+def _tiny_model(config: str) -> GlmModel:
+    folder = fresh_folder()
+    write_random_checkpoint(folder, dtype="F32", **TINY | json.loads(config))
+    return load(folder)
+
+
+def tiny_model(**config: Any) -> GlmModel:
+    """A random model, the same object for the same config."""
+    return _tiny_model(json.dumps(config, sort_keys=True))
+
+
+def one_shot_logits(model: GlmModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
+    """glmd's forward over all tokens as one chunk: [tokens, vocabulary]."""
+    ids = mx.array(np.array(list(tokens), np.int32))
+    count = ids.shape[0]
+    batch = RowBatch(ids, mx.arange(count), [], [Chunk(0, count, [], expanded, count)])
+    tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
+    hidden, _ = model.hidden(batch, tails)
+    return np.array(model.logits(hidden))
+
+
+def reference_logits(model: GlmModel, tokens: Iterable[int]) -> Logits:
+    """mlx-lm's own forward over the same weights: [tokens, vocabulary].
+
+    Loading has set the epsilon of the latent norms to transformers'; the router's dtype is that
+    of the model, float32.
+    """
+    return np.array(
+        model._model(mx.array(np.array(list(tokens), np.int32))[None])[0].astype(mx.float32)
+    )
+
+
+def tiny_engine(
+    model: GlmModel | None = None, *, kv_tokens: int | None = None, **config: Any
+) -> Engine:
+    """An engine with room for `kv_tokens` tokens of KV; None: plenty."""
+    model = model or tiny_model()
+    settings = EngineConfig(**config)
+    room = (kv_tokens or 100_000) * model.kv_bytes_per_token
+    working = memory.working_memory(
+        model.args, settings, model.dtype.size, model.kv_bytes_per_token
+    )
+    budget = model.weight_bytes + working + room
+    return Engine(model, settings, budget)
+
+
+def request(id: str, prompt: Iterable[int], **fields: Any) -> Generate:
+    """A request; fields of `SamplingParams` may be given beside those of `Generate`."""
+    names = set(SamplingParams.__struct_fields__)
+    sampling = {name: value for name, value in fields.items() if name in names}
+    rest = {name: value for name, value in fields.items() if name not in names}
+    sampling.setdefault("temperature", 0.0)
+    return Generate(
+        id=id,
+        prompt=pack_tokens(np.array(list(prompt), np.int32)),
+        sampling=SamplingParams(**sampling),
+        **rest,
+    )
+
+
+@dataclass
+class Answer:
+    """What one sequence has given so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    steps: list[int] = field(default_factory=list)
+    """The step in which each output arrived."""
+    progress: list[int] = field(default_factory=list)
+
+
+class Run:
+    """An engine, and what its requests have answered.
+
+    Attributes:
+        answers: by (request id, index).
+        steps: number of steps taken.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.steps = 0
+
+    def submit(self, *requests: Generate) -> None:
+        for one in requests:
+            self.engine.submit(one)
+
+    def step(self) -> list[Output]:
+        outputs = self.engine.step()
+        self.steps += 1
+        for output in outputs:
+            answer = self.answers.setdefault((output.id, output.index), Answer())
+            assert answer.finish is None, f"output after the end: {output}"
+            answer.tokens += output.tokens
+            answer.logprobs += [entry.logprob for entry in output.logprobs or []]
+            answer.finish = output.finish
+            answer.error = output.error
+            if output.tokens:
+                if not answer.steps:
+                    answer.prompt_tokens = output.prompt_tokens
+                    answer.cached_tokens = output.cached_tokens
+                answer.steps.append(self.steps)
+            if output.computed_tokens:
+                answer.progress.append(output.computed_tokens)
+        return outputs
+
+    def finish(self, limit: int = 5000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(limit):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"work left after {limit} steps: {self.engine.stats()}")
+
+    def answer(self, id: str, index: int = 0) -> Answer:
+        return self.answers[id, index]
+
+
+def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> None:
+    """Let launches of steps, counted from 0, fail as MLX does when Metal has no memory.
+
+    Args:
+        late: only when all of the step has been prepared, as where its evaluation fails.
+    """
+    launch = engine._launcher.launch
+    numbers = itertools.count()
+
+    def refuse(plan: Plan, before: Flight | None, drafts: int) -> Flight:
+        refused = next(numbers) in launches
+        if refused and not late:
+            raise RuntimeError("[metal::malloc] Unable to allocate 4096 bytes.")
+        flight = launch(plan, before, drafts)
+        if refused:
+            raise MemoryError("std::bad_alloc")
+        return flight
+
+    engine._launcher.launch = refuse  # type: ignore[method-assign]
+
+
+def run(engine: Engine, *requests: Generate) -> Run:
+    """Submit all requests at once and run them to their ends."""
+    running = Run(engine)
+    running.submit(*requests)
+    running.finish()
+    return running
+
+
+def assert_true(
+    model: GlmModel, asked: Generate, answer: Answer, index: int = 0, *, tie: float = 1e-4
+) -> None:
+    """Every token of an answer is what the reference forward and the sampler give.
+
+    One forward over prompt and answer gives the logits behind every position. A token that
+    differs is accepted where logits that are off by `tie` give it: there the choice is a tie.
+    """
+    prompt = unpack_tokens(asked.prompt)
+    output = np.array(answer.tokens, np.int32)
+    if not len(output):
+        return
+    whole = np.concatenate([prompt, output])
+    logits = reference_logits(model, whole[:-1])[len(prompt) - 1 :]
+    vocabulary = logits.shape[1]
+    params = asked.sampling
+    bias = np.zeros(vocabulary, np.float32)
+    for token, value in params.logit_bias.items():
+        bias[token] = value
+    sampling = RowSampling(
+        params=params,
+        key=noise_key(params.seed or 0, index),
+        min_tokens=asked.min_tokens,
+        banned_at_first=(*model.eos_token_ids, *asked.stop_token_ids),
+        bias=mx.array(bias),
+    )
+    forced = _forced(asked, answer.tokens)
+    rows = []
+    for i in range(len(output)):
+        history = History(vocabulary, prompt, output[:i]) if sampling.penalised else None
+        rows.append(Row(sampling, i, history, forced.get(i)))
+    positions = mx.arange(len(prompt), len(prompt) + len(output))
+    rng = np.random.default_rng(0)
+    open_ = np.ones(len(output), bool)
+    for attempt in range(20):
+        noise = rng.normal(0, tie, logits.shape).astype(np.float32) if attempt else 0
+        open_ &= np.array(sample(mx.array(logits + noise), rows, positions).tokens) != output
+        if not open_.any():
+            return
+    at = int(np.flatnonzero(open_)[0])
+    raise AssertionError(
+        f"{asked.id}: token {at} of {len(output)} is {output[at]}, behind {len(prompt)} of prompt"
+    )
+
+
+def _forced(asked: Generate, tokens: list[int]) -> dict[int, int]:
+    """Where a thinking budget dictates tokens: by index in the output."""
+    if asked.thinking_budget is None or asked.thinking_close[-1] in tokens[: asked.thinking_budget]:
+        return {}
+    return {asked.thinking_budget + i: token for i, token in enumerate(asked.thinking_close)}
+
+
+def assert_whole(model: GlmModel, asked: Generate, answer: Answer, context: int) -> None:
+    """An answer has ended for the reason that it gives, and not earlier or later."""
+    stops = set(asked.stop_token_ids)
+    if not asked.ignore_eos:
+        stops |= set(model.eos_token_ids)
+    prompt = len(unpack_tokens(asked.prompt))
+    most = min(asked.max_tokens or context, context - prompt)
+    assert not stops & set(answer.tokens[:-1])
+    if answer.finish == "stop":
+        assert answer.tokens[-1] in stops
+        assert len(answer.tokens) > asked.min_tokens
+    elif answer.finish == "length":
+        assert len(answer.tokens) == most
+        assert answer.tokens[-1] not in stops
+    else:
+        assert answer.finish == "cancelled"
+        assert len(answer.tokens) <= most
+    if answer.tokens:
+        assert answer.prompt_tokens == prompt
+        assert 0 <= answer.cached_tokens < prompt
+    if asked.sampling.logprobs is not None:
+        assert len(answer.logprobs) == len(answer.tokens)
+
+
+def assert_at_rest(engine: Engine) -> None:
+    """Nothing runs, nothing is held, and what is counted is there."""
+    stats = engine.stats()
+    tree, tails = engine._tree, engine._tails
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert (tails.used, tails.nbytes) == (0, 0)
+    assert not tree._leases
+    nodes = list(tree.nodes())
+    assert not any(node.leases for node in nodes)
+    assert tree.tokens == sum(len(node) for node in nodes)
+    assert tree.nbytes == sum(node.kv.nbytes for node in nodes if node.kv is not None)
+    assert tree.nbytes == tree.tokens * engine.info.kv_bytes_per_token == stats.kv_bytes
+    assert tree.evictable_tokens == tree.tokens

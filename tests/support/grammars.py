@@ -1,0 +1,98 @@
+"""Random walks through grammars, for tests: a model that knows nothing and chooses blindly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
+
+from glmd.chat.special_tokens import Tags
+from glmd.checkpoint.random import ADDED_TOKENS, SPECIAL_TOKENS
+from glmd.structured_output.backend import byte_tokenizer, make_matcher
+from glmd.structured_output.build import build
+from glmd.structured_output.spec import AnswerFormat, JsonSchema, Structure
+
+CONTROLS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
+"""The ids that random checkpoints have."""
+NAMES = {id: name for name, id in CONTROLS.items()}
+END_IDS = [CONTROLS[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+TAGS = Tags.find(CONTROLS, "tokenizer.json")
+TOKENIZER = byte_tokenizer(CONTROLS, END_IDS)
+WORDS = -(-TOKENIZER.vocab_size // 32)
+
+
+def _weights() -> np.ndarray:
+    """Likelihoods that make strings, numbers and arrays end."""
+    weights = np.full(TOKENIZER.vocab_size, 0.15)
+    for characters, weight in ((b"0123456789,", 2), (b" \n\t", 0.3), (b'"]}', 8), (b"\\", 1)):
+        weights[list(characters)] = weight
+    weights[256:] = 20
+    weights[CONTROLS["</arg_value>"]] = 60
+    return weights
+
+
+WEIGHTS = _weights()
+
+
+def matcher_of(structure: Structure | AnswerFormat) -> LLMatcher:
+    whole = structure if isinstance(structure, Structure) else Structure(structure)
+    return make_matcher(TOKENIZER, build(whole, TAGS).text)
+
+
+def schema_matcher(schema: dict | bool, *, strict: bool = True) -> LLMatcher:
+    return matcher_of(JsonSchema(schema, "schema", strict=strict))
+
+
+def allowed(matcher: LLMatcher) -> np.ndarray:
+    """The ids that may come next."""
+    mask = np.zeros(WORDS, np.uint32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    assert not matcher.is_error(), matcher.get_error()
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+
+
+def walk(matcher: LLMatcher, rng: np.random.Generator, limit: int = 3000) -> list[int] | None:
+    """Tokens from the grammar's beginning to an end token; None if it goes on beyond `limit`."""
+    matcher = matcher.deep_copy()
+    tokens: list[int] = []
+    while len(tokens) < limit:
+        ids = allowed(matcher)
+        likely = WEIGHTS[ids]
+        token = int(rng.choice(ids, p=likely / likely.sum()))
+        if token in END_IDS and matcher.is_stopped():
+            return [*tokens, token]
+        assert matcher.consume_token(token), matcher.get_error()
+        tokens.append(token)
+        if token in END_IDS:
+            return tokens
+    return None
+
+
+def text_of(tokens: list[int]) -> str:
+    """The text of an answer: all its tokens are text but the last, an end token."""
+    assert tokens[-1] in END_IDS
+    return bytes(tokens[:-1]).decode()
+
+
+def answers(matcher: LLMatcher, count: int, seed: int = 0) -> Iterator[str]:
+    """Up to `count` answers: those of the walks that come to an end."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        tokens = walk(matcher, rng)
+        if tokens is not None:
+            yield text_of(tokens)
+
+
+def validate(text: str, schema: dict | bool) -> None:
+    checker = Draft202012Validator.FORMAT_CHECKER
+    Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
+
+
+def accepts(matcher: LLMatcher, *tokens: str | int) -> bool:
+    """Whether the texts and ids, one after the other, are a whole answer."""
+    copy = matcher.deep_copy()
+    ids = [id for each in tokens for id in ([each] if isinstance(each, int) else each.encode())]
+    return all(map(copy.consume_token, ids)) and copy.is_accepting()

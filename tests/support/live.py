@@ -1,0 +1,84 @@
+"""A live server in this process, on a free port, around any engine module."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from paths import ROOT
+
+from glmd.api.auth import Keyring
+from glmd.api.server import Server, listen
+from glmd.api.state import ServedModel, Service
+from glmd.config import Settings
+from glmd.engine_client.process import Launch
+
+CHECKPOINT = ROOT / "demo" / "glm-4.7-flash-demo"
+
+
+@dataclass
+class LiveServer:
+    url: str
+    service: Service
+    server: Server
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, **options)
+
+    def wait_for(self, status: str) -> dict[str, Any]:
+        """Wait until `/health` says `status`."""
+        deadline = time.monotonic() + 60
+        with self.client() as http:
+            while True:
+                health: dict[str, Any] = http.get("/health").json()
+                if health["status"] == status:
+                    return health
+                assert time.monotonic() < deadline, health
+                time.sleep(0.02)
+
+    def wait_until_idle(self) -> None:
+        """Wait until no request is in flight here and no row runs in the engine."""
+        deadline = time.monotonic() + 20
+        while self.service.engine.in_flight or self.service.engine.stats.running:
+            assert time.monotonic() < deadline, self.service.engine.stats
+            time.sleep(0.02)
+
+
+@contextmanager
+def live_server(
+    *,
+    folder: Path = CHECKPOINT,
+    engine: str = "scripted_engine",
+    config: Mapping[str, Any] | None = None,
+    ready: bool = True,
+    keys: Path | None = None,
+    **settings: Any,
+) -> Iterator[LiveServer]:
+    """Serve until the block ends; `ready=False` does not wait for the engine.
+
+    `keys` is the file of `glmd key`, which no test shares with the user who runs it.
+    """
+    model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
+    made = Settings(port=0, **settings)
+    launch = Launch(folder, config or {}, engine=engine, log_level=made.log_level)
+    service = Service(made, model, launch, Keyring.of(made, keys))
+    server = Server(service)
+    sockets = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+    thread = threading.Thread(target=server.run, args=(sockets,), name="live server")
+    thread.start()
+    live = LiveServer(url, service, server)
+    try:
+        if ready:
+            live.wait_for("ready")
+        yield live
+    finally:
+        server.handle_exit(0, None)
+        thread.join(30)
+        assert not thread.is_alive()

@@ -1,0 +1,45 @@
+"""What the engine's process takes for a message, and what it leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmd.engine.main import Channel
+from glmd.ipc import Cancel, Generate, decode_to_engine, encode, pack_tokens
+
+VALID = encode(Generate(id="a", prompt=pack_tokens([1, 2]), stop_token_ids=(3,)))
+
+
+@given(st.binary(max_size=60), st.integers(0, len(VALID)))
+def test_bytes_are_a_message_or_a_decode_error(junk: bytes, at: int) -> None:
+    for data in (junk, VALID[:at] + junk + VALID[at + len(junk) :]):
+        try:
+            message = decode_to_engine(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        assert not isinstance(message, Generate) or len(message.prompt) % 4 == 0
+
+
+def test_a_prompt_that_is_no_int32_is_no_message() -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode_to_engine(
+            VALID.replace(b"\xc4\x08", b"\xc4\x07").replace(b"\x02\0\0\0", b"\x02\0\0")
+        )
+
+
+def test_the_engine_leaves_out_what_is_no_message(tmp_path: Path) -> None:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as ours:
+        ours.bind(f"ipc://{tmp_path}/engine")
+        channel = Channel(f"ipc://{tmp_path}/engine")
+        try:
+            for data in (b"", b"\xc1", b"\xff" * 1000, VALID[:-1], encode(Cancel("a"))):
+                ours.send(data)
+            assert channel.receive(10) == Cancel("a")
+        finally:
+            channel.close()

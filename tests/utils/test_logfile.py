@@ -1,0 +1,47 @@
+"""A log file stays the log: when it is renamed, when it is large, and for whoever writes to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import logging, os, subprocess, sys
+from pathlib import Path
+from glmd.utils.logfile import LogFile
+
+file = Path(sys.argv[1])
+log_file = LogFile(file, limit=1000)
+log_file.open()
+logging.basicConfig()
+print("printed", flush=True)
+log_file.refresh()
+os.rename(file, file.with_name("renamed"))
+os.write(2, b"not lost\\n")
+log_file.refresh()
+subprocess.run(["echo", "a child"])
+log_file.refresh()
+print("x" * 2000, flush=True)
+log_file.refresh()
+os.write(2, b"after the large one\\n")
+file.unlink()
+file.mkdir()
+log_file.refresh()
+log_file.refresh()
+file.rmdir()
+log_file.refresh()
+logging.getLogger("glmd").error("again")
+"""
+
+
+def test_a_renamed_or_large_log_is_begun_anew_and_no_line_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(file)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == "", "all of it is in the file"
+    assert (tmp_path / "renamed").read_text() == "printed\nnot lost\n"
+    aside = (tmp_path / "log.1").read_text()
+    assert aside == "a child\n" + "x" * 2000 + "\n"
+    assert file.read_text() == "ERROR:glmd:again\n"
