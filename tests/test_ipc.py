@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmd.engine.main import Channel
-from glmd.ipc import Cancel, Generate, decode_to_engine, encode, pack_tokens
+from glmd.ipc import AbortRequest, EngineRequest, decode_to_engine, encode, pack_tokens
 
-VALID = encode(Generate(id="a", prompt=pack_tokens([1, 2]), stop_token_ids=(3,)))
+VALID = encode(EngineRequest(id="a", prompt=pack_tokens([1, 2]), stop_token_ids=(3,)))
 
 
 @given(st.binary(max_size=60), st.integers(0, len(VALID)))
@@ -23,7 +23,7 @@ def test_bytes_are_a_message_or_a_decode_error(junk: bytes, at: int) -> None:
             message = decode_to_engine(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
-        assert not isinstance(message, Generate) or len(message.prompt) % 4 == 0
+        assert not isinstance(message, EngineRequest) or len(message.prompt) % 4 == 0
 
 
 def test_a_prompt_that_is_no_int32_is_no_message() -> None:
@@ -38,8 +38,8 @@ def test_the_engine_leaves_out_what_is_no_message(tmp_path: Path) -> None:
         ours.bind(f"ipc://{tmp_path}/engine")
         channel = Channel(f"ipc://{tmp_path}/engine")
         try:
-            for data in (b"", b"\xc1", b"\xff" * 1000, VALID[:-1], encode(Cancel("a"))):
+            for data in (b"", b"\xc1", b"\xff" * 1000, VALID[:-1], encode(AbortRequest("a"))):
                 ours.send(data)
-            assert channel.receive(10) == Cancel("a")
+            assert channel.receive(10) == AbortRequest("a")
         finally:
             channel.close()

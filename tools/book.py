@@ -17,15 +17,15 @@ sys.path.insert(0, str(ROOT / "server"))
 from pydantic import ByteSize, SecretStr  # noqa: E402
 
 from glmd.api.app import create_app  # noqa: E402
-from glmd.api.state import ServedModel, Service  # noqa: E402
+from glmd.api.state import AppState, ServedModel  # noqa: E402
 from glmd.checkpoint.config import load_config  # noqa: E402
 from glmd.config import PREFIX, Settings  # noqa: E402
 from glmd.config_sources import in_units  # noqa: E402
 from glmd.convert.inspect import inspect  # noqa: E402
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES  # noqa: E402
 from glmd.engine.config import EngineConfig  # noqa: E402
-from glmd.engine.memory import divide, working_memory  # noqa: E402
-from glmd.engine_client.process import Launch  # noqa: E402
+from glmd.engine.memory import activation_bytes, plan_memory  # noqa: E402
+from glmd.engine_client.process import EngineProcessConfig  # noqa: E402
 from glmd.errors import CheckpointError  # noqa: E402
 from glmd.utils.units import gib  # noqa: E402
 
@@ -50,7 +50,7 @@ def memory_table() -> Iterator[str]:
     config = load_config(CONFIG)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     per_token = width * (config.num_hidden_layers + 1) * 2
-    working = working_memory(config, EngineConfig(), 2, per_token)
+    working = activation_bytes(config, EngineConfig(), 2, per_token)
     weights = {}
     for recipe in ON_MACS:
         found = inspect(CONFIG, recipe)
@@ -63,7 +63,7 @@ def memory_table() -> Iterator[str]:
         cells = []
         for recipe in ON_MACS:
             try:
-                division = divide(
+                division = plan_memory(
                     CONFIG,
                     config,
                     EngineConfig(),
@@ -138,7 +138,9 @@ def settings_table() -> Iterator[str]:
 def reference() -> Iterator[str]:
     """The page of every route and object, from the OpenAPI document."""
     model = ServedModel.of("MODEL", DEMO)
-    document = create_app(Service(Settings.model_validate({}), model, Launch(DEMO, {}))).openapi()
+    document = create_app(
+        AppState(Settings.model_validate({}), model, EngineProcessConfig(DEMO, {}))
+    ).openapi()
     schemas: dict[str, Any] = document["components"]["schemas"]
     yield "# Reference\n"
     yield "Every route and every object, from the OpenAPI document that a running server has at"

@@ -26,7 +26,7 @@ from pydantic_settings import SettingsError as SourceError
 
 from glmd.errors import SettingsError
 from glmd.profiles import BUILT_IN, Profile, ProfileName
-from glmd.utils.suggest import nearest
+from glmd.utils.suggest import did_you_mean
 
 PREFIX = "GLMD_"
 
@@ -313,7 +313,7 @@ def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> L
     if settings.profile is not None and settings.profile not in settings.all_profiles:
         raise SettingsError(
             f"{origins['profile']}: There is no profile {settings.profile}"
-            f"{nearest(settings.profile, settings.all_profiles)}"
+            f"{did_you_mean(settings.profile, settings.all_profiles)}"
         )
     return Loaded(settings, config, origins)
 
@@ -372,7 +372,7 @@ def refuse_unknown(
     known = list(known)
     for name in names:
         if name not in known:
-            hint = nearest(name.replace("-", "_"), known)
+            hint = did_you_mean(name.replace("-", "_"), known)
             raise SettingsError(f"{place}There is no {kind} {name}{hint}")
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 TokenArray = npt.NDArray[np.int32]
 
-Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogLevelName = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -47,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     own distribution (before penalties, temperature and filters)."""
 
 
-class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A grammar that a continuation must follow, checked by `glmd.structured_output`."""
 
     grammar: str
@@ -60,7 +60,7 @@ class Guidance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sequence ends without it. Otherwise it may not begin at all."""
 
 
-class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
+class EngineRequest(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     """Ask for `n` continuations of one prompt."""
 
     id: str
@@ -80,7 +80,7 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     ends inside the reasoning. None: no bound."""
     thinking_close: tuple[int, ...] = ()
     """What closes the reasoning in-band: `</think>`, perhaps after a few words."""
-    guidance: Guidance | None = None
+    grammar: GrammarSpec | None = None
     client: str = ""
     """Whose request it is: an opaque name. Clients take turns under load."""
     priority: int = 0
@@ -95,24 +95,24 @@ class Generate(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
             raise ValueError("the prompt's bytes are no int32")
 
 
-class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+class AbortRequest(msgspec.Struct, tag="cancel", frozen=True):
     """Free what request `id` holds (or one of its sequences, by index). Unknown ids are ignored."""
 
     id: str
     index: int | None = None
 
 
-class LogLevel(msgspec.Struct, tag="log_level", frozen=True):
+class SetLogLevel(msgspec.Struct, tag="log_level", frozen=True):
     """Log from this level on, as `logging` names it."""
 
-    level: Level
+    level: LogLevelName
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Leave after the present step."""
 
 
-ToEngine = Generate | Cancel | LogLevel | Shutdown
+ToEngine = EngineRequest | AbortRequest | SetLogLevel | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -123,7 +123,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class Match(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class CacheMatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How much of a prompt was stored when its turn came, and why not more."""
 
     tokens: int
@@ -132,18 +132,18 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """whole: all but the last token, which is always computed; new: nothing is stored behind them;
     differs: what is stored behind them goes on differently; evicted: it went on the same way, but
     was evicted; salt: more is stored, with another cache_salt; off: nothing is ever stored."""
-    beyond: int = 0
+    diverging_tokens: int = 0
     """differs: tokens that are stored there, in the longest run."""
 
 
-class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
+class SequenceOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step gave one sequence."""
 
     id: str
     index: int = 0
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
-    finish: FinishReason | None = None
+    finish_reason: FinishReason | None = None
     """Set once, on the sequence's last Output. "stop": `tokens` ends with the EOS or stop token."""
     error: str | None = None
     """A sentence, with finish "error"."""
@@ -155,7 +155,7 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Prompt tokens whose KV was not computed for this request."""
     admitted: bool = False
     """Set once, when the sequence leaves the queue, on an Output before any with tokens."""
-    match: Match | None = None
+    cache_match: CacheMatch | None = None
     """Comes with `admitted`."""
     computed_tokens: int = 0
     """With prompt_progress: prompt tokens ready so far, cached ones included."""
@@ -164,13 +164,13 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     accepted: int = 0
 
 
-class Step(msgspec.Struct, tag="step", frozen=True):
+class StepOutputs(msgspec.Struct, tag="step", frozen=True):
     """All Outputs of one engine step, in one message."""
 
-    outputs: list[Output]
+    outputs: list[SequenceOutput]
 
 
-class Loading(msgspec.Struct, tag="loading", frozen=True):
+class LoadProgress(msgspec.Struct, tag="loading", frozen=True):
     """Weights are on their way."""
 
     done_bytes: int
@@ -192,13 +192,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
 
 
-class Ready(msgspec.Struct, tag="ready", frozen=True):
+class EngineReady(msgspec.Struct, tag="ready", frozen=True):
     """The engine takes requests from now on."""
 
     model: ModelInfo
 
 
-class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
+class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """A snapshot of the engine's counters and gauges, sent at most once per second."""
 
     running: int = 0
@@ -247,13 +247,13 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     step_seconds_total: float = 0.0
 
 
-class Failed(msgspec.Struct, tag="failed", frozen=True):
+class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
     """The engine cannot start (bad checkpoint, no memory) and is about to exit."""
 
     message: str
 
 
-FromEngine = Step | Loading | Ready | Stats | Failed
+FromEngine = StepOutputs | LoadProgress | EngineReady | EngineStats | EngineFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

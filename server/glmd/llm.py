@@ -31,18 +31,18 @@ from glmd.chat.events import (
     ToolCallStart,
 )
 from glmd.chat.messages import Conversation, read_messages
-from glmd.chat.output_processor import Answer, TextAnswer
+from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.prompt import Prompt, build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool, read_tools
-from glmd.chat.turn_cache import Turns
+from glmd.chat.turn_cache import TurnTokenCache
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
 from glmd.errors import GlmdError, InvalidRequest
-from glmd.ipc import Generate, Output, SamplingParams, pack_tokens
+from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, pack_tokens
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -99,7 +99,7 @@ class Completion:
 class _Running:
     """One sequence on its way."""
 
-    reader: Answer | TextAnswer
+    reader: ChatOutputProcessor | CompletionOutputProcessor
     completion: Completion
     prompt: Prompt | None
 
@@ -107,12 +107,12 @@ class _Running:
 class _Batch:
     """Requests that run together; iterating steps the engine and yields what comes of it."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
+    def __init__(self, engine: Engine, turns: TurnTokenCache) -> None:
         self._engine = engine
         self._turns = turns
         self._running: dict[tuple[str, int], _Running] = {}
 
-    def add(self, request: Generate, readers: Sequence[_Running]) -> None:
+    def add(self, request: EngineRequest, readers: Sequence[_Running]) -> None:
         for index, running in enumerate(readers):
             self._running[request.id, index] = running
         self._engine.submit(request)
@@ -129,8 +129,8 @@ class _Batch:
             if self._running:
                 self._engine.step()  # hands out the farewells, which are for no one
 
-    def _take(self, output: Output) -> Iterator[tuple[_Running, Event]]:
-        if output.finish == "error":
+    def _take(self, output: SequenceOutput) -> Iterator[tuple[_Running, Event]]:
+        if output.finish_reason == "error":
             kind = InvalidRequest if output.error_kind == "invalid_request" else GlmdError
             raise kind(output.error or "The engine gave no reason.")
         running = self._running.get((output.id, output.index))
@@ -147,7 +147,7 @@ class _Batch:
             del self._running[output.id, output.index]
             if running.reader.stopped:
                 self._engine.cancel(output.id, output.index)
-            if running.prompt is not None and isinstance(running.reader, Answer):
+            if running.prompt is not None and isinstance(running.reader, ChatOutputProcessor):
                 self._turns.remember(running.prompt, running.reader.turn())
 
 
@@ -174,7 +174,7 @@ class LLM:
         self.template = ChatTemplate.load(folder, self.tokenizer.controls)
         self.defaults = sampling_defaults(folder)
         self.engine = load_engine(folder, EngineConfig(**config), lambda done, total: None)
-        self._turns = Turns()
+        self._turns = TurnTokenCache()
         self._ids = count()
 
     def generate(
@@ -204,9 +204,9 @@ class LLM:
         results = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             ids = self.tokenizer.encode_markup(prompt) if isinstance(prompt, str) else prompt
-            request = Generate(id=str(next(self._ids)), prompt=pack_tokens(ids), **options)
+            request = EngineRequest(id=str(next(self._ids)), prompt=pack_tokens(ids), **options)
             readers = [
-                _Running(TextAnswer(self.tokenizer, stop=stop), Completion(), None)
+                _Running(CompletionOutputProcessor(self.tokenizer, stop=stop), Completion(), None)
                 for _ in range(request.n)
             ]
             batch.add(request, readers)
@@ -291,22 +291,28 @@ class LLM:
         template: Mapping[str, Any] | None,
         options: dict[str, Any],
         stop: Sequence[str],
-    ) -> tuple[Generate, list[_Running]]:
+    ) -> tuple[EngineRequest, list[_Running]]:
         conversation = Conversation(
             read_messages(messages), tools=tools, template_kwargs=template or {}
         )
         prompt = build_prompt(
             conversation, tokenizer=self.tokenizer, template=self.template, turns=self._turns
         )
-        request = Generate(id=str(next(self._ids)), prompt=pack_tokens(prompt.tokens), **options)
+        request = EngineRequest(
+            id=str(next(self._ids)), prompt=pack_tokens(prompt.tokens), **options
+        )
         readers = [
-            _Running(Answer(self.tokenizer, prompt, tools=tools, stop=stop), Completion(), prompt)
+            _Running(
+                ChatOutputProcessor(self.tokenizer, prompt, tools=tools, stop=stop),
+                Completion(),
+                prompt,
+            )
             for _ in range(request.n)
         ]
         return request, readers
 
     def _options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
-        """Fields of `Generate` from a call's options, and the stop strings."""
+        """Fields of `EngineRequest` from a call's options, and the stop strings."""
         rest = dict(options)
         stop = rest.pop("stop", ())
         given = {name: rest.pop(name) for name in SAMPLING_FIELDS if name in rest}

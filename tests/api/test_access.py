@@ -19,9 +19,9 @@ from live import LiveServer, live_server
 from typer.testing import CliRunner
 
 from glmd.api import auth as keys
-from glmd.api.access import HostCheck, refuse_open_door
+from glmd.api.access import HostCheck, require_key_on_public_bind
 from glmd.api.app import create_app
-from glmd.api.auth import Keyring, create_key, read_store, revoke_key
+from glmd.api.auth import ApiKeyStore, create_key, read_store, revoke_key
 from glmd.cli.main import app
 from glmd.config import Settings
 from glmd.errors import SettingsError
@@ -47,16 +47,16 @@ def private(file: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
 def test_loopback_needs_no_key(host: str) -> None:
-    refuse_open_door(Settings(host=host), Keyring())
+    require_key_on_public_bind(Settings(host=host), ApiKeyStore())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
 def test_elsewhere_needs_a_key_or_a_word_that_none_is_wanted(host: str) -> None:
     settings = Settings(host=host)
     with pytest.raises(SettingsError, match=f"{host} can be reached .* --allow-unauthenticated"):
-        refuse_open_door(settings, Keyring())
-    refuse_open_door(settings, Keyring.of(Settings(api_key="secret")))
-    refuse_open_door(Settings(host=host, allow_unauthenticated=True), Keyring())
+        require_key_on_public_bind(settings, ApiKeyStore())
+    require_key_on_public_bind(settings, ApiKeyStore.of(Settings(api_key="secret")))
+    require_key_on_public_bind(Settings(host=host, allow_unauthenticated=True), ApiKeyStore())
 
 
 def test_the_command_says_so_in_one_line_before_it_looks_for_the_model(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_the_command_says_so_in_one_line_before_it_looks_for_the_model(tmp_path:
 
 def test_keys_come_from_the_setting_and_from_a_file(tmp_path: Path) -> None:
     file = private(tmp_path / "keys", "# of the team\nfirst\n\n  second ß \n")
-    ring = Keyring.of(Settings(api_key="third", api_key_file=file))
+    ring = ApiKeyStore.of(Settings(api_key="third", api_key_file=file))
     assert ring.required
-    names = {key: ring.find(key.encode()) for key in ("first", "second ß", "third", "fourth", "")}
+    names = {key: ring.lookup(key.encode()) for key in ("first", "second ß", "third", "fourth", "")}
     assert names == {
         "first": "keys:2", "second ß": "keys:4", "third": "api_key", "fourth": None, "": None,
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_file_of_keys_that_others_can_read_or_change_is_refused(
     file = private(tmp_path / "keys", "secret\n")
     file.chmod(mode)
     with pytest.raises(SettingsError, match=r"open to others; run: chmod 600 .*/keys"):
-        Keyring.of(Settings(api_key_file=file))
+        ApiKeyStore.of(Settings(api_key_file=file))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_a_file_without_keys_is_refused(
     if content is not None:
         private(file, "").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SettingsError, match=why):
-        Keyring.of(Settings(api_key_file=file))
+        ApiKeyStore.of(Settings(api_key_file=file))
     file.unlink(missing_ok=True)
     file.mkdir()
     with pytest.raises(SettingsError, match="keys"):
-        Keyring.of(Settings(api_key_file=file))
+        ApiKeyStore.of(Settings(api_key_file=file))
 
 
 def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
@@ -128,7 +128,7 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
     assert first not in store.read_text()
     listed = run(app, ["key", "list"]).stdout
     assert re.fullmatch(r"laptop  20\S+Z\nphone  20\S+Z\n", listed)
-    assert Keyring.of(Settings(), store).find(second.encode()) == "phone"
+    assert ApiKeyStore.of(Settings(), store).lookup(second.encode()) == "phone"
 
     for arguments, message in [
         (["create", "laptop"], "There is a key laptop already"),
@@ -139,9 +139,9 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
         assert isinstance(refused.exception, SettingsError)
         assert message in refused.exception.message
     assert run(app, ["key", "revoke", "laptop"]).stdout == "Revoked: laptop\n"
-    assert Keyring.of(Settings(), store).find(first.encode()) is None
+    assert ApiKeyStore.of(Settings(), store).lookup(first.encode()) is None
     assert "the last one" in run(app, ["key", "revoke", "phone"]).stderr
-    assert not Keyring.of(Settings(), store).required
+    assert not ApiKeyStore.of(Settings(), store).required
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
 def test_a_damaged_store_is_not_an_empty_one(tmp_path: Path, text: str) -> None:
     store = private(tmp_path / "keys.json", text)
     with pytest.raises(SettingsError, match="damaged"):
-        Keyring.of(Settings(), store)
+        ApiKeyStore.of(Settings(), store)
 
 
 @pytest.fixture(scope="module")

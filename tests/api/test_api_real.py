@@ -24,7 +24,7 @@ import pytest
 import sse
 from live import LiveServer, live_server
 
-from glmd.ipc import Stats
+from glmd.ipc import EngineStats
 
 MESSAGES = [{"role": "user", "content": "What is a random weight?"}]
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_kind_ends_the_server_with_one_line(
 def test_stats_say_what_the_engine_did(real: LiveServer, http: httpx.Client) -> None:
     ask(http)
     real.wait_until_idle()
-    stats: Stats = real.service.engine.stats
+    stats: EngineStats = real.service.engine.stats
     assert stats.tokens_generated > 0
     assert stats.prompt_tokens_computed > 0
     assert stats.footprint_bytes > stats.weight_bytes

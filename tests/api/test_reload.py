@@ -21,7 +21,7 @@ from live import live_server
 from glmd.api.reload import RELOADABLE, reload
 from glmd.config import Settings, load
 from glmd.engine.main import serve
-from glmd.ipc import LogLevel, Shutdown, ToEngine
+from glmd.ipc import SetLogLevel, Shutdown, ToEngine
 
 
 def wait(condition: object) -> None:
@@ -90,7 +90,7 @@ def test_the_engine_process_logs_from_the_level_that_it_is_told() -> None:
     ours = logging.getLogger("glmd")
     before = ours.level
     try:
-        serve(SimpleNamespace(has_work=False, info=None), Told(LogLevel("ERROR"), Shutdown()))  # type: ignore[arg-type]
+        serve(SimpleNamespace(has_work=False, info=None), Told(SetLogLevel("ERROR"), Shutdown()))  # type: ignore[arg-type]
         assert ours.level == logging.ERROR
     finally:
         ours.setLevel(before)

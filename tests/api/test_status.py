@@ -13,9 +13,9 @@ import pytest
 import sse
 from live import LiveServer, live_server
 
-from glmd.api.observability.exchange import Exchange
-from glmd.api.observability.request_stats import Requests
-from glmd.ipc import Generate, Match, Output, pack_tokens
+from glmd.api.observability.exchange import HttpExchange
+from glmd.api.observability.request_stats import RequestRegistry
+from glmd.ipc import CacheMatch, EngineRequest, SequenceOutput, pack_tokens
 
 BODIES: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
     "chat": (
@@ -218,19 +218,21 @@ def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
 
 
 def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> None:
-    requests = Requests()
-    exchange = Exchange("id", "POST", "/v1/completions", "127.0.0.1")
+    requests = RequestRegistry()
+    exchange = HttpExchange("id", "POST", "/v1/completions", "127.0.0.1")
     exchange.asks("completions", None, stream=False)
-    record = requests.record(exchange, Generate(id="a", prompt=pack_tokens(range(1000))))
+    record = requests.record(exchange, EngineRequest(id="a", prompt=pack_tokens(range(1000))))
     seen = []
     with requests.in_flight(record):
         for output in (
-            Output(id="a", admitted=True, match=Match(tokens=600, reason="new")),
-            Output(id="a", computed_tokens=700),
-            Output(id="a", computed_tokens=999),
-            Output(id="a", tokens=[1], prompt_tokens=1000, cached_tokens=600, finish="length"),
+            SequenceOutput(id="a", admitted=True, cache_match=CacheMatch(tokens=600, reason="new")),
+            SequenceOutput(id="a", computed_tokens=700),
+            SequenceOutput(id="a", computed_tokens=999),
+            SequenceOutput(
+                id="a", tokens=[1], prompt_tokens=1000, cached_tokens=600, finish_reason="length"
+            ),
         ):
-            requests.take(record, output)
+            requests.observe(record, output)
             now = requests.timeline.now()
             seconds = {each.number: each for each in (now, *requests.timeline.last(9))}
             computed = sum(second.computed for second in seconds.values())

@@ -19,9 +19,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from glmd.api.app import create_app
 from glmd.api.observability import tracing
 from glmd.api.observability.tracing import exporter_from_environment, resource
-from glmd.api.state import ServedModel, Service
+from glmd.api.state import AppState, ServedModel
 from glmd.config import Settings
-from glmd.engine_client.process import Launch
+from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import SettingsError
 
 TRACE, PARENT = 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7
@@ -173,9 +173,9 @@ def test_what_is_polled_is_no_span(http: httpx.Client, spans: Spans) -> None:
     assert "/health" not in routes
 
 
-def service(**settings: Any) -> Service:
+def service(**settings: Any) -> AppState:
     model = ServedModel.of("test/tiny", CHECKPOINT)
-    return Service(Settings(**settings), model, Launch(CHECKPOINT, {}))
+    return AppState(Settings(**settings), model, EngineProcessConfig(CHECKPOINT, {}))
 
 
 def test_without_the_extra_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

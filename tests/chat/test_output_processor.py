@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmd.chat.events import ToolCallDelta, ToolCallStart
-from glmd.chat.output_processor import Answer, TextAnswer
+from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.prompt import Prompt
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool, read_tools
@@ -254,7 +254,7 @@ def type_name(value: object) -> str:
 
 
 def test_the_name_is_streamed_first_and_a_string_as_it_arrives() -> None:
-    one = Answer(tokenizer(), prompt(False), tools=TOOLS)
+    one = ChatOutputProcessor(tokenizer(), prompt(False), tools=TOOLS)
     told: list[object] = []
     for token in ids(call("write", ("content", "The quick brown fox"), ("mode", "null"))):
         told += one.feed(outputs([token], None)[0])
@@ -416,7 +416,7 @@ def test_a_cancelled_answer_gives_its_last_text_and_no_finish() -> None:
 
 
 def test_tokens_are_counted_by_section() -> None:
-    one = Answer(tokenizer(), prompt(True), tools=TOOLS)
+    one = ChatOutputProcessor(tokenizer(), prompt(True), tools=TOOLS)
     reasoning, rest = ids("So it is.</think>"), ids("Yes.<|user|>")
     for output in outputs(reasoning + rest, "stop", sizes=[3, 2]):
         one.feed(output)
@@ -452,7 +452,7 @@ def test_half_a_character_at_the_end_is_told_of() -> None:
 @pytest.mark.parametrize("special", [False, True])
 def test_tags_mean_the_same_whether_or_not_they_are_marked_special(special: bool) -> None:
     made = Tokenizer(backend(special=special), "tokenizer.json")
-    one = Answer(made, prompt(True), tools=TOOLS)
+    one = ChatOutputProcessor(made, prompt(True), tools=TOOLS)
     generated = ids("So.</think>" + call("now"))
     whole = fold(event for output in outputs(generated, "stop") for event in one.feed(output))
     assert (whole.reasoning, whole.calls, whole.finish) == ("So.", [("now", "{}")], "tool_calls")
@@ -465,7 +465,7 @@ def test_tags_mean_the_same_whether_or_not_they_are_marked_special(special: bool
 def test_an_answer_goes_on_where_its_prompt_ends() -> None:
     tokens = tokenizer().encode_markup("<|assistant|><think>Two and")
     continued = Prompt(tokens, in_reasoning=True, turn_start=1, turn_key=b"", reasoning="Two and")
-    one = Answer(tokenizer(), continued)
+    one = ChatOutputProcessor(tokenizer(), continued)
     whole = fold(
         event
         for output in outputs(ids(" two.</think>Four."), "length")
@@ -479,7 +479,7 @@ def test_an_answer_goes_on_where_its_prompt_ends() -> None:
 
 @given(st.lists(st.integers(0, tokenizer().vocab_size - 1), max_size=30))
 def test_a_raw_completion_is_all_content_without_special_tokens(generated: list[int]) -> None:
-    one = TextAnswer(tokenizer())
+    one = CompletionOutputProcessor(tokenizer())
     events = [event for output in outputs(generated, "length") for event in one.feed(output)]
     shown = [id for id in generated if id not in tokenizer().special]
     assert fold(events).content == tokenizer().decode(shown)
@@ -487,11 +487,11 @@ def test_a_raw_completion_is_all_content_without_special_tokens(generated: list[
 
 
 def test_a_raw_completion_ends_at_its_stop_string_or_end_token() -> None:
-    one = TextAnswer(tokenizer(), stop=["fox"])
+    one = CompletionOutputProcessor(tokenizer(), stop=["fox"])
     events = [event for output in outputs(ids("quick brown fox.")) for event in one.feed(output)]
     assert (fold(events).content, fold(events).stop_sequence) == ("quick brown ", "fox")
     assert one.stopped
-    one = TextAnswer(tokenizer())
+    one = CompletionOutputProcessor(tokenizer())
     events = [
         event
         for output in outputs(ids("a</think><|user|>b<|endoftext|>"), "stop", logprobs=True)

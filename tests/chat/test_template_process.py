@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from live import CHECKPOINT, live_server
 
 from glmd.chat.template import read_template
-from glmd.chat.template_process import Renderer
+from glmd.chat.template_process import TemplateProcess
 from glmd.errors import CheckpointError, InvalidRequest
 
 HANG = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -63,8 +63,8 @@ def on_request(sources: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def honest() -> Iterator[Renderer]:
-    renderer = Renderer(TEMPLATE, tokenizer().controls)
+def honest() -> Iterator[TemplateProcess]:
+    renderer = TemplateProcess(TEMPLATE, tokenizer().controls)
     yield renderer
     renderer.close()
 
@@ -82,7 +82,9 @@ values = st.recursive(
 
 @settings(max_examples=20)
 @given(text=st.text(st.characters(), max_size=9) | tag_like, value=values)
-def test_it_renders_what_the_template_renders(honest: Renderer, text: str, value: Any) -> None:
+def test_it_renders_what_the_template_renders(
+    honest: TemplateProcess, text: str, value: Any
+) -> None:
     conversation = [
         *ask(text),
         {
@@ -99,16 +101,16 @@ def test_it_renders_what_the_template_renders(honest: Renderer, text: str, value
 
 
 @pytest.fixture(scope="module")
-def hostile() -> Iterator[Renderer]:
+def hostile() -> Iterator[TemplateProcess]:
     source = on_request(HOSTILE)
-    renderer = Renderer(source, tokenizer().controls, max_seconds=0.4, max_bytes=200 * 2**20)
+    renderer = TemplateProcess(source, tokenizer().controls, max_seconds=0.4, max_bytes=200 * 2**20)
     yield renderer
     renderer.close()
 
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_whatever_a_template_takes_is_bounded_and_the_next_conversation_is_served(
-    hostile: Renderer, what: str
+    hostile: TemplateProcess, what: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"The chat template (takes more|cannot render)"):
         hostile.render(ask(what))
@@ -118,14 +120,16 @@ def test_whatever_a_template_takes_is_bounded_and_the_next_conversation_is_serve
 def test_a_template_that_hangs_at_once_is_no_usable_checkpoint() -> None:
     before = set(psutil.Process().children())
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja .* more than 0\.2 s"):
-        Renderer(HANG + TEMPLATE, tokenizer().controls, max_seconds=0.2)
+        TemplateProcess(HANG + TEMPLATE, tokenizer().controls, max_seconds=0.2)
     with pytest.raises(CheckpointError, match="no usable template"):
-        Renderer("{% if %}", tokenizer().controls)
+        TemplateProcess("{% if %}", tokenizer().controls)
     assert set(psutil.Process().children()) <= before
 
 
 def test_the_sandbox_holds() -> None:
-    renderer = Renderer(on_request({source: source for source in ESCAPES}), tokenizer().controls)
+    renderer = TemplateProcess(
+        on_request({source: source for source in ESCAPES}), tokenizer().controls
+    )
     plain = "[gMASK]<sop><|user|>"
     try:
         for source in ESCAPES:
@@ -136,7 +140,7 @@ def test_the_sandbox_holds() -> None:
         renderer.close()
 
 
-def test_a_process_that_dies_is_started_again_and_none_is_left(honest: Renderer) -> None:
+def test_a_process_that_dies_is_started_again_and_none_is_left(honest: TemplateProcess) -> None:
     assert honest._process is not None
     os.kill(honest._process.pid, signal.SIGKILL)
     with pytest.raises(InvalidRequest, match="more than its process can take"):
@@ -151,7 +155,9 @@ def test_a_conversation_that_hangs_the_template_does_not_hang_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        Renderer, "load", lambda at, own: Renderer(read_template(at)[0], own, max_seconds=0.4)
+        TemplateProcess,
+        "load",
+        lambda at, own: TemplateProcess(read_template(at)[0], own, max_seconds=0.4),
     )
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)

@@ -10,7 +10,7 @@ from chat_kit import json_values, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.tool_args import FREE, SchemaReader, ValueType
+from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader
 from glmd.chat.tool_call_parser import ValueWriter
 from glmd.chat.tools import read_tools
 
@@ -24,9 +24,9 @@ DEFINITIONS = {
 }
 
 
-def kind(schema: Any) -> ValueType:
+def kind(schema: Any) -> ArgType:
     root = {"type": "object", "properties": {"x": schema}, "$defs": DEFINITIONS}
-    return SchemaReader(root).arguments()["x"]
+    return ArgTypeReader(root).arguments()["x"]
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_arguments_of_combined_schemas_are_all_declared() -> None:
         "anyOf": [{"properties": {"c": STRING}}, {"$ref": "#"}],
         "$defs": {"Base": {"properties": {"a": STRING}}},
     }
-    assert sorted(SchemaReader(root).arguments()) == ["a", "b", "c"]
+    assert sorted(ArgTypeReader(root).arguments()) == ["a", "b", "c"]

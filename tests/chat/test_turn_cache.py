@@ -35,30 +35,36 @@ from glmd.chat.messages import (
     UserMessage,
     read_messages,
 )
-from glmd.chat.output_processor import Answer
+from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import Prompt, build_prompt
-from glmd.chat.turn_cache import Turns
+from glmd.chat.turn_cache import TurnTokenCache
 from glmd.errors import InvalidRequest
-from glmd.utils.lru import LRU
+from glmd.utils.lru import LRUCache
 
 TAGS = tokenizer().tags
 TOOLS = [tool("write", path={"type": "string"}, content={}), tool("now")]
 
 
-def build(messages: Sequence[Message], turns: Turns | None = None, **options: Any) -> Prompt:
+def build(
+    messages: Sequence[Message], turns: TurnTokenCache | None = None, **options: Any
+) -> Prompt:
     conversation = Conversation(messages, **options)
     return build_prompt(conversation, tokenizer=tokenizer(), template=template(), turns=turns)
 
 
-def ask(text: str, turns: Turns | None = None, **options: Any) -> Prompt:
+def ask(text: str, turns: TurnTokenCache | None = None, **options: Any) -> Prompt:
     return build([UserMessage(text)], turns, **options)
 
 
 def generate(
-    prompt: Prompt, generated: Sequence[int], turns: Turns, finish: Any = "stop", **options: Any
+    prompt: Prompt,
+    generated: Sequence[int],
+    turns: TurnTokenCache,
+    finish: Any = "stop",
+    **options: Any,
 ) -> Folded:
     """Answer `prompt` with `generated` and remember it."""
-    one = Answer(tokenizer(), prompt, tools=TOOLS, **options)
+    one = ChatOutputProcessor(tokenizer(), prompt, tools=TOOLS, **options)
     events = [event for output in outputs(generated, finish) for event in one.feed(output)]
     turns.remember(prompt, one.turn())
     return fold(events)
@@ -136,7 +142,7 @@ def test_only_text_of_the_assistant_can_be_continued(last: Message) -> None:
 
 
 def test_a_cut_turn_is_continued_from_the_ids_it_has() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     generated = [*ids("Hm</think>"), *text_ids("Fo"), *text_ids("ur ")]
     generate(first, generated, turns, "length")
@@ -151,7 +157,7 @@ def test_a_cut_turn_is_continued_from_the_ids_it_has() -> None:
 
 
 def test_cut_reasoning_is_continued_from_the_ids_it_has() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     generate(first, text_ids("So I thi"), turns, "length")
     again = build([UserMessage("Hi"), AssistantMessage("", "So I thi")], turns, continue_final=True)
@@ -163,7 +169,7 @@ def test_cut_reasoning_is_continued_from_the_ids_it_has() -> None:
 
 
 def test_a_turn_returns_with_its_reasoning_though_the_client_dropped_it() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     generated = ids("Hm, hm.</think>\n Hello! \n<|user|>")
     whole = generate(first, generated, turns)
@@ -175,7 +181,7 @@ def test_a_turn_returns_with_its_reasoning_though_the_client_dropped_it() -> Non
 
 
 def test_reasoning_that_the_client_changed_is_the_clients() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     generated = ids("Hm.</think>Hello!<|user|>")
     generate(first, generated, turns)
@@ -190,7 +196,7 @@ def test_reasoning_that_the_client_changed_is_the_clients() -> None:
 
 
 def test_of_answers_that_look_the_same_the_one_with_that_reasoning_or_the_last_returns() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     one, two = ids("One.</think>Hello!<|user|>"), ids("Two.</think>Hello!<|user|>")
     generate(first, one, turns)
@@ -217,13 +223,13 @@ def test_of_answers_that_look_the_same_the_one_with_that_reasoning_or_the_last_r
 def test_a_turn_of_another_conversation_is_never_taken(
     messages: list[Message], options: Any
 ) -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     generate(ask("Hi", turns), ids("Hm.</think>Hello!<|user|>"), turns)
     assert build([*messages, UserMessage("Bye")], turns, **options).spliced_turns == 0
 
 
 def test_a_cut_turn_returns_closed() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     generate(first, text_ids("So I thi"), turns, "length")
     again = build([UserMessage("Hi"), AssistantMessage(""), UserMessage("Go on")], turns)
@@ -231,7 +237,7 @@ def test_a_cut_turn_returns_closed() -> None:
 
 
 def test_a_call_that_lacked_its_end_returns_with_one() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns, tools=TOOLS)
     generated = ids("Hm</think><tool_call>now")
     whole = generate(first, [*generated, TAGS.observation], turns)
@@ -246,7 +252,7 @@ def test_a_call_that_lacked_its_end_returns_with_one() -> None:
 def test_a_turn_that_ends_before_its_second_call_returns_without_it(
     between: str, second: str
 ) -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns, tools=TOOLS)
     kept = ids(f"Hm</think><tool_call>now</tool_call>{between}")
     generated = [*kept, *ids(f"<tool_call>{second}"), TAGS.observation]
@@ -258,7 +264,7 @@ def test_a_turn_that_ends_before_its_second_call_returns_without_it(
 
 
 def test_a_call_that_runs_into_a_call_too_many_is_not_remembered() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     generated = ids("Hm</think><tool_call>now<tool_call>now</tool_call>")
     whole = generate(ask("Hi", turns, tools=TOOLS), generated, turns, single_call=True)
     assert (whole.calls, whole.finish) == ([("now", "{}")], "tool_calls")
@@ -279,7 +285,7 @@ def test_a_call_that_runs_into_a_call_too_many_is_not_remembered() -> None:
 def test_a_turn_that_is_not_what_the_client_saw_is_not_remembered(
     generated: str, finish: Any
 ) -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     generate(ask("Hi", turns), ids(generated), turns, finish)
     for content in ("Hello!", "Hello!What?"):
         messages = [UserMessage("Hi"), AssistantMessage(content), UserMessage("?")]
@@ -287,9 +293,9 @@ def test_a_turn_that_is_not_what_the_client_saw_is_not_remembered(
 
 
 def test_a_turn_with_calls_that_were_not_allowed_is_not_remembered() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
-    one = Answer(tokenizer(), first)
+    one = ChatOutputProcessor(tokenizer(), first)
     for output in outputs(ids("</think>Hello!<tool_call>now</tool_call><|observation|>"), "stop"):
         one.feed(output)
     assert one.turn() is None
@@ -299,11 +305,11 @@ def test_a_turn_with_calls_that_were_not_allowed_is_not_remembered() -> None:
 def test_a_turn_cut_by_a_stop_string_returns_as_far_as_it_was_shown(
     before: str, after: str, size: int
 ) -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     first = ask("Hi", turns)
     text = before + "<STOP>" + after
     generated = [*ids("Hm</think>"), *text_ids(text)]
-    one = Answer(tokenizer(), first, stop=["<STOP>"])
+    one = ChatOutputProcessor(tokenizer(), first, stop=["<STOP>"])
     events = [e for o in outputs(generated, "length", sizes=[size] * 100) for e in one.feed(o)]
     turns.remember(first, one.turn())
     shown = fold(events).content
@@ -328,7 +334,7 @@ CLEAR = {"clear_thinking": True}
 
 
 def test_with_clear_thinking_earlier_turns_lose_their_reasoning() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     generate(ask("Hi", turns, template_kwargs=CLEAR), ids("Hm</think>Yo<|user|>"), turns)
     again = build(
         [UserMessage("Hi"), AssistantMessage("Yo"), UserMessage("?")], turns, template_kwargs=CLEAR
@@ -338,7 +344,7 @@ def test_with_clear_thinking_earlier_turns_lose_their_reasoning() -> None:
 
 
 def test_with_clear_thinking_turns_since_the_last_user_message_keep_it() -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     options: dict[str, Any] = {"template_kwargs": CLEAR, "tools": TOOLS}
     first = ask("Hi", turns, **options)
     generated = ids("Hm</think><tool_call>now</tool_call><|observation|>")
@@ -440,7 +446,7 @@ def returned(answer: Folded, turn: Said) -> dict[str, Any]:
 def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
     script: list[Said], system: bool
 ) -> None:
-    turns = Turns()
+    turns = TurnTokenCache()
     raw: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
     raw.append({"role": "user", "content": "Begin."})
     before: Prompt | None = None
@@ -480,7 +486,7 @@ def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
 
 
 def test_the_least_recently_used_turns_are_forgotten_first() -> None:
-    turns = Turns(max_tokens=400)
+    turns = TurnTokenCache(max_tokens=400)
     questions = ["a", "b", "c", "d"]
 
     def spliced(question: str) -> int:
@@ -496,7 +502,7 @@ def test_the_least_recently_used_turns_are_forgotten_first() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12))))
 def test_a_bounded_dictionary_never_exceeds_its_capacity(puts: list[tuple[int, int]]) -> None:
-    kept: LRU[int, int] = LRU(10)
+    kept: LRUCache[int, int] = LRUCache(10)
     for key, size in puts:
         kept.put(key, size, size)
         assert kept.size <= 10

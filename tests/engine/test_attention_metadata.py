@@ -10,19 +10,19 @@ import numpy as np
 from hypothesis import given, settings
 
 from glmd.engine.attention_metadata import (
-    GATHERED_BYTES,
-    JOINED,
-    ONE_SOFTMAX,
-    gather,
-    levels,
-    near,
+    MAX_FUSED_SCORES,
+    MAX_JOINED_SPAN,
+    MAX_PADDED_SPAN_BYTES,
+    build_levels,
+    pad_short_spans,
     sort_by_prefix,
+    split_fused_levels,
 )
-from glmd.kv_cache.prefix_tree import Node, Piece
-from glmd.model.batch import Gathered, Span
+from glmd.kv_cache.prefix_tree import Node, PathNode
+from glmd.model.batch import KVSpan, PaddedSpans
 
 KV_WIDTH = 1024
-GATHERED = GATHERED_BYTES // (4 * KV_WIDTH)
+GATHERED = MAX_PADDED_SPAN_BYTES // (4 * KV_WIDTH)
 
 
 @dataclass
@@ -54,19 +54,19 @@ def _branches(depth: int) -> st.SearchStrategy[Branch]:
     return st.builds(Branch, st.integers(1, 6), st.lists(child, max_size=3))
 
 
-def _paths(branch: Branch, before: list[Piece[Keys]]) -> list[list[Piece[Keys]]]:
+def _paths(branch: Branch, before: list[PathNode[Keys]]) -> list[list[PathNode[Keys]]]:
     """All prefixes that end in a tree of branches."""
     node: Node[Keys] = Node(np.zeros(branch.length, np.int32), Keys(branch.length), None, 0)
-    found = [[*before, Piece(node, end)] for end in range(1, branch.length + 1)]
+    found = [[*before, PathNode(node, end)] for end in range(1, branch.length + 1)]
     for offset, child in branch.children:
-        found += _paths(child, [*before, Piece(node, min(offset, branch.length))])
+        found += _paths(child, [*before, PathNode(node, min(offset, branch.length))])
     return found
 
 
 @st.composite
-def _rows(draw: st.DrawFn) -> list[list[Piece[Keys]]]:
+def _rows(draw: st.DrawFn) -> list[list[PathNode[Keys]]]:
     roots = draw(st.lists(_branches(3), min_size=1, max_size=3))
-    every: list[list[Piece[Keys]]] = [[]]
+    every: list[list[PathNode[Keys]]] = [[]]
     for root in roots:
         every += _paths(root, [])
     return draw(st.lists(st.sampled_from(every), min_size=1, max_size=24))
@@ -75,24 +75,24 @@ def _rows(draw: st.DrawFn) -> list[list[Piece[Keys]]]:
 @settings(max_examples=300, deadline=None)
 @given(_rows(), st.integers(1, 4))
 def test_every_row_sees_every_key_of_its_path_exactly_once(
-    paths: list[list[Piece[Keys]]], width: int
+    paths: list[list[PathNode[Keys]]], width: int
 ) -> None:
     rows = [Row(slot) for slot in range(len(paths))]
     order = sort_by_prefix(rows, paths)  # type: ignore[arg-type]
     assert sorted(order) == list(range(len(paths)))
     paths = [paths[i] for i in order]
     seen: list[list[tuple[int, int]]] = [[] for _ in range(len(paths) * width)]
-    for level in levels(paths, width):  # type: ignore[arg-type]
+    for level in build_levels(paths, width):  # type: ignore[arg-type]
         assert level
         last = 0
         for span in level:
-            assert last <= span.first < span.last <= len(seen), "spans of a level overlap"
-            last = span.last
-            for stretch in span.stretches:
-                assert 0 <= stretch.start < stretch.stop
+            assert last <= span.start < span.end <= len(seen), "spans of a level overlap"
+            last = span.end
+            for stretch in span.slices:
+                assert 0 <= stretch.start < stretch.end
                 assert stretch.stop <= stretch.segment.length  # type: ignore[attr-defined]
-                for row in range(span.first, span.last):
-                    keys = range(stretch.start, stretch.stop)
+                for row in range(span.start, span.end):
+                    keys = range(stretch.start, stretch.end)
                     seen[row] += [(id(stretch.segment), at) for at in keys]
     for row, keys in enumerate(seen):
         expected = [
@@ -104,12 +104,12 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
 @settings(max_examples=300, deadline=None)
 @given(_rows())
 def test_a_stretch_is_read_once_for_all_rows_that_share_it(
-    paths: list[list[Piece[Keys]]],
+    paths: list[list[PathNode[Keys]]],
 ) -> None:
     order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
     read: dict[int, int] = {}
-    for level in levels([paths[i] for i in order], 1):  # type: ignore[arg-type]
-        for stretch in (stretch for span in level for stretch in span.stretches):
+    for level in build_levels([paths[i] for i in order], 1):  # type: ignore[arg-type]
+        for stretch in (stretch for span in level for stretch in span.slices):
             read[id(stretch.segment)] = read.get(id(stretch.segment), 0) + len(stretch)
     for path in paths:
         for piece in path:
@@ -117,18 +117,24 @@ def test_a_stretch_is_read_once_for_all_rows_that_share_it(
             assert read[id(piece.node.kv)] == longest
 
 
-def _piece(length: int, used: int) -> Piece[Keys]:
-    return Piece(Node(np.zeros(length, np.int32), Keys(length), None, 0), used)
+def _piece(length: int, used: int) -> PathNode[Keys]:
+    return PathNode(Node(np.zeros(length, np.int32), Keys(length), None, 0), used)
 
 
 def test_a_lone_row_gets_one_span_of_its_short_pieces_and_an_empty_path_none() -> None:
-    path = [_piece(9, 5), _piece(3, 3), _piece(JOINED, JOINED - 8), _piece(2, 2), _piece(2, 1)]
-    joined, rest = levels([path], 3)  # type: ignore[list-item]
+    path = [
+        _piece(9, 5),
+        _piece(3, 3),
+        _piece(MAX_JOINED_SPAN, MAX_JOINED_SPAN - 8),
+        _piece(2, 2),
+        _piece(2, 1),
+    ]
+    joined, rest = build_levels([path], 3)  # type: ignore[list-item]
     ((span,), (other,)) = joined, rest
-    assert (span.first, span.last) == (other.first, other.last) == (0, 3)
-    assert [(s.start, s.stop) for s in span.stretches] == [(0, 5), (0, 3), (0, JOINED - 8)]
-    assert [(s.start, s.stop) for s in other.stretches] == [(0, 2), (0, 1)]
-    assert levels([[], []], 2) == []
+    assert (span.start, span.end) == (other.start, other.end) == (0, 3)
+    assert [(s.start, s.end) for s in span.slices] == [(0, 5), (0, 3), (0, MAX_JOINED_SPAN - 8)]
+    assert [(s.start, s.end) for s in other.slices] == [(0, 2), (0, 1)]
+    assert build_levels([[], []], 2) == []
 
 
 @settings(max_examples=300, deadline=None)
@@ -137,15 +143,15 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
     lengths: list[int], width: int
 ) -> None:
     paths = [[_piece(length, length)] if length else [] for length in lengths]
-    for spans in levels(paths, width):  # type: ignore[arg-type]
-        level = gather(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
+    for spans in build_levels(paths, width):  # type: ignore[arg-type]
+        level = pad_short_spans(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
         short = [s for s in spans if len(s) <= GATHERED]
-        gathered = [part for part in level.parts if isinstance(part, Gathered)]
+        gathered = [part for part in level.parts if isinstance(part, PaddedSpans)]
         assert len(gathered) == (len(short) > 1)
         found: list[int] = []
         for part in level.parts:
-            if isinstance(part, Span) or part.rows is None:
-                found += range(part.first, part.last)
+            if isinstance(part, KVSpan) or part.rows is None:
+                found += range(part.start, part.end)
             else:
                 found += np.array(part.rows).tolist()
         for part in gathered:
@@ -170,27 +176,27 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
 
 
 @settings(max_examples=300, deadline=None)
-@given(_rows(), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, ONE_SOFTMAX // 50]))
+@given(_rows(), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, MAX_FUSED_SCORES // 50]))
 def test_one_softmax_takes_levels_that_are_in_row_order_and_fit(
-    paths: list[list[Piece[Keys]]], width: int, tail_keys: int, heads: int
+    paths: list[list[PathNode[Keys]]], width: int, tail_keys: int, heads: int
 ) -> None:
     order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
     rows = len(paths) * width
     found = [
-        gather(spans, width, rows, KV_WIDTH, mx.float32)
-        for spans in levels([paths[i] for i in order], width)  # type: ignore[arg-type]
+        pad_short_spans(spans, width, rows, KV_WIDTH, mx.float32)
+        for spans in build_levels([paths[i] for i in order], width)  # type: ignore[arg-type]
     ]
-    chosen, others = near(found, tail_keys, rows, heads)
+    chosen, others = split_fused_levels(found, tail_keys, rows, heads)
     assert sorted([*map(id, chosen), *map(id, others)]) == sorted(map(id, found))
     scores = [tail_keys] * rows
     for level in chosen:
         assert level.order is None
-        seen = [row for part in level.parts for row in range(part.first, part.last)]
+        seen = [row for part in level.parts for row in range(part.start, part.end)]
         assert seen == list(range(rows))
         for part in level.parts:
-            for row in range(part.first, part.last):
+            for row in range(part.start, part.end):
                 scores[row] += len(part)
     assert all(len(level.parts) == 1 for level in chosen[:-1])
-    assert not chosen or sum(scores) * heads <= ONE_SOFTMAX
+    assert not chosen or sum(scores) * heads <= MAX_FUSED_SCORES
     if heads == 1 and found and found[0].order is None:
         assert found[0] in chosen

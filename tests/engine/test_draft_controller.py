@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
-from glmd.engine.spec_decode.controller import HOLD_STEPS, DraftGate
+from glmd.engine.spec_decode.controller import HOLD_STEPS, DraftController
 
 
 def run(
-    gate: DraftGate,
+    gate: DraftController,
     steps: int,
     *,
     cost: float,
@@ -34,7 +34,7 @@ def run(
 
 @pytest.mark.parametrize("sequences", [1, 4, 16])
 def test_drafts_where_accepted_tokens_outweigh_longer_steps(sequences: int) -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     run(gate, 100, cost=1.35, acceptance=0.85, sequences=sequences)
     held = run(gate, 300, cost=1.35, acceptance=0.85, sequences=sequences)
     assert set(held) == {1}
@@ -42,13 +42,13 @@ def test_drafts_where_accepted_tokens_outweigh_longer_steps(sequences: int) -> N
 
 
 def test_does_not_draft_where_steps_become_too_long() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     run(gate, 100, cost=2.2, acceptance=0.8)
     assert set(run(gate, 300, cost=2.2, acceptance=0.8)) == {0}
 
 
 def test_changes_its_mind_when_conditions_do() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     run(gate, HOLD_STEPS, cost=2.5, acceptance=0.9)
     assert gate.drafts == 0
     run(gate, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9)
@@ -56,7 +56,7 @@ def test_changes_its_mind_when_conditions_do() -> None:
 
 
 def test_stops_at_once_where_drafts_are_no_longer_accepted() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     run(gate, 100, cost=1.4, acceptance=0.9)
     assert set(run(gate, 50, cost=1.4, acceptance=0.9)) == {1}
     run(gate, 100, cost=1.4, acceptance=0.1)
@@ -64,13 +64,13 @@ def test_stops_at_once_where_drafts_are_no_longer_accepted() -> None:
 
 
 def test_the_first_trial_counts_what_was_accepted_in_it() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     run(gate, 40, cost=1.3, acceptance=0.0)
     assert set(run(gate, 300, cost=1.3, acceptance=0.0)) == {0}
 
 
 def test_hopeless_drafts_are_given_up_for_all_batch_sizes_and_tried_again_later() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     assert sum(run(gate, 200, cost=1.05, acceptance=0.0)) < 40
     assert sum(run(gate, 200, cost=1.05, acceptance=0.0, sequences=8)) == 0
     run(gate, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9)
@@ -78,7 +78,7 @@ def test_hopeless_drafts_are_given_up_for_all_batch_sizes_and_tried_again_later(
 
 
 def test_decides_for_each_batch_size_apart() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     for _ in range(40):
         run(gate, 5, cost=1.2, acceptance=0.8, sequences=1)
         run(gate, 5, cost=3.0, acceptance=0.8, sequences=32)
@@ -87,19 +87,19 @@ def test_decides_for_each_batch_size_apart() -> None:
 
 
 def test_trials_of_the_slower_kind_take_few_steps() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     chosen = run(gate, 6000, cost=3.0, acceptance=0.5)
     assert sum(chosen) < 0.05 * len(chosen)
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 2, 3])
 def test_a_fixed_setting_is_kept(drafts: int) -> None:
-    gate = DraftGate(drafts)  # type: ignore[arg-type]
+    gate = DraftController(drafts)  # type: ignore[arg-type]
     assert set(run(gate, 200, cost=5.0, acceptance=0.1)) == {drafts}
 
 
 def test_steps_with_prefill_teach_acceptance_but_no_times() -> None:
-    gate = DraftGate("auto")
+    gate = DraftController("auto")
     for _ in range(200):
         gate.observe(1, gate.choose(1), 1, None)
     assert gate.gain(1) is None

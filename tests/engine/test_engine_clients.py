@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmd.engine.scheduler import scheduler
-from glmd.engine.scheduler.fairness import Shares
-from glmd.ipc import Output
+from glmd.engine.scheduler.fairness import VirtualTokenCounter
+from glmd.ipc import SequenceOutput
 
 WORDS = np.random.default_rng(1).integers(0, 500, 4000).tolist()
 
@@ -35,7 +35,7 @@ class Crowd(Run):
         self.submit(request(id, prompt, client=client, **fields))
         return id
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         outputs = super().step()
         self.admitted += [output.id for output in outputs if output.admitted]
         return outputs
@@ -185,7 +185,7 @@ def test_new_clients_without_end_do_not_starve_one_that_waits() -> None:
 
 
 def test_a_client_that_comes_back_has_saved_nothing_up_and_is_forgiven_nothing() -> None:
-    shares = Shares()
+    shares = VirtualTokenCounter()
     for client in ("busy", "light"):
         shares.enter(client)
     shares.charge("busy", 100)
@@ -201,7 +201,7 @@ def test_a_client_that_comes_back_has_saved_nothing_up_and_is_forgiven_nothing()
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=200))
 def test_clients_that_are_gone_and_owe_nothing_are_forgotten(calls: list[tuple[int, int]]) -> None:
-    shares = Shares()
+    shares = VirtualTokenCounter()
     shares.enter("always")
     for number, tokens in calls:
         shares.enter(f"{number}")

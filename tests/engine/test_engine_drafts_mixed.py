@@ -15,22 +15,22 @@ from grammars import CONTROLS
 from glmd.bench.drafting import WEATHER
 from glmd.chat.messages import Conversation, read_messages
 from glmd.chat.prompt import build_prompt
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import read_tools
-from glmd.chat.turn_cache import Turns
+from glmd.chat.turn_cache import TurnTokenCache
 from glmd.checkpoint.hub import DEMO
 from glmd.engine.core import Engine
-from glmd.ipc import Generate, Guidance, SamplingParams, unpack_tokens
+from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
 from glmd.llm import LLM
-from glmd.model.glm4_moe_lite import GlmModel
-from glmd.structured_output import Regex, Structure
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.structured_output import OutputSpec, Regex
 from glmd.structured_output.build import build
 
 
 @cache
-def model_of(name: str) -> GlmModel:
+def model_of(name: str) -> Glm4MoeLiteModel:
     return load(DEMO) if name == "demo" else tiny_model(num_nextn_predict_layers=1)
 
 
@@ -41,11 +41,13 @@ def demo_prompt(text: str, *, with_tool: bool = False) -> list[int]:
     tools = read_tools([WEATHER] if with_tool else None)
     conversation = Conversation(read_messages([{"role": "user", "content": text}]), tools=tools)
     template = ChatTemplate.load(DEMO, tokenizer.controls)
-    prompt = build_prompt(conversation, tokenizer=tokenizer, template=template, turns=Turns())
+    prompt = build_prompt(
+        conversation, tokenizer=tokenizer, template=template, turns=TurnTokenCache()
+    )
     return list(prompt.tokens)
 
 
-def company(name: str) -> list[Generate]:
+def company(name: str) -> list[EngineRequest]:
     """Requests of every kind, for one batch."""
     rng = np.random.default_rng(2)
     if name == "demo":
@@ -53,8 +55,8 @@ def company(name: str) -> list[Generate]:
     else:
         controls, prompt = CONTROLS, rng.integers(0, 250, 30).tolist()
     long = rng.integers(0, 250, 300).tolist()
-    form = Structure(Regex("[a-c]{2}( [0-9]+,){4,}", "p"))
-    guidance = Guidance(grammar=build(form, Tags.find(controls, "tokenizer.json")).text)
+    form = OutputSpec(Regex("[a-c]{2}( [0-9]+,){4,}", "p"))
+    guidance = GrammarSpec(grammar=build(form, SpecialTokens.find(controls, "tokenizer.json")).text)
     kinds: dict[str, dict[str, Any]] = {
         "greedy": {},
         "sampled": {"temperature": 2.0},
@@ -90,7 +92,9 @@ def answers(name: str, mtp: int) -> Run:
     return done
 
 
-def is_tie(model: GlmModel, asked: Generate, tokens: list[int], others: list[int]) -> bool:
+def is_tie(
+    model: Glm4MoeLiteModel, asked: EngineRequest, tokens: list[int], others: list[int]
+) -> bool:
     """Whether two answers part where two tokens are all but equally likely; says where."""
     at = next(i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b)
     whole = [*unpack_tokens(asked.prompt).tolist(), *tokens[:at]]
@@ -165,7 +169,7 @@ def test_three_tokens_are_distributed_as_the_model_has_them(mtp: int) -> None:
     assert deviation(observed, draws * np.array([*expected.values()])) < 3.5
 
 
-def _of_three(model: GlmModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
+def _of_three(model: Glm4MoeLiteModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
     """The probability of every continuation by three tokens."""
     ways: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
@@ -180,7 +184,7 @@ def _of_three(model: GlmModel, prompt: np.ndarray) -> dict[tuple[int, ...], floa
     return ways
 
 
-def count_drafts(engine: Engine, asked: Generate) -> tuple[Answer, int, int]:
+def count_drafts(engine: Engine, asked: EngineRequest) -> tuple[Answer, int, int]:
     """An answer, the drafts verified for it, and those that became part of it."""
     before = engine.stats()
     answer = run(engine, asked).answer(asked.id)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engines import Run, assert_true, request, tiny_engine, tiny_model
 
-from glmd.engine.scheduler.prefill_budget import Pace
+from glmd.engine.scheduler.prefill_budget import PrefillBudget
 
 LONG = np.random.default_rng(0).integers(0, 500, 1200).tolist()
 
@@ -47,13 +47,13 @@ def test_streams_wait_longer_for_a_crowd_of_short_prompts_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     crowds: list[int] = []
-    budget = Pace.prefill_budget
+    budget = PrefillBudget.prefill_budget
 
-    def spy(self: Pace, decoding: int, prefilling: int) -> int:
+    def spy(self: PrefillBudget, decoding: int, prefilling: int) -> int:
         crowds.append(prefilling)
         return budget(self, decoding, prefilling)
 
-    monkeypatch.setattr(Pace, "prefill_budget", spy)
+    monkeypatch.setattr(PrefillBudget, "prefill_budget", spy)
     run = Run(tiny_engine(max_step_tokens=64))
     run.submit(request("stream", [499], max_tokens=400, ignore_eos=True))
     while not _started(run, "stream"):

@@ -8,34 +8,34 @@ import numpy as np
 from engines import Run, request, run, tiny_engine, tiny_model
 
 from glmd.engine.core import Engine
-from glmd.ipc import Match
+from glmd.ipc import CacheMatch
 
 DRAW = np.random.default_rng(7)
 LONG = DRAW.integers(0, 500, 200).tolist()
 OTHER = DRAW.integers(0, 500, 200).tolist()
 
 
-def match_of(engine: Engine, prompt: list[int], **fields: object) -> Match:
+def match_of(engine: Engine, prompt: list[int], **fields: object) -> CacheMatch:
     """What a request with this prompt is told, once, before it has a token."""
     running = Run(engine)
     running.submit(request("asked", prompt, max_tokens=1, **fields))
     outputs = [output for _ in range(50) if engine.has_work for output in running.step()]
-    told = [n for n, output in enumerate(outputs) if output.match is not None]
+    told = [n for n, output in enumerate(outputs) if output.cache_match is not None]
     (place,) = told
     assert outputs[place].admitted
     assert not any(output.tokens for output in outputs[:place])
-    match = outputs[place].match
+    match = outputs[place].cache_match
     assert match is not None
     return match
 
 
 def test_a_prompt_is_told_where_it_parts_from_what_is_stored() -> None:
     engine = tiny_engine()
-    assert match_of(engine, LONG) == Match(tokens=0, reason="new")
-    assert match_of(engine, LONG) == Match(tokens=199, reason="whole")
-    assert match_of(engine, [*LONG, 1, 2, 3]) == Match(tokens=200, reason="new")
+    assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="new")
+    assert match_of(engine, LONG) == CacheMatch(tokens=199, reason="whole")
+    assert match_of(engine, [*LONG, 1, 2, 3]) == CacheMatch(tokens=200, reason="new")
     fork = [*LONG[:60], (LONG[60] + 1) % 500, 4, 5]
-    assert match_of(engine, fork) == Match(tokens=60, reason="differs", beyond=140)
+    assert match_of(engine, fork) == CacheMatch(tokens=60, reason="differs", diverging_tokens=140)
     # Where another conversation has gone on from the middle, too.
     third = [*LONG[:60], (LONG[60] + 2) % 500, 4, 5]
     match = match_of(engine, third)
@@ -45,8 +45,8 @@ def test_a_prompt_is_told_where_it_parts_from_what_is_stored() -> None:
 def test_a_prompt_is_told_that_another_salt_has_it() -> None:
     engine = tiny_engine()
     match_of(engine, LONG, cache_salt="a")
-    assert match_of(engine, LONG, cache_salt="b") == Match(tokens=0, reason="salt")
-    assert match_of(engine, OTHER, cache_salt="c") == Match(tokens=0, reason="new")
+    assert match_of(engine, LONG, cache_salt="b") == CacheMatch(tokens=0, reason="salt")
+    assert match_of(engine, OTHER, cache_salt="c") == CacheMatch(tokens=0, reason="new")
 
 
 def test_a_prompt_is_told_that_its_prefix_was_evicted() -> None:
@@ -65,8 +65,8 @@ def test_a_prompt_is_told_that_its_prefix_was_evicted() -> None:
 
 def test_without_a_cache_a_prompt_is_told_so() -> None:
     engine = tiny_engine(prefix_cache=False)
-    assert match_of(engine, LONG) == Match(tokens=0, reason="off")
-    assert match_of(engine, LONG) == Match(tokens=0, reason="off")
+    assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="off")
+    assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="off")
 
 
 def test_a_conversation_that_grows_is_never_told_that_it_differs() -> None:

@@ -22,17 +22,17 @@ from engines import (
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
 from glmd.kv_cache.segment import Segment
-from glmd.model.glm4_moe_lite import GlmModel
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 
 CONTEXT = 400
 PROMPTS = [np.random.default_rng(i).integers(0, 500, 100).tolist() for i in range(8)]
 
 
-def _model(**config: Any) -> GlmModel:
+def _model(**config: Any) -> Glm4MoeLiteModel:
     return tiny_model(max_position_embeddings=CONTEXT, **config)
 
 
-def _small(model: GlmModel | None = None, **config: Any) -> Engine:
+def _small(model: Glm4MoeLiteModel | None = None, **config: Any) -> Engine:
     """Room for one sequence of full length."""
     return tiny_engine(model or _model(), kv_tokens=CONTEXT + 256, **config)
 
@@ -97,7 +97,7 @@ def test_prompts_that_fill_the_memory_together_are_served_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Admitted without regard to each other, none could be finished beside the others."""
-    monkeypatch.setattr(scheduler.Scheduler, "_promised", lambda self: 0)
+    monkeypatch.setattr(scheduler.Scheduler, "_reserved_bytes", lambda self: 0)
     # Whatever a step takes, prompts fill it: the clock has no say in who runs.
     engine = _small(max_step_tokens=64, max_slowdown=1e9)
     prompts = [np.random.default_rng(i).integers(0, 500, 350).tolist() for i in range(4)]

@@ -29,14 +29,14 @@ from mlx_lm.convert import convert
 from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
-from glmd.ipc import Generate
-from glmd.model.glm4_moe_lite import GlmModel
+from glmd.ipc import EngineRequest
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 
 CONTEXT, VOCABULARY = 192, 96
 BASES = [np.random.default_rng(k).integers(3, VOCABULARY, 130).tolist() for k in range(3)]
 
 
-def _model() -> GlmModel:
+def _model() -> Glm4MoeLiteModel:
     return tiny_model(
         vocab_size=VOCABULARY,
         eos_token_id=[1, 2],
@@ -68,7 +68,7 @@ SAMPLING: list[dict[str, Any]] = [
 class Visit:
     """A request, the step before which it comes, and the one before which it is cancelled."""
 
-    request: Generate
+    request: EngineRequest
     arrives: int
     cancelled: int | None
     cancelled_index: int | None
@@ -113,8 +113,8 @@ def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
     assert {id(s) for s in known} == {id(s) for s in [*running, *waiting]}
     for sequence in running:
         prefix = [k for p in tree.path(sequence.lease) for k in p.node.keys[: p.length].tolist()]
-        assert len(prefix) == sequence.sealed
-        assert prefix == sequence.keys(0, sequence.sealed).tolist()
+        assert len(prefix) == sequence.num_cached_tokens
+        assert prefix == sequence.cache_keys(0, sequence.num_cached_tokens).tolist()
     # Tails for further drafts behind a prompt's end come unplanned; the next plan makes room.
     planned = tree.nbytes + (tails.nbytes if engine._config.mtp in {0, 1, "auto"} else 0)
     over = planned - kv_tokens * engine.info.kv_bytes_per_token

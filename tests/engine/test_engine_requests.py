@@ -64,7 +64,7 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_field(
     engine = tiny_engine()
     engine.submit(request("a", [1, 2], **fields))
     (output,) = engine.step()
-    assert (output.id, output.finish, output.error_kind) == ("a", "error", "invalid_request")
+    assert (output.id, output.finish_reason, output.error_kind) == ("a", "error", "invalid_request")
     assert output.error_param == param
     assert output.error is not None
     assert param in output.error
@@ -95,8 +95,8 @@ def test_an_id_in_use_is_refused_and_the_first_request_goes_on() -> None:
         running.step()
     running.engine.submit(request("a", [1, 2, 3]))
     refused, tokens = running.engine.step()
-    assert (refused.finish, refused.error_kind) == ("error", "invalid_request")
-    assert tokens.finish is None
+    assert (refused.finish_reason, refused.error_kind) == ("error", "invalid_request")
+    assert tokens.finish_reason is None
     running.finish()
     assert running.answer("a").finish == "length"
 

@@ -170,7 +170,7 @@ def test_what_is_computed_again_after_preemption_counts_once() -> None:
     for _ in range(3):
         running.step()
     (sequence,) = engine._scheduler.running
-    assert 50 < sequence.computed < 200
+    assert 50 < sequence.num_computed_tokens < 200
     engine._scheduler._preempt(sequence)
     while engine._tree.tokens > 50:
         engine._tree.evict(1)

@@ -14,8 +14,8 @@ from schemas import INTEGER, SCHEMAS, STRING, obj
 from tool_calls import PARAMETERS, calls_of, tool
 
 from glmd.chat.tokenizer import Tokenizer
-from glmd.ipc import Generate, Guidance
-from glmd.structured_output import JsonSchema, Regex, Structure, make_structure
+from glmd.ipc import EngineRequest, GrammarSpec
+from glmd.structured_output import JsonSchema, OutputSpec, Regex, make_structure
 from glmd.structured_output.build import build
 
 PROMPT = [CONTROLS["[gMASK]"], *b"Write something."]
@@ -26,21 +26,21 @@ CLOSING |= {ord(","): -1.0, TAGS.end_think: 4.0}
 
 
 @cache
-def guidance(structure_json: str, strict: bool = True) -> Guidance:
-    structure = Structure(JsonSchema(json.loads(structure_json), "schema", strict=strict))
-    return Guidance(grammar=build(structure, TAGS).text)
+def guidance(structure_json: str, strict: bool = True) -> GrammarSpec:
+    structure = OutputSpec(JsonSchema(json.loads(structure_json), "schema", strict=strict))
+    return GrammarSpec(grammar=build(structure, TAGS).text)
 
 
-def guided(schema: Any, *, after: tuple[int, ...] = ()) -> Guidance:
+def guided(schema: Any, *, after: tuple[int, ...] = ()) -> GrammarSpec:
     found = guidance(json.dumps(schema))
-    return Guidance(grammar=found.grammar, after=after)
+    return GrammarSpec(grammar=found.grammar, after=after)
 
 
-def regex(pattern: str, **fields: Any) -> Guidance:
-    return Guidance(grammar=build(Structure(Regex(pattern, "p")), TAGS).text, **fields)
+def regex(pattern: str, **fields: Any) -> GrammarSpec:
+    return GrammarSpec(grammar=build(OutputSpec(Regex(pattern, "p")), TAGS).text, **fields)
 
 
-def request(id: str, guidance: Guidance | None, seed: int = 0, **fields: Any) -> Generate:
+def request(id: str, guidance: GrammarSpec | None, seed: int = 0, **fields: Any) -> EngineRequest:
     """A request that is sampled in one of several ways, by its seed."""
     ways = [
         {"temperature": 1.0},
@@ -84,7 +84,7 @@ def test_200_answers_hold_valid_calls_required_named_or_begun(
 ) -> None:
     engine = tiny_engine(tiny_model(num_nextn_predict_layers=mtp), mtp=mtp, max_running=32)
     tools = [tool(name, parameters, strict=True) for name, parameters in PARAMETERS.items()]
-    asked: dict[str, tuple[Structure, Guidance]] = {}
+    asked: dict[str, tuple[OutputSpec, GrammarSpec]] = {}
     for number in range(count):
         named = tools[number % len(tools)].name
         structure = [
@@ -94,7 +94,7 @@ def test_200_answers_hold_valid_calls_required_named_or_begun(
             make_structure(None, tools, parallel=False),
         ][number % 4]
         free = structure.calls == "free"
-        each = Guidance(
+        each = GrammarSpec(
             grammar=build(structure, TAGS).text,
             after=(TAGS.tool_call,) if free else (TAGS.end_think,) if number % 8 < 4 else (),
             required=not free,
@@ -118,7 +118,7 @@ def test_200_answers_hold_valid_calls_required_named_or_begun(
             validate(arguments, PARAMETERS[name])
 
 
-def _no_end(guidance: Guidance) -> dict[int, float]:
+def _no_end(guidance: GrammarSpec) -> dict[int, float]:
     """Where a call may begin or not, let it begin."""
     return {} if guidance.required else dict.fromkeys(END_IDS, -100.0)
 
@@ -222,7 +222,7 @@ def test_a_grammar_that_is_not_compiled_yet_can_be_cancelled() -> None:
 
 
 def test_a_grammar_that_is_wrong_ends_its_own_request_only() -> None:
-    wrong = Guidance(grammar=json.dumps({"grammars": [{"lark_grammar": "start: nope"}]}))
+    wrong = GrammarSpec(grammar=json.dumps({"grammars": [{"lark_grammar": "start: nope"}]}))
     done = run(tiny_engine(), request("wrong", wrong), request("right", regex("a")))
     assert done.answer("wrong").finish == "error"
     assert "nope" in (done.answer("wrong").error or "")
@@ -234,7 +234,7 @@ def test_a_grammar_that_outgrows_its_limits_ends_its_own_sequence_only() -> None
     lark = "\n".join(
         [f'start: "a" {" ".join(f"{name}?" for name in names)}', *(f'{n}: "x"' for n in names)]
     )
-    large = Guidance(grammar=json.dumps({"grammars": [{"lark_grammar": lark}]}))
+    large = GrammarSpec(grammar=json.dumps({"grammars": [{"lark_grammar": lark}]}))
     done = run(tiny_engine(), request("large", large), request("other", regex("a{5}")))
     assert done.answer("large").finish == "error"
     assert "cannot be followed further" in (done.answer("large").error or "")

@@ -11,14 +11,14 @@ import pytest
 from grammars import CONTROLS, END_IDS, TAGS, allowed, matcher_of
 
 from glmd.checkpoint.random import write_random_checkpoint
-from glmd.engine.structured_output import Ask, Constraint, Constraints
+from glmd.engine.structured_output import GrammarState, MaskRequest, StructuredOutputManager
 from glmd.errors import CheckpointError
-from glmd.ipc import Guidance, SamplingParams
-from glmd.model.sampler import Masks, Row, RowSampling, noise_key, sample
+from glmd.ipc import GrammarSpec, SamplingParams
+from glmd.model.sampler import RowSampling, SamplingRow, TokenMasks, noise_key, sample
 from glmd.structured_output import Choice, Grammar, JsonSchema, Regex
 from glmd.structured_output.backend import GrammarError
 from glmd.structured_output.build import build
-from glmd.structured_output.spec import AnswerFormat, Structure
+from glmd.structured_output.spec import AnswerFormat, OutputSpec
 
 VOCABULARY = 512
 END_THINK, CALL = CONTROLS["</think>"], CONTROLS["<tool_call>"]
@@ -27,24 +27,26 @@ TEXT = set(range(255))
 
 
 @pytest.fixture(scope="module")
-def constraints(tmp_path_factory: pytest.TempPathFactory) -> Constraints:
+def constraints(tmp_path_factory: pytest.TempPathFactory) -> StructuredOutputManager:
     folder: Path = tmp_path_factory.mktemp("checkpoint")
     write_random_checkpoint(folder)
-    return Constraints(folder, VOCABULARY, END_IDS)
+    return StructuredOutputManager(folder, VOCABULARY, END_IDS)
 
 
 def start(
-    constraints: Constraints,
+    constraints: StructuredOutputManager,
     form: AnswerFormat,
     *,
     after: tuple[int, ...] = (),
     required: bool = True,
-) -> Constraint:
-    guidance = Guidance(grammar=build(Structure(form), TAGS).text, after=after, required=required)
+) -> GrammarState:
+    guidance = GrammarSpec(
+        grammar=build(OutputSpec(form), TAGS).text, after=after, required=required
+    )
     return constraints.start(guidance, constraints.prepare(guidance).result())
 
 
-def masks(constraints: Constraints, *asks: Ask) -> dict[int, set[int]]:
+def masks(constraints: StructuredOutputManager, *asks: MaskRequest) -> dict[int, set[int]]:
     """Allowed tokens by row."""
     rows, words = constraints.masks(asks)
     assert words.shape == (len(rows), VOCABULARY // 32)
@@ -56,101 +58,107 @@ def letters(text: str) -> set[int]:
     return set(text.encode())
 
 
-def test_each_row_is_masked_by_what_came_before_it(constraints: Constraints) -> None:
+def test_each_row_is_masked_by_what_came_before_it(constraints: StructuredOutputManager) -> None:
     first, second = (start(constraints, Regex(r"a[bc]{2}", "p")) for _ in range(2))
     second.accept(ord("a"))
-    found = masks(constraints, Ask(first), Ask(second))
+    found = masks(constraints, MaskRequest(first), MaskRequest(second))
     assert found == {0: letters("a"), 1: letters("bc")}
     second.accept(ord("b"))
     second.accept(ord("c"))
-    assert masks(constraints, Ask(second)) == {0: set(END_IDS)}
+    assert masks(constraints, MaskRequest(second)) == {0: set(END_IDS)}
     second.accept(END_IDS[1])
     assert second.error is None
 
 
-def test_masks_behind_drafts_follow_them_and_leave_no_trace(constraints: Constraints) -> None:
+def test_masks_behind_drafts_follow_them_and_leave_no_trace(
+    constraints: StructuredOutputManager,
+) -> None:
     constraint = start(constraints, Regex("a[bc]d", "p"))
-    ask = Ask(constraint, list(b"abd"))
+    ask = MaskRequest(constraint, list(b"abd"))
     found = masks(constraints, ask)
     assert found == {0: letters("a"), 1: letters("bc"), 2: letters("d"), 3: set(END_IDS)}
     assert masks(constraints, ask) == found
     constraint.accept(ord("a"))
-    assert masks(constraints, Ask(constraint))[0] == letters("bc")
+    assert masks(constraints, MaskRequest(constraint))[0] == letters("bc")
 
 
 def test_nothing_is_masked_behind_a_draft_that_the_grammar_refuses(
-    constraints: Constraints,
+    constraints: StructuredOutputManager,
 ) -> None:
     constraint = start(constraints, Regex("a[bc]d", "p"))
     other = start(constraints, Regex("x", "p"))
-    found = masks(constraints, Ask(constraint, list(b"axd")), Ask(other))
+    found = masks(constraints, MaskRequest(constraint, list(b"axd")), MaskRequest(other))
     assert found == {0: letters("a"), 1: letters("bc"), 4: letters("x")}
     assert constraint.error is None
 
 
-def test_nothing_is_masked_behind_the_end(constraints: Constraints) -> None:
+def test_nothing_is_masked_behind_the_end(constraints: StructuredOutputManager) -> None:
     constraint = start(constraints, Regex("a", "p"))
     drafts = [ord("a"), END_IDS[0], ord("a")]
-    assert masks(constraints, Ask(constraint, drafts)) == {0: letters("a"), 1: set(END_IDS)}
-    assert masks(constraints, Ask(constraint)) == {0: letters("a")}
+    assert masks(constraints, MaskRequest(constraint, drafts)) == {0: letters("a"), 1: set(END_IDS)}
+    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
 
 
 def test_before_a_required_grammar_only_text_may_come_or_what_begins_it(
-    constraints: Constraints,
+    constraints: StructuredOutputManager,
 ) -> None:
     constraint = start(constraints, Regex("a", "p"), after=(END_THINK,))
     waiting = TEXT | {END_THINK}
     drafts = [ord("x"), END_THINK, ord("a")]
-    found = masks(constraints, Ask(constraint, drafts))
+    found = masks(constraints, MaskRequest(constraint, drafts))
     assert found == {0: waiting, 1: waiting, 2: letters("a"), 3: set(END_IDS)}
     assert not constraint.active
     constraint.accept(ord("x"))
     assert not constraint.active
     constraint.accept(END_THINK)
-    assert masks(constraints, Ask(constraint)) == {0: letters("a")}
+    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
 
 
-def test_before_a_grammar_that_may_begin_rows_pay_nothing(constraints: Constraints) -> None:
+def test_before_a_grammar_that_may_begin_rows_pay_nothing(
+    constraints: StructuredOutputManager,
+) -> None:
     constraint = start(constraints, Regex("a", "p"), after=(CALL,), required=False)
-    assert masks(constraints, Ask(constraint)) == {}
-    assert masks(constraints, Ask(constraint, [CALL])) == {1: letters("a")}
+    assert masks(constraints, MaskRequest(constraint)) == {}
+    assert masks(constraints, MaskRequest(constraint, [CALL])) == {1: letters("a")}
     constraint.accept(CALL)
-    assert masks(constraints, Ask(constraint)) == {0: letters("a")}
+    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
 
 
-def test_bans_hold_unless_the_grammar_leaves_nothing_else(constraints: Constraints) -> None:
+def test_bans_hold_unless_the_grammar_leaves_nothing_else(
+    constraints: StructuredOutputManager,
+) -> None:
     constraint = start(constraints, Regex("a?", "p"))
     ban = tuple(END_IDS)
-    assert masks(constraints, Ask(constraint, banned=ban)) == {0: letters("a")}
+    assert masks(constraints, MaskRequest(constraint, banned=ban)) == {0: letters("a")}
     constraint.accept(ord("a"))
-    assert masks(constraints, Ask(constraint, banned=ban)) == {0: set(END_IDS)}
+    assert masks(constraints, MaskRequest(constraint, banned=ban)) == {0: set(END_IDS)}
 
 
 def test_no_grammar_text_reaches_a_control_token_nor_an_id_that_pads_the_vocabulary(
-    constraints: Constraints,
+    constraints: StructuredOutputManager,
 ) -> None:
     constraint = start(constraints, Regex("(?s:.*)", "p"))
-    found = masks(constraints, Ask(constraint))[0]
+    found = masks(constraints, MaskRequest(constraint))[0]
     assert found <= TEXT | set(END_IDS)
 
 
 def test_text_that_spells_a_control_token_stays_text_even_where_nothing_else_may_come(
-    constraints: Constraints,
+    constraints: StructuredOutputManager,
 ) -> None:
     for name in CONTROLS:
         constraint = start(constraints, Choice((name,), "p"))
         for byte in name.encode():
-            assert masks(constraints, Ask(constraint)) == {0: {byte}}
+            assert masks(constraints, MaskRequest(constraint)) == {0: {byte}}
             constraint.accept(byte)
         assert constraint.error is None
 
 
-def test_masks_are_those_of_the_grammar_alone(constraints: Constraints) -> None:
+def test_masks_are_those_of_the_grammar_alone(constraints: StructuredOutputManager) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"]}
     form = JsonSchema(schema, "p")
     constraint, matcher = start(constraints, form), matcher_of(form)
     for token in b'{"a": "x"}':
-        found = masks(constraints, Ask(constraint))[0]
+        found = masks(constraints, MaskRequest(constraint))[0]
         assert found <= set(allowed(matcher).tolist())
         assert token in found or not found & TEXT
         constraint.accept(token)
@@ -158,48 +166,55 @@ def test_masks_are_those_of_the_grammar_alone(constraints: Constraints) -> None:
     assert constraint.error is None
 
 
-def test_one_sequence_does_not_move_another_of_the_same_grammar(constraints: Constraints) -> None:
+def test_one_sequence_does_not_move_another_of_the_same_grammar(
+    constraints: StructuredOutputManager,
+) -> None:
     one, other = (start(constraints, Regex("ab", "p")) for _ in range(2))
     one.accept(ord("a"))
-    assert masks(constraints, Ask(one), Ask(other)) == {0: letters("b"), 1: letters("a")}
+    assert masks(constraints, MaskRequest(one), MaskRequest(other)) == {
+        0: letters("b"),
+        1: letters("a"),
+    }
 
 
-def test_a_token_against_the_grammar_is_noted_as_its_end(constraints: Constraints) -> None:
+def test_a_token_against_the_grammar_is_noted_as_its_end(
+    constraints: StructuredOutputManager,
+) -> None:
     constraint = start(constraints, Regex("ab", "p"))
     constraint.accept(ord("x"))
     assert constraint.error is not None
     assert "doesn't satisfy the grammar" in constraint.error
 
 
-def test_a_grammar_that_outgrows_its_limits_is_noted(constraints: Constraints) -> None:
+def test_a_grammar_that_outgrows_its_limits_is_noted(constraints: StructuredOutputManager) -> None:
     names = [f"r{i}" for i in range(5000)]
     start_rule = f'start: "a" {" ".join(f"{name}?" for name in names)}'
     rules = [f'{name}: "x"' for name in names]
     constraint = start(constraints, Grammar("\n".join([start_rule, *rules]), "p"))
     constraint.accept(ord("a"))
-    constraints.masks([Ask(constraint)])
+    constraints.masks([MaskRequest(constraint)])
     assert constraint.error is not None
     assert "items; max is" in constraint.error
 
 
-def test_a_wrong_grammar_fails_on_its_own(constraints: Constraints) -> None:
-    wrong = Guidance(grammar=json.dumps({"grammars": [{"lark_grammar": "start: nope"}]}))
+def test_a_wrong_grammar_fails_on_its_own(constraints: StructuredOutputManager) -> None:
+    wrong = GrammarSpec(grammar=json.dumps({"grammars": [{"lark_grammar": "start: nope"}]}))
     with pytest.raises(GrammarError, match="nope"):
         constraints.prepare(wrong).result()
 
 
 def test_without_a_tokenizer_grammars_fail_and_nothing_else(tmp_path: Path) -> None:
-    constraints = Constraints(tmp_path, VOCABULARY, END_IDS)
+    constraints = StructuredOutputManager(tmp_path, VOCABULARY, END_IDS)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        constraints.prepare(Guidance(grammar="start: X")).result()
+        constraints.prepare(GrammarSpec(grammar="start: X")).result()
 
 
 # -- on logits ----------------------------------------------------------------------------
 
 
-def rows(count: int, **sampling: object) -> list[Row]:
+def rows(count: int, **sampling: object) -> list[SamplingRow]:
     spec = RowSampling(SamplingParams(temperature=0), noise_key(1, 0), **sampling)  # type: ignore[arg-type]
-    return [Row(spec, 0, None) for _ in range(count)]
+    return [SamplingRow(spec, 0, None) for _ in range(count)]
 
 
 def words(*allowed: set[int], vocabulary: int) -> mx.array:
@@ -217,7 +232,7 @@ def test_masked_rows_choose_the_best_allowed_token_others_the_best(
     rng = np.random.default_rng(vocabulary)
     logits = rng.standard_normal((3, vocabulary)).astype(np.float32)
     choices = [{0, vocabulary - 1, 31, 32}, {5}, {7, 8, 9}]
-    mask = Masks(masked, words(*(choices[row] for row in masked), vocabulary=vocabulary))
+    mask = TokenMasks(masked, words(*(choices[row] for row in masked), vocabulary=vocabulary))
     given = mx.array(logits)
     found = sample(given, rows(3), mx.zeros(3, mx.int32), mask).tokens.tolist()
     for row in range(3):
@@ -230,7 +245,7 @@ def test_bias_is_added_before_the_mask_and_bans_are_left_to_it() -> None:
     logits = mx.zeros((2, 64))
     bias = mx.array(np.eye(64, dtype=np.float32)[3] * 5 + np.eye(64, dtype=np.float32)[9] * 9)
     both = rows(2, bias=bias, min_tokens=4, banned_at_first=(3, 9))
-    mask = Masks([0], words({3, 4}, vocabulary=64))
+    mask = TokenMasks([0], words({3, 4}, vocabulary=64))
     tokens = sample(logits, both, mx.zeros(2, mx.int32), mask).tokens.tolist()
     assert tokens[0] == 3
     assert tokens[1] not in (3, 9)

@@ -76,8 +76,8 @@ def test_where_memory_is_short_working_memory_gives_way_to_kv() -> None:
     dims = load_config(TESTS / "fixtures" / "glm-4.7-flash" / "config.json")
     config = EngineConfig()
 
-    def divided(gib: float) -> memory.Division:
-        return memory.divide(
+    def divided(gib: float) -> memory.MemoryPlan:
+        return memory.plan_memory(
             Path("model"),
             dims,
             config,
@@ -90,10 +90,10 @@ def test_where_memory_is_short_working_memory_gives_way_to_kv() -> None:
     large, small = divided(36), divided(21.33)
     assert large.config == config
     assert small.config.max_step_tokens == config.max_step_tokens // 8
-    assert small.working < large.working / 4
+    assert small.activations < large.activations / 4
     assert small.kv > 12_000 * 55_296
     for division, gib in ((large, 36), (small, 21.33)):
-        total = division.weights + division.working + division.kv
+        total = division.weights + division.activations + division.kv
         assert total == int(gib * 2**30)
     with pytest.raises(CheckpointError, match="does not fit"):
         divided(20.6)
@@ -130,7 +130,7 @@ def test_the_peak_of_a_mixed_load_stays_within_the_budget() -> None:
     model = tiny_model(max_position_embeddings=1000, num_nextn_predict_layers=1)
     settings = EngineConfig(max_running=8, max_step_tokens=256, mtp=1)
     least = (
-        memory.working_memory(model.args, settings, model.dtype.size, model.kv_bytes_per_token)
+        memory.activation_bytes(model.args, settings, model.dtype.size, model.kv_bytes_per_token)
         + 1400 * model.kv_bytes_per_token
     )
     gc.collect()
@@ -228,7 +228,7 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise RuntimeError("[matmul] Last dimension of first input does not match.")
 
-    monkeypatch.setattr(engine._launcher, "launch", fail)
+    monkeypatch.setattr(engine._launcher, "execute", fail)
     engine.submit(request("a", [1, 2, 3]))
     with pytest.raises(RuntimeError, match="matmul"):
         engine.step()

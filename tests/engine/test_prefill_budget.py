@@ -13,7 +13,7 @@ from glmd.engine.scheduler.prefill_budget import (
     FIRST_CHUNK,
     SMALLEST_CHUNK,
     STRANGE_STEPS,
-    Pace,
+    PrefillBudget,
 )
 
 Machine = Callable[[int, int], float]
@@ -24,7 +24,7 @@ def _linear(base: float, row: float) -> Machine:
     return lambda decode, prefill: base + row * prefill + 1e-4 * base * decode
 
 
-def _run(pace: Pace, machine: Machine, decode: int, steps: int = 60) -> int:
+def _run(pace: PrefillBudget, machine: Machine, decode: int, steps: int = 60) -> int:
     """Steps with as much prefill as allowed; returns the last share that was not none."""
     share = 0
     for _ in range(steps):
@@ -35,11 +35,11 @@ def _run(pace: Pace, machine: Machine, decode: int, steps: int = 60) -> int:
 
 
 def test_prefill_alone_may_fill_a_step() -> None:
-    assert Pace(2.0, 2048).prefill_budget(0, 1) == 2048
+    assert PrefillBudget(2.0, 2048).prefill_budget(0, 1) == 2048
 
 
 def test_the_first_step_beside_streams_shows_what_they_take_alone() -> None:
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     assert pace.prefill_budget(4, 1) == 0
     pace.observe(4, 0, 0.02)
     assert pace.prefill_budget(4, 1) == 4
@@ -47,7 +47,7 @@ def test_the_first_step_beside_streams_shows_what_they_take_alone() -> None:
 
 
 def test_the_first_chunk_has_no_more_rows_than_there_are_streams_nor_than_it_takes() -> None:
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     for streams, rows in ((1, SMALLEST_CHUNK), (8, 8), (100, FIRST_CHUNK)):
         pace.observe(streams, 0, 0.02)
         assert pace.prefill_budget(streams, 1) == rows
@@ -57,7 +57,7 @@ def test_strange_numbers_of_streams_wait_little_for_their_measure() -> None:
     """By what one stream takes a step with more is not too long; what rows cost beside more is not
     learnt from that, but from a step without, which comes soon."""
     machine: Machine = lambda decode, prefill: 0.010 + 0.001 * decode + 0.0005 * prefill  # noqa: E731
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     _run(pace, machine, 1)
     by_one = pace.prefill_budget(1, 1)
     assert by_one == pytest.approx(machine(1, 0) / 0.0005, rel=0.03)
@@ -73,7 +73,7 @@ def test_strange_numbers_of_streams_wait_little_for_their_measure() -> None:
 
 def test_a_step_that_measures_is_asked_for_once() -> None:
     """The next is planned before it has been observed."""
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     usual = _run(pace, _linear(0.020, 0.0002), 8)
     shares = []
     for _ in range(BASE_STEPS + 2):
@@ -84,7 +84,7 @@ def test_a_step_that_measures_is_asked_for_once() -> None:
 
 def test_by_what_many_take_a_few_are_not_slowed_down_more() -> None:
     machine: Machine = lambda decode, prefill: 0.001 * decode + 0.0001 * prefill  # noqa: E731
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     _run(pace, machine, 16)
     rows = pace.prefill_budget(2, 1)
     assert machine(2, rows) <= 2.05 * machine(2, 0)
@@ -92,7 +92,7 @@ def test_by_what_many_take_a_few_are_not_slowed_down_more() -> None:
 
 def test_streams_that_join_are_not_taken_for_the_cost_of_prefill() -> None:
     machine: Machine = lambda decode, prefill: 0.010 + 0.005 * decode + 0.0005 * prefill  # noqa: E731
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     for decode in range(1, 17):
         for _ in range(4):
             rows = pace.prefill_budget(decode, 1)
@@ -104,7 +104,7 @@ def test_streams_that_join_are_not_taken_for_the_cost_of_prefill() -> None:
 @pytest.mark.parametrize("decode", [1, 8, 32])
 def test_steps_take_the_allowed_multiple_of_a_decode_step(slowdown: float, decode: int) -> None:
     machine = _linear(0.020, 0.0002)
-    prefill = _run(Pace(slowdown, 2048), machine, decode)
+    prefill = _run(PrefillBudget(slowdown, 2048), machine, decode)
     assert machine(decode, prefill) / machine(decode, 0) == pytest.approx(slowdown, rel=0.03)
 
 
@@ -112,22 +112,22 @@ def test_steps_take_the_allowed_multiple_of_a_decode_step(slowdown: float, decod
 def test_more_in_prefill_than_decoding_have_so_much_more_of_a_step(
     prefilling: int, times: int
 ) -> None:
-    pace = Pace(2.0, 4096)
+    pace = PrefillBudget(2.0, 4096)
     usual = _run(pace, _linear(0.020, 0.0002), 8)
     assert pace.prefill_budget(8, prefilling) == pytest.approx(times * usual, rel=0.02)
 
 
 def test_a_machine_with_room_to_spare_fills_the_step() -> None:
-    pace = Pace(2.0, 512)
+    pace = PrefillBudget(2.0, 512)
     assert _run(pace, _linear(0.020, 1e-7), 8) == 512 - 8
 
 
 def test_a_slow_machine_gets_on_all_the_same() -> None:
-    assert _run(Pace(2.0, 2048), _linear(0.001, 0.1), 8) == SMALLEST_CHUNK
+    assert _run(PrefillBudget(2.0, 2048), _linear(0.001, 0.1), 8) == SMALLEST_CHUNK
 
 
 def test_the_share_follows_a_machine_that_changes() -> None:
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     fast = _run(pace, _linear(0.020, 0.0002), 8)
     slow = _run(pace, _linear(0.020, 0.002), 8)
     again = _run(pace, _linear(0.020, 0.0002), 8)
@@ -137,7 +137,7 @@ def test_the_share_follows_a_machine_that_changes() -> None:
 
 
 def test_one_odd_step_hardly_moves_the_share() -> None:
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     usual = _run(pace, _linear(0.020, 0.0002), 8)
     pace.observe(8, 0, 0.2)  # ten times as long: a page fault, a sleeping laptop
     assert usual / 2 <= pace.prefill_budget(8, 1) <= 2 * usual
@@ -146,7 +146,7 @@ def test_one_odd_step_hardly_moves_the_share() -> None:
 
 
 def test_a_batch_size_not_seen_before_is_judged_by_one_near() -> None:
-    pace = Pace(2.0, 2048)
+    pace = PrefillBudget(2.0, 2048)
     usual = _run(pace, _linear(0.020, 0.0002), 8)
     assert pace.prefill_budget(9, 1) == pytest.approx(usual, rel=0.03)
 
@@ -164,7 +164,7 @@ def test_a_batch_size_not_seen_before_is_judged_by_one_near() -> None:
 def test_a_prompt_always_gets_rows_and_a_step_stays_within_bounds(
     slowdown: float, max_rows: int, steps: list[tuple[int, int, float]], decode: int
 ) -> None:
-    pace = Pace(slowdown, max_rows)
+    pace = PrefillBudget(slowdown, max_rows)
     for decoding, prefill_rows, seconds in steps:
         pace.observe(decoding, prefill_rows, seconds)
     if pace.prefill_budget(decode, 1) == 0:

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from live import LiveServer, live_server
 from requests_by_path import PATHS, body_of, error_of, wait_until
 
-from glmd.engine_client.admission import Place, Queue
+from glmd.engine_client.admission import AdmissionQueue, Ticket
 from glmd.errors import Overloaded
 
 # -- the count ----------------------------------------------------------------------------
@@ -42,8 +42,8 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.queue = Queue(self.MAX_ANSWERS, self.MAX_TOKENS, self.clock)
-        self.places: list[Place] = []
+        self.queue = AdmissionQueue(self.MAX_ANSWERS, self.MAX_TOKENS, self.clock)
+        self.places: list[Ticket] = []
 
     @rule(client=st.sampled_from("abc"), answers=st.integers(1, 4), tokens=st.integers(1, 80))
     def arrive(self, client: str, answers: int, tokens: int) -> None:
@@ -52,7 +52,7 @@ class QueueMachine(RuleBasedStateMachine):
         for place in self.places:
             own[place.client] += place.answers
         try:
-            self.places.append(self.queue.enter(client, answers, tokens))
+            self.places.append(self.queue.admit_or_reject(client, answers, tokens))
         except Overloaded:
             assert waiting
             assert self.queue.retry_after() >= 0
@@ -63,12 +63,12 @@ class QueueMachine(RuleBasedStateMachine):
     def admit(self, number: int, seconds: float) -> None:
         self.clock.now += seconds
         if self.places:
-            self.queue.admit(self.places[number % len(self.places)])
+            self.queue.leave(self.places[number % len(self.places)])
 
     @rule(number=st.integers(0, 20))
     def give_up(self, number: int) -> None:
         if self.places:
-            self.queue.give_up(self.places.pop(number % len(self.places)))
+            self.queue.release(self.places.pop(number % len(self.places)))
 
     @invariant()
     def books_are_right(self) -> None:
@@ -82,37 +82,37 @@ TestQueue = QueueMachine.TestCase
 TestQueue.settings = settings(max_examples=40, stateful_step_count=30)
 
 
-def fill(queue: Queue, client: str) -> None:
+def fill(queue: AdmissionQueue, client: str) -> None:
     while True:
         try:
-            queue.enter(client, 1, 10)
+            queue.admit_or_reject(client, 1, 10)
         except Overloaded:
             return
 
 
 def test_a_client_alone_gets_half_and_there_is_always_room_for_another() -> None:
-    queue = Queue(100)
+    queue = AdmissionQueue(100)
     for client in "abcd":
         fill(queue, client)
-    queue.enter("newcomer", 1, 10)
+    queue.admit_or_reject("newcomer", 1, 10)
     assert queue.answers < 100
 
 
 def test_when_nothing_waits_even_the_largest_request_is_let_in() -> None:
-    queue = Queue(4, 100)
-    place = queue.enter("a", 128, 5000)
+    queue = AdmissionQueue(4, 100)
+    place = queue.admit_or_reject("a", 128, 5000)
     with pytest.raises(Overloaded, match="128 answers wait"):
-        queue.enter("b", 1, 1)
-    queue.give_up(place)
-    queue.enter("b", 1, 1)
+        queue.admit_or_reject("b", 1, 1)
+    queue.release(place)
+    queue.admit_or_reject("b", 1, 1)
 
 
 def test_too_many_prompt_tokens_are_refused_as_such() -> None:
-    queue = Queue(100, 1000)
-    queue.enter("a", 1, 400)
+    queue = AdmissionQueue(100, 1000)
+    queue.admit_or_reject("a", 1, 400)
     with pytest.raises(Overloaded, match="400 prompt tokens wait"):
-        queue.enter("a", 1, 400)
-    queue.enter("a", 1, 200)
+        queue.admit_or_reject("a", 1, 400)
+    queue.admit_or_reject("a", 1, 200)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=20), st.integers(1, 6))
@@ -120,11 +120,11 @@ def test_retry_after_follows_the_admissions_and_spreads_those_who_are_told(
     pauses: list[float], refused: int
 ) -> None:
     clock = Clock()
-    queue = Queue(60, clock=clock)
-    places = [queue.enter("a", 1, 1) for _ in range(30)]
+    queue = AdmissionQueue(60, clock=clock)
+    places = [queue.admit_or_reject("a", 1, 1) for _ in range(30)]
     for place, pause in zip(places, pauses, strict=False):
         clock.now += pause
-        queue.admit(place)
+        queue.leave(place)
     told = [queue.retry_after() for _ in range(refused)]
     assert told == sorted(told)
     assert min(pauses) - 1e-6 <= told[0] <= max(pauses) + 1e-6

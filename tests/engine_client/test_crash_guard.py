@@ -12,10 +12,10 @@ import pytest
 from glmd.engine_client import client as engine_client
 from glmd.engine_client import crash_guard as suspects
 from glmd.engine_client.client import EngineClient
-from glmd.engine_client.crash_guard import MARGIN, MEMORY, Case, Suspects
-from glmd.engine_client.process import Launch
+from glmd.engine_client.crash_guard import MARGIN, MEMORY, CrashGuard, TrackedRequest
+from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError, Overloaded
-from glmd.ipc import Generate, SamplingParams, pack_tokens
+from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -25,8 +25,8 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def request(token: int, id: str = "r", **fields: object) -> Generate:
-    return Generate(id=id, prompt=pack_tokens([token]), **fields)  # type: ignore[arg-type]
+def request(token: int, id: str = "r", **fields: object) -> EngineRequest:
+    return EngineRequest(id=id, prompt=pack_tokens([token]), **fields)  # type: ignore[arg-type]
 
 
 class Clients:
@@ -34,23 +34,23 @@ class Clients:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.suspects = Suspects(lambda: self.now)
-        self._open: dict[str, tuple[AsyncExitStack, Case]] = {}
+        self.suspects = CrashGuard(lambda: self.now)
+        self._open: dict[str, tuple[AsyncExitStack, TrackedRequest]] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self.errors: dict[str, GlmdError] = {}
 
-    async def send(self, *requests: Generate) -> None:
+    async def send(self, *requests: EngineRequest) -> None:
         """Send requests, each of which may have to wait."""
         for one in requests:
             self._coming[one.id] = asyncio.create_task(self._enter(one))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    async def _enter(self, one: Generate) -> None:
+    async def _enter(self, one: EngineRequest) -> None:
         stack = AsyncExitStack()
         self.errors.pop(one.id, None)
         try:
-            case = await stack.enter_async_context(self.suspects.case(one))
+            case = await stack.enter_async_context(self.suspects.track(one))
         except GlmdError as error:
             self.errors[one.id] = error
             return
@@ -67,13 +67,13 @@ class Clients:
     async def leave(self, id: str, *, well: bool = True) -> None:
         stack, case = self._open.pop(id)
         if well:
-            self.suspects.acquit(case)
+            self.suspects.clear(case)
         await stack.aclose()
         await self._settle()
 
     async def die(self) -> None:
-        self.suspects.died()
-        self.suspects.give_up("dead")
+        self.suspects.engine_died()
+        self.suspects.fail_waiting("dead")
         for id in list(self._open):
             await self.leave(id, well=False)
 
@@ -201,7 +201,7 @@ async def test_the_client_refuses_what_killed_the_engine_twice_and_serves_the_re
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_client, "SHORTEST_PAUSE", 0.01)
-    client = EngineClient(Launch(tmp_path, {}, engine="fake_engine"))
+    client = EngineClient(EngineProcessConfig(tmp_path, {}, engine="fake_engine"))
     await client.start()
     try:
         for _ in range(2):

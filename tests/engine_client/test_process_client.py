@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from glmd.engine_client.client import EngineClient
-from glmd.engine_client.output_collector import Stream
-from glmd.engine_client.process import Launch
+from glmd.engine_client.output_collector import OutputCollector
+from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import EngineUnavailable, InvalidRequest, Overloaded
-from glmd.ipc import Generate, Output, TokenLogprobs, pack_tokens
+from glmd.ipc import EngineRequest, SequenceOutput, TokenLogprobs, pack_tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ def anyio_backend() -> str:
 
 @asynccontextmanager
 async def client(model: Path, **config: int | float | str) -> AsyncIterator[EngineClient]:
-    client = EngineClient(Launch(model, config, engine="fake_engine"))
+    client = EngineClient(EngineProcessConfig(model, config, engine="fake_engine"))
     await client.start()
     try:
         yield client
@@ -47,11 +47,11 @@ async def ready_client(model: Path, **config: int | float | str) -> AsyncIterato
         yield it
 
 
-def request(*prompt: int, id: str = "r", n: int = 1, max_tokens: int = 16) -> Generate:
-    return Generate(id=id, prompt=pack_tokens(prompt), n=n, max_tokens=max_tokens)
+def request(*prompt: int, id: str = "r", n: int = 1, max_tokens: int = 16) -> EngineRequest:
+    return EngineRequest(id=id, prompt=pack_tokens(prompt), n=n, max_tokens=max_tokens)
 
 
-async def collect(client: EngineClient, request: Generate) -> dict[int, list[int]]:
+async def collect(client: EngineClient, request: EngineRequest) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     async for output in client.generate(request):
         tokens.setdefault(output.index, []).extend(output.tokens)
@@ -70,7 +70,7 @@ async def test_tokens_arrive_in_order_and_the_last_output_says_why_it_ended(tmp_
         outputs = [output async for output in it.generate(request(5, 6, 7, max_tokens=7))]
     assert [token for output in outputs for token in output.tokens] == [5, 6, 7, 5, 6, 7, 5]
     assert outputs[0].prompt_tokens == 3
-    assert [output.finish for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
+    assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
 
 
 async def test_requests_and_their_sequences_do_not_mix(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ async def test_cancelling_the_reader_frees_the_row_before_its_first_token(tmp_pa
 async def test_a_reader_too_far_behind_frees_the_row_though_it_never_comes_back(
     tmp_path: Path,
 ) -> None:
-    it = EngineClient(Launch(tmp_path, {}, engine="fake_engine"), buffer_tokens=100)
+    it = EngineClient(EngineProcessConfig(tmp_path, {}, engine="fake_engine"), buffer_tokens=100)
     await it.start()
     try:
         assert await it.wait_for("ready", "failed") == "ready", it.failure
@@ -259,13 +259,17 @@ async def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> Non
 
 
 async def test_outputs_that_pile_up_arrive_as_one() -> None:
-    stream = Stream(n=1, limit=100)
+    stream = OutputCollector(n=1, limit=100)
     logprobs = [TokenLogprobs(-0.5, [], [])]
-    stream.push(Output(id="r", tokens=[1], logprobs=logprobs, prompt_tokens=9, cached_tokens=4))
-    stream.push(Output(id="r", tokens=[2, 3], logprobs=2 * logprobs, drafted=2, accepted=1))
-    stream.push(Output(id="r", tokens=[4], logprobs=logprobs, drafted=1, finish="stop"))
-    (output,) = await stream.take()
-    assert output == Output(
+    stream.put(
+        SequenceOutput(id="r", tokens=[1], logprobs=logprobs, prompt_tokens=9, cached_tokens=4)
+    )
+    stream.put(SequenceOutput(id="r", tokens=[2, 3], logprobs=2 * logprobs, drafted=2, accepted=1))
+    stream.put(
+        SequenceOutput(id="r", tokens=[4], logprobs=logprobs, drafted=1, finish_reason="stop")
+    )
+    (output,) = await stream.get()
+    assert output == SequenceOutput(
         id="r",
         tokens=[1, 2, 3, 4],
         logprobs=4 * logprobs,
@@ -273,24 +277,24 @@ async def test_outputs_that_pile_up_arrive_as_one() -> None:
         cached_tokens=4,
         drafted=3,
         accepted=1,
-        finish="stop",
+        finish_reason="stop",
     )
     assert stream.finished
 
 
 async def test_what_arrived_before_a_failure_is_read_before_it() -> None:
-    stream = Stream(n=1, limit=100)
-    stream.push(Output(id="r", tokens=[1]))
+    stream = OutputCollector(n=1, limit=100)
+    stream.put(SequenceOutput(id="r", tokens=[1]))
     stream.fail(EngineUnavailable("gone"))
-    stream.push(Output(id="r", tokens=[2]))
-    assert [output.tokens for output in await stream.take()] == [[1]]
+    stream.put(SequenceOutput(id="r", tokens=[2]))
+    assert [output.tokens for output in await stream.get()] == [[1]]
     with pytest.raises(EngineUnavailable):
-        await stream.take()
+        await stream.get()
 
 
 async def test_a_reader_too_far_behind_is_cut_off() -> None:
-    stream = Stream(n=1, limit=100)
+    stream = OutputCollector(n=1, limit=100)
     for _ in range(101):
-        stream.push(Output(id="r", tokens=[1]))
+        stream.put(SequenceOutput(id="r", tokens=[1]))
     with pytest.raises(Overloaded, match="100 tokens behind"):
-        await stream.take()
+        await stream.get()

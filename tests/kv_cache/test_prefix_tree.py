@@ -91,7 +91,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
         known = 0
         while known < len(tokens) and (salt, before + tokens[: known + 1]) in self.stored:
             known += 1
-        assert self.tree.advance(lease, _array(tokens)) == known
+        assert self.tree.match_prefix(lease, _array(tokens)) == known
         self.leases[at] = lease, salt, before + tokens[:known]
         if known:
             self._use(salt, before + tokens[:known])
@@ -101,7 +101,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
     def seal(self, which: int, tokens: Prefix) -> None:
         at = which % len(self.leases)
         lease, salt, before = self.leases[at]
-        self.tree.seal(lease, _array(tokens), _rows(salt, before, tokens, self.copied))
+        self.tree.insert(lease, _array(tokens), _rows(salt, before, tokens, self.copied))
         self.leases[at] = lease, salt, before + tokens
         self._use(salt, before + tokens)
 
@@ -119,9 +119,9 @@ class TreeAgainstSet(RuleBasedStateMachine):
         salt, prefix = sorted(self.stored)[which % len(self.stored)]
         prefix = prefix[: len(prefix) - cut]
         lease = self.tree.acquire(salt)
-        assert self.tree.advance(lease, _array(prefix)) == len(prefix)
+        assert self.tree.match_prefix(lease, _array(prefix)) == len(prefix)
         if tokens:
-            self.tree.seal(lease, _array(tokens), _rows(salt, prefix, tokens, self.copied))
+            self.tree.insert(lease, _array(tokens), _rows(salt, prefix, tokens, self.copied))
         self.tree.release(lease)
         self._use(salt, prefix + tokens)
 
@@ -139,8 +139,10 @@ class TreeAgainstSet(RuleBasedStateMachine):
         if gone:
             youngest = max(self.stored[prefix] for prefix in gone)
             for node in self.tree.nodes():
-                if node.kept < len(node):
-                    assert youngest <= node.stamp, "something younger than a kept end was evicted"
+                if node.pinned_len < len(node):
+                    assert youngest <= node.last_used, (
+                        "something younger than a kept end was evicted"
+                    )
         self.stored = {prefix: self.stored[prefix] for prefix in left}
 
     @rule()
@@ -176,7 +178,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
 
     @invariant()
     def shape_is_that_of_the_stored_prefixes(self) -> None:
-        shape = self.tree.shape()
+        shape = self.tree.stats()
         assert shape.segments == len(list(self.tree.nodes()))
         continued = {(salt, prefix[:-1]) for salt, prefix in self.stored}
         assert shape.branches == len(self.stored.keys() - continued)
@@ -240,14 +242,14 @@ def _sealed(tree: PrefixTree[Rows], tokens: Any, salt: str = "", step: int | Non
     step = step or len(tokens)
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
-        tree.seal(lease, _array(part), Rows(np.zeros(len(part), np.int64), copied))
+        tree.insert(lease, _array(part), Rows(np.zeros(len(part), np.int64), copied))
     tree.release(lease)
     return copied[0]
 
 
 def _matched(tree: PrefixTree[Rows], tokens: Any, salt: str = "") -> int:
     lease = tree.acquire(salt)
-    count = tree.advance(lease, _array(tokens))
+    count = tree.match_prefix(lease, _array(tokens))
     tree.release(lease)
     return count
 
@@ -280,7 +282,7 @@ def test_sealing_with_kv_of_another_length_is_refused() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
     lease = tree.acquire()
     with pytest.raises(ValueError, match="3 tokens with KV of 2"):
-        tree.seal(lease, _array([1, 2, 3]), Rows(np.zeros(2, np.int64), [0]))
+        tree.insert(lease, _array([1, 2, 3]), Rows(np.zeros(2, np.int64), [0]))
     assert tree.tokens == 0
 
 
@@ -290,7 +292,7 @@ def test_growing_prefixes_stay_in_few_pieces_at_little_copying(step: int) -> Non
     tree: PrefixTree[Rows] = PrefixTree()
     copied = _sealed(tree, np.arange(total), step=step)
     lease = tree.acquire()
-    assert tree.advance(lease, np.arange(total, dtype=np.int32)) == total
+    assert tree.match_prefix(lease, np.arange(total, dtype=np.int32)) == total
     rounds = math.log2(tree_module.MAX_SEGMENT / step)
     assert len(tree.path(lease)) <= 2 * total / tree_module.MAX_SEGMENT + rounds + 2
     assert copied <= total * (2 * rounds + 2)
@@ -374,5 +376,5 @@ def test_early_divergence_from_a_long_entry_compares_few_tokens(shared: int) -> 
         node.keys = node.keys.view(_Counted)
     _Counted.compared = 0
     lease = tree.acquire()
-    assert tree.advance(lease, asked) == shared
+    assert tree.match_prefix(lease, asked) == shared
     assert _Counted.compared <= 512 + 5 * shared

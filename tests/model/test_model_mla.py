@@ -15,25 +15,25 @@ from hypothesis import given, settings
 from mlx_lm.models.mla import MultiLinear
 
 from glmd.engine.attention_metadata import (
-    ONE_SOFTMAX,
-    gather,
-    levels,
-    near,
+    MAX_FUSED_SCORES,
+    build_levels,
+    pad_short_spans,
     slot_order,
     sort_by_prefix,
+    split_fused_levels,
 )
-from glmd.kv_cache.prefix_tree import Node, Piece
+from glmd.kv_cache.prefix_tree import Node, PathNode
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model import mla
-from glmd.model.batch import Chunk, DecodeGroup, RowBatch
-from glmd.model.mla import MLAShape, Queries, attend, chunk_form
+from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
+from glmd.model.mla import MLAShape, Queries, attend, select_form
 
 SHAPE = MLAShape(heads=3, latent=16, nope=8, rope=4, value=6)
 PUBLISHED = MLAShape(heads=20, latent=512, nope=192, rope=64, value=256)
 
 Floats = npt.NDArray[np.float64]
-Path = list[Piece[Segment]]
+Path = list[PathNode[Segment]]
 
 
 def _attention(rng: np.random.Generator, dtype: mx.Dtype) -> Any:
@@ -67,7 +67,7 @@ def _reference(attn: Any, q: Floats, keys: Floats) -> Floats:
 class Case:
     """A step: what `attend` gets, and per row the keys that it must see."""
 
-    batch: RowBatch
+    batch: ForwardBatch
     tails: TailPool
     q: mx.array
     kv: mx.array
@@ -89,8 +89,8 @@ class _Steps:
             before = list(self.paths[self.rng.integers(len(self.paths))])
             if before:
                 last = before[-1].node
-                before[-1] = Piece(last, int(self.rng.integers(1, len(last) + 1)))
-            self.paths.append([*before, Piece(node, length)])
+                before[-1] = PathNode(last, int(self.rng.integers(1, len(last) + 1)))
+            self.paths.append([*before, PathNode(node, length)])
 
     def _random(self, *rows: int) -> mx.array:
         values = self.rng.normal(0, 1, (*rows, SHAPE.kv_width)).astype(np.float32)
@@ -100,7 +100,7 @@ class _Steps:
         path = list(self.paths[self.rng.integers(len(self.paths))])
         if path:
             last = path[-1].node
-            path[-1] = Piece(last, int(self.rng.integers(1, len(last) + 1)))
+            path[-1] = PathNode(last, int(self.rng.integers(1, len(last) + 1)))
         return path
 
     def step(self, widths: list[int], chunks: list[tuple[int, bool]]) -> Case:
@@ -135,16 +135,16 @@ class _Steps:
                 first = len(keys)
                 for row in range(width):
                     keys.append(_together([*_sealed(path), tail, kv[first : first + row + 1]]))
-        prefills: list[Chunk] = []
+        prefills: list[PrefillChunk] = []
         for rows, expanded in chunks:
             first, path = len(keys), self.path()
-            spans = [span for level in levels([path], rows) for span in level]
+            spans = [span for level in build_levels([path], rows) for span in level]
             wanted = int(self.rng.integers(0, rows + 1))
-            prefills.append(Chunk(first, first + rows, spans, expanded, wanted))
+            prefills.append(PrefillChunk(first, first + rows, spans, expanded, wanted))
             for row in range(rows):
                 keys.append(_together([*_sealed(path), kv[first : first + row + 1]]))
         empty = mx.zeros(count, mx.int32)
-        batch = RowBatch(empty, empty, groups, prefills)
+        batch = ForwardBatch(empty, empty, groups, prefills)
         return Case(batch, tails, mx.array(q.astype(np.float32)).astype(self.dtype), kv, keys)
 
     @staticmethod
@@ -160,17 +160,17 @@ class _Steps:
         visible = np.arange(tails.capacity) <= positions[..., None]
         rows = len(paths) * width
         # At times as if there were so many heads that nothing fits one softmax with the tails.
-        heads = SHAPE.heads if len(paths) % 2 else ONE_SOFTMAX
+        heads = SHAPE.heads if len(paths) % 2 else MAX_FUSED_SCORES
         found = [
-            gather(level, width, rows, SHAPE.kv_width, tails.view(0).dtype)
-            for level in levels(paths, width)
+            pad_short_spans(level, width, rows, SHAPE.kv_width, tails.view(0).dtype)
+            for level in build_levels(paths, width)
         ]
-        closest, others = near(found, tails.capacity, rows, heads)
+        closest, others = split_fused_levels(found, tails.capacity, rows, heads)
         return DecodeGroup(
-            first=first,
+            start=first,
             sequences=len(paths),
             width=width,
-            near=closest,
+            fused_levels=closest,
             levels=others,
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
@@ -201,7 +201,7 @@ def _worst(seed: int, dtype: mx.Dtype, widths: list[int], chunks: list[tuple[int
     q = _float64(case.q)
     expected = np.array([_reference(attn, q[row], keys) for row, keys in enumerate(case.keys)])
     worst = float(np.abs(out - expected).max())
-    wanted = case.batch.wanted
+    wanted = case.batch.logits_rows
     if wanted:
         queries = _queries(case.q[mx.array(wanted)])
         out = _float64(attend(attn, shape, 0, queries, case.kv, case.batch, case.tails))
@@ -251,7 +251,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_forms_break_even_at_398_rows_in_the_published_model() -> None:
     assert PUBLISHED.break_even_rows == 398
     assert PUBLISHED.kv_width == 576
-    assert [chunk_form(PUBLISHED, 1000, rows, 2) for rows in (1, 397, 398, 2048)] == [
+    assert [select_form(PUBLISHED, 1000, rows, 2) for rows in (1, 397, 398, 2048)] == [
         (1, False),
         (397, False),
         (398, True),
@@ -263,7 +263,7 @@ def test_forms_break_even_at_398_rows_in_the_published_model() -> None:
 def test_transients_of_a_chunk_are_bounded_at_any_context(
     context: int, rows: int, itemsize: int
 ) -> None:
-    fitting, expanded = chunk_form(PUBLISHED, context, rows, itemsize)
+    fitting, expanded = select_form(PUBLISHED, context, rows, itemsize)
     assert 1 <= fitting <= rows
     total = context + fitting
     if expanded:
@@ -272,4 +272,4 @@ def test_transients_of_a_chunk_are_bounded_at_any_context(
     else:
         scores = fitting * total * 20 * itemsize
         assert scores <= mla.SCORE_BYTES or fitting <= mla.MIN_CHUNK
-    assert chunk_form(PUBLISHED, context, fitting, itemsize)[0] == fitting
+    assert select_form(PUBLISHED, context, fitting, itemsize)[0] == fitting

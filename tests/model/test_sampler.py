@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from glmd.ipc import SamplingParams
 from glmd.model.sampler import (
     History,
-    Row,
     RowSampling,
+    SamplingRow,
     gumbel_of,
     noise_key,
     sample,
@@ -57,7 +57,7 @@ def _draw(
         history = None
         if sampling.penalised:
             history = History(logits.shape[-1], PROMPT, OUTPUT)
-        rows.append(Row(sampling, spec.get("generated", 0), history))
+        rows.append(SamplingRow(sampling, spec.get("generated", 0), history))
     given_logits = mx.array(np.broadcast_to(logits, (len(places), logits.shape[-1])))
     tokens = np.array(sample(given_logits, rows, positions).tokens)
     assert (np.array(given_logits) == logits).all(), "the model's own logits were changed"
@@ -223,7 +223,9 @@ def test_tokens_that_end_are_banned_before_min_tokens_and_only_then(params: dict
 def test_a_forced_token_is_chosen_whatever_the_parameters() -> None:
     worst = int(LOGITS.argmin())
     rows = [
-        Row(RowSampling(params=params, key=(i, 0)), 0, None, forced=worst if i % 2 else None)
+        SamplingRow(
+            RowSampling(params=params, key=(i, 0)), 0, None, forced=worst if i % 2 else None
+        )
         for i, params in enumerate(p for p in KINDS if not RowSampling(p, (0, 0)).penalised)
     ]
     logits = mx.array(np.stack([LOGITS] * len(rows)))
@@ -245,9 +247,11 @@ def test_logprobs_are_those_of_the_models_own_distribution(count: int) -> None:
             params=p, key=(3, 0), bias=mx.array(np.eye(VOCABULARY, dtype=np.float32)[9])
         )
         history = History(VOCABULARY, PROMPT, OUTPUT) if spec.penalised else None
-        silent = Row(RowSampling(params=SamplingParams(), key=(1, 1)), 0, None)
+        silent = SamplingRow(RowSampling(params=SamplingParams(), key=(1, 1)), 0, None)
         sampled = sample(
-            mx.array(np.stack([LOGITS] * 2)), [silent, Row(spec, 5, history)], mx.array([0, 5])
+            mx.array(np.stack([LOGITS] * 2)),
+            [silent, SamplingRow(spec, 5, history)],
+            mx.array([0, 5]),
         )
         assert sampled.logprobs.keys() == {1}
         chosen, ids, values = (np.array(part) for part in sampled.logprobs[1])

@@ -11,12 +11,12 @@ from grammars import CONTROLS, TAGS
 
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
-from glmd.ipc import Guidance
+from glmd.ipc import GrammarSpec
 from glmd.structured_output import (
     GrammarCompiler,
     JsonSchema,
+    OutputSpec,
     Regex,
-    Structure,
     ToolRule,
     make_structure,
 )
@@ -36,13 +36,13 @@ def run(task: Callable[[GrammarCompiler], Awaitable[None]], **options: Any) -> N
     asyncio.run(main())
 
 
-def json_schema(schema: Any) -> Structure:
-    return Structure(JsonSchema(schema, "guided_json"))
+def json_schema(schema: Any) -> OutputSpec:
+    return OutputSpec(JsonSchema(schema, "guided_json"))
 
 
 def test_a_grammar_is_compiled_once_for_all_who_ask() -> None:
     async def task(compiler: GrammarCompiler) -> None:
-        async def compile(name: str, *, in_reasoning: bool) -> Guidance:
+        async def compile(name: str, *, in_reasoning: bool) -> GrammarSpec:
             structure = json_schema({"type": "object", "properties": {name: {}}})
             found = await compiler.compile(structure, in_reasoning=in_reasoning)
             assert found is not None
@@ -66,7 +66,7 @@ def test_a_grammar_is_compiled_once_for_all_who_ask() -> None:
 def test_where_anything_goes_there_is_no_grammar() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         loose = Tool("f", {}, {"type": "function", "function": {"name": "f"}})
-        for structure in (Structure(), make_structure(None, [loose]), make_structure(None, [])):
+        for structure in (OutputSpec(), make_structure(None, [loose]), make_structure(None, [])):
             assert await compiler.compile(structure, in_reasoning=True) is None
 
     run(task)
@@ -154,9 +154,9 @@ def test_a_client_that_leaves_does_not_take_the_grammar_from_another() -> None:
             "guided_json",
             "incompatible",
         ),
-        (Structure(Regex("(?=a)b", "guided_regex")), "guided_regex", "look-around"),
+        (OutputSpec(Regex("(?=a)b", "guided_regex")), "guided_regex", "look-around"),
         (
-            Structure(
+            OutputSpec(
                 calls="required",
                 tools=(
                     ToolRule("a", {}, "tools[0]", strict=True, enforced=True),
@@ -168,7 +168,7 @@ def test_a_client_that_leaves_does_not_take_the_grammar_from_another() -> None:
         ),
     ],
 )
-def test_refusals_name_the_field(structure: Structure, param: str, words: str) -> None:
+def test_refusals_name_the_field(structure: OutputSpec, param: str, words: str) -> None:
     async def task(compiler: GrammarCompiler) -> None:
         with pytest.raises(InvalidRequest, match=words) as caught:
             await compiler.compile(structure, in_reasoning=False)

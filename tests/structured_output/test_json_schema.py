@@ -14,17 +14,17 @@ from schemas import INTEGER, SCHEMAS, obj
 from glmd.errors import InvalidRequest
 from glmd.structured_output.backend import GrammarError
 from glmd.structured_output.formats import ENFORCED
-from glmd.structured_output.json_schema import Normaliser
+from glmd.structured_output.json_schema import JsonSchemaCompiler
 
 
 def refusal(schema: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        Normaliser(schema, strict=True).normalise(schema, "schema")
+        JsonSchemaCompiler(schema, strict=True).normalise(schema, "schema")
     return caught.value
 
 
 def relaxed(schema: Any) -> list[str]:
-    normaliser = Normaliser(schema, strict=False)
+    normaliser = JsonSchemaCompiler(schema, strict=False)
     normaliser.normalise(schema, "schema")
     return normaliser.relaxed
 
@@ -168,7 +168,7 @@ def test_unsupported_keywords_are_refused_by_path_or_left_out(schema: Any, param
 def test_malformed_and_oversized_schemas_are_refused_strict_or_not(schema: Any, param: str) -> None:
     for strict in (True, False):
         with pytest.raises(InvalidRequest) as caught:
-            Normaliser(schema, strict=strict).normalise(schema, "schema")
+            JsonSchemaCompiler(schema, strict=strict).normalise(schema, "schema")
         assert caught.value.param == param
 
 

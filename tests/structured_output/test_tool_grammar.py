@@ -19,7 +19,7 @@ from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output.build import build
 from glmd.structured_output.request import make_structure
-from glmd.structured_output.spec import JsonSchema, Structure
+from glmd.structured_output.spec import JsonSchema, OutputSpec
 
 CALL, END_CALL = CONTROLS["<tool_call>"], CONTROLS["</tool_call>"]
 KEY, END_KEY = CONTROLS["<arg_key>"], CONTROLS["</arg_key>"]
@@ -28,7 +28,7 @@ OBSERVATION, USER = CONTROLS["<|observation|>"], CONTROLS["<|user|>"]
 
 
 def walked_calls(
-    tokenizer: Tokenizer, structure: Structure, tools: Sequence[Tool], count: int, seed: int = 0
+    tokenizer: Tokenizer, structure: OutputSpec, tools: Sequence[Tool], count: int, seed: int = 0
 ) -> list[Calls]:
     matcher = matcher_of(structure)
     rng = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def test_a_tool_that_is_not_offered_cannot_be_named() -> None:
         make_structure(None, [], required=True)
 
 
-def structure_of(**parameters: Schema) -> Structure:
+def structure_of(**parameters: Schema) -> OutputSpec:
     tools = [tool(name, schema) for name, schema in parameters.items()]
     return make_structure(None, tools, required=True)
 
@@ -235,7 +235,7 @@ def test_a_strict_tool_with_what_cannot_be_enforced_is_refused_another_is_not(
 ) -> None:
     param = f"tools[0].function.parameters{keyword}"
 
-    def structure(*, strict: bool) -> Structure:
+    def structure(*, strict: bool) -> OutputSpec:
         return make_structure(None, [tool("f", parameters, strict=strict)], required=True)
 
     with pytest.raises(InvalidRequest) as caught:

@@ -21,12 +21,12 @@ from glmd.chat.events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from glmd.chat.output_processor import Answer
+from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import Prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool, read_tools
-from glmd.ipc import FinishReason, Output, TokenLogprobs
+from glmd.ipc import FinishReason, SequenceOutput, TokenLogprobs
 
 SPECIAL = (
     "<|endoftext|>", "[gMASK]", "<sop>",
@@ -192,7 +192,7 @@ def outputs(
     *,
     sizes: Iterable[int] = (),
     logprobs: bool = False,
-) -> list[Output]:
+) -> list[SequenceOutput]:
     """Engine outputs of `sizes` tokens each, then of one; the last one carries `finish`."""
     chunks: list[list[int]] = []
     rest = list(tokens)
@@ -202,11 +202,11 @@ def outputs(
             rest = rest[size:]
     chunks += [[token] for token in rest] or ([] if chunks else [[]])
     return [
-        Output(
+        SequenceOutput(
             id="answer",
             tokens=chunk,
             logprobs=[TokenLogprobs(-0.5, [], []) for _ in chunk] if logprobs else None,
-            finish=finish if index == len(chunks) - 1 else None,
+            finish_reason=finish if index == len(chunks) - 1 else None,
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -227,7 +227,7 @@ def answer(
     if finish is None:
         generated = [*generated, tokenizer().tags.user]
         finish = "stop"
-    one = Answer(tokenizer(), prompt(in_reasoning), tools=tools, stop=stop)
+    one = ChatOutputProcessor(tokenizer(), prompt(in_reasoning), tools=tools, stop=stop)
     events: list[Event] = []
     for output in outputs(generated, finish, sizes=sizes, logprobs=logprobs):
         events += one.feed(output)

@@ -19,14 +19,21 @@ from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
-from glmd.engine.scheduler.scheduler import Plan
-from glmd.engine.step import Flight
-from glmd.ipc import FinishReason, Generate, Output, SamplingParams, pack_tokens, unpack_tokens
+from glmd.engine.scheduler.scheduler import SchedulerOutput
+from glmd.engine.step import PendingStep
+from glmd.ipc import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    pack_tokens,
+    unpack_tokens,
+)
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import Chunk, RowBatch
-from glmd.model.glm4_moe_lite import GlmModel
+from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 from glmd.model.loader import load_model
-from glmd.model.sampler import History, Row, RowSampling, noise_key, sample
+from glmd.model.sampler import History, RowSampling, SamplingRow, noise_key, sample
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -52,34 +59,34 @@ def fresh_folder() -> Path:
     return Path(_folders[-1].name)
 
 
-def load(folder: Path, **options: Any) -> GlmModel:
+def load(folder: Path, **options: Any) -> Glm4MoeLiteModel:
     """The checkpoint in float32, whatever the device."""
     return load_model(folder, "float32", lambda done, total: None, **options)
 
 
 @cache
-def _tiny_model(config: str) -> GlmModel:
+def _tiny_model(config: str) -> Glm4MoeLiteModel:
     folder = fresh_folder()
     write_random_checkpoint(folder, dtype="F32", **TINY | json.loads(config))
     return load(folder)
 
 
-def tiny_model(**config: Any) -> GlmModel:
+def tiny_model(**config: Any) -> Glm4MoeLiteModel:
     """A random model, the same object for the same config."""
     return _tiny_model(json.dumps(config, sort_keys=True))
 
 
-def one_shot_logits(model: GlmModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
+def one_shot_logits(model: Glm4MoeLiteModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
     """glmd's forward over all tokens as one chunk: [tokens, vocabulary]."""
     ids = mx.array(np.array(list(tokens), np.int32))
     count = ids.shape[0]
-    batch = RowBatch(ids, mx.arange(count), [], [Chunk(0, count, [], expanded, count)])
+    batch = ForwardBatch(ids, mx.arange(count), [], [PrefillChunk(0, count, [], expanded, count)])
     tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
-    hidden, _ = model.hidden(batch, tails)
+    hidden, _ = model.forward(batch, tails)
     return np.array(model.logits(hidden))
 
 
-def reference_logits(model: GlmModel, tokens: Iterable[int]) -> Logits:
+def reference_logits(model: Glm4MoeLiteModel, tokens: Iterable[int]) -> Logits:
     """mlx-lm's own forward over the same weights: [tokens, vocabulary].
 
     Loading has set the epsilon of the latent norms to transformers'; the router's dtype is that
@@ -91,26 +98,26 @@ def reference_logits(model: GlmModel, tokens: Iterable[int]) -> Logits:
 
 
 def tiny_engine(
-    model: GlmModel | None = None, *, kv_tokens: int | None = None, **config: Any
+    model: Glm4MoeLiteModel | None = None, *, kv_tokens: int | None = None, **config: Any
 ) -> Engine:
     """An engine with room for `kv_tokens` tokens of KV; None: plenty."""
     model = model or tiny_model()
     settings = EngineConfig(**config)
     room = (kv_tokens or 100_000) * model.kv_bytes_per_token
-    working = memory.working_memory(
+    working = memory.activation_bytes(
         model.args, settings, model.dtype.size, model.kv_bytes_per_token
     )
     budget = model.weight_bytes + working + room
     return Engine(model, settings, budget)
 
 
-def request(id: str, prompt: Iterable[int], **fields: Any) -> Generate:
-    """A request; fields of `SamplingParams` may be given beside those of `Generate`."""
+def request(id: str, prompt: Iterable[int], **fields: Any) -> EngineRequest:
+    """A request; fields of `SamplingParams` may be given beside those of `EngineRequest`."""
     names = set(SamplingParams.__struct_fields__)
     sampling = {name: value for name, value in fields.items() if name in names}
     rest = {name: value for name, value in fields.items() if name not in names}
     sampling.setdefault("temperature", 0.0)
-    return Generate(
+    return EngineRequest(
         id=id,
         prompt=pack_tokens(np.array(list(prompt), np.int32)),
         sampling=SamplingParams(**sampling),
@@ -146,11 +153,11 @@ class Run:
         self.answers: dict[tuple[str, int], Answer] = {}
         self.steps = 0
 
-    def submit(self, *requests: Generate) -> None:
+    def submit(self, *requests: EngineRequest) -> None:
         for one in requests:
             self.engine.submit(one)
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         outputs = self.engine.step()
         self.steps += 1
         for output in outputs:
@@ -158,7 +165,7 @@ class Run:
             assert answer.finish is None, f"output after the end: {output}"
             answer.tokens += output.tokens
             answer.logprobs += [entry.logprob for entry in output.logprobs or []]
-            answer.finish = output.finish
+            answer.finish = output.finish_reason
             answer.error = output.error
             if output.tokens:
                 if not answer.steps:
@@ -187,10 +194,10 @@ def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> N
     Args:
         late: only when all of the step has been prepared, as where its evaluation fails.
     """
-    launch = engine._launcher.launch
+    launch = engine._launcher.execute
     numbers = itertools.count()
 
-    def refuse(plan: Plan, before: Flight | None, drafts: int) -> Flight:
+    def refuse(plan: SchedulerOutput, before: PendingStep | None, drafts: int) -> PendingStep:
         refused = next(numbers) in launches
         if refused and not late:
             raise RuntimeError("[metal::malloc] Unable to allocate 4096 bytes.")
@@ -199,10 +206,10 @@ def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> N
             raise MemoryError("std::bad_alloc")
         return flight
 
-    engine._launcher.launch = refuse  # type: ignore[method-assign]
+    engine._launcher.execute = refuse  # type: ignore[method-assign]
 
 
-def run(engine: Engine, *requests: Generate) -> Run:
+def run(engine: Engine, *requests: EngineRequest) -> Run:
     """Submit all requests at once and run them to their ends."""
     running = Run(engine)
     running.submit(*requests)
@@ -211,7 +218,12 @@ def run(engine: Engine, *requests: Generate) -> Run:
 
 
 def assert_true(
-    model: GlmModel, asked: Generate, answer: Answer, index: int = 0, *, tie: float = 1e-4
+    model: Glm4MoeLiteModel,
+    asked: EngineRequest,
+    answer: Answer,
+    index: int = 0,
+    *,
+    tie: float = 1e-4,
 ) -> None:
     """Every token of an answer is what the reference forward and the sampler give.
 
@@ -240,7 +252,7 @@ def assert_true(
     rows = []
     for i in range(len(output)):
         history = History(vocabulary, prompt, output[:i]) if sampling.penalised else None
-        rows.append(Row(sampling, i, history, forced.get(i)))
+        rows.append(SamplingRow(sampling, i, history, forced.get(i)))
     positions = mx.arange(len(prompt), len(prompt) + len(output))
     rng = np.random.default_rng(0)
     open_ = np.ones(len(output), bool)
@@ -255,14 +267,16 @@ def assert_true(
     )
 
 
-def _forced(asked: Generate, tokens: list[int]) -> dict[int, int]:
+def _forced(asked: EngineRequest, tokens: list[int]) -> dict[int, int]:
     """Where a thinking budget dictates tokens: by index in the output."""
     if asked.thinking_budget is None or asked.thinking_close[-1] in tokens[: asked.thinking_budget]:
         return {}
     return {asked.thinking_budget + i: token for i, token in enumerate(asked.thinking_close)}
 
 
-def assert_whole(model: GlmModel, asked: Generate, answer: Answer, context: int) -> None:
+def assert_whole(
+    model: Glm4MoeLiteModel, asked: EngineRequest, answer: Answer, context: int
+) -> None:
     """An answer has ended for the reason that it gives, and not earlier or later."""
     stops = set(asked.stop_token_ids)
     if not asked.ignore_eos:

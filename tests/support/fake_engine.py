@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmd.errors import CheckpointError
-from glmd.ipc import Generate, ModelInfo, Output, Stats, unpack_tokens
+from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
 
 DIE, RAISE, REFUSE, OVERLOAD = 901, 902, 903, 904
 """First prompt tokens: killed by SIGKILL, an exception in a step, a 400, a 503."""
@@ -46,8 +46,8 @@ class FakeEngine:
             device="fake",
         )
         self._pause = config.step_seconds
-        self._sequences: dict[tuple[str, int], tuple[Generate, list[int], int]] = {}
-        self._errors: list[Output] = []
+        self._sequences: dict[tuple[str, int], tuple[EngineRequest, list[int], int]] = {}
+        self._errors: list[SequenceOutput] = []
         self._steps = 0
         self._tokens = 0
 
@@ -57,7 +57,7 @@ class FakeEngine:
             prompt[0] != SILENT for _, prompt, _ in self._sequences.values()
         )
 
-    def submit(self, request: Generate) -> None:
+    def submit(self, request: EngineRequest) -> None:
         prompt = unpack_tokens(request.prompt).tolist()
         if prompt[0] == REFUSE:
             self._refuse(request.id, "invalid_request", "No such thing.")
@@ -69,7 +69,9 @@ class FakeEngine:
 
     def _refuse(self, id: str, kind: str, message: str) -> None:
         self._errors.append(
-            Output(id=id, finish="error", error=message, error_kind=kind, error_param="prompt")
+            SequenceOutput(
+                id=id, finish_reason="error", error=message, error_kind=kind, error_param="prompt"
+            )
         )
 
     def cancel(self, id: str, index: int | None = None) -> None:
@@ -77,7 +79,7 @@ class FakeEngine:
             if key[0] == id and index in (None, key[1]):
                 del self._sequences[key]
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         time.sleep(self._pause)
         outputs, self._errors = self._errors, []
         self._steps += 1
@@ -91,11 +93,11 @@ class FakeEngine:
             done = count + 1 == (request.max_tokens or 16)
             self._tokens += 1
             outputs.append(
-                Output(
+                SequenceOutput(
                     id=key[0],
                     index=key[1],
                     tokens=[prompt[count % len(prompt)]],
-                    finish="length" if done else None,
+                    finish_reason="length" if done else None,
                     admitted=count == 0,
                     prompt_tokens=len(prompt) if count == 0 else 0,
                 )
@@ -106,8 +108,8 @@ class FakeEngine:
                 self._sequences[key] = (request, prompt, count + 1)
         return outputs
 
-    def stats(self) -> Stats:
-        return Stats(
+    def stats(self) -> EngineStats:
+        return EngineStats(
             running=len(self._sequences),
             steps=self._steps,
             tokens_generated=self._tokens,

@@ -9,17 +9,17 @@ import numpy as np
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.checkpoint.random import ADDED_TOKENS, SPECIAL_TOKENS
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
 from glmd.structured_output.build import build
-from glmd.structured_output.spec import AnswerFormat, JsonSchema, Structure
+from glmd.structured_output.spec import AnswerFormat, JsonSchema, OutputSpec
 
 CONTROLS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
 """The ids that random checkpoints have."""
 NAMES = {id: name for name, id in CONTROLS.items()}
 END_IDS = [CONTROLS[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")]
-TAGS = Tags.find(CONTROLS, "tokenizer.json")
+TAGS = SpecialTokens.find(CONTROLS, "tokenizer.json")
 TOKENIZER = byte_tokenizer(CONTROLS, END_IDS)
 WORDS = -(-TOKENIZER.vocab_size // 32)
 
@@ -37,8 +37,8 @@ def _weights() -> np.ndarray:
 WEIGHTS = _weights()
 
 
-def matcher_of(structure: Structure | AnswerFormat) -> LLMatcher:
-    whole = structure if isinstance(structure, Structure) else Structure(structure)
+def matcher_of(structure: OutputSpec | AnswerFormat) -> LLMatcher:
+    whole = structure if isinstance(structure, OutputSpec) else OutputSpec(structure)
     return make_matcher(TOKENIZER, build(whole, TAGS).text)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 from paths import ROOT
 
-from glmd.api.auth import Keyring
+from glmd.api.auth import ApiKeyStore
 from glmd.api.server import Server, listen
-from glmd.api.state import ServedModel, Service
+from glmd.api.state import AppState, ServedModel
 from glmd.config import Settings
-from glmd.engine_client.process import Launch
+from glmd.engine_client.process import EngineProcessConfig
 
 CHECKPOINT = ROOT / "demo" / "glm-4.7-flash-demo"
 
@@ -25,7 +25,7 @@ CHECKPOINT = ROOT / "demo" / "glm-4.7-flash-demo"
 @dataclass
 class LiveServer:
     url: str
-    service: Service
+    service: AppState
     server: Server
 
     def client(self, **options: Any) -> httpx.Client:
@@ -66,8 +66,8 @@ def live_server(
     """
     model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
     made = Settings(port=0, **settings)
-    launch = Launch(folder, config or {}, engine=engine, log_level=made.log_level)
-    service = Service(made, model, launch, Keyring.of(made, keys))
+    launch = EngineProcessConfig(folder, config or {}, engine=engine, log_level=made.log_level)
+    service = AppState(made, model, launch, ApiKeyStore.of(made, keys))
     server = Server(service)
     sockets = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"

@@ -21,7 +21,14 @@ from pathlib import Path
 import msgspec
 
 from glmd.chat.tokenizer import Tokenizer
-from glmd.ipc import Generate, ModelInfo, Output, Stats, TokenLogprobs, unpack_tokens
+from glmd.ipc import (
+    EngineRequest,
+    EngineStats,
+    ModelInfo,
+    SequenceOutput,
+    TokenLogprobs,
+    unpack_tokens,
+)
 
 SCRIPT = re.compile(r"⟦(.*?)⟧", re.DOTALL)
 DIRECTION = re.compile(r"\{(die|raise|wait|request|refuse|busy)\}")
@@ -35,7 +42,7 @@ class EngineConfig:
 
 @dataclass
 class Sequence:
-    request: Generate
+    request: EngineRequest
     index: int
     script: list[int | str]
     prompt_tokens: int
@@ -49,7 +56,7 @@ class ScriptedEngine:
         self._end = self._tokenizer.tags.user
         self._pause = config.step_seconds
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._outbox: list[Output] = []
+        self._outbox: list[SequenceOutput] = []
         self._prompts: list[list[int]] = []
         self._steps = 0
         self.info = ModelInfo(
@@ -71,29 +78,31 @@ class ScriptedEngine:
     def _next(self, sequence: Sequence) -> int | str:
         return sequence.script[sequence.said] if sequence.said < len(sequence.script) else self._end
 
-    def submit(self, request: Generate) -> None:
+    def submit(self, request: EngineRequest) -> None:
         prompt = unpack_tokens(request.prompt).tolist()
         scripts = SCRIPT.findall(self._tokenizer.decode(prompt))
         script = self._script(scripts[-1] if scripts else "</think>?", request)
         if "refuse" in script or "busy" in script:
             kind = "invalid_request" if "refuse" in script else "overloaded"
             self._outbox.append(
-                Output(id=request.id, finish="error", error="As you wish.", error_kind=kind)
+                SequenceOutput(
+                    id=request.id, finish_reason="error", error="As you wish.", error_kind=kind
+                )
             )
             return
         cached = max((common(prompt, earlier) for earlier in self._prompts), default=0)
         self._prompts.append(prompt)
         if request.prompt_progress:
             self._outbox += [
-                Output(id=request.id, computed_tokens=len(prompt) // 2),
-                Output(id=request.id, computed_tokens=len(prompt)),
+                SequenceOutput(id=request.id, computed_tokens=len(prompt) // 2),
+                SequenceOutput(id=request.id, computed_tokens=len(prompt)),
             ]
         for index in range(request.n):
             self._sequences[request.id, index] = Sequence(
                 request, index, script, len(prompt), min(cached, len(prompt) - 1)
             )
 
-    def _script(self, text: str, request: Generate) -> list[int | str]:
+    def _script(self, text: str, request: EngineRequest) -> list[int | str]:
         script: list[int | str] = []
         for piece in DIRECTION.split(text):
             if piece == "request":
@@ -109,9 +118,9 @@ class ScriptedEngine:
         for key in list(self._sequences):
             if key[0] == id and index in (None, key[1]):
                 del self._sequences[key]
-                self._outbox.append(Output(id=id, index=key[1], finish="cancelled"))
+                self._outbox.append(SequenceOutput(id=id, index=key[1], finish_reason="cancelled"))
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         time.sleep(self._pause)
         self._steps += 1
         outputs, self._outbox = self._outbox, []
@@ -125,11 +134,11 @@ class ScriptedEngine:
                 raise RuntimeError(f"the script says {token}")
             output = self._output(sequence, token)
             outputs.append(output)
-            if output.finish:
+            if output.finish_reason:
                 del self._sequences[key]
         return outputs
 
-    def _output(self, sequence: Sequence, token: int) -> Output:
+    def _output(self, sequence: Sequence, token: int) -> SequenceOutput:
         request = sequence.request
         first = sequence.said == 0
         sequence.said += 1
@@ -141,12 +150,12 @@ class ScriptedEngine:
         logprobs = None
         if (k := request.sampling.logprobs) is not None:
             logprobs = [TokenLogprobs(-0.25, list(range(k)), [-1.0] * k)]
-        return Output(
+        return SequenceOutput(
             id=request.id,
             index=sequence.index,
             tokens=[token],
             logprobs=logprobs,
-            finish=finish,
+            finish_reason=finish,
             drafted=1,
             accepted=sequence.said % 2,
             admitted=first,
@@ -154,8 +163,8 @@ class ScriptedEngine:
             cached_tokens=sequence.cached_tokens if first else 0,
         )
 
-    def stats(self) -> Stats:
-        return Stats(running=len(self._sequences), steps=self._steps)
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._sequences), steps=self._steps)
 
     def close(self) -> None:
         pass

@@ -8,11 +8,11 @@ import numpy as np
 from schemas import INTEGER, SHORT, STRING, Schema, obj
 
 from glmd.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallDelta, ToolCallStart
-from glmd.chat.output_processor import Answer
+from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import Prompt
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool
-from glmd.ipc import Output
+from glmd.ipc import SequenceOutput
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
 
@@ -98,8 +98,8 @@ def calls_of(
 ) -> Calls:
     """The calls that the parser reads in an answer."""
     prompt = Prompt(np.zeros(1, np.int32), in_reasoning=in_reasoning, turn_start=1, turn_key=b"")
-    events = Answer(tokenizer, prompt, tools=tools).feed(
-        Output(id="r", tokens=tokens, finish="stop")
+    events = ChatOutputProcessor(tokenizer, prompt, tools=tools).feed(
+        SequenceOutput(id="r", tokens=tokens, finish_reason="stop")
     )
     assert events[-1] == Finished("tool_calls")
     calls: Calls = []

@@ -21,10 +21,10 @@ import pytest
 from live import LiveServer, live_server
 
 from glmd.api.observability.access_log import explain
-from glmd.api.observability.exchange import Exchange
-from glmd.api.observability.request_stats import Record
+from glmd.api.observability.exchange import HttpExchange
+from glmd.api.observability.request_stats import RequestStats
 from glmd.cli import service
-from glmd.ipc import Match
+from glmd.ipc import CacheMatch
 from glmd.utils.logging import JsonFormatter, TextFormatter, choose_format, for_people, request_id
 
 SECRET = "xyzzy plugh"
@@ -206,20 +206,23 @@ def test_a_slow_request_is_explained(lines: Lines) -> None:
 @pytest.mark.parametrize(
     ("match", "sentence"),
     [
-        (Match(tokens=9, reason="whole"), "9 were stored: all of the prompt was stored."),
-        (Match(tokens=3, reason="new"), "3 were stored: nothing is stored behind that."),
+        (CacheMatch(tokens=9, reason="whole"), "9 were stored: all of the prompt was stored."),
+        (CacheMatch(tokens=3, reason="new"), "3 were stored: nothing is stored behind that."),
         (
-            Match(tokens=3, reason="differs", beyond=70),
+            CacheMatch(tokens=3, reason="differs", diverging_tokens=70),
             "3 were stored: what is stored there goes on differently, for 70 tokens.",
         ),
-        (Match(tokens=3, reason="evicted"), "3 were stored: what was stored behind that was evic"),
-        (Match(tokens=0, reason="salt"), "more of it is stored, but with another cache_salt."),
-        (Match(tokens=0, reason="off"), "0 were stored: the prefix cache is off."),
+        (
+            CacheMatch(tokens=3, reason="evicted"),
+            "3 were stored: what was stored behind that was evic",
+        ),
+        (CacheMatch(tokens=0, reason="salt"), "more of it is stored, but with another cache_salt."),
+        (CacheMatch(tokens=0, reason="off"), "0 were stored: the prefix cache is off."),
     ],
 )
-def test_a_miss_of_the_cache_is_explained(match: Match, sentence: str) -> None:
-    exchange = Exchange("id", "POST", "/", "")
-    record = Record("chatcmpl-1", exchange, 1, 10, match=match, queue_seconds=0.0)
+def test_a_miss_of_the_cache_is_explained(match: CacheMatch, sentence: str) -> None:
+    exchange = HttpExchange("id", "POST", "/", "")
+    record = RequestStats("chatcmpl-1", exchange, 1, 10, match=match, queue_seconds=0.0)
     record.first_token = exchange.began + 40
     assert sentence in explain(record)
 

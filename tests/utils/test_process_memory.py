@@ -14,18 +14,18 @@ from glmd.utils.memory import _physical_footprint, _RusageInfo
 
 
 def test_memory_that_is_written_to_counts() -> None:
-    before = footprint.footprint()
+    before = footprint.process_memory_bytes()
     size = 64 << 20
     # Straight from the system: an allocator may have as much left over from earlier tests.
     with mmap.mmap(-1, size) as block:
         for place in range(0, size, mmap.PAGESIZE):
             block[place] = 1
-        assert footprint.footprint() - before >= 0.9 * size
+        assert footprint.process_memory_bytes() - before >= 0.9 * size
 
 
 def test_a_process_that_is_not_there_is_said_to_be() -> None:
     with pytest.raises(psutil.NoSuchProcess):
-        footprint.footprint(2**22 + 1)
+        footprint.process_memory_bytes(2**22 + 1)
 
 
 def test_macos_is_asked_for_the_field_at_its_place_in_the_header() -> None:
@@ -47,4 +47,4 @@ def test_macos_is_asked_for_the_field_at_its_place_in_the_header() -> None:
 @pytest.mark.skipif(sys.platform != "darwin", reason="only on macOS")
 def test_on_macos_it_is_of_the_order_of_the_resident_size() -> None:
     resident = psutil.Process().memory_info().rss
-    assert 0.1 * resident < footprint.footprint() < 10 * resident
+    assert 0.1 * resident < footprint.process_memory_bytes() < 10 * resident

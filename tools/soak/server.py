@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from glmd.utils.memory import footprint
+from glmd.utils.memory import process_memory_bytes
 
 STARTS_WITHIN = 120.0
 
@@ -93,8 +93,8 @@ class Server:
             files.append(self._api.num_fds())
             time.sleep(0.1)
         return Snapshot(
-            api_bytes=footprint(self._api.pid),
-            engine_bytes=footprint(engine.pid) - int(stats["kv_bytes"]),
+            api_bytes=process_memory_bytes(self._api.pid),
+            engine_bytes=process_memory_bytes(engine.pid) - int(stats["kv_bytes"]),
             api_files=min(files),
             engine_files=engine.num_fds(),
             api_threads=self._api.num_threads(),

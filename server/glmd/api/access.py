@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from glmd.api import webui as page
-from glmd.api.auth import Keyring
-from glmd.api.errors import Problem, respond
+from glmd.api.auth import ApiKeyStore
+from glmd.api.errors import ErrorInfo, respond
 from glmd.config import Settings
 from glmd.errors import SettingsError
 
@@ -39,7 +39,7 @@ PREFLIGHT_SECONDS = 600
 """For which a browser remembers what a page of another origin may do."""
 
 
-def refuse_open_door(settings: Settings, keys: Keyring) -> None:
+def require_key_on_public_bind(settings: Settings, keys: ApiKeyStore) -> None:
     """See to it that not everybody in the network gets in by accident.
 
     Raises:
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
-def access_rules(settings: Settings, keys: Keyring) -> list[Middleware]:
+def access_rules(settings: Settings, keys: ApiKeyStore) -> list[Middleware]:
     """The middleware of this module, outermost first."""
     rules = [
         Middleware(HostCheck, host=settings.host, allowed=settings.allowed_hosts),
@@ -116,7 +116,7 @@ class HostCheck:
             # Without the header it is no browser: they all send it.
             for host in Headers(scope=scope).getlist("host"):
                 if not self._is_ours(host):
-                    problem = Problem(
+                    problem = ErrorInfo(
                         421,
                         "invalid_request_error",
                         f"This server does not answer to the name {host[:100]!r}; the setting"
@@ -161,8 +161,8 @@ class OriginCheck:
             headers = Headers(scope=scope)
             host = headers.get("host", "").lower()
             for origin in headers.getlist("origin"):
-                if not (is_same(origin, host) or self._allowed.fullmatch(origin)):
-                    problem = Problem(
+                if not (is_same_origin(origin, host) or self._allowed.fullmatch(origin)):
+                    problem = ErrorInfo(
                         403,
                         "permission_error",
                         f"Pages of {origin[:100]!r} may not use this server; the setting"
@@ -181,13 +181,13 @@ class ApiKey:
     The key's name is `state["key_name"]` of the request's scope.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keyring) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeyStore) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._may_enter(scope):
-            problem = Problem(
+            problem = ErrorInfo(
                 401,
                 "authentication_error",
                 "This server wants an API key: send it as `Authorization: Bearer KEY`, or as"
@@ -199,9 +199,9 @@ class ApiKey:
         await self._app(scope, receive, send)
 
     def _may_enter(self, scope: Scope) -> bool:
-        self._keys.follow()
+        self._keys.reload_if_changed()
         for guess in sent_keys(scope):
-            name = self._keys.find(guess)
+            name = self._keys.lookup(guess)
             if name is not None:
                 scope["state"]["key_name"] = name
                 return True
@@ -223,7 +223,7 @@ def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-def is_same(origin: str, host: str) -> bool:
+def is_same_origin(origin: str, host: str) -> bool:
     """Whether an origin is the server's own page, as the `Host` header names the server."""
     try:
         parts = urlsplit(origin)

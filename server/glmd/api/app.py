@@ -16,22 +16,27 @@ from glmd.api import errors
 from glmd.api import webui as page
 from glmd.api.access import access_rules
 from glmd.api.anthropic import routes as messages
-from glmd.api.middleware import BoundedHead, HeadAsGet, RequestId, WholeBody
-from glmd.api.observability.access_log import RequestLog
+from glmd.api.middleware import (
+    BodyLimitMiddleware,
+    HeadAsGetMiddleware,
+    HeaderLimitMiddleware,
+    RequestIdMiddleware,
+)
+from glmd.api.observability.access_log import AccessLog
 from glmd.api.openai import chat, completions
 from glmd.api.openapi import document
 from glmd.api.responses import routes as responses
 from glmd.api.responses.store import ResponseStore
 from glmd.api.routes import health, lmstudio, metrics, models, status
 from glmd.api.routes import tokenize as tokens
-from glmd.api.state import Service
+from glmd.api.state import AppState
 from glmd.errors import SettingsError
 
 if TYPE_CHECKING:
     from glmd.api.observability.tracing import Tracing
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: AppState) -> FastAPI:
     """The app around `service`; its lifespan starts and ends the engine."""
 
     @asynccontextmanager
@@ -47,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
 
     settings = service.settings
     meter = metrics.Metrics(service)
-    request_log = RequestLog(service)
+    request_log = AccessLog(service)
     tracing = start_tracing(service)
     watchers = [meter.count, request_log.exchange_ended]
     service.requests.watchers.append(request_log.record_ended)
@@ -55,11 +60,11 @@ def create_app(service: Service) -> FastAPI:
         watchers.append(tracing.exchange_ended)
         service.requests.watchers.append(tracing.record_ended)
     middleware = [
-        Middleware(RequestId, watchers=watchers),
-        Middleware(BoundedHead),
+        Middleware(RequestIdMiddleware, watchers=watchers),
+        Middleware(HeaderLimitMiddleware),
         *access_rules(settings, service.keys),
-        Middleware(WholeBody, limit=settings.max_body, seconds=settings.body_timeout),
-        Middleware(HeadAsGet),
+        Middleware(BodyLimitMiddleware, limit=settings.max_body, seconds=settings.body_timeout),
+        Middleware(HeadAsGetMiddleware),
     ]
     app = FastAPI(
         title="glmd",
@@ -84,7 +89,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def start_tracing(service: Service) -> Tracing | None:
+def start_tracing(service: AppState) -> Tracing | None:
     """What sends spans, if the settings ask for it.
 
     Raises:

@@ -25,8 +25,8 @@ import platformdirs
 
 from glmd.config import Settings
 from glmd.errors import SettingsError
-from glmd.utils.files import replace
-from glmd.utils.suggest import nearest
+from glmd.utils.files import atomic_write
+from glmd.utils.suggest import did_you_mean
 
 log = logging.getLogger("glmd")
 
@@ -39,7 +39,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class StoredKey:
     """A key, by what recognises it.
 
     Attributes:
@@ -53,11 +53,11 @@ class Key:
     created: str = ""
 
 
-Reader = Callable[[Path], list[Key]]
+Reader = Callable[[Path], list[StoredKey]]
 """Reads the keys of a file; raises SettingsError."""
 
 
-class Keyring:
+class ApiKeyStore:
     """The keys that a server knows, from settings and files.
 
     Attributes:
@@ -67,8 +67,8 @@ class Keyring:
 
     def __init__(
         self,
-        keys: Iterable[Key] = (),
-        files: Iterable[tuple[Path, Callable[[Path], list[Key]]]] = (),
+        keys: Iterable[StoredKey] = (),
+        files: Iterable[tuple[Path, Callable[[Path], list[StoredKey]]]] = (),
     ) -> None:
         """
         Args:
@@ -82,14 +82,14 @@ class Keyring:
         self._fixed = list(keys)
         self._files = list(files)
         self._seen: list[object] = []
-        self._keys: list[Key] = []
+        self._keys: list[StoredKey] = []
         self._refresh()
 
     @classmethod
-    def of(cls, settings: Settings, store: Path | None = None) -> Keyring:
+    def of(cls, settings: Settings, store: Path | None = None) -> ApiKeyStore:
         """The keys that the settings name, and those in `store`, the file of `glmd key`."""
         secret = settings.api_key
-        fixed = [] if secret is None else [Key("api_key", digest(secret.get_secret_value()))]
+        fixed = [] if secret is None else [StoredKey("api_key", digest(secret.get_secret_value()))]
         files: list[tuple[Path, Reader]] = []
         if settings.api_key_file is not None:
             files.append((settings.api_key_file.expanduser(), read_lines))
@@ -97,7 +97,7 @@ class Keyring:
             files.append((store, read_store))
         return cls(fixed, files)
 
-    def follow(self) -> None:
+    def reload_if_changed(self) -> None:
         """Read the files anew that have changed; where that fails, what was known stays."""
         if [signature(file) for file, _ in self._files] == self._seen:
             return
@@ -107,7 +107,7 @@ class Keyring:
         except SettingsError as error:
             log.error("The API keys are as before; they could not be read anew: %s", error.message)
 
-    def find(self, guess: bytes) -> str | None:
+    def lookup(self, guess: bytes) -> str | None:
         """The name of a key; None: it is not known.
 
         How long this takes depends neither on the guess nor on which key it is.
@@ -163,7 +163,7 @@ def read_private(file: Path) -> str:
         raise SettingsError(f"{file} is not UTF-8.") from error
 
 
-def read_lines(file: Path) -> list[Key]:
+def read_lines(file: Path) -> list[StoredKey]:
     """The keys of a file with one per line; empty lines and those that begin with # are none.
 
     Raises:
@@ -171,7 +171,7 @@ def read_lines(file: Path) -> list[Key]:
     """
     lines = enumerate(read_private(file).splitlines(), start=1)
     keys = [
-        Key(f"{file.name}:{number}", digest(line.strip()))
+        StoredKey(f"{file.name}:{number}", digest(line.strip()))
         for number, line in lines
         if line.strip() and not line.startswith("#")
     ]
@@ -185,7 +185,7 @@ def default_store() -> Path:
     return platformdirs.user_config_path("glmd") / "keys.json"
 
 
-def read_store(file: Path) -> list[Key]:
+def read_store(file: Path) -> list[StoredKey]:
     """The keys that `glmd key create` made; none if there is no such file.
 
     Raises:
@@ -194,7 +194,7 @@ def read_store(file: Path) -> list[Key]:
     if not file.exists():
         return []
     try:
-        keys = [Key(**entry) for entry in json.loads(read_private(file))["keys"]]
+        keys = [StoredKey(**entry) for entry in json.loads(read_private(file))["keys"]]
         if not all(re.fullmatch("[0-9a-f]{64}", key.sha256) for key in keys):
             raise ValueError
     except (ValueError, TypeError, KeyError) as error:
@@ -217,11 +217,11 @@ def create_key(file: Path, name: str) -> str:
         raise SettingsError(f"There is a key {name} already; revoke it first.")
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    write_store(file, [*keys, Key(name, digest(key), created)])
+    write_store(file, [*keys, StoredKey(name, digest(key), created)])
     return key
 
 
-def revoke_key(file: Path, name: str) -> list[Key]:
+def revoke_key(file: Path, name: str) -> list[StoredKey]:
     """Forget a key; returns those that are left.
 
     Raises:
@@ -230,14 +230,16 @@ def revoke_key(file: Path, name: str) -> list[Key]:
     keys = read_store(file)
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
-        raise SettingsError(f"There is no key {name}{nearest(name, [key.name for key in keys])}")
+        raise SettingsError(
+            f"There is no key {name}{did_you_mean(name, [key.name for key in keys])}"
+        )
     write_store(file, left)
     return left
 
 
-def write_store(file: Path, keys: Sequence[Key]) -> None:
+def write_store(file: Path, keys: Sequence[StoredKey]) -> None:
     text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=2) + "\n"
     try:
-        replace(file, text.encode())
+        atomic_write(file, text.encode())
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}.") from error

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 
-def client_of(scope: Scope) -> str:
+def client_id(scope: Scope) -> str:
     """Who takes turns with others: the program or person at an address, and the key it sends.
 
     Both, because a household may share a key, and the programs of one machine an address. Where no
@@ -25,7 +25,7 @@ def client_of(scope: Scope) -> str:
 
 async def get_client(request: Request) -> str:
     """FastAPI dependency: whose request it is."""
-    return client_of(request.scope)
+    return client_id(request.scope)
 
 
 GivenClient = Annotated[str, Depends(get_client)]

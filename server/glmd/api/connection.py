@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from glmd.api.errors import Problem
+from glmd.api.errors import ErrorInfo
 
 log = logging.getLogger("glmd.api")
 
@@ -27,7 +27,7 @@ RESERVED_FILES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ConnectionTimeouts:
     """How long a connection may keep the server waiting, in seconds, and how many there may be.
 
     Attributes:
@@ -48,7 +48,7 @@ class Connection(H11Protocol):
     between requests uvicorn's keep-alive timer runs. This class watches what is left.
     """
 
-    def __init__(self, *args: Any, patience: Patience, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, patience: ConnectionTimeouts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._patience = patience
         self._head_timer: asyncio.TimerHandle | None = None
@@ -60,7 +60,9 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self._patience.connections:
             message = "There are too many open connections. Try again later."
-            problem = Problem(503, "overloaded_error", message, code="overloaded", retry_after=1.0)
+            problem = ErrorInfo(
+                503, "overloaded_error", message, code="overloaded", retry_after=1.0
+            )
             self._refuse(problem)
             return
         self._watch_head()
@@ -112,11 +114,11 @@ class Connection(H11Protocol):
             return
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             message = f"The request's head was not whole after {self._patience.head:g} s."
-            self._refuse(Problem(408, "timeout_error", message, code="timeout"))
+            self._refuse(ErrorInfo(408, "timeout_error", message, code="timeout"))
         else:
             self.transport.close()
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: ErrorInfo) -> None:
         """Answer without a request, whose API is not known, and close."""
         body = problem.json.encode()
         headers = {name.lower(): value for name, value in problem.headers.items()}

@@ -12,10 +12,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
 
-from glmd.api.client_id import client_of
-from glmd.api.observability.exchange import Exchange, get_exchange
-from glmd.api.state import Service, get_service
-from glmd.engine_client.timeouts import Deadlines, Phase
+from glmd.api.client_id import client_id
+from glmd.api.observability.exchange import HttpExchange, get_exchange
+from glmd.api.state import AppState, get_state
+from glmd.engine_client.timeouts import Phase, RequestTimeouts
 from glmd.errors import InvalidRequest
 
 TIMEOUT_HEADERS: dict[Phase, str] = {
@@ -28,7 +28,7 @@ TIMEOUT_HEADERS: dict[Phase, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class RequestContext:
     """What holds for one HTTP request, whatever it asks for.
 
     Attributes:
@@ -37,12 +37,14 @@ class Terms:
         deadlines: by when it must have got somewhere.
     """
 
-    exchange: Exchange
+    exchange: HttpExchange
     client: str
-    deadlines: Deadlines
+    timeouts: RequestTimeouts
 
 
-async def get_terms(request: Request, service: Annotated[Service, Depends(get_service)]) -> Terms:
+async def get_request_context(
+    request: Request, service: Annotated[AppState, Depends(get_state)]
+) -> RequestContext:
     """FastAPI dependency: the request's terms.
 
     Raises:
@@ -59,18 +61,20 @@ async def get_terms(request: Request, service: Annotated[Service, Depends(get_se
         if (sent := request.headers.get(name)) is not None:
             # A client can be less patient than the server, not more.
             limits[phase] = min(read_seconds(name, sent), limits[phase] or math.inf)
-    client = client_of(request.scope)
+    client = client_id(request.scope)
     service.engine.require_ready()
-    return Terms(
-        get_exchange(request), client, Deadlines(asyncio.get_running_loop().time(), **limits)
+    return RequestContext(
+        get_exchange(request), client, RequestTimeouts(asyncio.get_running_loop().time(), **limits)
     )
 
 
-GivenTerms = Annotated[Terms, Depends(get_terms)]
+GivenTerms = Annotated[RequestContext, Depends(get_request_context)]
 
 
 @asynccontextmanager
-async def preparing(request: Request, service: Service, terms: Terms) -> AsyncIterator[None]:
+async def prepare_slot(
+    request: Request, service: AppState, terms: RequestContext
+) -> AsyncIterator[None]:
     """The way of a request up to the engine, in the block: in the client's turn, and in time.
 
     Raises:
@@ -78,13 +82,13 @@ async def preparing(request: Request, service: Service, terms: Terms) -> AsyncIt
         Overloaded, DeadlineExceeded: it takes too long.
         ClientDisconnect: nobody waits for it any more.
     """
-    queue, deadlines = service.engine.queue, terms.deadlines
-    place = queue.enter(terms.client, 1, 0)
+    queue, deadlines = service.engine.queue, terms.timeouts
+    place = queue.admit_or_reject(terms.client, 1, 0)
     first = deadlines.first
     try:
         async with (
             asyncio.timeout_at(deadlines.time(first) if first else None) as timeout,
-            service.one_each.turn(terms.client),
+            service.one_each.acquire(terms.client),
         ):
             if await request.is_disconnected():
                 raise ClientDisconnect
@@ -94,7 +98,7 @@ async def preparing(request: Request, service: Service, terms: Terms) -> AsyncIt
             raise
         raise deadlines.error(first, queue.retry_after()) from None
     finally:
-        queue.give_up(place)
+        queue.release(place)
 
 
 def read_seconds(name: str, value: str) -> float:

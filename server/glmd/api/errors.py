@@ -1,6 +1,6 @@
 """What a client is told when something is wrong: one mapping for every error and every API.
 
-Any exception becomes a `Problem`; a problem becomes a response, or an event of a stream that
+Any exception becomes a `ErrorInfo`; a problem becomes a response, or an event of a stream that
 has begun, in the shape of the API at hand: Anthropic's under `/v1/messages`
 (`glmd.api.anthropic.errors`), else OpenAI's, `{"error": {"message", "type", "param", "code"}}`
 (https://platform.openai.com/docs/guides/error-codes).
@@ -43,7 +43,7 @@ MAX_MESSAGE, MAX_PARAM = 1000, 300
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ErrorInfo:
     """An error, before it takes an API's shape.
 
     Attributes:
@@ -94,7 +94,7 @@ class Problem:
         return headers
 
 
-def respond(problem: Problem, scope: Scope) -> JSONResponse:
+def respond(problem: ErrorInfo, scope: Scope) -> JSONResponse:
     """The response in the shape of the API that the request's path belongs to."""
     if anthropic.is_path(scope["path"]):
         body = anthropic.body(problem, scope["state"]["request_id"])
@@ -102,12 +102,12 @@ def respond(problem: Problem, scope: Scope) -> JSONResponse:
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 
-def problem_of(error: Exception) -> Problem:
+def to_error(error: Exception) -> ErrorInfo:
     """What to tell the client about an exception; a bug's details stay in the log.
 
     What the client sent may be part of it, but not all of what it sent.
     """
-    problem = whole_problem(error)
+    problem = to_error_response_info(error)
     message, param = problem.message, problem.param
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
@@ -116,39 +116,39 @@ def problem_of(error: Exception) -> Problem:
     return replace(problem, message=message, param=param)
 
 
-def whole_problem(error: Exception) -> Problem:
+def to_error_response_info(error: Exception) -> ErrorInfo:
     match error:
         case GlmdError():
             return problem_of_ours(error)
         case RequestValidationError():
             return validation_problem(error.errors(), error.body)
         case HTTPException():
-            return Problem(error.status_code, "invalid_request_error", str(error.detail))
+            return ErrorInfo(error.status_code, "invalid_request_error", str(error.detail))
         case _:
             message = "The server failed on this request; its log says why."
-            return Problem(500, "server_error", message)
+            return ErrorInfo(500, "server_error", message)
 
 
-def problem_of_ours(error: GlmdError) -> Problem:
+def problem_of_ours(error: GlmdError) -> ErrorInfo:
     message = error.message
     match error:
         case InvalidRequest(param=param, code=code):
             return bad_request(message, param=param, code=code)
         case ModelNotFound():
-            return Problem(404, "invalid_request_error", message, "model", "model_not_found")
+            return ErrorInfo(404, "invalid_request_error", message, "model", "model_not_found")
         case Overloaded() | DeadlineExceeded() | EngineUnavailable():
             return unserved(error)
         case Cancelled():
             # Clients send a 409 or a 5xx again by themselves; this must not come back.
-            return Problem(499, "invalid_request_error", message, code="request_cancelled")
+            return ErrorInfo(499, "invalid_request_error", message, code="request_cancelled")
         case CrashesEngine():
             # Not 4xx that clients send again by themselves (408, 409, 429), and not 5xx.
-            return Problem(422, "invalid_request_error", message, code="crashes_engine")
+            return ErrorInfo(422, "invalid_request_error", message, code="crashes_engine")
         case _:
-            return Problem(500, "server_error", message)
+            return ErrorInfo(500, "server_error", message)
 
 
-def unserved(error: Overloaded | DeadlineExceeded | EngineUnavailable) -> Problem:
+def unserved(error: Overloaded | DeadlineExceeded | EngineUnavailable) -> ErrorInfo:
     """What is nobody's fault, and passes.
 
     503 and not 429: it is the server that is full, whoever asks, and OpenAI's own clients try
@@ -157,18 +157,22 @@ def unserved(error: Overloaded | DeadlineExceeded | EngineUnavailable) -> Proble
     message = error.message
     match error:
         case Overloaded(retry_after=seconds):
-            return Problem(503, "overloaded_error", message, code="overloaded", retry_after=seconds)
+            return ErrorInfo(
+                503, "overloaded_error", message, code="overloaded", retry_after=seconds
+            )
         case DeadlineExceeded(worth_retrying=again):
-            return Problem(504, "timeout_error", message, code="timeout", final=not again)
+            return ErrorInfo(504, "timeout_error", message, code="timeout", final=not again)
         case EngineUnavailable():
-            return Problem(503, "server_error", message, code="engine_unavailable", retry_after=1.0)
+            return ErrorInfo(
+                503, "server_error", message, code="engine_unavailable", retry_after=1.0
+            )
 
 
-def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> Problem:
-    return Problem(400, "invalid_request_error", message, param, code)
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ErrorInfo:
+    return ErrorInfo(400, "invalid_request_error", message, param, code)
 
 
-def validation_problem(errors: Sequence[Any], body: Any) -> Problem:
+def validation_problem(errors: Sequence[Any], body: Any) -> ErrorInfo:
     """The most telling of pydantic's errors, with its field's path in the client's spelling.
 
     A union's members all complain; the complaint that leads farthest into the body is about the
@@ -217,7 +221,7 @@ def spell_path(path: Sequence[str | int]) -> str:
     return spelt.removeprefix(".")
 
 
-def log_unexpected(error: Exception) -> None:
+def log_unhandled(error: Exception) -> None:
     """Write down an exception that no client should be the only one to hear of."""
     if not isinstance(error, GlmdError | HTTPException):
         log.error("A request failed.", exc_info=error)
@@ -225,11 +229,11 @@ def log_unexpected(error: Exception) -> None:
 
 async def answer_problem(request: Request, error: Exception) -> Response:
     """FastAPI's exception handler for everything."""
-    problem = problem_of(error)
+    problem = to_error(error)
     if isinstance(error, HTTPException):
         path = request.url.path
         if error.status_code == HTTPStatus.NOT_FOUND and error.detail == "Not Found":
-            problem = replace(problem, message=absent.sentence(path))
+            problem = replace(problem, message=absent.explain(path))
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             problem = replace(problem, message=f"{path} does not take {request.method}.")
         response = respond(problem, request.scope)
@@ -238,7 +242,7 @@ async def answer_problem(request: Request, error: Exception) -> Response:
     return respond(problem, request.scope)
 
 
-async def answer_nobody(request: Request, error: Exception) -> Response:
+async def handle_client_disconnect(request: Request, error: Exception) -> Response:
     """The client has gone: 499, as nginx calls it, for the log alone."""
     return Response(status_code=499)
 
@@ -247,4 +251,4 @@ def install(app: FastAPI) -> None:
     """Let every error of `app` leave in this module's shape."""
     for kind in (GlmdError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
-    app.add_exception_handler(ClientDisconnect, answer_nobody)
+    app.add_exception_handler(ClientDisconnect, handle_client_disconnect)

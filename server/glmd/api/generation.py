@@ -9,12 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from glmd.api.observability.request_stats import Record, Requests
+from glmd.api.observability.request_stats import RequestRegistry, RequestStats
 from glmd.chat.events import Event, Finished
 from glmd.engine_client.client import NO_DEADLINES, EngineClient
-from glmd.engine_client.timeouts import Deadlines
+from glmd.engine_client.timeouts import RequestTimeouts
 from glmd.errors import EngineUnavailable
-from glmd.ipc import Generate, Output
+from glmd.ipc import EngineRequest, SequenceOutput
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Reader(Protocol):
     completion_tokens: int
     reasoning_tokens: int
 
-    def feed(self, output: Output) -> list[Event]: ...
+    def feed(self, output: SequenceOutput) -> list[Event]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class Generation:
     def __init__(
         self,
         engine: EngineClient,
-        request: Generate,
+        request: EngineRequest,
         readers: Sequence[Reader],
         *,
-        deadlines: Deadlines = NO_DEADLINES,
-        requests: Requests,
-        record: Record,
+        deadlines: RequestTimeouts = NO_DEADLINES,
+        requests: RequestRegistry,
+        record: RequestStats,
         report_progress: bool = False,
         report_tokens: bool = False,
         on_finished: Callable[[int], None] = lambda index: None,
@@ -115,7 +115,7 @@ class Generation:
                     index = output.index
                     if index in ended:
                         continue
-                    requests.take(record, output)
+                    requests.observe(record, output)
                     if output.prompt_tokens:
                         self._cached[index] = output.cached_tokens
                     if output.computed_tokens and self._report_progress:
@@ -128,7 +128,7 @@ class Generation:
                             requests.finished(record, event.reason)
                             self._on_finished(index)
                         yield index, event
-                    if index in ended and output.finish is None:
+                    if index in ended and output.finish_reason is None:
                         self._engine.cancel(self._request.id, index)
             if len(ended) < len(self._readers):
                 raise EngineUnavailable("The engine cancelled this request.")

@@ -16,10 +16,10 @@ from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmd.api.client_id import client_of
-from glmd.api.errors import Problem, respond
-from glmd.api.observability.exchange import Exchange
-from glmd.utils.fair_limiter import Pool, Share
+from glmd.api.client_id import client_id
+from glmd.api.errors import ErrorInfo, respond
+from glmd.api.observability.exchange import HttpExchange
+from glmd.utils.fair_limiter import FairLimiter, Reservation
 from glmd.utils.logging import request_id
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
@@ -41,7 +41,7 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What a client's `x-request-id` may look like to be taken over."""
 
 
-class RequestId:
+class RequestIdMiddleware:
     """Give every request an id, the client's own if it sent one, and return it.
 
     It goes back as `x-request-id`, and as `request-id`, which is Anthropic's name for it.
@@ -50,7 +50,7 @@ class RequestId:
         watchers: called with every exchange when it is over.
     """
 
-    def __init__(self, app: ASGIApp, watchers: Sequence[Callable[[Exchange], None]]) -> None:
+    def __init__(self, app: ASGIApp, watchers: Sequence[Callable[[HttpExchange], None]]) -> None:
         self._app = app
         self._watchers = watchers
 
@@ -60,7 +60,7 @@ class RequestId:
             return
         given = RequestHeaders(scope=scope).get("x-request-id", "")
         id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        exchange = Exchange.of(scope, id)
+        exchange = HttpExchange.of(scope, id)
         scope.setdefault("state", {}).update(request_id=id, exchange=exchange)
 
         token = request_id.set(id)
@@ -87,7 +87,7 @@ class RequestId:
             request_id.reset(token)
 
 
-class BoundedHead:
+class HeaderLimitMiddleware:
     """Refuse an address or headers larger than any client of ours has reason to send.
 
     The HTTP server's own bound on what it holds of a request, twice this one, ends a connection
@@ -105,17 +105,17 @@ class BoundedHead:
         await self._app(scope, receive, send)
 
 
-def head_problem(scope: Scope) -> Problem | None:
+def head_problem(scope: Scope) -> ErrorInfo | None:
     """What is too large about a request before its body."""
     kind = "invalid_request_error"
     if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL:
-        return Problem(414, kind, f"The address is longer than {MAX_URL} bytes.", "url")
+        return ErrorInfo(414, kind, f"The address is longer than {MAX_URL} bytes.", "url")
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     if len(headers) > MAX_HEADERS:
-        return Problem(431, kind, f"There are more than {MAX_HEADERS} headers.", "headers")
+        return ErrorInfo(431, kind, f"There are more than {MAX_HEADERS} headers.", "headers")
     if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
         name = max(headers, key=lambda header: len(header[1]))[0].decode("latin-1")[:100]
-        return Problem(
+        return ErrorInfo(
             431,
             kind,
             f"The headers are larger than {MAX_HEADER_BYTES} bytes; the largest is {name}.",
@@ -124,7 +124,7 @@ def head_problem(scope: Scope) -> Problem | None:
     return None
 
 
-class HeadAsGet:
+class HeadAsGetMiddleware:
     """Answer HEAD as GET; the HTTP server leaves the body out.
 
     Clients ask so whether anyone is there, before they send a prompt.
@@ -142,7 +142,7 @@ class HeadAsGet:
         await self._app(scope, receive, send)
 
 
-class WholeBody:
+class BodyLimitMiddleware:
     """Read a request's body, of a type that the routes understand, up to a limit.
 
     A request that is too large or no JSON is refused before anything parses it; so is one that
@@ -153,17 +153,17 @@ class WholeBody:
         self._app = app
         self._limit = limit
         self._seconds = seconds
-        self._held = Pool(HELD_BODIES * limit)
+        self._held = FairLimiter(HELD_BODIES * limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self._app(scope, receive, send)
             return
-        with self._held.share(client_of(scope)) as share:
-            body: bytes | Problem | None = self._refusal(RequestHeaders(scope=scope))
+        with self._held.share(client_id(scope)) as share:
+            body: bytes | ErrorInfo | None = self._refusal(RequestHeaders(scope=scope))
             if body is None:
                 body = await self._read(receive, share)
-            if isinstance(body, Problem):
+            if isinstance(body, ErrorInfo):
                 await respond(body, scope)(scope, receive, send)
             elif body is not None:
                 pending: list[Message] = [{"type": "http.request", "body": body}]
@@ -174,7 +174,7 @@ class WholeBody:
 
                 await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive, share: Share) -> bytes | Problem | None:
+    async def _read(self, receive: Receive, share: Reservation) -> bytes | ErrorInfo | None:
         """The body, or what is wrong with it; None: the client has gone."""
         body = bytearray()
         more = True
@@ -195,23 +195,23 @@ class WholeBody:
             return self._too_slow()
         return bytes(body)
 
-    def _refusal(self, headers: RequestHeaders) -> Problem | None:
+    def _refusal(self, headers: RequestHeaders) -> ErrorInfo | None:
         """What is wrong by the headers alone."""
         length = headers.get("content-length", "0")
         if length == "0" and "transfer-encoding" not in headers:
             return None
         if not is_json(headers.get("content-type", "")):
-            return Problem(
+            return ErrorInfo(
                 415,
                 "invalid_request_error",
                 "The body must be JSON: send the header `Content-Type: application/json`.",
             )
         if headers.get("content-encoding", "identity") != "identity":
-            return Problem(415, "invalid_request_error", "Compressed bodies are not supported.")
+            return ErrorInfo(415, "invalid_request_error", "Compressed bodies are not supported.")
         return self._too_large() if length.isdecimal() and int(length) > self._limit else None
 
-    def _no_room(self) -> Problem:
-        return Problem(
+    def _no_room(self) -> ErrorInfo:
+        return ErrorInfo(
             503,
             "overloaded_error",
             "The requests in flight hold as much memory as they may. Try again later.",
@@ -219,16 +219,16 @@ class WholeBody:
             retry_after=1.0,
         )
 
-    def _too_slow(self) -> Problem:
-        return Problem(
+    def _too_slow(self) -> ErrorInfo:
+        return ErrorInfo(
             408,
             "timeout_error",
             f"The body has not arrived within {self._seconds:g} s.",
             code="timeout",
         )
 
-    def _too_large(self) -> Problem:
-        return Problem(
+    def _too_large(self) -> ErrorInfo:
+        return ErrorInfo(
             413,
             "invalid_request_error",
             f"The body is larger than this server's limit of {self._limit} bytes.",

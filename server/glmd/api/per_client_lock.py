@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Line:
+class _ClientLine:
     """Those of one client: who is at it, and who waits."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     length: int = 0
 
 
-class OneEach:
+class PerClientLock:
     """Lets one piece of work of each client go on; its others wait, first come, first served.
 
     What serves all of them one after the other (the thread for prompts, the process for grammars)
@@ -24,12 +24,12 @@ class OneEach:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, _ClientLine] = {}
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[None]:
+    async def acquire(self, client: str) -> AsyncIterator[None]:
         """Wait until it is the client's turn, which the block is."""
-        line = self._lines.setdefault(client, Line())
+        line = self._lines.setdefault(client, _ClientLine())
         line.length += 1
         try:
             async with line.lock:

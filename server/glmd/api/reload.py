@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 
-from glmd.api.state import Service
+from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import SettingsError
 
@@ -24,7 +24,7 @@ RELOADABLE = frozenset(
 once: the weights, the KV, the listening sockets."""
 
 
-def reload(service: Service, read: Callable[[], Settings]) -> None:
+def reload(service: AppState, read: Callable[[], Settings]) -> None:
     """Put into effect what has changed and can change; say in the log what did and what cannot.
 
     Args:

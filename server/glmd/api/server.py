@@ -19,12 +19,12 @@ from sse_starlette.sse import AppStatus
 
 from glmd import __version__
 from glmd.api import connection
-from glmd.api.access import refuse_open_door
+from glmd.api.access import require_key_on_public_bind
 from glmd.api.app import create_app
-from glmd.api.connection import Connection, Patience
+from glmd.api.connection import Connection, ConnectionTimeouts
 from glmd.api.middleware import MAX_HEAD
 from glmd.api.reload import has_terminal, reload
-from glmd.api.state import Service
+from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
 from glmd.utils import gc as heap
@@ -64,10 +64,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, service: Service, read_settings: Callable[[], Settings] | None = None
+        self, service: AppState, read_settings: Callable[[], Settings] | None = None
     ) -> None:
         settings = service.settings
-        patience = Patience(
+        patience = ConnectionTimeouts(
             settings.header_timeout, settings.reader_timeout, connection.connection_limit()
         )
         super().__init__(
@@ -136,7 +136,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(service: Service, read_settings: Callable[[], Settings] | None = None) -> None:
+def run(service: AppState, read_settings: Callable[[], Settings] | None = None) -> None:
     """Serve until told to stop.
 
     Args:
@@ -148,11 +148,11 @@ def run(service: Service, read_settings: Callable[[], Settings] | None = None) -
         CheckpointError: the engine refused the model, or never came up.
     """
     settings = service.settings
-    refuse_open_door(settings, service.keys)
+    require_key_on_public_bind(settings, service.keys)
     connection.raise_file_limit()
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
-    heap.settle()
+    heap.freeze_gc_heap()
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
     Server(service, read_settings).run(sockets)
     if service.engine.state == "failed":

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from glmd.api.context import Terms
+from glmd.api.context import RequestContext
 from glmd.api.generation import Generation
-from glmd.api.state import Service
-from glmd.chat.output_processor import Answer
+from glmd.api.state import AppState
+from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import Prompt
 from glmd.chat.tools import Tool
-from glmd.ipc import Generate, SamplingParams, pack_tokens
+from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
 
 
-def start_turn(
-    service: Service,
+def start_generation(
+    service: AppState,
     prompt: Prompt,
-    terms: Terms,
+    terms: RequestContext,
     *,
     id: str,
     sampling: SamplingParams,
@@ -40,17 +40,19 @@ def start_turn(
         reasoning_limit: tokens after which the reasoning is closed, if the prompt opens one.
         single_call: end the answer after its first tool call.
         report_tokens, report_progress: as of `Generation`.
-        options: further fields of `Generate`.
+        options: further fields of `EngineRequest`.
 
     Raises:
         InvalidRequest: the prompt is too long.
     """
     service.check_length(len(prompt.tokens), param=param)
     answers = [
-        Answer(service.tokenizer, prompt, tools=tools, stop=stop, single_call=single_call)
+        ChatOutputProcessor(
+            service.tokenizer, prompt, tools=tools, stop=stop, single_call=single_call
+        )
         for _ in range(options.get("n", 1))
     ]
-    request = Generate(
+    request = EngineRequest(
         id=id,
         prompt=pack_tokens(prompt.tokens),
         sampling=sampling,
@@ -64,10 +66,10 @@ def start_turn(
         service.engine,
         request,
         answers,
-        deadlines=terms.deadlines,
+        deadlines=terms.timeouts,
         requests=service.requests,
         record=service.requests.record(terms.exchange, request),
         report_progress=report_progress,
         report_tokens=report_tokens,
-        on_finished=lambda index: service.remember(prompt, answers[index]),
+        on_finished=lambda index: service.cache_turn(prompt, answers[index]),
     )

@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from glmd.api.errors import Problem, log_unexpected, problem_of
+from glmd.api.errors import ErrorInfo, log_unhandled, to_error
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def frame(data: str, event: str | None = None) -> bytes:
     return f"{name}data: {data}\n\n".encode()
 
 
-def error_frame(problem: Problem) -> bytes:
+def error_frame(problem: ErrorInfo) -> bytes:
     """An error after the first byte, in OpenAI's form."""
     return frame(problem.json)
 
@@ -43,7 +43,7 @@ class EventStream(EventSourceResponse):
     """
 
     def __init__(
-        self, frames: Opened, *, keep_alive: float, headers: Mapping[str, str] | None = None
+        self, frames: PrimedStream, *, keep_alive: float, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(
             frames,
@@ -62,14 +62,14 @@ class EventStream(EventSourceResponse):
                 await self._frames.aclose()
 
 
-class Opened(AsyncIterator[bytes]):
+class PrimedStream(AsyncIterator[bytes]):
     """Frames of which the first has been waited for; later errors become a last frame."""
 
     def __init__(
         self,
         frames: AsyncGenerator[bytes, None],
         first: asyncio.Future[bytes] | None,
-        on_error: Callable[[Problem], bytes],
+        on_error: Callable[[ErrorInfo], bytes],
     ) -> None:
         self._frames = frames
         self._first = first
@@ -87,9 +87,9 @@ class Opened(AsyncIterator[bytes]):
         except StopAsyncIteration:
             raise
         except Exception as error:
-            log_unexpected(error)
+            log_unhandled(error)
             self._failed = True
-            return self._on_error(problem_of(error))
+            return self._on_error(to_error(error))
 
     async def aclose(self) -> None:
         """Stop, at whatever point; the engine hears of it."""
@@ -99,16 +99,16 @@ class Opened(AsyncIterator[bytes]):
         await self._frames.aclose()
 
 
-async def open_frames(
-    frames: AsyncGenerator[bytes, None], on_error: Callable[[Problem], bytes] = error_frame
-) -> Opened:
+async def prime(
+    frames: AsyncGenerator[bytes, None], on_error: Callable[[ErrorInfo], bytes] = error_frame
+) -> PrimedStream:
     """Wait a moment for the first frame, so that an early error is raised and not streamed.
 
     Args:
         on_error: makes the last frame of a stream that fails later.
     """
     first = asyncio.ensure_future(anext(frames))
-    opened = Opened(frames, first, on_error)
+    opened = PrimedStream(frames, first, on_error)
     try:
         done, _ = await asyncio.wait([first], timeout=REFUSAL_PATIENCE)
         if done:
@@ -119,7 +119,7 @@ async def open_frames(
     return opened
 
 
-async def with_silences(
+async def with_heartbeat(
     source: AsyncGenerator[T, None], every: float
 ) -> AsyncGenerator[T | None, None]:
     """The items, and None for each `every` seconds in which there was none.
@@ -146,7 +146,7 @@ async def with_silences(
         await asyncio.wait([coming])
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away.
 
     The request's body must have been read.

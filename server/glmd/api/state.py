@@ -17,26 +17,26 @@ from typing import TypeVar
 from fastapi import Request
 
 from glmd import __version__
-from glmd.api.auth import Keyring
+from glmd.api.auth import ApiKeyStore
 from glmd.api.defaults import Defaults
-from glmd.api.observability.request_stats import Requests
-from glmd.api.per_client_lock import OneEach
+from glmd.api.observability.request_stats import RequestRegistry
+from glmd.api.per_client_lock import PerClientLock
 from glmd.chat.messages import Conversation
-from glmd.chat.output_processor import Answer
+from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import Prompt, build_prompt
 from glmd.chat.request_limits import MAX_NAME, check_length
-from glmd.chat.template_process import Renderer
+from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.turn_cache import Turns
+from glmd.chat.turn_cache import TurnTokenCache
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.config import Settings
-from glmd.engine_client.admission import Queue
+from glmd.engine_client.admission import AdmissionQueue
 from glmd.engine_client.client import EngineClient
-from glmd.engine_client.process import Launch
+from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import InvalidRequest, ModelNotFound
-from glmd.ipc import Guidance
-from glmd.structured_output import GrammarCompiler, Structure
-from glmd.utils.suggest import nearest
+from glmd.ipc import GrammarSpec
+from glmd.structured_output import GrammarCompiler, OutputSpec
+from glmd.utils.suggest import did_you_mean
 
 log = logging.getLogger("glmd.api")
 
@@ -85,7 +85,7 @@ class ServedModel:
         return any(fnmatchcase(name, own) for own in self.names)
 
 
-class Service:
+class AppState:
     """What the routes work with, for the life of one app.
 
     Attributes:
@@ -104,8 +104,8 @@ class Service:
         self,
         settings: Settings,
         model: ServedModel,
-        launch: Launch,
-        keys: Keyring | None = None,
+        launch: EngineProcessConfig,
+        keys: ApiKeyStore | None = None,
     ) -> None:
         """Read what the API needs of the checkpoint, which is everything but weights.
 
@@ -118,21 +118,21 @@ class Service:
         """
         self.settings = settings
         self.model = model
-        self.keys = Keyring.of(settings) if keys is None else keys
-        queue = Queue(settings.max_queue, settings.max_queue_tokens)
+        self.keys = ApiKeyStore.of(settings) if keys is None else keys
+        queue = AdmissionQueue(settings.max_queue, settings.max_queue_tokens)
         self.engine = EngineClient(launch, queue=queue)
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
         self.fingerprint = fingerprint(__version__, model.id, str(model.created))
-        self.requests = Requests()
+        self.requests = RequestRegistry()
         self.began = time.monotonic()
         self._grammars = GrammarCompiler(self.tokenizer.controls)
-        self._template = Renderer.load(model.folder, self.tokenizer.controls)
-        self._turns = Turns(settings.turn_memory) if settings.turn_memory else None
-        # One thread, because `Turns` wants to be used by one, and because encoding a book
+        self._template = TemplateProcess.load(model.folder, self.tokenizer.controls)
+        self._turns = TurnTokenCache(settings.turn_memory) if settings.turn_memory else None
+        # One thread, because `TurnTokenCache` wants to be used by one, and because encoding a book
         # must not keep the event loop from passing tokens on.
         self._worker = ThreadPoolExecutor(1, "prompts")
-        self.one_each = OneEach()
+        self.one_each = PerClientLock()
 
     def configure(self, settings: Settings) -> None:
         """Go on with these settings, as far as they are read anew by each request."""
@@ -162,7 +162,7 @@ class Service:
         profiles = self.settings.all_profiles
         if name is not None and name not in profiles:
             raise InvalidRequest(
-                f"There is no profile {name!r} here{nearest(name, profiles)}", param="profile"
+                f"There is no profile {name!r} here{did_you_mean(name, profiles)}", param="profile"
             )
         return Defaults.of(
             self.settings, self._sampling, profiles[name] if name is not None else None
@@ -186,7 +186,7 @@ class Service:
             return None
         if is_ours:
             raise ModelNotFound(
-                f"There is no profile {suffix!r} of {own!r} here{nearest(suffix, profiles)}"
+                f"There is no profile {suffix!r} of {own!r} here{did_you_mean(suffix, profiles)}"
             )
         raise ModelNotFound(
             f"There is no model {model!r} here; this server has {self.model.id!r} (or 'default')."
@@ -214,7 +214,7 @@ class Service:
         Raises:
             InvalidRequest: the template refuses it.
         """
-        return await self.work(
+        return await self.run_in_worker(
             partial(
                 build_prompt,
                 conversation,
@@ -224,7 +224,9 @@ class Service:
             )
         )
 
-    async def guide(self, structure: Structure, prompt: Prompt | None = None) -> Guidance | None:
+    async def compile_grammar(
+        self, structure: OutputSpec, prompt: Prompt | None = None
+    ) -> GrammarSpec | None:
         """What holds the answer to `prompt`, or to raw text, to a structure; None if nothing must.
 
         Raises:
@@ -237,13 +239,13 @@ class Service:
         in_reasoning = prompt is not None and prompt.in_reasoning
         return await self._grammars.compile(structure, in_reasoning=in_reasoning)
 
-    def remember(self, prompt: Prompt, answer: Answer) -> None:
+    def cache_turn(self, prompt: Prompt, answer: ChatOutputProcessor) -> None:
         """Keep a finished answer's tokens for when the client sends the turn back."""
         if self._turns is not None:
             kept = self._worker.submit(self._turns.remember, prompt, answer.turn())
             kept.add_done_callback(log_failure)
 
-    async def work(self, task: Callable[[], T]) -> T:
+    async def run_in_worker(self, task: Callable[[], T]) -> T:
         """Run something that may take long beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, task)
 
@@ -273,7 +275,7 @@ def fingerprint(*parts: str) -> str:
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:10]}"
 
 
-async def get_service(request: Request) -> Service:
+async def get_state(request: Request) -> AppState:
     """FastAPI dependency: the app's service."""
-    service: Service = request.app.state.service
+    service: AppState = request.app.state.service
     return service

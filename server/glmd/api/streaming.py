@@ -1,7 +1,7 @@
 """An answer told as named events, which is how the Responses and the Messages API stream.
 
-A `Teller` turns the chat layer's events into its API's own and folds them into one object on the
-way. A stream writes what it tells; a whole answer lets it tell to the end, and takes the object.
+A `ResponseBuilder` turns the chat layer's events into its API's own and folds them into one object
+on the way. A stream writes each event; a whole answer drains them and takes the object.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from glmd.api.generation import Generation, Produced, Progress
-from glmd.api.sse import frame, with_silences
+from glmd.api.sse import frame, with_heartbeat
 from glmd.chat.events import Event
 
 
@@ -28,7 +28,7 @@ E = TypeVar("E", bound=NamedEvent)
 E_co = TypeVar("E_co", bound=NamedEvent, covariant=True)
 
 
-class Teller(Protocol[E_co]):
+class ResponseBuilder(Protocol[E_co]):
     """One answer on its way."""
 
     def start(self) -> Iterator[E_co]:
@@ -44,8 +44,8 @@ class Teller(Protocol[E_co]):
         """What comes last, after `Finished`."""
 
 
-async def tell(
-    teller: Teller[E], generation: Generation, *, keep_alive: float
+async def stream_events(
+    teller: ResponseBuilder[E], generation: Generation, *, keep_alive: float
 ) -> AsyncGenerator[E, None]:
     """All that a stream says, with a sign of life for each `keep_alive` seconds of silence.
 
@@ -53,7 +53,7 @@ async def tell(
     """
     source = generation.events()
     begun = False
-    async with aclosing(source), aclosing(with_silences(source, keep_alive)) as items:
+    async with aclosing(source), aclosing(with_heartbeat(source, keep_alive)) as items:
         async for item in items:
             if not begun:
                 begun = True
@@ -68,14 +68,14 @@ async def tell(
         yield told
 
 
-async def frames(events: AsyncGenerator[NamedEvent, None]) -> AsyncGenerator[bytes, None]:
+async def encode_sse(events: AsyncGenerator[NamedEvent, None]) -> AsyncGenerator[bytes, None]:
     """The events as they go over the wire."""
     async with aclosing(events):
         async for event in events:
             yield write(event)
 
 
-async def exhaust(events: AsyncGenerator[NamedEvent, None]) -> None:
+async def drain(events: AsyncGenerator[NamedEvent, None]) -> None:
     """Let everything be told, for the sake of what it adds up to."""
     async with aclosing(events):
         async for _ in events:

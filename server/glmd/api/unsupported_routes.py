@@ -34,7 +34,7 @@ REASONS = {
 """By path, and for all paths below it."""
 
 
-def sentence(path: str) -> str:
+def explain(path: str) -> str:
     """Why a path is not found."""
     here = path.rstrip("/") or path
     while here:

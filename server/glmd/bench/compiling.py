@@ -11,9 +11,9 @@ from statistics import median
 
 from glmd.chat.tokenizer import Tokenizer
 from glmd.checkpoint.config import load_config
-from glmd.engine.structured_output import Constraints
-from glmd.ipc import Guidance
-from glmd.structured_output import GrammarCompiler, Structure
+from glmd.engine.structured_output import StructuredOutputManager
+from glmd.ipc import GrammarSpec
+from glmd.structured_output import GrammarCompiler, OutputSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class CompileTimes:
     follow_again: float
 
 
-def compile_times(folder: Path, form: Callable[[str], Structure], repeat: int) -> CompileTimes:
+def compile_times(folder: Path, form: Callable[[str], OutputSpec], repeat: int) -> CompileTimes:
     """Measure.
 
     Args:
@@ -46,10 +46,10 @@ def compile_times(folder: Path, form: Callable[[str], Structure], repeat: int) -
     return asyncio.run(_measure(folder, form, repeat))
 
 
-async def _measure(folder: Path, form: Callable[[str], Structure], repeat: int) -> CompileTimes:
+async def _measure(folder: Path, form: Callable[[str], OutputSpec], repeat: int) -> CompileTimes:
     config = load_config(folder)
     compiler = GrammarCompiler(Tokenizer.load(folder).controls)
-    constraints = Constraints(folder, config.vocab_size, config.eos_token_ids)
+    constraints = StructuredOutputManager(folder, config.vocab_size, config.eos_token_ids)
     checks, checks_again, follows, follows_again = [], [], [], []
     start = 0.0
     try:
@@ -73,7 +73,7 @@ async def _measure(folder: Path, form: Callable[[str], Structure], repeat: int) 
     )
 
 
-async def _check(compiler: GrammarCompiler, structure: Structure) -> tuple[Guidance, float]:
+async def _check(compiler: GrammarCompiler, structure: OutputSpec) -> tuple[GrammarSpec, float]:
     start = time.perf_counter()
     guidance = await compiler.compile(structure, in_reasoning=False)
     seconds = time.perf_counter() - start
@@ -81,7 +81,7 @@ async def _check(compiler: GrammarCompiler, structure: Structure) -> tuple[Guida
     return guidance, seconds
 
 
-def _follow(constraints: Constraints, guidance: Guidance) -> float:
+def _follow(constraints: StructuredOutputManager, guidance: GrammarSpec) -> float:
     start = time.perf_counter()
     constraints.start(guidance, constraints.prepare(guidance).result())
     return time.perf_counter() - start

@@ -6,7 +6,7 @@ from typing import Any
 
 from glmd.bench.agent_tools import AGENT_TOOLS
 from glmd.chat.tools import read_tools
-from glmd.structured_output import JsonSchema, Regex, Structure, make_structure
+from glmd.structured_output import JsonSchema, OutputSpec, Regex, make_structure
 
 RECORD: dict[str, Any] = {
     "type": "object",
@@ -41,7 +41,7 @@ RECORDS: dict[str, Any] = {
 }
 
 
-def agent_tools(suffix: str = "") -> Structure:
+def agent_tools(suffix: str = "") -> OutputSpec:
     """A call of one of an agent's twenty tools, and then another.
 
     Args:
@@ -54,10 +54,10 @@ def agent_tools(suffix: str = "") -> Structure:
     return make_structure(None, read_tools(tools), required=True)
 
 
-def forms() -> dict[str, Structure]:
+def forms() -> dict[str, OutputSpec]:
     """By name."""
     return {
-        "any text": Structure(Regex("(?s:.*)", "regex")),
-        "JSON records": Structure(JsonSchema(RECORDS, "schema")),
+        "any text": OutputSpec(Regex("(?s:.*)", "regex")),
+        "JSON records": OutputSpec(JsonSchema(RECORDS, "schema")),
         "calls of 20 tools": agent_tools(),
     }

@@ -9,8 +9,8 @@ from glmd.bench.side import Progress, Session
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
-from glmd.engine.structured_output import Constraints
-from glmd.ipc import Generate, Output, SamplingParams, TokenArray, pack_tokens
+from glmd.engine.structured_output import StructuredOutputManager
+from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, TokenArray, pack_tokens
 from glmd.model.loader import load_model
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -48,7 +48,7 @@ class GlmdSide:
         """A session with an empty KV store."""
         return GlmdSession(self.engine())
 
-    def engine(self, constraints: Constraints | None = None) -> Engine:
+    def engine(self, constraints: StructuredOutputManager | None = None) -> Engine:
         """An engine with an empty KV store.
 
         Args:
@@ -61,7 +61,7 @@ class GlmdSession:
     """One engine.
 
     Args:
-        form: fields of `Generate` that all requests have beside the benchmark's own.
+        form: fields of `EngineRequest` that all requests have beside the benchmark's own.
     """
 
     def __init__(self, engine: Engine, **form: Any) -> None:
@@ -70,7 +70,7 @@ class GlmdSession:
 
     def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None:
         self._engine.submit(
-            Generate(
+            EngineRequest(
                 id=str(request),
                 prompt=pack_tokens(prompt),
                 max_tokens=max_tokens,
@@ -107,7 +107,7 @@ class GlmdSession:
         self._engine.close()
 
 
-def _progress(output: Output) -> Progress:
+def _progress(output: SequenceOutput) -> Progress:
     if output.error is not None:
         raise RuntimeError(f"request {output.id}: {output.error}")
     return Progress(
@@ -116,5 +116,5 @@ def _progress(output: Output) -> Progress:
         prefilled=output.computed_tokens or None,
         # The first Output with tokens tells.
         cached=output.cached_tokens if output.prompt_tokens else None,
-        ended=output.finish is not None,
+        ended=output.finish_reason is not None,
     )

@@ -22,12 +22,12 @@ from glmd.bench.forms import agent_tools, forms
 from glmd.bench.glmd_side import GlmdSession, GlmdSide
 from glmd.bench.side import Session, run
 from glmd.bench.workloads import Prompts
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.tokenizer import Tokenizer
 from glmd.checkpoint.config import load_config
 from glmd.checkpoint.generation_config import sampling_defaults
-from glmd.engine.structured_output import Ask, Constraints, Words
-from glmd.ipc import Guidance
+from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words
+from glmd.ipc import GrammarSpec
 from glmd.structured_output.build import build
 
 ROWS = 16
@@ -83,7 +83,7 @@ class _Run:
     masks: float
 
 
-class _TimedConstraints(Constraints):
+class _TimedConstraints(StructuredOutputManager):
     """Notes how long each step's masks take."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class _TimedConstraints(Constraints):
         super().__init__(folder, config.vocab_size, config.eos_token_ids)
         self.seconds: list[float] = []
 
-    def masks(self, asks: Sequence[Ask]) -> tuple[list[int], Words]:
+    def masks(self, asks: Sequence[MaskRequest]) -> tuple[list[int], Words]:
         start = time.perf_counter()
         found = super().masks(asks)
         self.seconds.append(time.perf_counter() - start)
@@ -103,7 +103,7 @@ class _Held:
 
     name = "glmd"
 
-    def __init__(self, glmd: GlmdSide, folder: Path, guidance: Guidance | None) -> None:
+    def __init__(self, glmd: GlmdSide, folder: Path, guidance: GrammarSpec | None) -> None:
         self.constraints = _TimedConstraints(folder)
         self._glmd = glmd
         ends = dict.fromkeys(load_config(folder).eos_token_ids, NEVER)
@@ -148,7 +148,7 @@ def bench_grammar(
         CheckpointError: the checkpoint cannot be loaded.
     """
     config = load_config(folder)
-    tags = Tags.find(Tokenizer.load(folder).controls, "the tokenizer")
+    tags = SpecialTokens.find(Tokenizer.load(folder).controls, "the tokenizer")
     on_progress(f"loading {folder.name}")
     glmd = GlmdSide(folder, "bfloat16" if on_gpu() else "float32")
     workload = workloads.decode(Prompts(config.vocab_size, scale), ROWS, new=tokens)
@@ -156,7 +156,7 @@ def bench_grammar(
     speeds = []
     for name, structure in forms().items():
         if only in name:
-            held = _Held(glmd, folder, Guidance(grammar=build(structure, tags).text))
+            held = _Held(glmd, folder, GrammarSpec(grammar=build(structure, tags).text))
             speeds.append(_speed(name, free, held, workload, repeat, on_progress))
     on_progress("compiling an agent's 20 tools")
     return GrammarReport(ROWS, tokens, speeds, compile_times(folder, agent_tools, repeat))

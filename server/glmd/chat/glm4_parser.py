@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 from glmd.chat.events import Event
-from glmd.chat.special_tokens import Tags
-from glmd.chat.tool_call_parser import CallReader
+from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tool_call_parser import ToolCallParser
 from glmd.chat.tools import Tool
 
 Section = Literal["reasoning", "content", "call"]
 
 
-class Parser:
+class Glm4OutputParser:
     """Follows the tags. Text belongs to the `section` they lead to; that of calls is read here.
 
     A call may stand anywhere, also inside the reasoning; after it, the section around it goes on.
@@ -30,7 +30,7 @@ class Parser:
         broken_calls: a call's arguments stayed open.
     """
 
-    def __init__(self, tags: Tags, tools: Sequence[Tool], *, in_reasoning: bool) -> None:
+    def __init__(self, tags: SpecialTokens, tools: Sequence[Tool], *, in_reasoning: bool) -> None:
         """
         Args:
             tools: those that may be called; without any, calls are left out.
@@ -43,7 +43,7 @@ class Parser:
         self._tags = tags
         self._tools = {tool.name: tool for tool in tools}
         self._in_reasoning = in_reasoning
-        self._call: CallReader | None = None
+        self._call: ToolCallParser | None = None
         self._lacks_end = False
 
     @property
@@ -63,7 +63,7 @@ class Parser:
         if tag == self._tags.tool_call and (call is None or not call.in_value):
             events = [] if call is None else call.stop()
             self._leave()
-            self._call = CallReader(self.calls, self._tools, self._tags)
+            self._call = ToolCallParser(self.calls, self._tools, self._tags)
             self.opened_calls += 1
             return self._allowed(events)
         if call is not None:

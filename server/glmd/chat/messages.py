@@ -2,7 +2,7 @@
 
 `read_messages` and `read_tools` (in `glmd.chat.tools`) take the OpenAI chat shape, which most
 clients speak; the Responses and Anthropic APIs build these types themselves, with `text_of`,
-`arguments_of` and `arrange_results`.
+`arguments_of` and `order_tool_results`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Conversation:
     """Everything that decides a prompt."""
 
     messages: Sequence[Message]
-    """In order, tool results in the order of their calls (`arrange_results`)."""
+    """In order, tool results in the order of their calls (`order_tool_results`)."""
     tools: Sequence[Tool] = ()
     """What the prompt tells the model of, whether or not it may call them now."""
     template_kwargs: Mapping[str, Json] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def read_messages(raw: Sequence[Mapping[str, Any]], param: str = "messages") -> 
     check_count(raw, MAX_MESSAGES, param)
     params = [f"{param}[{index}]" for index in range(len(raw))]
     messages = [_read_message(message, where) for message, where in zip(raw, params, strict=True)]
-    return arrange_results(messages, params)
+    return order_tool_results(messages, params)
 
 
 def text_of(content: object, param: str) -> str:
@@ -130,7 +130,7 @@ def arguments_of(value: object, param: str) -> dict[str, Json]:
     return value
 
 
-def arrange_results(
+def order_tool_results(
     messages: Sequence[Message], params: Sequence[str], *, id_key: str = "tool_call_id"
 ) -> list[Message]:
     """Put each run of tool results in the order of the calls that they answer.

@@ -17,18 +17,18 @@ from glmd.chat.events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from glmd.chat.glm4_parser import Parser
+from glmd.chat.glm4_parser import Glm4OutputParser
 from glmd.chat.messages import AssistantMessage, ToolCall, arguments_of
 from glmd.chat.prompt import Prompt
 from glmd.chat.text_stream import TextStream
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.tools import Tool
-from glmd.chat.turn_cache import Turn
+from glmd.chat.turn_cache import GeneratedTurn
 from glmd.errors import InvalidRequest
-from glmd.ipc import FinishReason, Output
+from glmd.ipc import FinishReason, SequenceOutput
 
 
-class Answer:
+class ChatOutputProcessor:
     """A chat answer: detokenizer, parser, stop strings, log-probabilities, finish reason.
 
     Attributes:
@@ -61,7 +61,7 @@ class Answer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._spellings = tokenizer.spellings
-        self._parser = Parser(tokenizer.tags, tools, in_reasoning=prompt.in_reasoning)
+        self._parser = Glm4OutputParser(tokenizer.tags, tools, in_reasoning=prompt.in_reasoning)
         self._detokenizer = Detokenizer()
         self._reasoning = TextStream(ReasoningDelta)
         self._content = TextStream(ContentDelta, stop=stop, hold_blank=True)
@@ -76,7 +76,7 @@ class Answer:
         self._whole = False
         """The answer ended as answers do: by itself, at its limit, or at a stop string."""
 
-    def feed(self, output: Output) -> list[Event]:
+    def feed(self, output: SequenceOutput) -> list[Event]:
         """Events of one engine output, in order.
 
         An output that ends "cancelled" or "error" gives what text was left, and no `Finished`:
@@ -87,7 +87,7 @@ class Answer:
         events: list[Event] = []
         tokens = output.tokens
         self.completion_tokens += len(tokens)
-        if output.finish == "stop" and tokens and not self._is_ours(tokens[-1]):
+        if output.finish_reason == "stop" and tokens and not self._is_ours(tokens[-1]):
             tokens = tokens[:-1]
         data = b""
         for index, token in enumerate(tokens):
@@ -106,12 +106,12 @@ class Answer:
                 info = TokenInfo(token, output.logprobs[index])
                 events += self._text(self._tokenizer.token_bytes(token), info)
         events += self._text(data)
-        if self.stopped or output.finish is not None:
-            events += self._finish(output.finish or "stop")
+        if self.stopped or output.finish_reason is not None:
+            events += self._finish(output.finish_reason or "stop")
         return events
 
-    def turn(self) -> Turn | None:
-        """What to remember (`Turns.remember`) of the finished answer, if anything.
+    def turn(self) -> GeneratedTurn | None:
+        """What to remember (`TurnTokenCache.remember`) of the finished answer, if anything.
 
         Nothing of one that broke off inside a call, that holds a call the client was not told of,
         or a tag that would open a turn. A call too many is not part of it.
@@ -135,7 +135,7 @@ class Answer:
         except InvalidRequest:  # nested more deeply than could be read when it returns
             return None
         seen = AssistantMessage(self._content.text, self._reasoning.text, calls)
-        return Turn(seen, np.array(self._tokens, np.int32), closing)
+        return GeneratedTurn(seen, np.array(self._tokens, np.int32), closing)
 
     def _is_ours(self, token: int) -> bool:
         """A tag that means something even as the last token (a stop token): not an end token."""
@@ -230,12 +230,12 @@ class Answer:
         return self._tokens[: self._section_start] + tokens[:count] + rest
 
 
-class TextAnswer:
+class CompletionOutputProcessor:
     """A raw text completion: everything is content, stop strings apply, tags are not parsed.
 
     Special tokens are left out of the text; other tags (`<think>`) are spelled.
 
-    Attributes: as `Answer`'s; `reasoning_tokens` is 0.
+    Attributes: as `ChatOutputProcessor`'s; `reasoning_tokens` is 0.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
@@ -247,27 +247,27 @@ class TextAnswer:
         self._detokenizer = Detokenizer()
         self._content = TextStream(ContentDelta, stop=stop)
 
-    def feed(self, output: Output) -> list[Event]:
+    def feed(self, output: SequenceOutput) -> list[Event]:
         """Events of one engine output: content, and `Finished` at the end."""
         if self.finished:
             return []
         events: list[Event] = []
-        tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
+        tokens = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens
         self.completion_tokens += len(output.tokens)
         for index, token in enumerate(tokens):
             special = token in self._tokenizer.special
             data = b"" if special else self._tokenizer.token_bytes(token)
             info = None if output.logprobs is None else TokenInfo(token, output.logprobs[index])
             events += self._content.feed(self._detokenizer.feed(data), info)
-        if output.finish is not None:
+        if output.finish_reason is not None:
             events += self._content.feed(self._detokenizer.flush())
         self.stopped = self._content.stopped_by is not None
-        if output.finish is None and not self.stopped:
+        if output.finish_reason is None and not self.stopped:
             return events
         self.finished = True
         events += self._content.end()
-        if self.stopped or output.finish == "stop":
+        if self.stopped or output.finish_reason == "stop":
             events.append(Finished("stop", self._content.stopped_by))
-        elif output.finish == "length":
+        elif output.finish_reason == "length":
             events.append(Finished("length"))
         return events

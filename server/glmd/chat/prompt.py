@@ -24,7 +24,7 @@ from glmd.chat.messages import (
 )
 from glmd.chat.template import Template
 from glmd.chat.tokenizer import Piece, Tokenizer
-from glmd.chat.turn_cache import Turns
+from glmd.chat.turn_cache import TurnTokenCache
 from glmd.errors import InvalidRequest
 from glmd.ipc import TokenArray
 
@@ -53,7 +53,7 @@ def build_prompt(
     *,
     tokenizer: Tokenizer,
     template: Template,
-    turns: Turns | None = None,
+    turns: TurnTokenCache | None = None,
 ) -> Prompt:
     """Render, encode and splice remembered turns in (`turns=None`: never).
 

@@ -24,7 +24,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tags:
+class SpecialTokens:
     """Token ids of the tags that the prompt builder and the parser work with."""
 
     system: int
@@ -41,7 +41,7 @@ class Tags:
     end_arg_value: int
 
     @classmethod
-    def find(cls, controls: Mapping[str, int], file: str) -> Tags:
+    def find(cls, controls: Mapping[str, int], file: str) -> SpecialTokens:
         """Look the tags up among a tokenizer's added tokens.
 
         Raises:

@@ -46,7 +46,7 @@ HEADER = 8
 """Bytes of a message's length, little-endian."""
 
 
-class Renderer:
+class TemplateProcess:
     """A template's process: started at once, and again after it had to be ended. For one thread."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Renderer:
             raise CheckpointError(answer["error"], file=file)
 
     @classmethod
-    def load(cls, folder: Path, controls: Mapping[str, int]) -> Renderer:
+    def load(cls, folder: Path, controls: Mapping[str, int]) -> TemplateProcess:
         """The template of a checkpoint.
 
         Raises:

@@ -16,10 +16,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.errors import CheckpointError
 from glmd.ipc import TokenArray
-from glmd.utils.lru import LRU
+from glmd.utils.lru import LRUCache
 
 Piece = str | int
 """A stretch of plain text, or the id of one control token."""
@@ -67,12 +67,12 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.controls: Mapping[str, int] = {token.content: id for id, token in added.items()}
         self.spellings: Mapping[int, str] = {id: name for name, id in self.controls.items()}
-        self.tags = Tags.find(self.controls, file)
+        self.tags = SpecialTokens.find(self.controls, file)
         marked = frozenset(id for id, token in added.items() if token.special)
         self.special = marked - self.tags.parts | self.tags.roles
         self.vocab_size: int = backend.get_vocab_size()
         self._backend = backend
-        self._texts: LRU[str, TokenArray] = LRU(REMEMBERED)
+        self._texts: LRUCache[str, TokenArray] = LRUCache(REMEMBERED)
         self._bytes = {id: name.encode() for id, name in self.spellings.items()}
         self._byte_of_char = _byte_of_char()
         # The library finds added tokens in text unless they are special and this flag is set.

@@ -42,7 +42,7 @@ JSON_SPACE = " \t\n\r"
 
 
 @dataclass(frozen=True)
-class ValueType:
+class ArgType:
     """What an argument may be: any value of some types, or one of some values."""
 
     types: frozenset[str]
@@ -95,36 +95,36 @@ class ValueType:
     def _all_types(self) -> frozenset[str]:
         return self.types | {type_of(value) for value in self.values}
 
-    def __or__(self, other: ValueType) -> ValueType:
-        return ValueType(self.types | other.types, _distinct(self.values + other.values))
+    def __or__(self, other: ArgType) -> ArgType:
+        return ArgType(self.types | other.types, _distinct(self.values + other.values))
 
-    def __and__(self, other: ValueType) -> ValueType:
+    def __and__(self, other: ArgType) -> ArgType:
         values = (*filter(other.allows, self.values), *filter(self.allows, other.values))
-        return ValueType(self.types & other.types, _distinct(values))
+        return ArgType(self.types & other.types, _distinct(values))
 
 
-FREE = ValueType(TYPES)
+FREE = ArgType(TYPES)
 """For an unknown tool, an undeclared argument, a schema that says nothing."""
-NOTHING = ValueType(frozenset())
+NOTHING = ArgType(frozenset())
 
 
-class SchemaReader:
+class ArgTypeReader:
     """Reads the schema of a tool's arguments; each reference once, so that circles end."""
 
     def __init__(self, root: dict[str, Json]) -> None:
         self._root = root
-        self._known: dict[str, ValueType] = {}
+        self._known: dict[str, ArgType] = {}
 
-    def arguments(self) -> dict[str, ValueType]:
+    def arguments(self) -> dict[str, ArgType]:
         """The declared arguments' types, by name."""
-        types: dict[str, ValueType] = {}
+        types: dict[str, ArgType] = {}
         for schema in self._combined(self._root, set()):
             properties = schema.get("properties")
             for name, declared in properties.items() if isinstance(properties, dict) else ():
                 types.setdefault(name, self.read(declared))
         return types
 
-    def read(self, schema: Json) -> ValueType:
+    def read(self, schema: Json) -> ArgType:
         """The type of the values that are valid under `schema`."""
         if not isinstance(schema, dict):
             return FREE
@@ -141,10 +141,10 @@ class SchemaReader:
                     either |= self.read(branch)
                 found &= either
         if schema.get("nullable") is True:  # OpenAPI 3.0
-            found |= ValueType(frozenset({"null"}))
+            found |= ArgType(frozenset({"null"}))
         return found
 
-    def _referred(self, reference: Json) -> ValueType:
+    def _referred(self, reference: Json) -> ArgType:
         key = str(reference)
         if key not in self._known:
             self._known[key] = FREE  # what a circle says of itself
@@ -219,7 +219,7 @@ def _list(schema: Mapping[str, Json], keyword: str) -> list[Json]:
     return branches if isinstance(branches, list) else []
 
 
-def _own_type(schema: Mapping[str, Json]) -> ValueType:
+def _own_type(schema: Mapping[str, Json]) -> ArgType:
     """What `type`, `enum` and `const` say, and failing these the keywords that imply a type."""
     kind = schema.get("type")
     names = {kind} if isinstance(kind, str) else set(map(str, _list(schema, "type")))
@@ -229,9 +229,9 @@ def _own_type(schema: Mapping[str, Json]) -> ValueType:
         names = {"object"}
     if not names and "items" in schema:
         names = {"array"}
-    found = ValueType(frozenset(names)) if names else FREE
+    found = ArgType(frozenset(names)) if names else FREE
     values = [schema["const"]] if "const" in schema else _list(schema, "enum")
-    return found & ValueType(frozenset(), tuple(values)) if values else found
+    return found & ArgType(frozenset(), tuple(values)) if values else found
 
 
 def _check(schema: Json, root: dict[str, Json], param: str, depth: int, seen: set[str]) -> None:

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from enum import Enum, auto
 
 from glmd.chat.events import Event, ToolCallDelta, ToolCallStart
-from glmd.chat.special_tokens import Tags
-from glmd.chat.tool_args import FREE, JSON_SPACE, ValueType, dump
+from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tool_args import FREE, JSON_SPACE, ArgType, dump
 from glmd.chat.tools import Tool
 
 NUMBER = frozenset("+-.eE0123456789" + JSON_SPACE)
@@ -32,7 +32,7 @@ LITERALS = {"n": "null", "t": "true", "f": "false"}
 class ValueWriter:
     """JSON of one value, in pieces: a string as it arrives, anything else once it is whole."""
 
-    def __init__(self, kind: ValueType) -> None:
+    def __init__(self, kind: ArgType) -> None:
         self._kind = kind
         self._streaming = kind.only_string
         self._opened = False
@@ -89,7 +89,7 @@ class _At(Enum):
     END = auto()
 
 
-class CallReader:
+class ToolCallParser:
     """Reads from after `<tool_call>` to `</tool_call>`.
 
     Attributes:
@@ -98,7 +98,7 @@ class CallReader:
         lacks_end: `</tool_call>` was supplied for the model.
     """
 
-    def __init__(self, index: int, tools: Mapping[str, Tool], tags: Tags) -> None:
+    def __init__(self, index: int, tools: Mapping[str, Tool], tags: SpecialTokens) -> None:
         """
         Args:
             index: of the call in its answer.
@@ -217,7 +217,7 @@ class CallReader:
         return events + self._value_text(spelling)
 
     @property
-    def _declared(self) -> Mapping[str, ValueType]:
+    def _declared(self) -> Mapping[str, ArgType]:
         """The types of the arguments, if the tool is known."""
         tool = self._tools.get(self._name)
         return {} if tool is None else tool.arguments

@@ -9,7 +9,7 @@ from typing import Any
 
 from glmd.chat.messages import Json
 from glmd.chat.request_limits import MAX_TOOLS, check_count
-from glmd.chat.tool_args import SchemaReader, ValueType, check_schema
+from glmd.chat.tool_args import ArgType, ArgTypeReader, check_schema
 from glmd.errors import InvalidRequest
 
 
@@ -28,9 +28,9 @@ class Tool:
     """Where the client's request has the schema, for errors."""
 
     @cached_property
-    def arguments(self) -> dict[str, ValueType]:
+    def arguments(self) -> dict[str, ArgType]:
         """The types of the declared arguments, by name."""
-        return SchemaReader(self.parameters).arguments()
+        return ArgTypeReader(self.parameters).arguments()
 
 
 def read_tools(raw: Sequence[Mapping[str, Any]] | None, param: str = "tools") -> list[Tool]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from glmd.chat.messages import AssistantMessage
 from glmd.ipc import TokenArray
-from glmd.utils.lru import LRU
+from glmd.utils.lru import LRUCache
 
 if TYPE_CHECKING:
     from glmd.chat.prompt import Prompt
@@ -31,7 +31,7 @@ thought differently: the newest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class GeneratedTurn:
     """A generated turn: what the client saw of it, and the ids behind it."""
 
     seen: AssistantMessage
@@ -51,7 +51,7 @@ class RememberedTurn:
     closing: tuple[int, ...]
 
 
-class Turns:
+class TurnTokenCache:
     """A bounded memory of turns, least recently used ones forgotten first.
 
     Not safe for use by several threads.
@@ -59,9 +59,9 @@ class Turns:
 
     def __init__(self, max_tokens: int = 4_000_000) -> None:
         """Remember turns of `max_tokens` ids in all (4 bytes each), overhead included."""
-        self._turns: LRU[bytes, tuple[RememberedTurn, ...]] = LRU(max_tokens)
+        self._turns: LRUCache[bytes, tuple[RememberedTurn, ...]] = LRUCache(max_tokens)
 
-    def remember(self, prompt: Prompt, turn: Turn | None) -> None:
+    def remember(self, prompt: Prompt, turn: GeneratedTurn | None) -> None:
         """Keep `turn`, generated from `prompt`; None, a broken answer's, is ignored."""
         if turn is None:
             return

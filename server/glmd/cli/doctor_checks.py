@@ -81,7 +81,7 @@ class Patient:
 
     Attributes:
         settings: as `glmd serve` would have them.
-        probe: the report of `glmd.cli.doctor_mlx`; None: there is none.
+        probe: the report of `glmd.engine.check_mlx`; None: there is none.
     """
 
     settings: Settings
@@ -148,7 +148,7 @@ def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
     reinstall = "Install glmd again (`pip install --force-reinstall mlx`)."
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "glmd.cli.doctor_mlx"],
+            [sys.executable, "-P", "-m", "glmd.engine.check_mlx"],
             capture_output=True, text=True, timeout=PROBE_TIMEOUT, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

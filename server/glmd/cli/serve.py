@@ -65,14 +65,14 @@ def serve(
     configure(settings.log_level, log_format)
 
     # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
-    from glmd.api.access import refuse_open_door
-    from glmd.api.auth import Keyring, default_store
+    from glmd.api.access import require_key_on_public_bind
+    from glmd.api.auth import ApiKeyStore, default_store
     from glmd.api.server import run
-    from glmd.api.state import Service
-    from glmd.engine_client.process import Launch
+    from glmd.api.state import AppState
+    from glmd.engine_client.process import EngineProcessConfig
 
-    keys = Keyring.of(settings, default_store())
-    refuse_open_door(settings, keys)  # Before anything is downloaded.
+    keys = ApiKeyStore.of(settings, default_store())
+    require_key_on_public_bind(settings, keys)  # Before anything is downloaded.
     served = find_model(settings)
 
     def read_anew() -> Settings:
@@ -80,14 +80,14 @@ def serve(
             opened.refresh()
         return load(flags, config)
 
-    launch = Launch(
+    launch = EngineProcessConfig(
         served.folder,
         settings.engine_config,
         log_level=settings.log_level,
         log_format=log_format,
         log_file=log_file,
     )
-    run(Service(settings, served, launch, keys), read_anew)
+    run(AppState(settings, served, launch, keys), read_anew)
 
 
 def write_log_to(file: Path) -> LogFile:

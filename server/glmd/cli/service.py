@@ -52,8 +52,8 @@ def install(
     HF_TOKEN) are written into the service's definition, which only you can read: so GLMD_API_KEY
     is passed without showing up among the processes.
     """
-    from glmd.api.access import refuse_open_door
-    from glmd.api.auth import Keyring, default_store
+    from glmd.api.access import require_key_on_public_bind
+    from glmd.api.auth import ApiKeyStore, default_store
     from glmd.cli.daemon.detect import find_manager
     from glmd.cli.daemon.spec import define
     from glmd.cli.serve import find_model
@@ -64,7 +64,7 @@ def install(
     # Mistakes are answered and weights downloaded here, where someone sees it.
     settings = load({"model": model, "host": host, "port": port}, config)
     configure(settings.log_level, choose_format(settings.log_format, sys.stderr))
-    refuse_open_door(settings, Keyring.of(settings, default_store()))
+    require_key_on_public_bind(settings, ApiKeyStore.of(settings, default_store()))
     find_model(settings)
     definition = define(
         model=model,

@@ -16,22 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.engine.sequence import Sequence
-from glmd.kv_cache.prefix_tree import Piece, PrefixTree
+from glmd.kv_cache.prefix_tree import PathNode, PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import Gathered, Level, SlotOrder, Span, Stretch
+from glmd.model.batch import KVSpan, PaddedSpans, SegmentSlice, SlotPermutation, SpanLevel
 from glmd.model.mla import MLAShape
 
-TreePath = list[Piece[Segment]]
+TreePath = list[PathNode[Segment]]
 
-ONE_SOFTMAX = 1 << 21
+MAX_FUSED_SCORES = 1 << 21
 """Attention scores, rows by heads by keys, up to which segments are met in one softmax with the
 tails: 8 MiB in float32."""
 
-JOINED = 4096
+MAX_JOINED_SPAN = 4096
 """Tokens up to which stretches that the same rows see one after the other are one span."""
 
-GATHERED_BYTES = 288 << 10
+MAX_PADDED_SPAN_BYTES = 288 << 10
 """Of one layer's keys: the size up to which the spans of single sequences are gathered, 128 tokens
 of GLM-4.7-Flash in float32. Gathering copies the keys, each time that they are read."""
 
@@ -56,30 +56,30 @@ def sort_by_prefix(sequences: list[Sequence], paths: list[TreePath]) -> list[int
     return sorted(range(len(sequences)), key=key)
 
 
-def slot_order(slots: list[int], pool: int) -> SlotOrder | None:
+def slot_order(slots: list[int], pool: int) -> SlotPermutation | None:
     """The order of sequences' slots among the `pool` that there are; None if it is theirs."""
     if slots == list(range(pool)):
         return None
     sequences = np.zeros(pool, np.int32)
     sequences[slots] = np.arange(len(slots))
-    return SlotOrder(mx.array(sequences), mx.array(slots, mx.int32))
+    return SlotPermutation(mx.array(sequences), mx.array(slots, mx.int32))
 
 
-def near(
-    found: list[Level], tail_keys: int, rows: int, heads: int
-) -> tuple[list[Level], list[Level]]:
+def split_fused_levels(
+    found: list[SpanLevel], tail_keys: int, rows: int, heads: int
+) -> tuple[list[SpanLevel], list[SpanLevel]]:
     """Of the levels, those that share one softmax with the tails (see `DecodeGroup`); the others.
 
     Args:
         tail_keys: of each row.
     """
-    chosen: list[Level] = []
-    others: list[Level] = []
+    chosen: list[SpanLevel] = []
+    others: list[SpanLevel] = []
     shared = tail_keys
     split = False
     for level in found:
-        sizes = [(part.last - part.first) * (shared + len(part)) for part in level.parts]
-        if split or level.order is not None or sum(sizes) * heads > ONE_SOFTMAX:
+        sizes = [(part.end - part.start) * (shared + len(part)) for part in level.parts]
+        if split or level.order is not None or sum(sizes) * heads > MAX_FUSED_SCORES:
             others.append(level)
             continue
         chosen.append(level)
@@ -88,7 +88,7 @@ def near(
     return chosen, others
 
 
-def levels(paths: list[TreePath], width: int) -> list[list[Span]]:
+def build_levels(paths: list[TreePath], width: int) -> list[list[KVSpan]]:
     """Spans for sequences in the order of `sort_by_prefix`, each of `width` rows.
 
     Every row sees every token of its path in exactly one span. Rows that share a stretch have
@@ -100,42 +100,46 @@ def levels(paths: list[TreePath], width: int) -> list[list[Span]]:
     return builder.levels
 
 
-def gather(spans: list[Span], width: int, rows: int, kv_width: int, dtype: mx.Dtype) -> Level:
+def pad_short_spans(
+    spans: list[KVSpan], width: int, rows: int, kv_width: int, dtype: mx.Dtype
+) -> SpanLevel:
     """A level of spans, over `rows` rows in all, with what can be met together.
 
     Args:
         kv_width: values of a token's key in one layer, of `dtype`.
     """
-    longest = GATHERED_BYTES // (kv_width * dtype.size)
-    short: list[Span] = []
-    others: list[Span] = []
+    longest = MAX_PADDED_SPAN_BYTES // (kv_width * dtype.size)
+    short: list[KVSpan] = []
+    others: list[KVSpan] = []
     for span in spans:
-        alone = span.last - span.first == width
+        alone = span.end - span.start == width
         (short if alone and len(span) <= longest else others).append(span)
     if len(short) < 2:
         short, others = [], spans
-    parts: list[Span | Gathered] = [*others]
+    parts: list[KVSpan | PaddedSpans] = [*others]
     together = True
     if short:
-        together = short[-1].last - short[0].first == len(short) * width
+        together = short[-1].end - short[0].start == len(short) * width
         parts.append(_gathered(short, kv_width, dtype, together=together))
     if together:
-        parts.sort(key=lambda part: part.first)
+        parts.sort(key=lambda part: part.start)
     at = np.concatenate([_rows(part) for part in parts])
     if len(at) == rows and (np.diff(at) == 1).all():
-        return Level(parts, None)
+        return SpanLevel(parts, None)
     order = np.full(rows, len(at), np.int32)
     order[at] = np.arange(len(at), dtype=np.int32)
-    return Level(parts, mx.array(order))
+    return SpanLevel(parts, mx.array(order))
 
 
-def _gathered(spans: list[Span], kv_width: int, dtype: mx.Dtype, *, together: bool) -> Gathered:
+def _gathered(
+    spans: list[KVSpan], kv_width: int, dtype: mx.Dtype, *, together: bool
+) -> PaddedSpans:
     lengths = np.array([len(span) for span in spans], np.int32)
     longest = int(lengths.max())
     visible = np.arange(longest) < lengths[:, None, None]
     padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
     at = np.concatenate([_rows(span) for span in spans])
-    return Gathered(
+    return PaddedSpans(
         spans,
         padding,
         None if visible.all() else mx.array(visible),
@@ -143,13 +147,13 @@ def _gathered(spans: list[Span], kv_width: int, dtype: mx.Dtype, *, together: bo
     )
 
 
-def _rows(part: Span | Gathered) -> npt.NDArray[np.int32]:
-    spans = [part] if isinstance(part, Span) else part.spans
-    return np.concatenate([np.arange(s.first, s.last, dtype=np.int32) for s in spans])
+def _rows(part: KVSpan | PaddedSpans) -> npt.NDArray[np.int32]:
+    spans = [part] if isinstance(part, KVSpan) else part.spans
+    return np.concatenate([np.arange(s.start, s.end, dtype=np.int32) for s in spans])
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionMetadata:
     """What of a decode group stays the same from step to step.
 
     Attributes:
@@ -159,14 +163,14 @@ class Layout:
     """
 
     order: list[int]
-    near: list[Level]
-    levels: list[Level]
+    fused_levels: list[SpanLevel]
+    levels: list[SpanLevel]
     slots: mx.array
-    slot_order: SlotOrder | None
+    slot_order: SlotPermutation | None
     sealed: mx.array
 
 
-class Layouts:
+class AttentionMetadataBuilder:
     """Layouts of decode groups, each kept while the step after needs it, too.
 
     Args:
@@ -180,8 +184,8 @@ class Layouts:
         self._tails = tails
         self._shape = shape
         self._dtype = dtype
-        self._before: dict[Hashable, Layout] = {}
-        self._now: dict[Hashable, Layout] = {}
+        self._before: dict[Hashable, AttentionMetadata] = {}
+        self._now: dict[Hashable, AttentionMetadata] = {}
 
     def next_step(self) -> None:
         """Forget what this step did not ask for."""
@@ -191,41 +195,43 @@ class Layouts:
         """Let go of all segments."""
         self._before, self._now = {}, {}
 
-    def of(self, sequences: list[Sequence], width: int) -> Layout:
+    def build(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
         """The layout of `width` rows of each sequence; all have slots and leases."""
         ends = tuple(
-            (s.slot, s.sealed, s.lease.node, s.lease.length)
+            (s.slot, s.num_cached_tokens, s.lease.node, s.lease.length)
             for s in sequences
             if s.lease is not None
         )
         # Joining or cutting segments may leave a lease where it is, and its layout with old ones.
-        key = (ends, width, self._tails.slots, self._tree.rebuilt)
+        key = (ends, width, self._tails.slots, self._tree.version)
         layout = self._before.get(key) or self._now.get(key) or self._make(sequences, width)
         self._now[key] = layout
         return layout
 
-    def _make(self, sequences: list[Sequence], width: int) -> Layout:
+    def _make(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
         paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
         order = sort_by_prefix(sequences, paths)
         rows = len(sequences) * width
-        found = levels([paths[i] for i in order], width)
+        found = build_levels([paths[i] for i in order], width)
         shape = self._shape
-        gathered = [gather(spans, width, rows, shape.kv_width, self._dtype) for spans in found]
-        closest, others = near(gathered, self._tails.capacity, rows, shape.heads)
+        gathered = [
+            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype) for spans in found
+        ]
+        closest, others = split_fused_levels(gathered, self._tails.capacity, rows, shape.heads)
         slots = [sequences[i].slot for i in order]
-        return Layout(
+        return AttentionMetadata(
             order=order,
-            near=closest,
+            fused_levels=closest,
             levels=others,
             slots=mx.array(np.repeat(np.array(slots, np.int32), width)),
             slot_order=slot_order(slots, self._tails.slots),
-            sealed=mx.array([[sequences[i].sealed] for i in order], mx.int32),
+            sealed=mx.array([[sequences[i].num_cached_tokens] for i in order], mx.int32),
         )
 
 
 class _Builder:
     def __init__(self, paths: list[TreePath], width: int) -> None:
-        self.levels: list[list[Span]] = []
+        self.levels: list[list[KVSpan]] = []
         self._paths = paths
         self._width = width
 
@@ -251,8 +257,8 @@ class _Builder:
         start = 0
         while last > first:
             stop = self._paths[last - 1][depth].length
-            stretch = Stretch(segment, start, stop)
-            span = Span((stretch,), first * self._width, last * self._width)
+            stretch = SegmentSlice(segment, start, stop)
+            span = KVSpan((stretch,), first * self._width, last * self._width)
             level = self._add_span(level, span)
             shorter = last
             while last > first and self._paths[last - 1][depth].length == stop:
@@ -260,20 +266,20 @@ class _Builder:
             self.add(last, shorter, depth=depth + 1, level=level)
             start = stop
 
-    def _add_span(self, level: int, span: Span) -> int:
+    def _add_span(self, level: int, span: KVSpan) -> int:
         """Add a span, or join it to the same rows' span before; returns the next one's level.
 
         Spans come in any row order: those of longer use of a node after those behind shorter.
         """
         if level:
             before = self.levels[level - 1]
-            at = bisect_left(before, span.first, key=lambda other: other.first)
-            if at < len(before) and (before[at].first, before[at].last) == (span.first, span.last):
-                joined = Span(before[at].stretches + span.stretches, span.first, span.last)
-                if len(joined) <= JOINED:
+            at = bisect_left(before, span.start, key=lambda other: other.start)
+            if at < len(before) and (before[at].start, before[at].end) == (span.start, span.end):
+                joined = KVSpan(before[at].slices + span.slices, span.start, span.end)
+                if len(joined) <= MAX_JOINED_SPAN:
                     before[at] = joined
                     return level
         if level == len(self.levels):
             self.levels.append([])
-        insort(self.levels[level], span, key=lambda other: other.first)
+        insort(self.levels[level], span, key=lambda other: other.start)
         return level + 1

@@ -17,32 +17,32 @@ from llguidance import LLMatcher
 from glmd.checkpoint.config import load_config
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
-from glmd.engine.model_runner import Launcher
-from glmd.engine.oom_recovery import Relief, is_out_of_memory
-from glmd.engine.scheduler.scheduler import Plan, Scheduler
+from glmd.engine.model_runner import ModelRunner
+from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
+from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
-from glmd.engine.spec_decode.controller import DraftGate
-from glmd.engine.step import Flight
-from glmd.engine.structured_output import Constraints
-from glmd.engine.validation import check_request
+from glmd.engine.spec_decode.controller import DraftController
+from glmd.engine.step import PendingStep
+from glmd.engine.structured_output import StructuredOutputManager
+from glmd.engine.validation import validate_request
 from glmd.errors import GlmdError, InvalidRequest
 from glmd.ipc import (
+    EngineRequest,
+    EngineStats,
     FinishReason,
-    Generate,
     ModelInfo,
-    Output,
-    Stats,
+    SequenceOutput,
     TokenLogprobs,
     unpack_tokens,
 )
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.glm4_moe_lite import GlmModel
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 from glmd.model.loader import load_model
-from glmd.model.mla import chunk_form
+from glmd.model.mla import select_form
 from glmd.model.sampler import RowSampling, noise_key
-from glmd.utils.memory import footprint
+from glmd.utils.memory import process_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def load_engine(
     budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
     memory.check_fit(folder, parsed, config, budget)
-    constraints = Constraints(folder, parsed.vocab_size, parsed.eos_token_ids)
+    constraints = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
     memory.DeviceLimits.set(budget)
     try:
         model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
@@ -89,10 +89,10 @@ class Engine:
 
     def __init__(
         self,
-        model: GlmModel,
+        model: Glm4MoeLiteModel,
         config: EngineConfig,
         memory_budget: int,
-        constraints: Constraints | None = None,
+        constraints: StructuredOutputManager | None = None,
     ) -> None:
         """
         Args:
@@ -100,7 +100,7 @@ class Engine:
         """
         self._model = model
         self._memory_budget = memory_budget
-        division = memory.divide(
+        division = memory.plan_memory(
             model.folder,
             model.args,
             config,
@@ -137,26 +137,26 @@ class Engine:
             self._tails,
             kv_budget=division.kv,
             kv_bytes_per_token=token_bytes,
-            chunk_limit=lambda context, rows: chunk_form(
+            chunk_limit=lambda context, rows: select_form(
                 model.shape, context, rows, model.dtype.size
             )[0],
         )
         self._requests: dict[str, list[Sequence]] = {}
         self._compiling: dict[str, Future[LLMatcher]] = {}
         """By request, the grammars that its sequences wait for."""
-        self._constraints = constraints or Constraints(
+        self._constraints = constraints or StructuredOutputManager(
             model.folder, self.info.vocab_size, self.info.eos_token_ids
         )
-        self._launcher = Launcher(
+        self._launcher = ModelRunner(
             model, self._scheduler, self._tree, self._tails, self._constraints
         )
-        self._relief = Relief(
+        self._relief = OOMRecovery(
             self._scheduler,
             least_kv=(self.info.max_context + memory.TAIL_ROOM) * token_bytes,
         )
-        self._gate = DraftGate(config.mtp if model.mtp is not None else 0)
-        self._in_flight: Flight | None = None
-        self._outbox: list[Output] = []
+        self._gate = DraftController(config.mtp if model.mtp is not None else 0)
+        self._in_flight: PendingStep | None = None
+        self._outbox: list[SequenceOutput] = []
         self._last_landed = 0.0
         self._steps = 0
         self._rows = 0
@@ -177,7 +177,7 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------
 
-    def submit(self, request: Generate) -> None:
+    def submit(self, request: EngineRequest) -> None:
         """Take a request in. What is wrong with it arrives as its Output."""
         try:
             sequences = self._sequences(request)
@@ -185,8 +185,8 @@ class Engine:
             self._outbox.append(_refusal(request.id, error))
             return
         self._requests[request.id] = sequences
-        if request.guidance is not None:
-            self._compiling[request.id] = self._constraints.prepare(request.guidance)
+        if request.grammar is not None:
+            self._compiling[request.id] = self._constraints.prepare(request.grammar)
             return
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -198,7 +198,7 @@ class Engine:
                 continue
             del self._compiling[id]
             sequences = self._requests[id]
-            guidance = sequences[0].request.guidance
+            guidance = sequences[0].request.grammar
             assert guidance is not None
             try:
                 matcher = future.result()
@@ -207,14 +207,14 @@ class Engine:
                 self._outbox.append(_refusal(id, error))
                 continue
             for sequence in sequences:
-                sequence.constraint = self._constraints.start(guidance, matcher)
+                sequence.grammar = self._constraints.start(guidance, matcher)
                 self._scheduler.add(sequence)
 
-    def _sequences(self, request: Generate) -> list[Sequence]:
+    def _sequences(self, request: EngineRequest) -> list[Sequence]:
         prompt = unpack_tokens(request.prompt)
         if request.id in self._requests:
             raise InvalidRequest(f"A request with id {request.id!r} is running already.")
-        check_request(request, prompt, self.info)
+        validate_request(request, prompt, self.info)
         limit = self.info.max_context
         if request.max_tokens is not None:
             limit = min(limit, len(prompt) + request.max_tokens)
@@ -232,7 +232,7 @@ class Engine:
             for index in range(request.n)
         ]
 
-    def _row_sampling(self, request: Generate, key: tuple[int, int]) -> RowSampling:
+    def _row_sampling(self, request: EngineRequest, key: tuple[int, int]) -> RowSampling:
         bias = None
         if request.sampling.logit_bias:
             dense = np.zeros(self.info.vocab_size, np.float32)
@@ -252,7 +252,9 @@ class Engine:
         for sequence in list(self._requests.get(id, ())):
             if index is None or sequence.index == index:
                 self._finish(sequence)
-                self._outbox.append(Output(id=id, index=sequence.index, finish="cancelled"))
+                self._outbox.append(
+                    SequenceOutput(id=id, index=sequence.index, finish_reason="cancelled")
+                )
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
@@ -271,13 +273,13 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests or self._outbox or self._in_flight)
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         """Launch the next step, then read the one before and return what it gave.
 
         The device works on the one while the host reads the other, so results come one call
         after the launch. If the device has no memory for it, the next call tries with less.
         """
-        progress: list[Output] = []
+        progress: list[SequenceOutput] = []
         try:
             progress = self._step()
         except (MemoryError, RuntimeError) as error:
@@ -287,21 +289,21 @@ class Engine:
         outputs, self._outbox = self._outbox, []
         return outputs + progress
 
-    def _step(self) -> list[Output]:
+    def _step(self) -> list[SequenceOutput]:
         """Launch a step, and read the one before into the outbox; returns prompts' progress."""
-        if self._in_flight is not None and self._scheduler.must_read_first:
+        if self._in_flight is not None and self._scheduler.requires_sync:
             self._read(self._in_flight)
             self._in_flight = None
         self._admit_compiled()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.schedule()
         launched = None
         if not plan and self._in_flight is None and self._compiling:
             wait(self._compiling.values(), COMPILE_POLL, FIRST_COMPLETED)
         if plan:
             drafts = self._gate.choose(max(1, len(plan.decode)))
-            launched = self._launcher.launch(plan, self._in_flight, drafts)
+            launched = self._launcher.execute(plan, self._in_flight, drafts)
         else:
-            self._launcher.rest()
+            self._launcher.reset()
         if self._in_flight is not None:
             self._read(self._in_flight)
         self._in_flight = launched
@@ -311,7 +313,7 @@ class Engine:
         """Give up all KV. What the last step yielded counts, if it can still be read; what it did
         not yield will come out the same, since a token depends on nothing but its position."""
         flight, self._in_flight = self._in_flight, None
-        self._launcher.rest()
+        self._launcher.reset()
         dropped = self._relief.step_failed(error)
         if flight is not None:
             try:
@@ -320,33 +322,36 @@ class Engine:
                 if not is_out_of_memory(another):
                     raise
         for sequence in self._scheduler.waiting:
-            sequence.in_flight = 0
+            sequence.num_inflight_tokens = 0
         mx.clear_cache()
         for sequence in dropped:
             if not sequence.finished:
                 self._finish(sequence)
                 self._outbox.append(
-                    Output(
+                    SequenceOutput(
                         id=sequence.request.id,
                         index=sequence.index,
-                        finish="error",
+                        finish_reason="error",
                         error_kind="overloaded",
                         error="The device has no memory for this request at present.",
                     )
                 )
 
-    def _progress(self, plan: Plan) -> list[Output]:
+    def _progress(self, plan: SchedulerOutput) -> list[SequenceOutput]:
         admitted = [
-            Output(
-                id=sequence.request.id, index=sequence.index, admitted=True, match=sequence.match
+            SequenceOutput(
+                id=sequence.request.id,
+                index=sequence.index,
+                admitted=True,
+                cache_match=sequence.cache_match,
             )
             for sequence in plan.admitted
         ]
         return admitted + [
-            Output(
+            SequenceOutput(
                 id=sequence.request.id,
                 index=sequence.index,
-                computed_tokens=min(sequence.computed, sequence.prompt_length),
+                computed_tokens=min(sequence.num_computed_tokens, sequence.prompt_length),
             )
             for sequence, _ in plan.chunks
             if sequence.request.prompt_progress and not sequence.finished
@@ -357,29 +362,29 @@ class Engine:
         for id in list(self._requests):
             self.cancel(id)
         self._in_flight = None
-        self._launcher.rest()
+        self._launcher.reset()
         self._tree.clear()
         mx.clear_cache()
         self.release_limits()
 
-    def _read(self, flight: Flight) -> None:
+    def _read(self, flight: PendingStep) -> None:
         """Wait for a launched step and turn its tokens into Outputs."""
-        confirmed = flight.fetch()
+        confirmed = flight.wait()
         self._relief.step_succeeded()
-        landed = flight.landed(self._last_landed)
+        landed = flight.completed_at(self._last_landed)
         seconds = landed - max(flight.launched, self._last_landed)
         self._last_landed = landed
         self._steps += 1
-        self._rows += flight.prefill_rows + sum(flight.widths[: flight.decoding])
+        self._rows += flight.prefill_rows + sum(flight.widths[: flight.num_decoding])
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
         self._step_seconds_total += seconds
         accepted = self._read_tokens(flight, confirmed)
         alone = seconds if flight.prefill_rows == 0 else None
         drafts = max(flight.widths, default=1) - 1
         self._gate.observe(len(flight.sequences), drafts, accepted, alone)
-        self._scheduler.pace.observe(flight.decoding, flight.prefill_rows, seconds)
+        self._scheduler.prefill_budget.observe(flight.num_decoding, flight.prefill_rows, seconds)
 
-    def _read_tokens(self, flight: Flight, confirmed: list[list[int]]) -> int:
+    def _read_tokens(self, flight: PendingStep, confirmed: list[list[int]]) -> int:
         """Hand the confirmed tokens to their sequences; returns the number of accepted drafts.
 
         What is counted for users are the drafts that became output: none behind an answer's end.
@@ -387,24 +392,24 @@ class Engine:
         accepted = 0
         for i, (sequence, tokens) in enumerate(zip(flight.sequences, confirmed, strict=True)):
             width, count = flight.widths[i], len(tokens)
-            sequence.in_flight -= width
+            sequence.num_inflight_tokens -= width
             accepted += count - 1
             if sequence.finished:
                 continue
             if sequence.lease is not None:
-                sequence.computed = sequence.length + count - 1
+                sequence.num_computed_tokens = sequence.length + count - 1
             logprobs = [flight.logprobs.get((i, column)) for column in range(count)]
             output = self._output(sequence, tokens, logprobs)
             output.drafted, output.accepted = width - 1, len(output.tokens) - 1
             self._drafted += output.drafted
             self._accepted += output.accepted
             self._verified += output.drafted > 0
-            constraint = sequence.constraint
-            if constraint is not None and constraint.error and output.finish is None:
-                output.finish, output.error_kind = "error", "internal"
+            constraint = sequence.grammar
+            if constraint is not None and constraint.error and output.finish_reason is None:
+                output.finish_reason, output.error_kind = "error", "internal"
                 output.error = f"The grammar cannot be followed further: {constraint.error}"
             self._outbox.append(output)
-            if output.finish is not None:
+            if output.finish_reason is not None:
                 self._finish(sequence)
         return accepted
 
@@ -413,14 +418,14 @@ class Engine:
         sequence: Sequence,
         tokens: list[int],
         logprobs: list[tuple[mx.array, mx.array, mx.array] | None],
-    ) -> Output:
+    ) -> SequenceOutput:
         """Add confirmed tokens to a sequence, up to its end."""
-        output = Output(id=sequence.request.id, index=sequence.index)
-        if not sequence.announced:
-            sequence.announced = True
+        output = SequenceOutput(id=sequence.request.id, index=sequence.index)
+        if not sequence.reported_usage:
+            sequence.reported_usage = True
             output.prompt_tokens = sequence.prompt_length
-            output.cached_tokens = sequence.cached
-            self._cached += sequence.cached
+            output.cached_tokens = sequence.num_prompt_tokens_cached
+            self._cached += sequence.num_prompt_tokens_cached
         for token, entry in zip(tokens, logprobs, strict=True):
             sequence.append(token)
             output.tokens.append(token)
@@ -428,15 +433,15 @@ class Engine:
                 chosen, ids, values = (np.array(part) for part in entry)
                 found = TokenLogprobs(float(chosen), ids.tolist(), values.tolist())
                 output.logprobs = [*(output.logprobs or []), found]
-            output.finish = self._finish_reason(sequence, token)
-            if output.finish is not None:
+            output.finish_reason = self._finish_reason(sequence, token)
+            if output.finish_reason is not None:
                 break
         self._generated += len(output.tokens)
         return output
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         request = sequence.request
-        constraint = sequence.constraint
+        constraint = sequence.grammar
         # Where a grammar ends there is nothing else to say.
         ignore_eos = request.ignore_eos and (constraint is None or not constraint.active)
         ended = token in request.stop_token_ids or (
@@ -444,17 +449,17 @@ class Engine:
         )
         if ended:
             return "stop"
-        return "length" if sequence.length >= sequence.limit else None
+        return "length" if sequence.length >= sequence.max_length else None
 
     @property
     def kv_bytes(self) -> int:
         """Of all segments and tails."""
         return self._tree.nbytes + self._tails.nbytes
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """A snapshot of counters and gauges."""
-        shape = self._tree.shape()
-        return Stats(
+        shape = self._tree.stats()
+        return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_tokens=self._tree.tokens,
@@ -468,7 +473,7 @@ class Engine:
             weight_bytes=self._model.weight_bytes,
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
-            footprint_bytes=footprint(),
+            footprint_bytes=process_memory_bytes(),
             out_of_memory=self._relief.failures,
             steps=self._steps,
             rows=self._rows,
@@ -487,11 +492,11 @@ class Engine:
         )
 
 
-def _refusal(id: str, error: GlmdError) -> Output:
+def _refusal(id: str, error: GlmdError) -> SequenceOutput:
     param = error.param if isinstance(error, InvalidRequest) else None
-    return Output(
+    return SequenceOutput(
         id=id,
-        finish="error",
+        finish_reason="error",
         error=error.message,
         error_kind="invalid_request",
         error_param=param,

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from glmd.engine.attention_metadata import Layout
+from glmd.engine.attention_metadata import AttentionMetadata
 from glmd.engine.sequence import Sequence
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import DecodeGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RunnerGroup:
     """Sequences in row order, and what is known of their rows.
 
     Attributes:
@@ -25,14 +25,14 @@ class Group:
     width: int
     tokens: mx.array
     positions: mx.array
-    layout: Layout
+    layout: AttentionMetadata
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return len(self.sequences) * self.width
 
-    def lay_out(self, first: int, tails: TailPool, heads: int) -> DecodeGroup:
+    def to_decode_group(self, first: int, tails: TailPool, heads: int) -> DecodeGroup:
         """The group as the model takes it.
 
         Args:
@@ -44,10 +44,10 @@ class Group:
         if self.width > 1:
             visible = mx.repeat(visible, heads, axis=1)
         return DecodeGroup(
-            first=first,
+            start=first,
             sequences=len(self.sequences),
             width=self.width,
-            near=layout.near,
+            fused_levels=layout.fused_levels,
             levels=layout.levels,
             slots=layout.slots,
             tail_positions=tail_positions.flatten(),

@@ -24,18 +24,18 @@ import zmq
 
 from glmd.errors import GlmdError
 from glmd.ipc import (
-    Cancel,
-    Failed,
+    AbortRequest,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
     FromEngine,
-    Generate,
-    Loading,
-    LogLevel,
+    LoadProgress,
     ModelInfo,
-    Output,
-    Ready,
+    SequenceOutput,
+    SetLogLevel,
     Shutdown,
-    Stats,
-    Step,
+    StepOutputs,
     ToEngine,
     decode_to_engine,
     encode,
@@ -47,7 +47,7 @@ from glmd.utils.logging import configure
 log = logging.getLogger("glmd.engine")
 
 EXIT_TOLD = 3
-"""Exit code after `Failed` was sent: the parent waits for that message. A process that ends
+"""Exit code after `EngineFailed` was sent: the parent waits for that message. A process that ends
 with any other code but 0 said nothing."""
 
 STATS_INTERVAL = 1.0
@@ -61,10 +61,10 @@ class StepEngine(Protocol):
     def info(self) -> ModelInfo: ...
     @property
     def has_work(self) -> bool: ...
-    def submit(self, request: Generate) -> None: ...
+    def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, id: str, index: int | None = None) -> None: ...
-    def step(self) -> list[Output]: ...
-    def stats(self) -> Stats: ...
+    def step(self) -> list[SequenceOutput]: ...
+    def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
 
 
@@ -107,7 +107,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
     Raises whatever `Engine.step` raises: the state of a step that failed half-way is unknown,
     and a new process is cheap.
     """
-    channel.send(Ready(engine.info))
+    channel.send(EngineReady(engine.info))
     next_stats = time.monotonic()
     stats_due = True
     while True:
@@ -119,11 +119,11 @@ def serve(engine: StepEngine, channel: Channel) -> None:
             timeout = None
         while (message := channel.receive(timeout)) is not None:
             match message:
-                case Generate():
+                case EngineRequest():
                     engine.submit(message)
-                case Cancel(id, index):
+                case AbortRequest(id, index):
                     engine.cancel(id, index)
-                case LogLevel(level):
+                case SetLogLevel(level):
                     logging.getLogger("glmd").setLevel(level)
                 case Shutdown():
                     return
@@ -132,7 +132,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
         if engine.has_work:
             outputs = engine.step()
             if outputs:
-                channel.send(Step(outputs))
+                channel.send(StepOutputs(outputs))
             stats_due = True
         now = time.monotonic()
         if stats_due and now >= next_stats:
@@ -142,7 +142,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
 
 
 def progress_reporter(channel: Channel) -> Callable[[int, int], None]:
-    """A callback (done bytes, total bytes) that sends `Loading`, not more often than is read."""
+    """Callback (done bytes, total bytes) that sends `LoadProgress`, at a bounded rate."""
     last = 0.0
 
     def report(done: int, total: int) -> None:
@@ -150,7 +150,7 @@ def progress_reporter(channel: Channel) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= PROGRESS_INTERVAL or done >= total:
             last = now
-            channel.send(Loading(done, total))
+            channel.send(LoadProgress(done, total))
 
     return report
 
@@ -178,15 +178,17 @@ def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
             msgspec.convert(config, implementation.EngineConfig),
             progress_reporter(channel),
         )
-        heap.settle()
+        heap.freeze_gc_heap()
         serve(engine, channel)
         engine.close()  # Not after an error: there is no telling what that would meet.
     except GlmdError as error:
-        channel.send(Failed(error.message))
+        channel.send(EngineFailed(error.message))
         return EXIT_TOLD
     except Exception as error:
         log.exception("The engine stops after an error.")
-        channel.send(Failed(f"The engine stopped after an error: {type(error).__name__}: {error}"))
+        channel.send(
+            EngineFailed(f"The engine stopped after an error: {type(error).__name__}: {error}")
+        )
         return EXIT_TOLD
     else:
         return 0

@@ -118,20 +118,20 @@ class Dimensions(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class MemoryPlan:
     """A memory budget, divided.
 
     Attributes:
         weights: bytes of weights.
         working: bytes of a step's transients.
         kv: bytes left for KV.
-        config: the engine's configuration, with rows of a step that fit `working`.
+        config: the engine's configuration, with rows of a step that fit `activations`.
         score_bytes: see `glmd.model.mla.MLAShape`.
         expanded_bytes: likewise.
     """
 
     weights: int
-    working: int
+    activations: int
     kv: int
     config: EngineConfig
     score_bytes: int
@@ -147,7 +147,7 @@ def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: in
     dtype = choose_dtype(config.dtype)
     mtp = config.mtp != 0
     layers = model.num_hidden_layers + (mtp and has_mtp_layer(folder, model))
-    divide(
+    plan_memory(
         folder,
         model,
         config,
@@ -158,7 +158,7 @@ def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: in
     )
 
 
-def divide(
+def plan_memory(
     folder: Path,
     dims: Dimensions,
     config: EngineConfig,
@@ -167,7 +167,7 @@ def divide(
     weights: int,
     token_bytes: int,
     item: int,
-) -> Division:
+) -> MemoryPlan:
     """Divide a budget, with less working memory than would be best where KV is short.
 
     Args:
@@ -188,7 +188,7 @@ def divide(
         rows = min(config.max_step_tokens, max(config.max_step_tokens // scale, TAIL_TOKENS))
         scaled = replace(config, max_step_tokens=rows)
         score, expanded = SCORE_BYTES // scale, EXPANDED_BYTES // scale
-        working = working_memory(
+        working = activation_bytes(
             dims, scaled, item, token_bytes, score_bytes=score, expanded_bytes=expanded
         )
         kv = budget - weights - working
@@ -202,10 +202,10 @@ def divide(
             f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
             file=str(folder),
         )
-    return Division(weights, working, kv, scaled, score, expanded)
+    return MemoryPlan(weights, working, kv, scaled, score, expanded)
 
 
-def working_memory(
+def activation_bytes(
     dims: Dimensions,
     config: EngineConfig,
     item: int,

@@ -12,24 +12,24 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from glmd.engine.attention_metadata import Layouts, levels
+from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.decode_group import Group
-from glmd.engine.scheduler.scheduler import Plan, Scheduler
+from glmd.engine.decode_group import RunnerGroup
+from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
-from glmd.engine.spec_decode.proposer import Drafter
-from glmd.engine.step import Flight
-from glmd.engine.structured_output import Ask, Constraints
+from glmd.engine.spec_decode.proposer import MTPProposer
+from glmd.engine.step import PendingStep
+from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import Chunk, RowBatch
-from glmd.model.glm4_moe_lite import GlmModel
-from glmd.model.mla import chunk_form
-from glmd.model.sampler import History, Masks, Row, Sampled, sample
+from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.mla import select_form
+from glmd.model.sampler import History, SamplerOutput, SamplingRow, TokenMasks, sample
 
 
-class Launcher:
+class ModelRunner:
     """Turns plans into flights.
 
     Attributes:
@@ -38,28 +38,32 @@ class Launcher:
 
     def __init__(
         self,
-        model: GlmModel,
+        model: Glm4MoeLiteModel,
         scheduler: Scheduler,
         tree: PrefixTree[Segment],
         tails: TailPool,
-        constraints: Constraints,
+        constraints: StructuredOutputManager,
     ) -> None:
         self._constraints = constraints
         self._model = model
         self._scheduler = scheduler
         self._tree = tree
         self._tails = tails
-        self._layouts = Layouts(tree, tails, model.shape, model.dtype)
-        self._drafter: Drafter | None = None
+        self._layouts = AttentionMetadataBuilder(tree, tails, model.shape, model.dtype)
+        self._drafter: MTPProposer | None = None
         if model.mtp is not None:
-            self._drafter = Drafter(model.mtp, model.shape.heads, scheduler, tails, self._layouts)
+            self._drafter = MTPProposer(
+                model.mtp, model.shape.heads, scheduler, tails, self._layouts
+            )
         self.prompt_rows = 0
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         """Let go of what is kept from step to step, as there is no next one."""
         self._layouts.clear()
 
-    def launch(self, plan: Plan, before: Flight | None, drafts: int) -> Flight:
+    def execute(
+        self, plan: SchedulerOutput, before: PendingStep | None, drafts: int
+    ) -> PendingStep:
         """Start a step.
 
         Args:
@@ -67,12 +71,12 @@ class Launcher:
             drafts: tokens to draft per sequence for the step after this one.
         """
         groups = self._decode_groups(plan.decode, before)
-        batch = self._lay_out(groups, plan)
-        hidden, caches = self._model.hidden(batch, self._tails)
+        batch = self._prepare_batch(groups, plan)
+        hidden, caches = self._model.forward(batch, self._tails)
         flight = self._sample(plan, groups, batch, hidden, before)
         if self._drafter is not None:
-            caches.append(self._drafter.keep(plan, groups, flight, hidden, batch))
-        self._book(plan, groups, caches)
+            caches.append(self._drafter.compute_kv(plan, groups, flight, hidden, batch))
+        self._commit_kv(plan, groups, caches)
         if self._drafter is not None and drafts and flight.sequences:
             flight.drafts = self._drafter.draft(plan, groups, flight, hidden, drafts)
         self._layouts.next_step()
@@ -83,21 +87,23 @@ class Launcher:
         kept = [a for s in flight.sequences if s.history is not None for a in s.history.arrays()]
         mx.async_eval(*(arrays or [caches[-1]]), *kept, *self._tails.arrays())
         flight.dispatched = time.monotonic()
-        flight.done = arrays[0] if arrays else caches[-1]
+        flight.ready = arrays[0] if arrays else caches[-1]
         for sequence, width in zip(flight.sequences, flight.widths, strict=True):
-            sequence.in_flight += width
+            sequence.num_inflight_tokens += width
         return flight
 
     # -- rows -----------------------------------------------------------------------------
 
-    def _decode_groups(self, decode: list[Sequence], before: Flight | None) -> list[Group]:
+    def _decode_groups(
+        self, decode: list[Sequence], before: PendingStep | None
+    ) -> list[RunnerGroup]:
         """Sequences with drafts in one group, those without in another."""
-        place = before.place if before is not None and before.drafts is not None else {}
+        place = before.index_by_id if before is not None and before.drafts is not None else {}
         drafted: list[Sequence] = []
         plain: list[Sequence] = []
         for sequence in decode:
-            ready = id(sequence) in place and sequence.in_flight
-            (drafted if ready and sequence.free else plain).append(sequence)
+            ready = id(sequence) in place and sequence.num_inflight_tokens
+            (drafted if ready and sequence.can_draft else plain).append(sequence)
         groups = []
         if drafted:
             assert before is not None
@@ -107,12 +113,14 @@ class Launcher:
             groups.append(self._decode_group(plain, 1, before))
         return groups
 
-    def _decode_group(self, sequences: list[Sequence], width: int, before: Flight | None) -> Group:
-        layout = self._layouts.of(sequences, width)
+    def _decode_group(
+        self, sequences: list[Sequence], width: int, before: PendingStep | None
+    ) -> RunnerGroup:
+        layout = self._layouts.build(sequences, width)
         sequences = [sequences[i] for i in layout.order]
         positions = mx.array([s.length - 1 for s in sequences], mx.int32)
         drafts = None
-        if before is not None and before.sequences == sequences and before.flying:
+        if before is not None and before.sequences == sequences and before.all_in_flight:
             # The usual case: the same again.
             assert before.last is not None
             assert before.counts is not None
@@ -121,12 +129,14 @@ class Launcher:
         else:
             known = [s.tokens(s.length - 1, s.length)[0] for s in sequences]
             tokens = mx.array(np.array(known, np.int32))
-            if before is not None and any(s.in_flight for s in sequences):
+            if before is not None and any(s.num_inflight_tokens for s in sequences):
                 assert before.last is not None
                 assert before.counts is not None
-                place = before.place
-                source = mx.array([place.get(id(s), 0) if s.in_flight else 0 for s in sequences])
-                flying = mx.array([s.in_flight > 0 for s in sequences])
+                place = before.index_by_id
+                source = mx.array(
+                    [place.get(id(s), 0) if s.num_inflight_tokens else 0 for s in sequences]
+                )
+                flying = mx.array([s.num_inflight_tokens > 0 for s in sequences])
                 tokens = mx.where(flying, before.last[source], tokens)
                 positions = positions + mx.where(flying, before.counts[source], 0)
                 drafts = before.drafts[source] if before.drafts is not None else None
@@ -135,45 +145,47 @@ class Launcher:
             assert drafts is not None
             tokens = mx.concatenate([tokens, drafts], axis=1)
             positions = positions + mx.arange(width)
-        return Group(sequences, width, tokens, positions, layout)
+        return RunnerGroup(sequences, width, tokens, positions, layout)
 
-    def _lay_out(self, groups: list[Group], plan: Plan) -> RowBatch:
+    def _prepare_batch(self, groups: list[RunnerGroup], plan: SchedulerOutput) -> ForwardBatch:
         tokens = [group.tokens.flatten() for group in groups]
         positions = [group.positions.flatten() for group in groups]
         decode = []
         first = 0
         for group in groups:
-            decode.append(group.lay_out(first, self._tails, self._model.shape.heads))
+            decode.append(group.to_decode_group(first, self._tails, self._model.shape.heads))
             first += group.rows
         chunks = []
         for sequence, count in plan.chunks:
-            start = sequence.computed
+            start = sequence.num_computed_tokens
             tokens.append(mx.array(sequence.tokens(start, start + count)))
             positions.append(mx.arange(start, start + count, dtype=mx.int32))
             assert sequence.lease is not None
             path = self._tree.path(sequence.lease)
-            spans = [span for level in levels([path], count) for span in level]
-            _, expanded = chunk_form(self._model.shape, start, count, self._model.dtype.size)
-            wanted = count if self._drafter is not None else int(count == sequence.needs)
-            chunks.append(Chunk(first, first + count, spans, expanded, wanted))
+            spans = [span for level in build_levels([path], count) for span in level]
+            _, expanded = select_form(self._model.shape, start, count, self._model.dtype.size)
+            wanted = (
+                count if self._drafter is not None else int(count == sequence.num_uncomputed_tokens)
+            )
+            chunks.append(PrefillChunk(first, first + count, spans, expanded, wanted))
             first += count
-        return RowBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
+        return ForwardBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
 
     # -- sampling -------------------------------------------------------------------------
 
     def _sample(
         self,
-        plan: Plan,
-        groups: list[Group],
-        batch: RowBatch,
+        plan: SchedulerOutput,
+        groups: list[RunnerGroup],
+        batch: ForwardBatch,
         hidden: mx.array,
-        before: Flight | None,
-    ) -> Flight:
+        before: PendingStep | None,
+    ) -> PendingStep:
         """Sample behind every decode row and behind the last row of every finished prompt."""
         sequences: list[Sequence] = []
         widths: list[int] = []
         places: list[int] = []
-        rows: list[Row] = []
+        rows: list[SamplingRow] = []
         first = 0
         for group in groups:
             for i, sequence in enumerate(group.sequences):
@@ -184,12 +196,12 @@ class Launcher:
             first += group.rows
         for sequence, count in plan.chunks:
             first += count
-            if count == sequence.needs:
+            if count == sequence.num_uncomputed_tokens:
                 widths.append(1)
                 sequences.append(sequence)
                 places.append(first - 1)
                 rows += self._rows_to_sample(sequence, batch.tokens[:1])
-        flight = Flight(
+        flight = PendingStep(
             sequences=sequences,
             widths=widths,
             tokens=None,
@@ -197,8 +209,8 @@ class Launcher:
             last=None,
             drafts=None,
             logprobs={},
-            done=hidden,
-            decoding=len(plan.decode),
+            ready=hidden,
+            num_decoding=len(plan.decode),
             prefill_rows=sum(count for _, count in plan.chunks),
             launched=time.monotonic(),
         )
@@ -213,49 +225,53 @@ class Launcher:
             logits = self._model.logits(hidden)
             masks = self._masks(flight, rows, logits, before)
             sampled = sample(logits, rows, at + 1, masks)
-            self._confirm(flight, groups, sampled)
+            self._verify_drafts(flight, groups, sampled)
         return flight
 
-    def _rows_to_sample(self, sequence: Sequence, tokens: mx.array) -> list[Row]:
+    def _rows_to_sample(self, sequence: Sequence, tokens: mx.array) -> list[SamplingRow]:
         """One Row behind each of a sequence's tokens, with the history that it sees."""
         history = self._history(sequence)
-        generated = sequence.generated + sequence.in_flight
-        rows = [Row(sequence.sampling, generated, history, sequence.forced)]
+        generated = sequence.num_generated_tokens + sequence.num_inflight_tokens
+        rows = [SamplingRow(sequence.sampling, generated, history, sequence.forced)]
         for draft in range(1, tokens.shape[0]):
             if history is not None:
                 history = history.with_token(tokens[draft])
-            rows.append(Row(sequence.sampling, rows[-1].generated + 1, history))
+            rows.append(SamplingRow(sequence.sampling, rows[-1].generated + 1, history))
         return rows
 
     def _masks(
-        self, flight: Flight, rows: list[Row], logits: mx.array, before: Flight | None
-    ) -> Masks | None:
+        self,
+        flight: PendingStep,
+        rows: list[SamplingRow],
+        logits: mx.array,
+        before: PendingStep | None,
+    ) -> TokenMasks | None:
         """Masks of the rows whose sequences follow a grammar.
 
         They depend on the tokens of the step in flight: while the host waits for these and
         computes the masks, the device goes on with this step's forward pass.
         """
-        if not any(sequence.constraint is not None for sequence in flight.sequences):
+        if not any(sequence.grammar is not None for sequence in flight.sequences):
             return None
         drafts: list[list[int]] = []
         place: dict[int, int] = {}
         if before is not None:
             mx.async_eval(logits, *self._tails.arrays())
-            before.fetch()
+            before.wait()
             if before.drafts is not None:
-                drafts, place = np.array(before.drafts).tolist(), before.place
-        asks: list[Ask] = []
+                drafts, place = np.array(before.drafts).tolist(), before.index_by_id
+        asks: list[MaskRequest] = []
         asked: list[int] = []
         first = 0
         for sequence, width in zip(flight.sequences, flight.widths, strict=True):
             row = rows[first]
-            if sequence.constraint is not None and row.forced is None:
+            if sequence.grammar is not None and row.forced is None:
                 behind = drafts[place[id(sequence)]][: width - 1] if width > 1 else ()
-                asks.append(Ask(sequence.constraint, behind, row.banned))
+                asks.append(MaskRequest(sequence.grammar, behind, row.banned))
                 asked += range(first, first + width)
             first += width
         masked, words = self._constraints.masks(asks)
-        return Masks([asked[i] for i in masked], mx.array(words))
+        return TokenMasks([asked[i] for i in masked], mx.array(words))
 
     def _history(self, sequence: Sequence) -> History | None:
         if sequence.sampling.penalised and sequence.history is None:
@@ -267,7 +283,9 @@ class Launcher:
             )
         return sequence.history
 
-    def _confirm(self, flight: Flight, groups: list[Group], sampled: Sampled) -> None:
+    def _verify_drafts(
+        self, flight: PendingStep, groups: list[RunnerGroup], sampled: SamplerOutput
+    ) -> None:
         """Fill in which of the sampled tokens count.
 
         A row's token is drawn from the model's distribution behind that row, with noise that
@@ -275,7 +293,7 @@ class Launcher:
         chose, so the output is distributed (and with the same seed, equal) as without drafts.
         """
         if max(flight.widths) > 1:
-            tokens, counts = self._counted(flight.widths, groups, sampled.tokens)
+            tokens, counts = self._count_accepted(flight.widths, groups, sampled.tokens)
             last = mx.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
         else:
             tokens, last = sampled.tokens[:, None], sampled.tokens
@@ -292,8 +310,8 @@ class Launcher:
                 row += 1
 
     @staticmethod
-    def _counted(
-        widths: list[int], groups: list[Group], sampled: mx.array
+    def _count_accepted(
+        widths: list[int], groups: list[RunnerGroup], sampled: mx.array
     ) -> tuple[mx.array, mx.array]:
         """The sampled tokens by sequence, [S, W], and how many of them count, [S]."""
         widest = max(widths)
@@ -317,7 +335,9 @@ class Launcher:
 
     # -- booking --------------------------------------------------------------------------
 
-    def _book(self, plan: Plan, groups: list[Group], caches: list[mx.array]) -> None:
+    def _commit_kv(
+        self, plan: SchedulerOutput, groups: list[RunnerGroup], caches: list[mx.array]
+    ) -> None:
         """Note what the step computes; chunks are sealed at once.
 
         Where a token's key takes the one that follows it, a prompt's last row begins the tail.
@@ -327,18 +347,22 @@ class Launcher:
         for group in groups:
             first += group.rows
             for sequence in group.sequences:
-                if not sequence.in_flight:
-                    self.prompt_rows += sequence.book(sequence.computed, sequence.computed + 1)
+                if not sequence.num_inflight_tokens:
+                    self.prompt_rows += sequence.mark_computed(
+                        sequence.num_computed_tokens, sequence.num_computed_tokens + 1
+                    )
         for sequence, count in plan.chunks:
-            start = sequence.computed
-            sequence.computed = start + count
-            sequence.sealed = sequence.sealable
-            self.prompt_rows += sequence.book(start, start + count)
-            kv = Segment.copy_of(caches, first, first + sequence.sealed - start)
+            start = sequence.num_computed_tokens
+            sequence.num_computed_tokens = start + count
+            sequence.num_cached_tokens = sequence.num_cacheable_tokens
+            self.prompt_rows += sequence.mark_computed(start, start + count)
+            kv = Segment.copy_of(caches, first, first + sequence.num_cached_tokens - start)
             assert sequence.lease is not None
-            self._tree.seal(sequence.lease, sequence.keys(start, sequence.sealed), kv)
+            self._tree.insert(
+                sequence.lease, sequence.cache_keys(start, sequence.num_cached_tokens), kv
+            )
             first += count
-            if sequence.sealed < sequence.computed:
+            if sequence.num_cached_tokens < sequence.num_computed_tokens:
                 begun.append((sequence, first - 1))
         if begun:
             self._begin_tails([s for s, _ in begun], mx.array([row for _, row in begun]), caches)
@@ -348,7 +372,7 @@ class Launcher:
     ) -> None:
         """Put a row of each sequence first into its tail."""
         for sequence in sequences:
-            self._scheduler.give_slot(sequence)
+            self._scheduler.allocate_slot(sequence)
         self._tails.ensure(MAX_WIDTH)
         slots = mx.array([sequence.slot for sequence in sequences])
         for layer, kv in enumerate(caches):

@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class Relief:
+class OOMRecovery:
     """Counts failures, and tightens and lifts the scheduler's limits accordingly.
 
     Attributes:
@@ -51,7 +51,7 @@ class Relief:
         self._scheduler = scheduler
         self._least_kv = least_kv
         self._max_running = scheduler.max_running
-        self._max_rows = scheduler.pace.max_rows
+        self._max_rows = scheduler.prefill_budget.max_rows
         self._recent = 0
         self._calm = 0
 
@@ -62,7 +62,7 @@ class Relief:
         if self._calm == CALM:
             self._recent = 0
             self._scheduler.max_running = self._max_running
-            self._scheduler.pace.max_rows = self._max_rows
+            self._scheduler.prefill_budget.max_rows = self._max_rows
 
     def step_failed(self, error: BaseException) -> list[Sequence]:
         """Give up all KV and tighten the limits; what ran waits, and no step may be in flight.
@@ -75,11 +75,11 @@ class Relief:
         scheduler.kv_budget = max(
             self._least_kv, int(min(scheduler.kv_budget, KV_SHARE * max(held, self._least_kv)))
         )
-        dropped = scheduler.drop_all()
+        dropped = scheduler.reset_kv()
         self.failures += 1
         self._recent += 1
         self._calm = 0
-        scheduler.pace.max_rows = max(1, scheduler.pace.max_rows // 2)
+        scheduler.prefill_budget.max_rows = max(1, scheduler.prefill_budget.max_rows // 2)
         if self._recent >= ALONE_FROM:
             scheduler.max_running = 1
         log.warning(
@@ -87,7 +87,7 @@ class Relief:
             " per step, and KV is limited to %.2f GiB from now on.",
             error,
             len(dropped),
-            scheduler.pace.max_rows,
+            scheduler.prefill_budget.max_rows,
             scheduler.kv_budget / 2**30,
         )
         return dropped if self._recent >= END_FROM else []

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.structured_output import Constraint
-from glmd.ipc import Generate, Match, TokenArray, unpack_tokens
+from glmd.engine.structured_output import GrammarState
+from glmd.ipc import CacheMatch, EngineRequest, TokenArray, unpack_tokens
 from glmd.kv_cache.prefix_tree import Keys, Lease
 from glmd.kv_cache.segment import Segment
 from glmd.model.sampler import History, RowSampling
@@ -20,7 +20,7 @@ class Sequence:
 
     Positions count from the prompt's first token: `0 … sealed` have KV in the tree (under
     `lease`), `sealed … computed` in the tail, `computed … length` are known tokens without KV.
-    Steps that have been launched but not read will add up to `in_flight` tokens.
+    Steps that have been launched but not read will add up to `num_inflight_tokens` tokens.
 
     A sequence that needs one row is decoding; one that needs more is in prefill, be it new or
     preempted: there is no other difference.
@@ -34,7 +34,7 @@ class Sequence:
 
     def __init__(
         self,
-        request: Generate,
+        request: EngineRequest,
         index: int,
         sampling: RowSampling,
         limit: int,
@@ -50,7 +50,7 @@ class Sequence:
         self.index = index
         self.sampling = sampling
         self.draft_sampling = sampling.for_drafts()
-        self.limit = limit
+        self.max_length = limit
         self.prompt_length = len(prompt)
         self.length = len(prompt)
         room = len(prompt) + 256
@@ -61,50 +61,50 @@ class Sequence:
 
         self.lease: Lease[Segment] | None = None
         self.slot = NO_SLOT
-        self.sealed = 0
-        self.computed = 0
-        self.in_flight = 0
+        self.num_cached_tokens = 0
+        self.num_computed_tokens = 0
+        self.num_inflight_tokens = 0
 
         self.thinking_left = request.thinking_budget
         """Tokens that reasoning may still take; None: no bound, or closed. Below 0, -i means
         that i tokens of what closes it are out."""
-        self.constraint: Constraint | None = None
+        self.grammar: GrammarState | None = None
         self.history: History | None = None
-        self._own = np.zeros(len(prompt), bool)
+        self._computed_mask = np.zeros(len(prompt), bool)
         """Prompt tokens that were computed for this sequence."""
         self.admitted = False
         """Whether it has left the queue before, though it may wait again."""
-        self.match: Match | None = None
+        self.cache_match: CacheMatch | None = None
         """How much of its prompt was stored when it left the queue first."""
-        self.announced = False
+        self.reported_usage = False
         self.finished = False
         self.arrival = 0
         """How many sequences had arrived before this one."""
-        self.arrived_at_work = 0
+        self.arrival_prefill_clock = 0
         """Prefill tokens that the scheduler had served when this sequence arrived."""
 
     @property
-    def needs(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """Rows to run before the next token can be sampled."""
-        return 1 if self.in_flight else self.length - self.computed
+        return 1 if self.num_inflight_tokens else self.length - self.num_computed_tokens
 
     @property
-    def saturated(self) -> bool:
+    def at_length_limit(self) -> bool:
         """Whether the tokens in flight may be the last ones allowed."""
-        return self.length + self.in_flight >= self.limit
+        return self.length + self.num_inflight_tokens >= self.max_length
 
     @property
-    def generated(self) -> int:
+    def num_generated_tokens(self) -> int:
         """Output tokens known."""
         return self.length - self.prompt_length
 
     @property
-    def free(self) -> bool:
+    def can_draft(self) -> bool:
         """Whether its tokens may be drafted: where their exact number matters they may not."""
-        return self.generated >= self.request.min_tokens and not self._near_budget
+        return self.num_generated_tokens >= self.request.min_tokens and not self._near_budget
 
     @property
-    def synchronous(self) -> bool:
+    def requires_sync(self) -> bool:
         """Whether its last token must be known before the next step is planned."""
         return self._near_budget
 
@@ -120,36 +120,46 @@ class Sequence:
         return self.thinking_left is not None and self.thinking_left <= 2 * MAX_WIDTH
 
     @property
-    def cached(self) -> int:
+    def num_prompt_tokens_cached(self) -> int:
         """Prompt tokens whose KV others had computed."""
-        return self.prompt_length - int(self._own.sum())
+        return self.prompt_length - int(self._computed_mask.sum())
 
     @property
-    def settled(self) -> int:
+    def num_confirmed_tokens(self) -> int:
         """Positions, from the first, whose KV is computed (or being computed) and whose tokens
         are known.
 
         Any step in flight begins with the last known token; what it computes behind it may be
         a refused draft.
         """
-        return self.length if self.in_flight else min(self.computed, self.length)
+        return (
+            self.length if self.num_inflight_tokens else min(self.num_computed_tokens, self.length)
+        )
 
     @property
-    def sealable(self) -> int:
+    def num_cacheable_tokens(self) -> int:
         """Positions, from the first, that can be in the tree: settled, and their keys known."""
-        return self.settled if self._pairs is None else min(self.settled, self.length - 1)
+        return (
+            self.num_confirmed_tokens
+            if self._pairs is None
+            else min(self.num_confirmed_tokens, self.length - 1)
+        )
 
     @property
-    def tail_bound(self) -> int:
+    def max_tail_tokens(self) -> int:
         """Tokens that the tail may hold once the steps in flight are done."""
-        return self.settled + max(0, self.in_flight - 1) - self.sealed
+        return (
+            self.num_confirmed_tokens
+            + max(0, self.num_inflight_tokens - 1)
+            - self.num_cached_tokens
+        )
 
     def tokens(self, start: int, stop: int) -> TokenArray:
         """Known tokens at positions `start` to `stop`, a view."""
         assert stop <= self.length
         return self._tokens[start:stop]
 
-    def keys(self, start: int, stop: int) -> Keys:
+    def cache_keys(self, start: int, stop: int) -> Keys:
         """What the tree tells the tokens at positions `start` to `stop` apart by, a view.
 
         The MTP layer's KV of a token is made of the token that follows it. Were tokens told apart
@@ -162,10 +172,10 @@ class Sequence:
         assert stop < self.length
         return self._pairs[start:stop]
 
-    def book(self, start: int, stop: int) -> int:
+    def mark_computed(self, start: int, stop: int) -> int:
         """Note that positions `start` to `stop` are computed for this sequence, perhaps once more
         after preemption; returns how many of them are the prompt's."""
-        own = self._own[start:stop]
+        own = self._computed_mask[start:stop]
         own[:] = True
         return len(own)
 

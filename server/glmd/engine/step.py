@@ -15,7 +15,7 @@ WAIT = 1e-3
 
 
 @dataclass(slots=True)
-class Flight:
+class PendingStep:
     """A launched step, whose results have not been read.
 
     S sequences were sampled, the first `widths[i]` columns of W belonging to sequence i.
@@ -27,7 +27,7 @@ class Flight:
         counts: [S] int32, how many of them are confirmed: a draft is, if the model chose it.
         last: [S] int32, the last confirmed one.
         drafts: [S, k] int32, for the next step; None for k = 0.
-        logprobs: by (sequence, column); see `Sampled`.
+        logprobs: by (sequence, column); see `SamplerOutput`.
         done: evaluated when the step is.
         decoding: number of sequences with decode rows.
         dispatched: when MLX had taken it all, and let go of the host.
@@ -43,8 +43,8 @@ class Flight:
     last: mx.array | None
     drafts: mx.array | None
     logprobs: dict[tuple[int, int], tuple[mx.array, mx.array, mx.array]]
-    done: mx.array
-    decoding: int
+    ready: mx.array
+    num_decoding: int
     prefill_rows: int
     launched: float
     dispatched: float = 0.0
@@ -52,11 +52,11 @@ class Flight:
     waited: bool = False
     confirmed: list[list[int]] | None = None
 
-    def fetch(self) -> list[list[int]]:
+    def wait(self) -> list[list[int]]:
         """Wait for the step. Constraints follow what it confirms, once."""
         if self.confirmed is None:
             asked = time.monotonic()
-            mx.eval(self.done)
+            mx.eval(self.ready)
             self.fetched = time.monotonic()
             self.waited = self.fetched - asked > WAIT
             self.confirmed = []
@@ -64,12 +64,12 @@ class Flight:
                 tokens, counts = np.array(self.tokens).tolist(), np.array(self.counts).tolist()
                 self.confirmed = [row[:count] for row, count in zip(tokens, counts, strict=True)]
             for sequence, row in zip(self.sequences, self.confirmed, strict=True):
-                if sequence.constraint is not None:
+                if sequence.grammar is not None:
                     for token in row:
-                        sequence.constraint.accept(token)
+                        sequence.grammar.accept(token)
         return self.confirmed
 
-    def landed(self, before: float) -> float:
+    def completed_at(self, before: float) -> float:
         """When it was done, as near as can be told once it was fetched.
 
         MLX makes the host wait in dispatching a step until all but the last few operations of it
@@ -82,11 +82,11 @@ class Flight:
         return self.fetched if self.waited or self.dispatched <= before else self.dispatched
 
     @property
-    def flying(self) -> bool:
+    def all_in_flight(self) -> bool:
         """Whether its tokens are still to come for all of its sequences."""
-        return all(s.in_flight for s in self.sequences)
+        return all(s.num_inflight_tokens for s in self.sequences)
 
     @property
-    def place(self) -> dict[int, int]:
+    def index_by_id(self) -> dict[int, int]:
         """Index in `sequences` by identity."""
         return {id(sequence): i for i, sequence in enumerate(self.sequences)}

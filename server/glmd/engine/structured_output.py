@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
 
-from glmd.ipc import Guidance
+from glmd.ipc import GrammarSpec
 from glmd.structured_output.backend import load_tokenizer, make_matcher
 
 Words = npt.NDArray[np.uint32]
@@ -25,7 +25,7 @@ KEPT_GRAMMARS = 64
 """Compiled grammars that are kept for the next request. An agent's tools take about 2 MB."""
 
 
-class Constraint:
+class GrammarState:
     """One sequence's way through its grammar.
 
     Attributes:
@@ -33,7 +33,7 @@ class Constraint:
         error: why it can be followed no further, once that is so.
     """
 
-    def __init__(self, guidance: Guidance, matcher: LLMatcher) -> None:
+    def __init__(self, guidance: GrammarSpec, matcher: LLMatcher) -> None:
         """
         Args:
             matcher: at the grammar's beginning; the constraint's own.
@@ -68,8 +68,8 @@ class Constraint:
         if self.error is None and self._matcher.is_error():
             self.error = self._matcher.get_error().partition("\n")[0]
 
-    def attempt(self, token: int) -> bool:
-        """Follow a draft until `retract`; False if nothing can stand behind it."""
+    def try_accept(self, token: int) -> bool:
+        """Follow a draft until `rollback`; False if nothing can stand behind it."""
         if not self.active:
             self.active = self._began_by_draft = token in self._guidance.after
             return True
@@ -78,7 +78,7 @@ class Constraint:
         self._attempted += 1
         return True
 
-    def retract(self) -> None:
+    def rollback(self) -> None:
         """Take back all drafts that were followed."""
         if self._attempted:
             self._matcher.rollback(self._attempted)
@@ -88,19 +88,19 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class MaskRequest:
     """A sequence whose next tokens are to be masked: behind its last one, and behind each draft.
 
     Attributes:
         banned: ids that may not come next unless the grammar leaves nothing else.
     """
 
-    constraint: Constraint
+    constraint: GrammarState
     drafts: Sequence[int] = ()
     banned: tuple[int, ...] = ()
 
 
-class Constraints:
+class StructuredOutputManager:
     """The grammars of an engine: compiles them in a thread of its own, and masks rows."""
 
     def __init__(self, folder: Path, vocab_size: int, end_ids: Sequence[int]) -> None:
@@ -117,7 +117,7 @@ class Constraints:
         self._executor = LLExecutor()
         self._matchers: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
-    def prepare(self, guidance: Guidance) -> Future[LLMatcher]:
+    def prepare(self, guidance: GrammarSpec) -> Future[LLMatcher]:
         """Compile a grammar in the background, or find it compiled.
 
         The future fails with GrammarError, or with CheckpointError if there is no tokenizer.
@@ -138,11 +138,11 @@ class Constraints:
         return matcher
 
     @staticmethod
-    def start(guidance: Guidance, compiled: LLMatcher) -> Constraint:
+    def start(guidance: GrammarSpec, compiled: LLMatcher) -> GrammarState:
         """The constraint of one sequence, from a result of `prepare`."""
-        return Constraint(guidance, compiled.deep_copy())
+        return GrammarState(guidance, compiled.deep_copy())
 
-    def masks(self, asks: Sequence[Ask]) -> tuple[list[int], Words]:
+    def masks(self, asks: Sequence[MaskRequest]) -> tuple[list[int], Words]:
         """Masks for the rows of sequences, each with 1 + drafts rows, one after the other.
 
         A mask behind a draft that the grammar refuses does not matter and is left out: the row
@@ -174,11 +174,11 @@ class Constraints:
             live = [
                 (ask, first)
                 for ask, first in live
-                if depth < len(ask.drafts) and ask.constraint.attempt(ask.drafts[depth])
+                if depth < len(ask.drafts) and ask.constraint.try_accept(ask.drafts[depth])
             ]
             depth += 1
         for ask, first in zip(asks, firsts, strict=False):
-            ask.constraint.retract()
+            ask.constraint.rollback()
             ask.constraint.check()
             _ban(masks[first], ask.banned)
         masked.sort()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf, isfinite
 
 from glmd.errors import InvalidRequest
-from glmd.ipc import Generate, ModelInfo, SamplingParams, TokenArray
+from glmd.ipc import EngineRequest, ModelInfo, SamplingParams, TokenArray
 
 MAX_LOGPROBS = 20
 
@@ -13,7 +13,7 @@ MAX_CONTINUATIONS = 1024
 """Of one prompt: each is a sequence, and has a place in the queue."""
 
 
-def check_request(request: Generate, prompt: TokenArray, info: ModelInfo) -> None:
+def validate_request(request: EngineRequest, prompt: TokenArray, info: ModelInfo) -> None:
     """Refuse what the engine cannot serve.
 
     Args:

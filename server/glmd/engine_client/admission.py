@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from glmd.errors import Overloaded
-from glmd.utils.fair_limiter import Pool
+from glmd.utils.fair_limiter import FairLimiter
 
 FIRST_GUESS = 1.0
 """Seconds between two admissions, before any has been seen."""
@@ -22,7 +22,7 @@ SMOOTHING = 0.3
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class Ticket:
     """What a request has in the queue.
 
     Attributes:
@@ -35,8 +35,8 @@ class Place:
     tokens: int
 
 
-class Queue:
-    """Answers and prompt tokens that wait, each a `Pool` that clients share.
+class AdmissionQueue:
+    """Answers and prompt tokens that wait, each a `FairLimiter` that clients share.
 
     Attributes:
         refused: how many were turned away.
@@ -49,8 +49,8 @@ class Queue:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refused = 0
-        self._answers = Pool(max_answers)
-        self._tokens = Pool(max_tokens)
+        self._answers = FairLimiter(max_answers)
+        self._tokens = FairLimiter(max_tokens)
         self._clock = clock
         self._interval: float | None = None
         """Average time between two admissions, while others wait."""
@@ -60,14 +60,14 @@ class Queue:
     @property
     def answers(self) -> int:
         """How many wait."""
-        return self._answers.taken
+        return self._answers.used
 
     @property
     def tokens(self) -> int:
         """Prompt tokens that wait with them."""
-        return self._tokens.taken
+        return self._tokens.used
 
-    def enter(self, client: str, answers: int, tokens: int) -> Place:
+    def admit_or_reject(self, client: str, answers: int, tokens: int) -> Ticket:
         """Take a place. While nothing waits, any will do: what is larger than the queue could
         never wait in it.
 
@@ -80,20 +80,20 @@ class Queue:
             raise self._refusal(client, answers, f"{self.answers} answers wait for their turn")
         elif not self._tokens.fits(client, tokens):
             raise self._refusal(client, answers, f"{self.tokens} prompt tokens wait for their turn")
-        place = Place(client, answers, tokens)
+        place = Ticket(client, answers, tokens)
         self._answers.take(client, answers)
         self._tokens.take(client, tokens)
         return place
 
     def _refusal(self, client: str, answers: int, what: str) -> Overloaded:
         self.refused += answers
-        own = self._answers.taken_by(client)
+        own = self._answers.used_by(client)
         whose = f", {own} of the answers yours" if own else ""
         return Overloaded(
             f"There is no room: {what}{whose}. Try again later.", retry_after=self.retry_after()
         )
 
-    def admit(self, place: Place) -> None:
+    def leave(self, place: Ticket) -> None:
         """The turn of one of a place's answers has come."""
         if not place.answers:
             return
@@ -104,7 +104,7 @@ class Queue:
         self._last_admission = now
         self._leave(place, 1)
 
-    def give_up(self, place: Place) -> None:
+    def release(self, place: Ticket) -> None:
         """What is left of a place waits no longer."""
         self._leave(place, place.answers)
 
@@ -122,7 +122,7 @@ class Queue:
         self._next_chance = min(self._next_chance, now + interval * max(1, self.answers))
         return self._next_chance - now
 
-    def _leave(self, place: Place, answers: int) -> None:
+    def _leave(self, place: Ticket, answers: int) -> None:
         self._answers.take(place.client, -answers)
         self._tokens.take(place.client, -place.tokens)
         place.answers -= answers

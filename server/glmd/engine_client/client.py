@@ -17,24 +17,24 @@ from typing import Literal
 import zmq.asyncio
 
 from glmd.engine.main import EXIT_TOLD
-from glmd.engine_client.admission import Place, Queue
-from glmd.engine_client.crash_guard import Suspects
-from glmd.engine_client.output_collector import Stream, error_of
-from glmd.engine_client.process import EngineProcess, Launch
-from glmd.engine_client.timeouts import Alarms, Deadlines, Phase
+from glmd.engine_client.admission import AdmissionQueue, Ticket
+from glmd.engine_client.crash_guard import CrashGuard
+from glmd.engine_client.output_collector import OutputCollector, error_of
+from glmd.engine_client.process import EngineProcess, EngineProcessConfig
+from glmd.engine_client.timeouts import Phase, RequestTimeouts, TimeoutTimers
 from glmd.errors import EngineUnavailable, GlmdError
 from glmd.ipc import (
-    Cancel,
-    Failed,
-    Generate,
-    Level,
-    Loading,
-    LogLevel,
+    AbortRequest,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    LogLevelName,
     ModelInfo,
-    Output,
-    Ready,
-    Stats,
-    Step,
+    SequenceOutput,
+    SetLogLevel,
+    StepOutputs,
     count_tokens,
 )
 
@@ -43,7 +43,7 @@ log = logging.getLogger("glmd.supervisor")
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
 """`failed` is final: the engine refused its checkpoint, or never came up."""
 
-NO_DEADLINES = Deadlines()
+NO_DEADLINES = RequestTimeouts()
 
 BUFFER_TOKENS = 16_384
 """Tokens that one request may have waiting for its reader before it is cancelled."""
@@ -57,7 +57,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 LONG_LIFE = 60.0
 
 LAST_WORDS = 5.0
-"""Seconds to wait for the `Failed` of a process that has exited after sending it."""
+"""Seconds to wait for the `EngineFailed` of a process that has exited after sending it."""
 
 UNAVAILABLE = {
     "loading": "The model is still loading; try again in a moment.",
@@ -70,9 +70,9 @@ UNAVAILABLE = {
 class InFlight:
     """A request that has not ended."""
 
-    stream: Stream
-    place: Place
-    alarms: Alarms
+    stream: OutputCollector
+    place: Ticket
+    alarms: TimeoutTimers
 
 
 class EngineClient:
@@ -89,7 +89,11 @@ class EngineClient:
     """
 
     def __init__(
-        self, launch: Launch, *, queue: Queue | None = None, buffer_tokens: int = BUFFER_TOKENS
+        self,
+        launch: EngineProcessConfig,
+        *,
+        queue: AdmissionQueue | None = None,
+        buffer_tokens: int = BUFFER_TOKENS,
     ) -> None:
         """
         Args:
@@ -97,18 +101,18 @@ class EngineClient:
             buffer_tokens: that one request may have waiting for its reader.
         """
         self.state: EngineState = "stopped"
-        self.progress: Loading | None = None
+        self.progress: LoadProgress | None = None
         self.info: ModelInfo | None = None
-        self.stats = Stats()
+        self.stats = EngineStats()
         self.failure: str | None = None
         self.restarts = 0
-        self.queue = queue or Queue()
+        self.queue = queue or AdmissionQueue()
         self._launch = launch
         self._context = zmq.asyncio.Context()
         self._buffer_tokens = buffer_tokens
         self._changed = asyncio.Event()
         self._requests: dict[str, InFlight] = {}
-        self._suspects = Suspects()
+        self._suspects = CrashGuard()
         self._process: EngineProcess | None = None
         self._supervision: asyncio.Task[None] | None = None
 
@@ -150,8 +154,8 @@ class EngineClient:
             raise EngineUnavailable(reason or "The engine is not running.")
 
     async def generate(
-        self, request: Generate, deadlines: Deadlines = NO_DEADLINES
-    ) -> AsyncGenerator[Output, None]:
+        self, request: EngineRequest, deadlines: RequestTimeouts = NO_DEADLINES
+    ) -> AsyncGenerator[SequenceOutput, None]:
         """Send a request and yield its outputs until each of its sequences has finished.
 
         Outputs that pile up while the reader is busy arrive as one. Closing the generator
@@ -169,36 +173,36 @@ class EngineClient:
         self.require_ready()
         if request.id in self._requests:
             raise ValueError(f"a request with the id {request.id!r} is in flight already")
-        place = self.queue.enter(request.client, request.n, count_tokens(request.prompt))
-        alarms = Alarms(deadlines, lambda phase: self._expire(request.id, phase, deadlines))
-        stream = Stream(request.n, self._buffer_tokens)
+        place = self.queue.admit_or_reject(request.client, request.n, count_tokens(request.prompt))
+        alarms = TimeoutTimers(deadlines, lambda phase: self._expire(request.id, phase, deadlines))
+        stream = OutputCollector(request.n, self._buffer_tokens)
         self._requests[request.id] = InFlight(stream, place, alarms)
         process = None
         try:
-            async with self._suspects.case(request) as case:
+            async with self._suspects.track(request) as case:
                 self.require_ready()
                 process = self._process
                 assert process is not None
                 process.send(request)
                 while not stream.finished:
-                    for output in await stream.take():
-                        if output.finish == "error":
+                    for output in await stream.get():
+                        if output.finish_reason == "error":
                             raise error_of(output)
                         self._suspects.advance(case, len(output.tokens))
                         yield output
-                self._suspects.acquit(case)
+                self._suspects.clear(case)
         finally:
             del self._requests[request.id]
             alarms.stop()
-            self.queue.give_up(place)
+            self.queue.release(place)
             if process is not None and not stream.finished:
-                process.send(Cancel(request.id))
+                process.send(AbortRequest(request.id))
 
     def cancel(self, id: str, index: int) -> None:
         """End one sequence of a request in flight; its reader gets no more of it."""
         request = self._requests.get(id)
         if request is not None and request.stream.end(index) and self._process is not None:
-            self._process.send(Cancel(id, index))
+            self._process.send(AbortRequest(id, index))
 
     def abort(self, id: str, error: GlmdError) -> None:
         """End a request in flight; its reader finds `error`."""
@@ -206,11 +210,11 @@ class EngineClient:
         if request is not None:
             request.stream.fail(error)
 
-    def set_log_level(self, level: Level) -> None:
+    def set_log_level(self, level: LogLevelName) -> None:
         """Have this engine process, and those after it, log from `level` on."""
         self._launch = replace(self._launch, log_level=level)
         if self._process is not None:
-            self._process.send(LogLevel(level))
+            self._process.send(SetLogLevel(level))
 
     def abandon(self) -> None:
         """Fail what is in flight, because the server ends."""
@@ -243,7 +247,7 @@ class EngineClient:
             self.failure = f"The engine process cannot be started: {error}."
             return False
         self._process = process
-        self.progress = Loading(0, 0)
+        self.progress = LoadProgress(0, 0)
         listener = asyncio.create_task(self._listen(process), name="engine listener")
         exited = asyncio.create_task(process.exit_code(), name="engine exit")
         try:
@@ -262,7 +266,7 @@ class EngineClient:
             self._process = None
             if self.state == "ready":
                 self._enter("restarting")
-                self._suspects.died()
+                self._suspects.engine_died()
             self._fail_streams("The engine stopped while it worked on this request.")
             listener.cancel()
             exited.cancel()
@@ -272,49 +276,49 @@ class EngineClient:
         """Handle messages until the engine says that it failed; returns what it says."""
         while True:
             message = await process.receive()
-            if isinstance(message, Failed):
+            if isinstance(message, EngineFailed):
                 return message.message
             self._handle(message)
 
-    def _handle(self, message: Step | Stats | Loading | Ready) -> None:
+    def _handle(self, message: StepOutputs | EngineStats | LoadProgress | EngineReady) -> None:
         match message:
-            case Step(outputs):
+            case StepOutputs(outputs):
                 for output in outputs:
                     self._deliver(output)
-            case Stats():
+            case EngineStats():
                 self.stats = message
-            case Loading():
+            case LoadProgress():
                 self.progress = message
-            case Ready(model):
+            case EngineReady(model):
                 self.info = model
                 self.progress = None
                 self._enter("ready")
                 log.info("Ready: %s", describe_model(model))
 
-    def _deliver(self, output: Output) -> None:
+    def _deliver(self, output: SequenceOutput) -> None:
         request = self._requests.get(output.id)
         if request is None:
             return
         if output.admitted:
-            self.queue.admit(request.place)
+            self.queue.leave(request.place)
             request.alarms.reached("queue")
         if output.tokens:
             request.alarms.reached("first_token")
         stream = request.stream
-        stream.push(output)
+        stream.put(output)
         if not stream.running:
             request.alarms.stop()
         if stream.failed and self._process is not None:
             # Its reader is too far behind to be waited for: the row is free now, not when it comes.
-            self._process.send(Cancel(output.id))
+            self._process.send(AbortRequest(output.id))
 
-    def _expire(self, id: str, phase: Phase, deadlines: Deadlines) -> None:
+    def _expire(self, id: str, phase: Phase, deadlines: RequestTimeouts) -> None:
         """Give a request up whose deadline has passed, whatever its reader is doing."""
         error = deadlines.error(phase, self.queue.retry_after())
         self._suspects.withdraw(id, error)
         self._requests[id].stream.fail(error)
         if self._process is not None:
-            self._process.send(Cancel(id))
+            self._process.send(AbortRequest(id))
 
     def _enter(self, state: EngineState) -> None:
         self.state = state
@@ -322,7 +326,7 @@ class EngineClient:
         self._changed = asyncio.Event()
 
     def _fail_streams(self, message: str) -> None:
-        self._suspects.give_up(message)
+        self._suspects.fail_waiting(message)
         for request in self._requests.values():
             request.alarms.stop()
             request.stream.fail(EngineUnavailable(message))

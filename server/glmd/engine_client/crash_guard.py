@@ -23,7 +23,7 @@ from hashlib import blake2b
 import msgspec
 
 from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError
-from glmd.ipc import Generate
+from glmd.ipc import EngineRequest
 
 log = logging.getLogger("glmd.supervisor")
 
@@ -39,7 +39,7 @@ up to four tokens each, nothing was heard."""
 
 
 @dataclass(slots=True)
-class Record:
+class CrashRecord:
     """What is held against one request.
 
     Attributes:
@@ -49,12 +49,12 @@ class Record:
     """
 
     deaths: int = 0
-    place: int = 0
+    tokens: int = 0
     until: float = 0.0
-    guilty: bool = False
+    refused: bool = False
 
 
-class Case:
+class TrackedRequest:
     """A request in flight.
 
     Attributes:
@@ -62,10 +62,10 @@ class Case:
         beyond: on trial: tokens from which on it is not; None: not on trial.
     """
 
-    def __init__(self, request: Generate) -> None:
+    def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self.tokens = 0
-        self.beyond: int | None = None
+        self.safe_after: int | None = None
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -76,7 +76,7 @@ class Case:
         return blake2b(msgspec.msgpack.encode(work), digest_size=16).digest()
 
 
-class Suspects:
+class CrashGuard:
     """The requests in flight, and those under which the engine died. For one event loop.
 
     Args:
@@ -85,21 +85,21 @@ class Suspects:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._records: OrderedDict[bytes, Record] = OrderedDict()
-        self._open: set[Case] = set()
-        self._tried: Case | None = None
-        self._waiting: deque[tuple[Case, asyncio.Future[None]]] = deque()
+        self._records: OrderedDict[bytes, CrashRecord] = OrderedDict()
+        self._open: set[TrackedRequest] = set()
+        self._tried: TrackedRequest | None = None
+        self._waiting: deque[tuple[TrackedRequest, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def case(self, request: Generate) -> AsyncIterator[Case]:
+    async def track(self, request: EngineRequest) -> AsyncIterator[TrackedRequest]:
         """For as long as a request is in flight. A suspect waits for its turn first.
 
         Raises:
             CrashesEngine: the engine died on it more than once.
-            EngineUnavailable: `give_up` was called while it waited.
+            EngineUnavailable: `fail_waiting` was called while it waited.
             GlmdError: what `withdraw` was given.
         """
-        case = Case(request)
+        case = TrackedRequest(request)
         if self._record(case) is not None:
             await self._turn(case)
         self._open.add(case)
@@ -109,18 +109,18 @@ class Suspects:
             self._open.discard(case)
             self._end_trial(case)
 
-    def advance(self, case: Case, tokens: int) -> None:
+    def advance(self, case: TrackedRequest, tokens: int) -> None:
         """Note that a request has yielded so many more tokens."""
         case.tokens += tokens
-        if case.beyond is not None and case.tokens > case.beyond:
+        if case.safe_after is not None and case.tokens > case.safe_after:
             self._end_trial(case)
 
-    def acquit(self, case: Case) -> None:
+    def clear(self, case: TrackedRequest) -> None:
         """Note that a request has ended by itself."""
         if self._records:
             self._records.pop(case.fingerprint, None)
 
-    def died(self) -> None:
+    def engine_died(self) -> None:
         """Note that the engine died with all that is in flight."""
         places: dict[bytes, int] = {}
         for case in self._open:
@@ -132,13 +132,13 @@ class Suspects:
             )
         tried = self._tried.fingerprint if self._tried in self._open else None
         for fingerprint, place in places.items():
-            record = self._records.setdefault(fingerprint, Record())
+            record = self._records.setdefault(fingerprint, CrashRecord())
             self._records.move_to_end(fingerprint)
             record.deaths += 1
-            record.place = max(record.place, place)
+            record.tokens = max(record.tokens, place)
             record.until = self._clock() + MEMORY
-            record.guilty = record.deaths > 1 and (len(places) == 1 or fingerprint == tried)
-            if record.guilty:
+            record.refused = record.deaths > 1 and (len(places) == 1 or fingerprint == tried)
+            if record.refused:
                 log.error(
                     "The engine died %d times on one and the same request, the last time as %s:"
                     " it is refused for %d minutes.",
@@ -149,7 +149,7 @@ class Suspects:
         while len(self._records) > CAPACITY:
             self._records.popitem(last=False)
 
-    def give_up(self, message: str) -> None:
+    def fail_waiting(self, message: str) -> None:
         """Fail those that wait for their turn with an EngineUnavailable."""
         for _, turn in self._waiting:
             if not turn.done():
@@ -162,7 +162,7 @@ class Suspects:
             if case.request.id == id and not turn.done():
                 turn.set_exception(error)
 
-    def _record(self, case: Case) -> Record | None:
+    def _record(self, case: TrackedRequest) -> CrashRecord | None:
         """What is held against a request, unless it is too old.
 
         Raises:
@@ -176,7 +176,7 @@ class Suspects:
         if self._clock() > record.until:
             del self._records[case.fingerprint]
             return None
-        if record.guilty:
+        if record.refused:
             raise CrashesEngine(
                 f"The engine died {record.deaths} times while it worked on this very request,"
                 f" which is therefore refused for {MEMORY / 60:.0f} minutes after the last time."
@@ -184,7 +184,7 @@ class Suspects:
             )
         return record
 
-    async def _turn(self, case: Case) -> None:
+    async def _turn(self, case: TrackedRequest) -> None:
         """Wait until no other suspect is on trial; then this one is, if it is suspected still."""
         if self._tried is not None:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -203,11 +203,11 @@ class Suspects:
         if record is None:
             self._end_trial(case)
         else:
-            case.beyond = record.place + MARGIN
+            case.safe_after = record.tokens + MARGIN
 
-    def _end_trial(self, case: Case) -> None:
+    def _end_trial(self, case: TrackedRequest) -> None:
         """Take a request off trial, if it is on, and put the next one on."""
-        case.beyond = None
+        case.safe_after = None
         if self._tried is not case:
             return
         self._tried = None

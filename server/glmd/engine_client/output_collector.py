@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from glmd.errors import EngineError, GlmdError, InvalidRequest, Overloaded
-from glmd.ipc import Output
+from glmd.ipc import SequenceOutput
 
 
-class Stream:
+class OutputCollector:
     """The outputs of one request that its reader has not taken yet: at most one per sequence.
 
     Args:
@@ -19,7 +19,7 @@ class Stream:
     def __init__(self, n: int, limit: int) -> None:
         self._running = set(range(n))
         self._limit = limit
-        self._unread: dict[int, Output] = {}
+        self._unread: dict[int, SequenceOutput] = {}
         self._unread_tokens = 0
         self._error: GlmdError | None = None
         self._news = asyncio.Event()
@@ -39,11 +39,11 @@ class Stream:
         """It ended before its sequences did."""
         return self._error is not None
 
-    def push(self, output: Output) -> None:
+    def put(self, output: SequenceOutput) -> None:
         """Add an output, joined to the same sequence's unread one."""
         if output.index not in self._running or self._error is not None:
             return
-        if output.finish is not None:
+        if output.finish_reason is not None:
             self._running.discard(output.index)
         unread = self._unread.get(output.index)
         if unread is None:
@@ -70,7 +70,7 @@ class Stream:
             self._error = error
             self._news.set()
 
-    async def take(self) -> list[Output]:
+    async def get(self) -> list[SequenceOutput]:
         """Wait for news; what has arrived since the last call, by sequence.
 
         Raises:
@@ -87,25 +87,25 @@ class Stream:
         return outputs
 
 
-def join(earlier: Output, later: Output) -> None:
+def join(earlier: SequenceOutput, later: SequenceOutput) -> None:
     """Append to an output what the same sequence gave next."""
     earlier.tokens += later.tokens
     if later.logprobs is not None:
         earlier.logprobs = (earlier.logprobs or []) + later.logprobs
-    earlier.finish = later.finish
+    earlier.finish_reason = later.finish_reason
     earlier.error = later.error
     earlier.error_kind = later.error_kind
     earlier.error_param = later.error_param
     earlier.prompt_tokens = earlier.prompt_tokens or later.prompt_tokens
     earlier.cached_tokens = earlier.cached_tokens or later.cached_tokens
     earlier.admitted = earlier.admitted or later.admitted
-    earlier.match = earlier.match or later.match
+    earlier.cache_match = earlier.cache_match or later.cache_match
     earlier.computed_tokens = later.computed_tokens or earlier.computed_tokens
     earlier.drafted += later.drafted
     earlier.accepted += later.accepted
 
 
-def error_of(output: Output) -> GlmdError:
+def error_of(output: SequenceOutput) -> GlmdError:
     """The exception that says what an output with finish "error" says."""
     message = output.error or "The engine gave up on this request."
     match output.error_kind:

@@ -29,7 +29,7 @@ SHUTDOWN_PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class EngineProcessConfig:
     """What an engine process is started with."""
 
     model: Path
@@ -60,8 +60,10 @@ class EngineProcess:
         self._folder = folder
 
     @classmethod
-    async def start(cls, launch: Launch, context: zmq.asyncio.Context) -> EngineProcess:
-        """Start the process; it connects, and says `Ready`, in its own time."""
+    async def start(
+        cls, launch: EngineProcessConfig, context: zmq.asyncio.Context
+    ) -> EngineProcess:
+        """Start the process; it connects, and says `EngineReady`, in its own time."""
         folder = socket_folder()
         endpoint = f"ipc://{folder}/engine"
         socket = context.socket(zmq.PAIR)

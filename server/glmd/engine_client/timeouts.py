@@ -13,7 +13,7 @@ Phase = Literal["queue", "first_token", "total"]
 
 
 @dataclass(frozen=True, slots=True)
-class Deadlines:
+class RequestTimeouts:
     """Limits of one request, in seconds since it arrived; None: none.
 
     Attributes:
@@ -65,13 +65,13 @@ class Deadlines:
                 return DeadlineExceeded(f"The request was not done {limit}", worth_retrying=False)
 
 
-class Alarms:
+class TimeoutTimers:
     """Calls `expire` with the phase whose deadline passes before it is reached.
 
     A timer and not a wait: whoever reads the request's outputs may be held up by its client.
     """
 
-    def __init__(self, deadlines: Deadlines, expire: Callable[[Phase], None]) -> None:
+    def __init__(self, deadlines: RequestTimeouts, expire: Callable[[Phase], None]) -> None:
         loop = asyncio.get_running_loop()
         self._timers = {
             phase: loop.call_at(deadlines.time(phase), expire, phase) for phase in deadlines.limits

@@ -38,7 +38,7 @@ _COMPARE_WINDOW = 256
 100k-token node costs microseconds and a full match still runs at memory speed."""
 
 
-class Sealed(Protocol):
+class SegmentLike(Protocol):
     """What the tree needs of a segment; `glmd.kv_cache.segment.Segment` is one."""
 
     def __len__(self) -> int: ...
@@ -48,7 +48,7 @@ class Sealed(Protocol):
     def joined(self, *others: Self) -> Self: ...
 
 
-S = TypeVar("S", bound=Sealed)
+S = TypeVar("S", bound=SegmentLike)
 
 
 def common_prefix(a: Keys, b: Keys) -> int:
@@ -77,18 +77,18 @@ class Node(Generic[S]):
     children: dict[tuple[int, int], Node[S]] = field(default_factory=dict)
     """By offset in this node and the child's first key."""
     leases: set[Lease[S]] = field(default_factory=set)
-    stamp: int = 0
+    last_used: int = 0
     """When the end of this node was last used, in ticks of the tree's clock."""
-    passed: int = 0
+    interior_last_used: int = 0
     """When a prefix was last used that ends in this node before its last child."""
-    lost: dict[tuple[int, int], None] = field(default_factory=dict)
+    evicted_children: dict[tuple[int, int], None] = field(default_factory=dict)
     """What was evicted here: where it began, and its first key. The latest `MAX_LOST`."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def kept(self) -> int:
+    def pinned_len(self) -> int:
         """How many of this node's tokens a child or a lease continues."""
         offsets = (offset for offset, _ in self.children)
         return max(max(offsets, default=0), max((x.length for x in self.leases), default=0))
@@ -103,7 +103,7 @@ class Lease(Generic[S]):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece(Generic[S]):
+class PathNode(Generic[S]):
     """The first `length` tokens of `node`, as a part of some prefix."""
 
     node: Node[S]
@@ -111,7 +111,7 @@ class Piece(Generic[S]):
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TreeStats:
     """How a tree has grown.
 
     Attributes:
@@ -126,7 +126,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Beyond:
+class Divergence:
     """What is stored behind a prefix.
 
     Attributes:
@@ -156,12 +156,12 @@ class PrefixTree(Generic[S]):
         self.tokens = 0
         self.nbytes = 0
         self.evicted_tokens = 0
-        self.rebuilt = 0
+        self.version = 0
 
     # -- leases ---------------------------------------------------------------------------
 
     def acquire(self, salt: str = "") -> Lease[S]:
-        """A lease on the empty prefix; `advance` moves it."""
+        """A lease on the empty prefix; `match_prefix` moves it."""
         root = self._roots.get(salt)
         if root is None:
             root = self._roots[salt] = Node(np.empty(0, np.int64), None, None, 0)
@@ -170,7 +170,7 @@ class PrefixTree(Generic[S]):
         self._leases.add(lease)
         return lease
 
-    def advance(self, lease: Lease[S], keys: Keys) -> int:
+    def match_prefix(self, lease: Lease[S], keys: Keys) -> int:
         """Move `lease` along `keys` as far as they are stored; returns how many were."""
         node, length, matched = self._walk(lease.node, lease.length, keys)
         if matched:
@@ -201,27 +201,27 @@ class PrefixTree(Generic[S]):
         self._leases.remove(lease)
         self._drop_bare_root(lease.node)
 
-    def path(self, lease: Lease[S]) -> list[Piece[S]]:
+    def path(self, lease: Lease[S]) -> list[PathNode[S]]:
         """The pieces that make up the lease's prefix, first tokens first."""
-        pieces: list[Piece[S]] = []
+        pieces: list[PathNode[S]] = []
         node, length = lease.node, lease.length
         while node.parent is not None:
-            pieces.append(Piece(node, length))
+            pieces.append(PathNode(node, length))
             node, length = node.parent, node.offset
         pieces.reverse()
         return pieces
 
-    def beyond(self, lease: Lease[S], key: int) -> Beyond:
+    def divergence(self, lease: Lease[S], key: int) -> Divergence:
         """What is stored behind the lease's prefix, which `key` is not the next of.
 
         Args:
-            key: the first one that `advance` did not find.
+            key: the first one that `match_prefix` did not find.
         """
         node, length = lease.node, lease.length
         runs = [len(child) for (offset, _), child in node.children.items() if offset == length]
-        return Beyond(
+        return Divergence(
             tokens=max([len(node) - length, *runs]),
-            evicted=(length, key) in node.lost,
+            evicted=(length, key) in node.evicted_children,
         )
 
     def stored_elsewhere(self, salt: str, keys: Keys) -> int:
@@ -234,7 +234,7 @@ class PrefixTree(Generic[S]):
 
     # -- growth ---------------------------------------------------------------------------
 
-    def seal(self, lease: Lease[S], keys: Keys, kv: S) -> None:
+    def insert(self, lease: Lease[S], keys: Keys, kv: S) -> None:
         """Store tokens and their KV behind the lease's prefix and move the lease to their end.
 
         What is stored already (another sequence sealed the same tokens) is not stored twice.
@@ -245,7 +245,7 @@ class PrefixTree(Generic[S]):
         """
         if len(keys) != len(kv):
             raise ValueError(f"{len(keys)} tokens with KV of {len(kv)}")
-        known = self.advance(lease, keys)
+        known = self.match_prefix(lease, keys)
         if known == len(keys):
             return
         keys, kv = np.array(keys[known:]), kv.part(known, len(keys))
@@ -275,7 +275,7 @@ class PrefixTree(Generic[S]):
 
     def _join(self, run: list[Node[S]]) -> None:
         """Make one node of several, each of which hangs at the end of the one before."""
-        self.rebuilt += 1
+        self.version += 1
         first, *others = run
         stored = [node.kv for node in run if node.kv is not None]
         keys = np.concatenate([node.keys for node in run])
@@ -292,10 +292,10 @@ class PrefixTree(Generic[S]):
             for lease in node.leases:
                 lease.node, lease.length = first, lease.length + shift
             first.leases |= node.leases
-            for offset, key in node.lost:
+            for offset, key in node.evicted_children:
                 _remember(first, offset + shift, key)
-            first.stamp = max(first.stamp, node.stamp)
-            first.passed = max(first.passed, node.passed)
+            first.last_used = max(first.last_used, node.last_used)
+            first.interior_last_used = max(first.interior_last_used, node.interior_last_used)
             shift += len(node)
         first.keys, first.kv = keys, kv
 
@@ -316,18 +316,20 @@ class PrefixTree(Generic[S]):
         Fewer are freed when the rest is in use.
         """
         freed = 0
-        heap = [(node.stamp, id(node), node) for node in self.nodes() if node.kept < len(node)]
+        heap = [
+            (node.last_used, id(node), node) for node in self.nodes() if node.pinned_len < len(node)
+        ]
         heapq.heapify(heap)
         while freed < nbytes and heap:
             stamp, _, node = heapq.heappop(heap)
-            if stamp < node.stamp or node.kept == len(node):
+            if stamp < node.last_used or node.pinned_len == len(node):
                 continue  # In the heap once more, for its beginning, or done with.
             parent = node.parent
-            freed += self._cut(node, node.kept)
-            if parent is not None and len(node) == 0 and parent.kept < len(parent):
+            freed += self._truncate(node, node.pinned_len)
+            if parent is not None and len(node) == 0 and parent.pinned_len < len(parent):
                 # The beginning of the parent was used whenever the child was.
-                parent.stamp = max(parent.stamp, parent.passed, node.stamp)
-                heapq.heappush(heap, (parent.stamp, id(parent), parent))
+                parent.last_used = max(parent.last_used, parent.interior_last_used, node.last_used)
+                heapq.heappush(heap, (parent.last_used, id(parent), parent))
         return freed
 
     def clear(self) -> int:
@@ -336,17 +338,17 @@ class PrefixTree(Generic[S]):
 
     def reset(self) -> None:
         """Drop everything, in use or not, with all leases."""
-        self.rebuilt += 1
+        self.version += 1
         self.evicted_tokens += self.tokens
         self._roots.clear()
         self._leases.clear()
         self.tokens = self.nbytes = 0
 
-    def _cut(self, node: Node[S], length: int) -> int:
+    def _truncate(self, node: Node[S], length: int) -> int:
         """Keep only the first `length` tokens of `node`, none: unlink it."""
         assert node.kv is not None
         assert node.parent is not None
-        self.rebuilt += 1
+        self.version += 1
         before = node.kv.nbytes
         first = int(node.keys[length])
         if length == 0:
@@ -375,7 +377,7 @@ class PrefixTree(Generic[S]):
             yield node
             stack.extend(node.children.values())
 
-    def shape(self) -> Shape:
+    def stats(self) -> TreeStats:
         """The tree's shape, from a walk over all nodes."""
         segments = branches = longest = 0
         stack = [(root, 0) for root in self._roots.values()]
@@ -386,7 +388,7 @@ class PrefixTree(Generic[S]):
                 segments += 1
                 branches += all(offset < len(node) for offset, _ in node.children)
             stack.extend((child, start + child.offset) for child in node.children.values())
-        return Shape(segments, branches, longest)
+        return TreeStats(segments, branches, longest)
 
     def _move(self, lease: Lease[S], node: Node[S], length: int) -> None:
         lease.node.leases.remove(lease)
@@ -399,9 +401,9 @@ class PrefixTree(Generic[S]):
         node = lease.node
         self._clock += 1
         if lease.length > max((offset for offset, _ in node.children), default=0):
-            node.stamp = self._clock
+            node.last_used = self._clock
         else:
-            node.passed = self._clock
+            node.interior_last_used = self._clock
 
     def _drop_bare_root(self, node: Node[S]) -> None:
         """Forget the root of a salt that holds nothing, so that salts cannot pile up."""
@@ -413,9 +415,9 @@ class PrefixTree(Generic[S]):
 
 def _remember(node: Node[Any], offset: int, key: int) -> None:
     """Note what was evicted behind the first `offset` tokens of `node`."""
-    node.lost[offset, key] = None
-    if len(node.lost) > MAX_LOST:
-        del node.lost[next(iter(node.lost))]
+    node.evicted_children[offset, key] = None
+    if len(node.evicted_children) > MAX_LOST:
+        del node.evicted_children[next(iter(node.evicted_children))]
 
 
 def _worth_joining(node: Node[Any], more: int) -> bool:

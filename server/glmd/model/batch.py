@@ -15,63 +15,63 @@ from glmd.kv_cache.segment import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class SegmentSlice:
     """The keys from `start` to `stop` of a segment."""
 
     segment: Segment
     start: int
-    stop: int
+    end: int
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.end - self.start
 
     def keys(self, layer: int) -> mx.array:
         """[len(self), kv_width]"""
         keys = self.segment.layers[layer]
         whole = len(self) == keys.shape[0]
-        return keys if whole else keys[self.start : self.stop]
+        return keys if whole else keys[self.start : self.end]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Rows `first` to `last` of a group see all keys of some stretches."""
+class KVSpan:
+    """Rows `start` to `last` of a group see all keys of some stretches."""
 
-    stretches: tuple[Stretch, ...]
-    first: int
-    last: int
+    slices: tuple[SegmentSlice, ...]
+    start: int
+    end: int
 
     def __len__(self) -> int:
         """Number of keys."""
-        return sum(map(len, self.stretches))
+        return sum(map(len, self.slices))
 
     def keys(self, layer: int) -> list[mx.array]:
         """One after the other, each [keys, kv_width]."""
-        return [stretch.keys(layer) for stretch in self.stretches]
+        return [stretch.keys(layer) for stretch in self.slices]
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class PaddedSpans:
     """Spans of as many rows each, met in one batched product.
 
     Their keys are copied for it, so they are short: then a product of its own for each would
     cost more in its dozen operations than in reading keys.
     """
 
-    spans: list[Span]
+    spans: list[KVSpan]
     padding: list[mx.array]
     """For each span [longest - its own, kv_width]: it makes them equally long, end to end."""
     visible: mx.array | None
     """[spans, 1, longest] bool: which keys are none of that; None: all."""
     rows: mx.array | None
-    """[spans * rows each] int32; None: all from `first` to `last`."""
+    """[spans * rows each] int32; None: all from `start` to `last`."""
 
     @property
-    def first(self) -> int:
-        return self.spans[0].first
+    def start(self) -> int:
+        return self.spans[0].start
 
     @property
-    def last(self) -> int:
-        return self.spans[-1].last
+    def end(self) -> int:
+        return self.spans[-1].end
 
     def __len__(self) -> int:
         """Number of keys that each row meets, with padding."""
@@ -89,17 +89,17 @@ class Gathered:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class SpanLevel:
     """Spans over disjoint rows of a decode group. A row meets at most one span in each level."""
 
-    parts: list[Span | Gathered]
+    parts: list[KVSpan | PaddedSpans]
     order: mx.array | None
     """[rows] int32: where each row is among those of `parts`, one behind the other; one behind the
     last for rows that no span names. None: just there, with none unnamed."""
 
 
 @dataclass(frozen=True, slots=True)
-class SlotOrder:
+class SlotPermutation:
     """How sequences and slots of tails correspond, where they are not one and the same order."""
 
     sequences: mx.array
@@ -117,46 +117,46 @@ class DecodeGroup:
     sequences are in that order already.
     """
 
-    first: int
+    start: int
     sequences: int
     width: int
     """Rows per sequence: 1, or 1 + number of drafts."""
-    near: list[Level]
+    fused_levels: list[SpanLevel]
     """What shares a softmax with the tails, which is less to do than merging. All but the last
     have one part, which all rows see; the last has no order."""
-    levels: list[Level]
+    levels: list[SpanLevel]
     """What rows see beside that."""
     slots: mx.array
     """[rows] int32: the tail that each row writes to."""
     tail_positions: mx.array
     """[rows] int32: where in the tail."""
-    order: SlotOrder | None
+    order: SlotPermutation | None
     """None: sequence i has slot i, and there are no others."""
     visible: mx.array
     """The tail keys that a row sees: bool, [sequences, width * heads, capacity], or 1 in place of
     the rows where there is one of each sequence."""
 
     @property
-    def last(self) -> int:
-        return self.first + self.sequences * self.width
+    def end(self) -> int:
+        return self.start + self.sequences * self.width
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PrefillChunk:
     """Consecutive rows of one sequence: they see `spans`, then each other causally."""
 
-    first: int
-    last: int
-    spans: list[Span]
+    start: int
+    end: int
+    spans: list[KVSpan]
     expanded: bool
     """Which form of MLA to take; see `glmd.model.mla`."""
-    wanted: int
+    logits_rows: int
     """How many of the last rows' hidden states are asked for; of the others the last layer computes
     nothing but cache vectors."""
 
 
 @dataclass(frozen=True, slots=True)
-class RowBatch:
+class ForwardBatch:
     """One step's rows.
 
     Shapes: tokens [N] int32, positions [N] int32. The groups partition rows 0 to N in order.
@@ -165,13 +165,13 @@ class RowBatch:
     tokens: mx.array
     positions: mx.array
     decode: list[DecodeGroup]
-    chunks: list[Chunk]
+    chunks: list[PrefillChunk]
 
     @property
-    def wanted(self) -> list[int]:
+    def logits_rows(self) -> list[int]:
         """The rows whose hidden states are asked for: all that decode, and some of each chunk."""
-        decoding = self.decode[-1].last if self.decode else 0
+        decoding = self.decode[-1].end if self.decode else 0
         rows = list(range(decoding))
         for chunk in self.chunks:
-            rows += range(chunk.last - chunk.wanted, chunk.last)
+            rows += range(chunk.end - chunk.logits_rows, chunk.end)
         return rows

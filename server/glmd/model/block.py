@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, group_expert_select
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import RowBatch
-from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project
+from glmd.model.batch import ForwardBatch
+from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project_qkv
 
 COMPILED_ROWS = 32
 """Rows up to which a layer runs compiled. MLX keeps what it recorded for each number of them as
@@ -47,7 +47,7 @@ class DecoderBlock:
         routed = isinstance(mlp, Glm4MoeLiteMoE)
 
         def before(h: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            q, kv = project(attn, shape, layer.input_layernorm(h), positions)
+            q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions)
             return q.nope, q.rope, kv
 
         def behind(h: mx.array, attended: mx.array) -> mx.array:
@@ -64,7 +64,7 @@ class DecoderBlock:
         self._behind = compiled(behind)
 
     def __call__(
-        self, shape: MLAShape, index: int, h: mx.array, batch: RowBatch, tails: TailPool
+        self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
     ) -> tuple[mx.array, mx.array]:
         """The layer over [N, hidden].
 
@@ -79,15 +79,15 @@ class DecoderBlock:
         attended = attend(self._attn, shape, index, Queries(nope, rope), kv, batch, tails)
         return self._behind(h, attended), kv
 
-    def last(
-        self, shape: MLAShape, index: int, h: mx.array, batch: RowBatch, tails: TailPool
+    def forward_last(
+        self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
     ) -> tuple[mx.array, mx.array]:
         """The layer as the last one: of rows that are not wanted, cache vectors alone.
 
         Returns:
             the new [wanted, hidden]; cache vectors [N, kv_width].
         """
-        wanted = batch.wanted
+        wanted = batch.logits_rows
         if len(wanted) == h.shape[0]:
             return self(shape, index, h, batch, tails)
         kv = self._vectors(h, batch.positions)

@@ -15,18 +15,18 @@ import mlx.core as mx
 from mlx_lm.models.glm4_moe_lite import Model, ModelArgs
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import Chunk, RowBatch
+from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.block import DecoderBlock
 from glmd.model.mla import MLAShape
 from glmd.model.weights import named_arrays
 
 if TYPE_CHECKING:
-    from glmd.model.mtp import MtpLayer
+    from glmd.model.mtp import MTPLayer
 
 LATENT_NORM_EPS = 1e-6
 
 
-class GlmModel:
+class Glm4MoeLiteModel:
     """The main model, ready to run.
 
     Attributes:
@@ -63,10 +63,10 @@ class GlmModel:
             value=self.args.v_head_dim,
             slices_copied=mx.default_device().type == mx.DeviceType.cpu,
         )
-        self.mtp: MtpLayer | None = None
+        self.mtp: MTPLayer | None = None
         self._model = model
         for layer in model.layers:
-            follow_transformers(layer)
+            use_transformers_eps(layer)
         self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 
     @property
@@ -83,7 +83,7 @@ class GlmModel:
     def kv_bytes_per_token(self) -> int:
         return self.kv_layers * self.shape.kv_width * self.dtype.size
 
-    def hidden(self, batch: RowBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
+    def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
         """Run all layers over the rows of a step.
 
         Returns:
@@ -96,7 +96,7 @@ class GlmModel:
         caches = []
         last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks):
-            run = block.last if index == last else block
+            run = block.forward_last if index == last else block
             h, kv = run(self.shape, index, h, batch, tails)
             caches.append(kv)
         return inner.norm(h), caches
@@ -109,14 +109,14 @@ class GlmModel:
         tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
         for rows in (1, 2):
             tokens, positions = mx.zeros(rows, mx.int32), mx.arange(rows, dtype=mx.int32)
-            batch = RowBatch(
-                tokens, positions, [], [Chunk(0, rows, [], expanded=False, wanted=rows)]
+            batch = ForwardBatch(
+                tokens, positions, [], [PrefillChunk(0, rows, [], expanded=False, logits_rows=rows)]
             )
-            hidden, _ = self.hidden(batch, tails)
+            hidden, _ = self.forward(batch, tails)
             outcome = [self.logits(hidden)]
             if self.mtp is not None:
-                outcome.append(self.mtp.keep(tokens, hidden, batch, tails))
-                outcome.append(self.mtp.hidden(tokens, hidden, batch, tails))
+                outcome.append(self.mtp.compute_kv(tokens, hidden, batch, tails))
+                outcome.append(self.mtp.forward(tokens, hidden, batch, tails))
             mx.eval(outcome)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -125,7 +125,7 @@ class GlmModel:
         return logits.astype(mx.float32)
 
 
-def follow_transformers(layer: Any) -> None:
+def use_transformers_eps(layer: Any) -> None:
     """Set the epsilon of a layer's latent norms to transformers'."""
     attn = layer.self_attn
     attn.kv_a_layernorm.eps = LATENT_NORM_EPS

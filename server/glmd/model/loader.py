@@ -23,8 +23,8 @@ from glmd.checkpoint.files import list_mtp_tensors, list_tensors
 from glmd.checkpoint.layout import main_weights, mtp_prefix
 from glmd.checkpoint.tensorfile import StoredTensor
 from glmd.errors import CheckpointError, SettingsError
-from glmd.model.glm4_moe_lite import GlmModel
-from glmd.model.mtp import MtpLayer, MtpWeights
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.mtp import MTPLayer, MTPWeights
 from glmd.model.weights import named_arrays
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -38,7 +38,7 @@ def load_model(
     on_progress: Callable[[int, int], None],
     *,
     mtp: bool = True,
-) -> GlmModel:
+) -> Glm4MoeLiteModel:
     """Load a checkpoint: MLX files (quantised or not) or the published BF16 layout.
 
     Args:
@@ -77,7 +77,7 @@ def load_model(
     total = sum(array.nbytes for _, array in named_arrays(model))
     _cast([model.model.embed_tokens, model.lm_head, *model.layers, model.model.norm], kind, count)
     parameters = sum(prod(weight.shape) for weight in main_weights(config))
-    loaded = GlmModel(
+    loaded = Glm4MoeLiteModel(
         model,
         kind,
         folder=folder,
@@ -87,12 +87,12 @@ def load_model(
     if mtp and (config.mtp is not None or len(main) < len(tensors)):
         weights = _load_mtp(folder, config, model)
         _cast([weights], kind, lambda _: None)
-        loaded.mtp = MtpLayer(weights, loaded)
+        loaded.mtp = MTPLayer(weights, loaded)
         loaded.weight_bytes += sum(array.nbytes for _, array in named_arrays(weights))
     return loaded
 
 
-def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MtpWeights:
+def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MTPWeights:
     """The MTP layer, from its own file or from among the published layout's weights."""
     prefix = mtp_prefix(config) + "."
     arrays: dict[str, mx.array] = {}
@@ -111,7 +111,7 @@ def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MtpWeights:
     arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     _share(arrays, "embed_tokens", model.model.embed_tokens)
     _share(arrays, "shared_head.head", model.lm_head)
-    weights = MtpWeights(
+    weights = MTPWeights(
         model.args,
         own_embedding="embed_tokens.weight" in arrays,
         own_head="shared_head.head.weight" in arrays,

@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import DecodeGroup, Gathered, Level, RowBatch, Span
+from glmd.model.batch import DecodeGroup, ForwardBatch, KVSpan, PaddedSpans, SpanLevel
 
 SCORE_BYTES = 256 << 20
 """Bytes that the attention scores of one chunk may take in one layer: chunks shrink, and the
@@ -71,7 +71,7 @@ class MLAShape:
         return max(1, self.latent * (self.nope + self.value) // max(1, saved))
 
 
-def chunk_form(shape: MLAShape, context: int, rows: int, itemsize: int) -> tuple[int, bool]:
+def select_form(shape: MLAShape, context: int, rows: int, itemsize: int) -> tuple[int, bool]:
     """How to run a chunk of up to `rows` rows behind `context` tokens.
 
     Args:
@@ -115,7 +115,7 @@ class Queries:
         return Queries(self.nope[first:last], self.rope[first:last])
 
 
-def project(
+def project_qkv(
     attn: Any, shape: MLAShape, x: mx.array, positions: mx.array
 ) -> tuple[Queries, mx.array]:
     """Queries and cache vectors of N rows.
@@ -167,13 +167,13 @@ def attend(
     layer: int,
     q: Queries,
     kv: mx.array,
-    batch: RowBatch,
+    batch: ForwardBatch,
     tails: TailPool,
 ) -> mx.array:
     """Attention of rows in one layer, with the decode rows' `kv` written to their tails.
 
     Args:
-        q: of all N rows, from `project`, or of those that are wanted only (`RowBatch.wanted`).
+        q: of all N rows, from `project`, or of those that are wanted only (`ForwardBatch.wanted`).
         kv: [N, kv_width], from `project`.
 
     Returns:
@@ -182,13 +182,13 @@ def attend(
     whole = q.nope.shape[0] == kv.shape[0]
     outs = []
     for group in batch.decode:
-        own, new = q.rows(group.first, group.last), kv[group.first : group.last]
+        own, new = q.rows(group.start, group.end), kv[group.start : group.end]
         outs.append(_attend_decode(attn, shape, layer, own, new, group, tails))
-    first = batch.decode[-1].last if batch.decode else 0
+    first = batch.decode[-1].end if batch.decode else 0
     for chunk in batch.chunks:
-        rows = chunk.last - chunk.first if whole else chunk.wanted
+        rows = chunk.end - chunk.start if whole else chunk.logits_rows
         if rows:
-            own, new = q.rows(first, first + rows), kv[chunk.first : chunk.last]
+            own, new = q.rows(first, first + rows), kv[chunk.start : chunk.end]
             # What is expanded for all rows is not worth it for the last one of a prompt.
             expanded = chunk.expanded and rows == new.shape[0]
             form = _attend_expanded if expanded else _attend_absorbed
@@ -208,7 +208,7 @@ def _attend_decode(
 ) -> mx.array:
     tails.write(layer, group.slots, group.tail_positions, kv)
     q = _absorb(attn, queries)
-    out, lse = _attend_near(shape, layer, q, group, tails.view(layer))
+    out, lse = _attend_fused(shape, layer, q, group, tails.view(layer))
     if lse is not None:
         far = [_level_partial(shape, layer, q, level) for level in group.levels]
         out = _merge([Partial(out, lse), *far])
@@ -216,7 +216,7 @@ def _attend_decode(
 
 
 def _attend_absorbed(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
 ) -> mx.array:
     q = _absorb(attn, queries)
     keys = kv.shape[0]
@@ -228,7 +228,7 @@ def _attend_absorbed(
 
 
 def _attend_expanded(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[Span]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
 ) -> mx.array:
     past = [keys for span in spans for keys in span.keys(layer)]
     keys = mx.concatenate([*past, kv])[None]  # [1, T, kv_width]
@@ -275,7 +275,7 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
 def _softmax_partial(shape: MLAShape, scores: mx.array, keys: list[mx.array]) -> Partial:
     """Of scores [rows, heads, keys of all arrays]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
-    return Partial(_weighed(shape, weights, keys), _log_denominator(scores, weights))
+    return Partial(_weighted_values(shape, weights, keys), _log_denominator(scores, weights))
 
 
 def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
@@ -287,7 +287,7 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
     return largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
 
 
-def _attend_near(
+def _attend_fused(
     shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: mx.array
 ) -> tuple[mx.array, mx.array | None]:
     """Attention to the tails and to what shares a softmax with them.
@@ -297,31 +297,31 @@ def _attend_near(
     """
     scores = [_tail_scores(shape, q, group, tails)]
     common: list[mx.array] = []
-    for level in group.near[:-1]:
+    for level in group.fused_levels[:-1]:
         (part,) = level.parts
         keys = part.keys(layer)
         scores += _part_scores(shape, q, part, keys)
         common += keys
-    seen = _joined(scores, -1)
+    seen = _concat(scores, -1)
     shared = seen.shape[-1]
     outs, weights, lses = [], [], []
-    for part in group.near[-1].parts if group.near else [Span((), 0, q.shape[0])]:
+    for part in group.fused_levels[-1].parts if group.fused_levels else [KVSpan((), 0, q.shape[0])]:
         keys = part.keys(layer)
-        own = _joined([seen[part.first : part.last], *_part_scores(shape, q, part, keys)], -1)
+        own = _concat([seen[part.start : part.end], *_part_scores(shape, q, part, keys)], -1)
         part_weights = mx.softmax(own, axis=-1, precise=True)
         weights.append(part_weights[..., :shared])
         if keys:
-            outs.append(_weighed(shape, part_weights[..., shared:], keys))
+            outs.append(_weighted_values(shape, part_weights[..., shared:], keys))
         if group.levels:
             lses.append(_log_denominator(own, part_weights))
-    all_weights = _joined(weights, 0)
+    all_weights = _concat(weights, 0)
     capacity = tails.shape[1]
     out = _tail_values(shape, all_weights[..., :capacity], group, tails)
     if common:
-        out = out + _weighed(shape, all_weights[..., capacity:], common)
+        out = out + _weighted_values(shape, all_weights[..., capacity:], common)
     if outs:
-        out = out + _joined(outs, 0)
-    return out, _joined(lses, 0) if lses else None
+        out = out + _concat(outs, 0)
+    return out, _concat(lses, 0) if lses else None
 
 
 def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
@@ -349,35 +349,35 @@ def _tail_values(
     return out.reshape(-1, shape.heads, shape.latent)
 
 
-def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: Level) -> Partial:
+def _level_partial(shape: MLAShape, layer: int, q: mx.array, level: SpanLevel) -> Partial:
     """Attention to the segments of one level; rows that no span names get lse -inf."""
     parts = [_part_partial(shape, layer, q, part) for part in level.parts]
     outs, lses = [part.out for part in parts], [part.lse for part in parts]
     if level.order is None:
-        return Partial(_joined(outs, 0), _joined(lses, 0))
+        return Partial(_concat(outs, 0), _concat(lses, 0))
     outs.append(mx.zeros((1, shape.heads, shape.latent), q.dtype))
     lses.append(mx.full((1, shape.heads), -mx.inf))
     return Partial(mx.concatenate(outs)[level.order], mx.concatenate(lses)[level.order])
 
 
-def _part_partial(shape: MLAShape, layer: int, q: mx.array, part: Span | Gathered) -> Partial:
+def _part_partial(shape: MLAShape, layer: int, q: mx.array, part: KVSpan | PaddedSpans) -> Partial:
     keys = part.keys(layer)
     # Scores are put together rather than keys, of which there is more.
-    scores = _joined(_part_scores(shape, q, part, keys), -1)
+    scores = _concat(_part_scores(shape, q, part, keys), -1)
     return _softmax_partial(shape, scores, keys)
 
 
 def _part_scores(
-    shape: MLAShape, q: mx.array, part: Span | Gathered, keys: list[mx.array]
+    shape: MLAShape, q: mx.array, part: KVSpan | PaddedSpans, keys: list[mx.array]
 ) -> list[mx.array]:
     """For each of the part's `keys` the scores of its rows, [its rows, heads, keys].
 
     Args:
         q: [rows, heads, kv_width], of all rows of the group.
     """
-    if isinstance(part, Span):
-        return [_scores(shape, q[part.first : part.last], array) for array in keys]
-    own = q[part.first : part.last] if part.rows is None else q[part.rows]
+    if isinstance(part, KVSpan):
+        return [_scores(shape, q[part.start : part.end], array) for array in keys]
+    own = q[part.start : part.end] if part.rows is None else q[part.rows]
     return [_scores(shape, own, array, part.visible) for array in keys]
 
 
@@ -396,7 +396,7 @@ def _scores(
     return scores.reshape(q.shape[0], shape.heads, -1)
 
 
-def _weighed(shape: MLAShape, weights: mx.array, keys: list[mx.array]) -> mx.array:
+def _weighted_values(shape: MLAShape, weights: mx.array, keys: list[mx.array]) -> mx.array:
     """The values in all `keys`, each as `_scores` takes them: [rows, heads, latent].
 
     Args:
@@ -420,7 +420,7 @@ def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
     return weights @ keys[..., : shape.latent]
 
 
-def _joined(arrays: list[mx.array], axis: int) -> mx.array:
+def _concat(arrays: list[mx.array], axis: int) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=axis)
 
 

@@ -15,9 +15,9 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import RowBatch
+from glmd.model.batch import ForwardBatch
 from glmd.model.block import DecoderBlock, compiled
-from glmd.model.glm4_moe_lite import GlmModel, follow_transformers
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel, use_transformers_eps
 from glmd.model.mla import cache_vectors
 
 
@@ -31,7 +31,7 @@ class SharedHead(Module):
             self.head = Linear(args.hidden_size, args.vocab_size, bias=False)
 
 
-class MtpWeights(Glm4MoeLiteDecoderLayer):
+class MTPWeights(Glm4MoeLiteDecoderLayer):
     """The layer's modules, named as in the checkpoint."""
 
     def __init__(self, args: ModelArgs, *, own_embedding: bool, own_head: bool) -> None:
@@ -44,41 +44,41 @@ class MtpWeights(Glm4MoeLiteDecoderLayer):
             self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
 
 
-class MtpLayer:
+class MTPLayer:
     """The MTP layer of a loaded model, ready to run.
 
     Its KV is cached beside the main layers', under the index that follows theirs. As it is one
     layer, a row's KV depends on no attention: rows that draft nothing need no more than their KV.
     """
 
-    def __init__(self, weights: MtpWeights, model: GlmModel) -> None:
+    def __init__(self, weights: MTPWeights, model: Glm4MoeLiteModel) -> None:
         self._weights = weights
         self._model = model
         self._index = model.args.num_hidden_layers
-        follow_transformers(weights)
+        use_transformers_eps(weights)
         self._block = DecoderBlock(weights, model.shape)
-        self._joined = compiled(self._join)
+        self._joined = compiled(self._combine_inputs)
         self._vectors = compiled(self._compute_vectors)
 
-    def keep(
-        self, successors: mx.array, hidden: mx.array, batch: RowBatch, tails: TailPool
+    def compute_kv(
+        self, successors: mx.array, hidden: mx.array, batch: ForwardBatch, tails: TailPool
     ) -> mx.array:
         """Compute the KV of a step's rows, and write that of decode rows to their tails.
 
         Args:
-            successors, hidden: as for `hidden`.
+            successors, hidden: as for `forward`.
 
         Returns:
             cache vectors [N, kv_width].
         """
         kv = self._vectors(successors, hidden, batch.positions)
         for group in batch.decode:
-            rows = kv[group.first : group.last]
+            rows = kv[group.start : group.end]
             tails.write(self._index, group.slots, group.tail_positions, rows)
         return kv
 
-    def hidden(
-        self, successors: mx.array, hidden: mx.array, batch: RowBatch, tails: TailPool
+    def forward(
+        self, successors: mx.array, hidden: mx.array, batch: ForwardBatch, tails: TailPool
     ) -> mx.array:
         """Run the layer over rows that draft.
 
@@ -100,10 +100,10 @@ class MtpLayer:
     ) -> mx.array:
         """Cache vectors [N, kv_width]."""
         layer = self._weights
-        x = layer.input_layernorm(self._join(successors, hidden))
+        x = layer.input_layernorm(self._combine_inputs(successors, hidden))
         return cache_vectors(layer.self_attn, self._model.shape, x, positions)
 
-    def _join(self, successors: mx.array, hidden: mx.array) -> mx.array:
+    def _combine_inputs(self, successors: mx.array, hidden: mx.array) -> mx.array:
         """The layer's input: [N, hidden]."""
         weights = self._weights
         embed = weights.embed_tokens if "embed_tokens" in weights else self._model.embed_tokens
@@ -112,7 +112,7 @@ class MtpLayer:
         return projected
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """[rows, hidden] from `hidden` → [rows, vocabulary] float32."""
+        """[rows, hidden] from `forward` → [rows, vocabulary] float32."""
         head = self._weights.shared_head
         if "head" not in head:
             return self._model.logits(hidden)

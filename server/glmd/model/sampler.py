@@ -95,7 +95,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SamplingRow:
     """One row to sample."""
 
     sampling: RowSampling
@@ -113,7 +113,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Masks:
+class TokenMasks:
     """Which tokens some of the rows may choose.
 
     Attributes:
@@ -126,7 +126,7 @@ class Masks:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SamplerOutput:
     """What a step sampled, not necessarily evaluated yet.
 
     Attributes:
@@ -143,8 +143,8 @@ class Sampled:
 
 
 def sample(
-    logits: mx.array, rows: list[Row], positions: mx.array, masks: Masks | None = None
-) -> Sampled:
+    logits: mx.array, rows: list[SamplingRow], positions: mx.array, masks: TokenMasks | None = None
+) -> SamplerOutput:
     """Sample one token per row.
 
     Args:
@@ -155,12 +155,14 @@ def sample(
     adjusted = _adjust(logits, rows, masks.rows if masks is not None else ())
     if masks is not None and masks.rows:
         adjusted = _mask(adjusted, masks, copy=adjusted is logits)
-    tokens = _choose(adjusted, rows, positions)
+    tokens = _dispatch(adjusted, rows, positions)
     wanted = [i for i, row in enumerate(rows) if row.sampling.params.logprobs is not None]
-    return Sampled(tokens, {i: _logprobs(logits[i], tokens[i], rows[i]) for i in wanted})
+    return SamplerOutput(tokens, {i: _logprobs(logits[i], tokens[i], rows[i]) for i in wanted})
 
 
-def _logprobs(logits: mx.array, token: mx.array, row: Row) -> tuple[mx.array, mx.array, mx.array]:
+def _logprobs(
+    logits: mx.array, token: mx.array, row: SamplingRow
+) -> tuple[mx.array, mx.array, mx.array]:
     logprobs = logits - mx.logsumexp(logits)
     count = row.sampling.params.logprobs or 0
     if count == 0:
@@ -173,7 +175,7 @@ def _logprobs(logits: mx.array, token: mx.array, row: Row) -> tuple[mx.array, mx
 # -- adjusting logits ---------------------------------------------------------------------
 
 
-def _adjust(logits: mx.array, rows: list[Row], masked: Sequence[int]) -> mx.array:
+def _adjust(logits: mx.array, rows: list[SamplingRow], masked: Sequence[int]) -> mx.array:
     """Penalties, bias, bans and forced tokens, on copies of the rows that have any.
 
     Args:
@@ -211,7 +213,7 @@ def _adjust(logits: mx.array, rows: list[Row], masked: Sequence[int]) -> mx.arra
     return result
 
 
-def _mask(logits: mx.array, masks: Masks, *, copy: bool) -> mx.array:
+def _mask(logits: mx.array, masks: TokenMasks, *, copy: bool) -> mx.array:
     """Logits of minus infinity for what the masks leave out.
 
     Args:
@@ -243,18 +245,18 @@ def _penalise(logits: mx.array, params: SamplingParams, history: History) -> mx.
 # -- choosing -----------------------------------------------------------------------------
 
 
-def _choose(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _dispatch(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     """Rows are split by how much work their parameters ask for, so none pays for another."""
     vocabulary = logits.shape[1]
-    kinds: dict[Callable[[mx.array, list[Row], mx.array], mx.array], list[int]] = {}
+    kinds: dict[Callable[[mx.array, list[SamplingRow], mx.array], mx.array], list[int]] = {}
     for i, row in enumerate(rows):
         p = row.sampling.params
         if p.temperature < GREEDY_BELOW or p.top_k == 1:
             kind = _greedy
         elif 0 < p.top_k <= min(_FEW, vocabulary):
-            kind = _few
+            kind = _sample_top_candidates
         elif p.top_p >= 1 and p.min_p <= 0 and not 0 < p.top_k < vocabulary:
-            kind = _plain
+            kind = _sample_full_vocab
         else:
             kind = _sorted
         kinds.setdefault(kind, []).append(i)
@@ -269,27 +271,31 @@ def _choose(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
     return mx.concatenate(parts)[mx.array(np.argsort(order).astype(np.int32))]
 
 
-def _greedy(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _greedy(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     return mx.argmax(logits, axis=-1)
 
 
-def _few(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _sample_top_candidates(
+    logits: mx.array, rows: list[SamplingRow], positions: mx.array
+) -> mx.array:
     count = max(row.sampling.params.top_k for row in rows)
     return _filtered(*top_candidates(logits, count), rows, positions)
 
 
-def _sorted(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _sorted(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     ids = mx.argsort(-logits, axis=-1)
     return _filtered(ids, mx.take_along_axis(logits, ids, axis=-1), rows, positions)
 
 
-def _plain(logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _sample_full_vocab(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     ids = mx.arange(logits.shape[1], dtype=mx.uint32)[None]
     temperature = _column([row.sampling.params.temperature for row in rows])
     return mx.argmax(logits / temperature + _gumbel(ids, rows, positions), axis=-1)
 
 
-def _filtered(ids: mx.array, logits: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _filtered(
+    ids: mx.array, logits: mx.array, rows: list[SamplingRow], positions: mx.array
+) -> mx.array:
     """Temperature, then top_k, top_p, min_p, over candidates in descending order.
 
     Args:
@@ -375,7 +381,7 @@ def _split_mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _gumbel(ids: mx.array, rows: list[Row], positions: mx.array) -> mx.array:
+def _gumbel(ids: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     """Standard Gumbel noise for each (row, id): [rows, candidates] float32."""
     keys = mx.array(np.array([row.sampling.key for row in rows], np.uint32))
     first = _mix(positions.astype(mx.uint32)[:, None] ^ keys[:, :1])

@@ -1,7 +1,7 @@
 """Guaranteed structure: what an answer has to be, as a grammar for the engine.
 
-`read` maps what clients write to a `Structure`; `GrammarCompiler` turns that into the `Guidance`
-that goes with a request to the engine. docs/structured-output.md says what is enforced.
+`read` maps what clients write to an `OutputSpec`; `GrammarCompiler` turns that into the
+`GrammarSpec` of a request to the engine. docs/structured-output.md says what is enforced.
 """
 
 from glmd.structured_output.compiler import GrammarCompiler
@@ -18,8 +18,8 @@ from glmd.structured_output.spec import (
     Grammar,
     JsonObject,
     JsonSchema,
+    OutputSpec,
     Regex,
-    Structure,
     ToolRule,
 )
 
@@ -31,8 +31,8 @@ __all__ = [
     "GrammarCompiler",
     "JsonObject",
     "JsonSchema",
+    "OutputSpec",
     "Regex",
-    "Structure",
     "ToolRule",
     "make_structure",
     "only_format",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from glmd.chat.messages import Json
-from glmd.structured_output.json_schema import Normaliser
+from glmd.structured_output.json_schema import JsonSchemaCompiler
 
 Node = dict[str, Any]
 
@@ -49,7 +49,7 @@ class Arguments:
 
 
 def read_arguments(
-    normaliser: Normaliser, parameters: dict[str, Json], param: str
+    normaliser: JsonSchemaCompiler, parameters: dict[str, Json], param: str
 ) -> list[Arguments] | None:
     """The shapes of a tool's arguments: a call must have one of them.
 
@@ -77,7 +77,9 @@ def read_arguments(
     return [replace(shape, others=wished) if shape.others is True else shape for shape in shapes]
 
 
-def _shapes(node: Node | bool, normaliser: Normaliser, param: str, step: int) -> list[Arguments]:
+def _shapes(
+    node: Node | bool, normaliser: JsonSchemaCompiler, param: str, step: int
+) -> list[Arguments]:
     if step > _MAX_STEPS:
         raise _TooMany
     if isinstance(node, bool):

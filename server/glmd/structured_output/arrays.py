@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from glmd.chat.messages import Json
-from glmd.structured_output.schema_context import Reading, malformed
+from glmd.structured_output.schema_context import SchemaContext, malformed
 
 
-def read_items(reading: Reading, keyword: str, value: Json) -> None:
+def read_items(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`items`, `prefixItems` and `additionalItems`, in the form of 2020-12."""
     param = reading.where(keyword)
     if isinstance(value, list) or keyword == "prefixItems":  # a list: before 2020-12
@@ -20,7 +20,7 @@ def read_items(reading: Reading, keyword: str, value: Json) -> None:
         reading.node["items"] = reading.schema_or_false(value, param)
 
 
-def read_unique(reading: Reading, keyword: str, value: Json) -> None:
+def read_unique(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`uniqueItems`, which is only kept where there is one item at most."""
     limit = reading.schema.get("maxItems")
     if value is True and not (isinstance(limit, int) and limit <= 1):

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.errors import InvalidRequest
-from glmd.structured_output.json_schema import Normaliser
+from glmd.structured_output.json_schema import JsonSchemaCompiler
 from glmd.structured_output.spec import (
     AnswerFormat,
     Choice,
     Grammar,
     JsonObject,
     JsonSchema,
+    OutputSpec,
     Regex,
-    Structure,
 )
 from glmd.structured_output.string_terminals import quote
 from glmd.structured_output.tool_grammar import CallGrammar
@@ -39,7 +39,7 @@ class Built:
     relaxed: tuple[str, ...]
 
 
-def build(structure: Structure, tags: Tags) -> Built:
+def build(structure: OutputSpec, tags: SpecialTokens) -> Built:
     """The grammar of an answer.
 
     It begins at the first token of the content, or, with `calls` "free", behind the first
@@ -72,10 +72,10 @@ def _answer(form: AnswerFormat) -> tuple[dict[str, object], list[str]]:
     """A grammar of the content, and the keywords that it does not enforce."""
     match form:
         case JsonObject():
-            normaliser = Normaliser({}, strict=True)
+            normaliser = JsonSchemaCompiler({}, strict=True)
             return {"json_schema": normaliser.document({"type": "object"})}, []
         case JsonSchema():
-            normaliser = Normaliser(form.schema, strict=form.strict)
+            normaliser = JsonSchemaCompiler(form.schema, strict=form.strict)
             node = normaliser.normalise(form.schema, form.param)
             document = normaliser.document(node, whitespace=form.whitespace)
             return {"json_schema": document}, normaliser.relaxed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from glmd.chat.messages import Json
 from glmd.structured_output.disjointness import separate
-from glmd.structured_output.schema_context import Reading, malformed
+from glmd.structured_output.schema_context import SchemaContext, malformed
 
 
-def read_branches(reading: Reading, keyword: str, value: Json) -> None:
+def read_branches(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`anyOf`, `allOf`, and `oneOf` where its branches exclude each other."""
     param = reading.where(keyword)
     if not isinstance(value, list) or not value:
@@ -28,6 +28,6 @@ def read_branches(reading: Reading, keyword: str, value: Json) -> None:
         reading.node[keyword] = nodes
 
 
-def read_reference(reading: Reading, keyword: str, value: Json) -> None:
+def read_reference(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`$ref`."""
     reading.node |= reading.normaliser.reference(value, reading.where(keyword), alone=reading.alone)

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.errors import InvalidRequest
-from glmd.ipc import Guidance
+from glmd.ipc import GrammarSpec
 from glmd.structured_output.protocol import Answer, Compiled, Refused, Setup, decode_answer, encode
-from glmd.structured_output.spec import Structure
-from glmd.utils.lru import LRU
+from glmd.structured_output.spec import OutputSpec
+from glmd.utils.lru import LRUCache
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ class GrammarCompiler:
         Args:
             controls: the tokenizer's control tokens, ids by name (`Tokenizer.controls`).
         """
-        self._tags = Tags.find(controls, "the tokenizer")
+        self._tags = SpecialTokens.find(controls, "the tokenizer")
         self._setup = encode(Setup(dict(controls)))
         self._max_seconds = max_seconds
-        self._known: LRU[bytes, Answer] = LRU(cache_bytes)
+        self._known: LRUCache[bytes, Answer] = LRUCache(cache_bytes)
         self._under_way: dict[bytes, asyncio.Task[Answer]] = {}
         self._turn = asyncio.Lock()
         self._worker: asyncio.subprocess.Process | None = None
 
-    async def compile(self, structure: Structure, *, in_reasoning: bool) -> Guidance | None:
+    async def compile(self, structure: OutputSpec, *, in_reasoning: bool) -> GrammarSpec | None:
         """The grammar of an answer, or None if anything goes.
 
         Args:
@@ -72,7 +72,7 @@ class GrammarCompiler:
         after: tuple[int, ...] = (self._tags.end_think,) if in_reasoning else ()
         if free:
             after = (self._tags.tool_call,)
-        return Guidance(grammar=answer.grammar, after=after, required=not free)
+        return GrammarSpec(grammar=answer.grammar, after=after, required=not free)
 
     async def close(self) -> None:
         """End the worker."""
@@ -80,7 +80,7 @@ class GrammarCompiler:
             task.cancel()
         await self._end_worker()
 
-    async def _answer(self, structure: Structure) -> Answer:
+    async def _answer(self, structure: OutputSpec) -> Answer:
         try:
             data = encode(structure)
         except UnicodeEncodeError:
@@ -113,7 +113,7 @@ class GrammarCompiler:
         text = answer.grammar if isinstance(answer, Compiled) else answer.message
         self._known.put(key, answer, len(text))
 
-    async def _compile(self, structure: Structure, data: bytes) -> Answer:
+    async def _compile(self, structure: OutputSpec, data: bytes) -> Answer:
         async with self._turn:
             try:
                 answer: Answer = decode_answer(await self._ask(data))
@@ -163,7 +163,7 @@ class GrammarCompiler:
         await worker.wait()
 
 
-def _param(structure: Structure) -> str:
+def _param(structure: OutputSpec) -> str:
     """The client's name of what a structure was read from."""
     param: str | None = getattr(structure.format, "param", None)
     return param or "tools"
@@ -176,7 +176,7 @@ def _count(params: Sequence[str]) -> str:
     return ", ".join(f"{count} in {field}" for field, count in counts.items())
 
 
-def _refusal(structure: Structure, why: str) -> Refused:
+def _refusal(structure: OutputSpec, why: str) -> Refused:
     param = _param(structure)
     return Refused(f"{param} {why}.", param, None)
 

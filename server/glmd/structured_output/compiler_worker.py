@@ -14,30 +14,30 @@ from typing import BinaryIO
 
 import msgspec
 
-from glmd.chat.special_tokens import Tags
+from glmd.chat.special_tokens import SpecialTokens
 from glmd.errors import InvalidRequest
 from glmd.structured_output.backend import GrammarError, byte_tokenizer, make_matcher
 from glmd.structured_output.build import Built, build
 from glmd.structured_output.protocol import Answer, Compiled, Refused, Setup, encode
-from glmd.structured_output.spec import Structure
+from glmd.structured_output.spec import OutputSpec
 
 
 class Checker:
     """Builds grammars and has llguidance compile them once."""
 
     def __init__(self, setup: Setup) -> None:
-        self._tags = Tags.find(setup.controls, "the tokenizer")
+        self._tags = SpecialTokens.find(setup.controls, "the tokenizer")
         # Which ids end a sequence decides nothing about whether a grammar can be kept.
         self._tokenizer = byte_tokenizer(setup.controls, (self._tags.user,))
 
-    def answer(self, structure: Structure) -> Answer:
+    def answer(self, structure: OutputSpec) -> Answer:
         try:
             built = self._build(structure)
         except InvalidRequest as error:
             return Refused(error.message, error.param, error.code)
         return Compiled(built.text, built.relaxed)
 
-    def _build(self, structure: Structure) -> Built:
+    def _build(self, structure: OutputSpec) -> Built:
         built = build(structure, self._tags)
         try:
             matcher = make_matcher(self._tokenizer, built.text)
@@ -48,7 +48,7 @@ class Checker:
             raise self._blame(structure, GrammarError(matcher.get_error()))
         return built
 
-    def _blame(self, structure: Structure, error: GrammarError) -> InvalidRequest:
+    def _blame(self, structure: OutputSpec, error: GrammarError) -> InvalidRequest:
         """Name the part of a structure that llguidance refuses."""
         param = getattr(structure.format, "param", None)
         if structure.tools and structure.format is not None:
@@ -72,13 +72,13 @@ class Checker:
 
 
 def serve(incoming: BinaryIO, outgoing: BinaryIO) -> None:
-    """Answer the `Setup` with nothing, once ready, and then every `Structure`."""
+    """Answer the `Setup` with nothing, once ready, and then every `OutputSpec`."""
     setup = _read(incoming)
     if setup is None:
         return
     checker = Checker(msgspec.msgpack.decode(setup, type=Setup))
     _write(outgoing, b"")
-    decode = msgspec.msgpack.Decoder(Structure).decode
+    decode = msgspec.msgpack.Decoder(OutputSpec).decode
     while (data := _read(incoming)) is not None:
         _write(outgoing, encode(checker.answer(decode(data))))
 

@@ -21,7 +21,7 @@ from glmd.chat.tool_args import NAMED
 from glmd.errors import InvalidRequest
 from glmd.structured_output.keywords import READERS, REFUSED, says_nothing
 from glmd.structured_output.objects import read_object
-from glmd.structured_output.schema_context import Node, Reading, malformed
+from glmd.structured_output.schema_context import Node, SchemaContext, malformed
 from glmd.structured_output.values import OF_OBJECTS, read_types, read_values
 
 MAX_DEPTH = 64
@@ -32,7 +32,7 @@ WHITESPACE = r"[ ]|\r?\n[ \t]{0,60}"
 which models fall."""
 
 
-class Normaliser:
+class JsonSchemaCompiler:
     """Normal forms of the schemas within one document.
 
     Attributes:
@@ -143,13 +143,17 @@ class Normaliser:
         return found
 
 
-def _read(normaliser: Normaliser, schema: Mapping[str, Json], param: str, alone: bool) -> Node:
+def _read(
+    normaliser: JsonSchemaCompiler, schema: Mapping[str, Json], param: str, alone: bool
+) -> Node:
     """The normal form of a schema object."""
     branches = schema.get("allOf")
     parts = len(branches) if isinstance(branches, list) else 0
     parts += sum(keyword in schema for keyword in ("anyOf", "oneOf", "$ref"))
     parts += not OF_OBJECTS.isdisjoint(schema)
-    reading = Reading(normaliser, schema, param, alone and parts <= 1, read_types(schema, param))
+    reading = SchemaContext(
+        normaliser, schema, param, alone and parts <= 1, read_types(schema, param)
+    )
     if reading.types is not None:
         names = sorted(reading.types)
         reading.node["type"] = names[0] if len(names) == 1 else names

@@ -8,10 +8,10 @@ from glmd.chat.messages import Json
 from glmd.structured_output.arrays import read_items, read_unique
 from glmd.structured_output.combinations import read_branches, read_reference
 from glmd.structured_output.numbers import read_bound, read_multiple
-from glmd.structured_output.schema_context import Reading, read_count
+from glmd.structured_output.schema_context import SchemaContext, read_count
 from glmd.structured_output.strings import read_format, read_pattern
 
-READERS: dict[str, Callable[[Reading, str, Json], None]] = {
+READERS: dict[str, Callable[[SchemaContext, str, Json], None]] = {
     **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), read_count),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), read_bound),
     "multipleOf": read_multiple,

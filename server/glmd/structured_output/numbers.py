@@ -6,14 +6,14 @@ import math
 from decimal import Decimal
 
 from glmd.chat.messages import Json
-from glmd.structured_output.schema_context import Reading, malformed
+from glmd.structured_output.schema_context import SchemaContext, malformed
 from glmd.structured_output.values import is_exact
 
 MAX_MULTIPLE = 10_000
 """Of `multipleOf`, its decimals taken as units: compiling takes 20 ms for each 1,000."""
 
 
-def read_bound(reading: Reading, keyword: str, value: Json) -> None:
+def read_bound(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`minimum`, `exclusiveMaximum` and the like."""
     if isinstance(value, bool) and keyword.startswith("exclusive"):  # draft 4
         other = keyword.replace("exclusiveM", "m")
@@ -35,7 +35,7 @@ def read_bound(reading: Reading, keyword: str, value: Json) -> None:
     reading.node[keyword] = tighter(value, reading.node.get(keyword, value))
 
 
-def read_multiple(reading: Reading, keyword: str, value: Json) -> None:
+def read_multiple(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`multipleOf`."""
     if not _is_number(value) or not isinstance(value, int | float) or value <= 0:
         raise malformed(reading.where(keyword), "a number above 0")

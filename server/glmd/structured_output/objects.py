@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from glmd.errors import InvalidRequest
-from glmd.structured_output.schema_context import Node, Reading, malformed, read_count
+from glmd.structured_output.schema_context import Node, SchemaContext, malformed, read_count
 from glmd.structured_output.strings import pattern_problem
 from glmd.structured_output.values import OF_OBJECTS
 
@@ -14,7 +14,7 @@ MAX_PROPERTIES = 1_000
 100."""
 
 
-def read_object(reading: Reading) -> None:
+def read_object(reading: SchemaContext) -> None:
     """All keywords of objects, which depend on each other."""
     if OF_OBJECTS.isdisjoint(reading.schema):
         return
@@ -38,11 +38,11 @@ def read_object(reading: Reading) -> None:
     _read_size(reading, properties, required, closed=others is False and not patterns)
 
 
-def _says_others(reading: Reading) -> bool:
+def _says_others(reading: SchemaContext) -> bool:
     return "additionalProperties" in reading.schema
 
 
-def _read_properties(reading: Reading) -> Node:
+def _read_properties(reading: SchemaContext) -> Node:
     declared = reading.schema.get("properties", {})
     param = reading.where("properties")
     if not isinstance(declared, dict):
@@ -57,7 +57,7 @@ def _read_properties(reading: Reading) -> Node:
     }
 
 
-def _read_required(reading: Reading) -> list[str]:
+def _read_required(reading: SchemaContext) -> list[str]:
     required = reading.schema.get("required", [])
     if isinstance(required, bool):  # draft 3, of the property itself
         return []
@@ -66,7 +66,7 @@ def _read_required(reading: Reading) -> list[str]:
     return list(dict.fromkeys(str(name) for name in required))
 
 
-def _read_pattern_properties(reading: Reading) -> Node:
+def _read_pattern_properties(reading: SchemaContext) -> Node:
     param = reading.where("patternProperties")
     declared = reading.schema.get("patternProperties", {})
     if not isinstance(declared, dict):
@@ -82,7 +82,7 @@ def _read_pattern_properties(reading: Reading) -> Node:
 
 
 def _read_other_properties(
-    reading: Reading, properties: Node, patterns: Node
+    reading: SchemaContext, properties: Node, patterns: Node
 ) -> Node | bool | None:
     """The normal form of `additionalProperties`; None if there is nothing to say."""
     schema = reading.schema
@@ -100,7 +100,9 @@ def _read_other_properties(
     return _read_names(reading, others, patterns)
 
 
-def _read_names(reading: Reading, others: Node | bool | None, patterns: Node) -> Node | bool | None:
+def _read_names(
+    reading: SchemaContext, others: Node | bool | None, patterns: Node
+) -> Node | bool | None:
     """Apply `propertyNames` to the names that are not declared."""
     names = reading.schema.get("propertyNames", True)
     if names is True or names in ({}, {"type": "string"}) or others is False:
@@ -119,7 +121,9 @@ def _read_names(reading: Reading, others: Node | bool | None, patterns: Node) ->
     return False
 
 
-def _read_size(reading: Reading, properties: Node, required: list[str], *, closed: bool) -> None:
+def _read_size(
+    reading: SchemaContext, properties: Node, required: list[str], *, closed: bool
+) -> None:
     for keyword in ("minProperties", "maxProperties"):
         if keyword in reading.schema:
             read_count(reading, keyword, reading.schema[keyword])

@@ -1,4 +1,4 @@
-"""What a GrammarCompiler and its worker say to each other, beside `Structure`."""
+"""What a GrammarCompiler and its worker say to each other, beside `OutputSpec`."""
 
 from __future__ import annotations
 

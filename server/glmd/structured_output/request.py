@@ -15,8 +15,8 @@ from glmd.structured_output.spec import (
     Grammar,
     JsonObject,
     JsonSchema,
+    OutputSpec,
     Regex,
-    Structure,
     ToolRule,
 )
 
@@ -94,7 +94,7 @@ def make_structure(
     named: str | None = None,
     parallel: bool = True,
     param: str = "tool_choice",
-) -> Structure:
+) -> OutputSpec:
     """What `response_format`, `tools` and `tool_choice` say together.
 
     Where the model may choose, calls of strict tools follow their schemas. Where calls are
@@ -128,10 +128,10 @@ def make_structure(
         what = f"the tool {named!r}, which is not among the tools" if named else "a call of a tool"
         raise InvalidRequest(f"{param} asks for {what}.", param=param)
     if required:
-        return Structure(None, "required", rules, parallel)
+        return OutputSpec(None, "required", rules, parallel)
     if not rules:
-        return Structure(form)
-    return Structure(form, "free" if form is None else "allowed", rules, parallel)
+        return OutputSpec(form)
+    return OutputSpec(form, "free" if form is None else "allowed", rules, parallel)
 
 
 def _read_guided(name: str, value: object) -> AnswerFormat:

@@ -10,14 +10,14 @@ from glmd.chat.messages import Json
 from glmd.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from glmd.structured_output.json_schema import Normaliser
+    from glmd.structured_output.json_schema import JsonSchemaCompiler
 
 Node = dict[str, Any]
 """A schema in normal form."""
 
 
 @dataclass(slots=True)
-class Reading:
+class SchemaContext:
     """A schema that is being read.
 
     Attributes:
@@ -31,7 +31,7 @@ class Reading:
         also: further normal forms that must hold.
     """
 
-    normaliser: Normaliser
+    normaliser: JsonSchemaCompiler
     schema: Mapping[str, Json]
     param: str
     alone: bool
@@ -44,7 +44,7 @@ class Reading:
         return f"{self.param}.{keyword}"
 
     def relax(self, keyword: str, only: str = "") -> None:
-        """Leave a keyword out, or refuse it; see `Normaliser.relax`."""
+        """Leave a keyword out, or refuse it; see `JsonSchemaCompiler.relax`."""
         self.normaliser.relax(self.where(keyword), only)
 
     def schema_or_false(self, value: Json, param: str) -> Node | bool:
@@ -57,7 +57,7 @@ def malformed(param: str, shape: str) -> InvalidRequest:
     return InvalidRequest(f"{param} must be {shape}.", param=param)
 
 
-def read_count(reading: Reading, keyword: str, value: Json) -> None:
+def read_count(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`minItems`, `maxLength` and the like."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1:
         raise malformed(reading.where(keyword), "a whole number, not negative")

@@ -61,7 +61,7 @@ class ToolRule(msgspec.Struct, frozen=True):
     """Hold its arguments to the schema."""
 
 
-class Structure(msgspec.Struct, frozen=True):
+class OutputSpec(msgspec.Struct, frozen=True):
     """All that is required of one answer's form.
 
     With a format and `calls` "allowed", the answer is either the one or the other.

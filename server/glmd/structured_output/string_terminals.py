@@ -11,7 +11,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
-from glmd.chat.tool_args import ValueType, type_of
+from glmd.chat.tool_args import ArgType, type_of
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
 
 Node = dict[str, Any]
@@ -61,7 +61,7 @@ class Text:
             values,
         )
 
-    def terminal(self, kind: ValueType) -> str | None:
+    def terminal(self, kind: ArgType) -> str | None:
         """The body of a terminal: these strings, as far as they are read as strings again.
 
         Args:
@@ -151,7 +151,7 @@ def _meet(some: Iterable[Text], others: list[Text]) -> list[Text]:
     return [one for one in found if one.values is None or one.values]
 
 
-def _others(kind: ValueType) -> list[str]:
+def _others(kind: ArgType) -> list[str]:
     """Regular expressions of the texts that the reader of calls takes for something else."""
     if kind.only_string:
         return []

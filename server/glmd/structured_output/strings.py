@@ -12,10 +12,10 @@ from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED
 from glmd.structured_output.backend import LIMITS
 from glmd.structured_output.formats import ENFORCED, UNSUPPORTED
-from glmd.structured_output.schema_context import Node, Reading, malformed, read_count
+from glmd.structured_output.schema_context import Node, SchemaContext, malformed, read_count
 
 
-def read_pattern(reading: Reading, keyword: str, value: Json) -> None:
+def read_pattern(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`pattern`."""
     if not isinstance(value, str):
         raise malformed(reading.where(keyword), "a string")
@@ -26,7 +26,7 @@ def read_pattern(reading: Reading, keyword: str, value: Json) -> None:
     _add_pattern(reading, value)
 
 
-def read_format(reading: Reading, keyword: str, value: Json) -> None:
+def read_format(reading: SchemaContext, keyword: str, value: Json) -> None:
     """`format`: a pattern, where it is enforced; an annotation, where it is unknown."""
     if not isinstance(value, str):
         raise malformed(reading.where(keyword), "a string")
@@ -62,7 +62,7 @@ def pattern_problem(pattern: str) -> str:
     return re.sub(r"\s+", " ", reason).strip()[:200]
 
 
-def _add_pattern(reading: Reading, pattern: str) -> None:
+def _add_pattern(reading: SchemaContext, pattern: str) -> None:
     if "pattern" in reading.node:
         reading.also.append({"type": "string", "pattern": pattern})
     else:

@@ -14,11 +14,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from glmd.chat.special_tokens import Tags
-from glmd.chat.tool_args import FREE, SchemaReader, ValueType, type_of
+from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, type_of
 from glmd.structured_output.arguments import Arguments, read_arguments
 from glmd.structured_output.disjointness import instance_types
-from glmd.structured_output.json_schema import Normaliser
+from glmd.structured_output.json_schema import JsonSchemaCompiler
 from glmd.structured_output.spec import ToolRule
 from glmd.structured_output.string_terminals import ANY_TEXT, UnknownText, quote, texts
 
@@ -37,7 +37,7 @@ class CallGrammar:
         relaxed: keywords of schemas that are not enforced.
     """
 
-    def __init__(self, tags: Tags) -> None:
+    def __init__(self, tags: SpecialTokens) -> None:
         self.relaxed: list[str] = []
         self._tags = tags
         self._rules: list[str] = []
@@ -65,10 +65,10 @@ class CallGrammar:
 
     def _call(self, tool: ToolRule) -> str:
         """The rule of a tool's name and arguments."""
-        types = SchemaReader(tool.parameters).arguments()
+        types = ArgTypeReader(tool.parameters).arguments()
         if not tool.enforced:
             return self._rule(f"{quote(tool.name)} {self._free_arguments()}")
-        normaliser = Normaliser(tool.parameters, strict=tool.strict)
+        normaliser = JsonSchemaCompiler(tool.parameters, strict=tool.strict)
         shapes = read_arguments(normaliser, tool.parameters, tool.param)
         if shapes is None:
             arguments = self._free_arguments()
@@ -95,8 +95,8 @@ class CallGrammar:
     def _arguments(
         self,
         shape: Arguments,
-        types: Mapping[str, ValueType],
-        normaliser: Normaliser,
+        types: Mapping[str, ArgType],
+        normaliser: JsonSchemaCompiler,
         param: str,
     ) -> str | None:
         """A rule for arguments of one shape, or None if a required one has no value."""
@@ -136,7 +136,7 @@ class CallGrammar:
         return f"{rule}::0"
 
     def _value(
-        self, node: Node | bool, kind: ValueType, normaliser: Normaliser, param: str
+        self, node: Node | bool, kind: ArgType, normaliser: JsonSchemaCompiler, param: str
     ) -> str | None:
         """The symbol of an argument's values, or None if there are none."""
         if node is True or (not node and isinstance(node, dict)):

@@ -9,7 +9,7 @@ from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED, type_of
 from glmd.errors import InvalidRequest
 from glmd.structured_output.disjointness import canonical_text
-from glmd.structured_output.schema_context import Reading, malformed
+from glmd.structured_output.schema_context import SchemaContext, malformed
 
 MAX_VALUES = 10_000
 """Of one enum: 60 ms to compile."""
@@ -56,7 +56,7 @@ def read_types(schema: Mapping[str, Json], param: str) -> frozenset[str] | None:
     return types - {"integer"} if "number" in types else types
 
 
-def read_values(reading: Reading) -> None:
+def read_values(reading: SchemaContext) -> None:
     """`enum` and `const`, as an `enum` of the values that the types allow."""
     schema = reading.schema
     if "enum" not in schema and "const" not in schema:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Pool:
+class FairLimiter:
     """So much of something, taken and given back by clients.
 
     The bound of each client is what is free: alone it gets half, and beside n others that take all
@@ -19,38 +19,38 @@ class Pool:
     """
 
     def __init__(self, size: float) -> None:
-        self.taken = 0
+        self.used = 0
         self._size = size
         self._taken_by: Counter[str] = Counter()
 
     def fits(self, client: str, amount: int) -> bool:
         """Whether `client` may take so much more."""
-        return self._taken_by[client] + amount <= self._size - self.taken
+        return self._taken_by[client] + amount <= self._size - self.used
 
-    def taken_by(self, client: str) -> int:
+    def used_by(self, client: str) -> int:
         return self._taken_by[client]
 
     def take(self, client: str, amount: int) -> None:
         """Take so much, whether or not it fits; give back what is below 0."""
-        self.taken += amount
+        self.used += amount
         self._taken_by[client] += amount
         if not self._taken_by[client]:
             del self._taken_by[client]
 
     @contextmanager
-    def share(self, client: str) -> Iterator[Share]:
+    def share(self, client: str) -> Iterator[Reservation]:
         """What `client` takes in the block; it is given back at its end."""
-        share = Share(self, client)
+        share = Reservation(self, client)
         try:
             yield share
         finally:
             self.take(client, -share.taken)
 
 
-class Share:
+class Reservation:
     """A part of a pool that grows."""
 
-    def __init__(self, pool: Pool, client: str) -> None:
+    def __init__(self, pool: FairLimiter, client: str) -> None:
         self.taken = 0
         self._pool = pool
         self._client = client

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-def replace(file: Path, content: bytes) -> None:
+def atomic_write(file: Path, content: bytes) -> None:
     """Write a file that only its owner may read, so that at no moment there is half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600

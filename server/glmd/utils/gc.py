@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 
-def settle() -> None:
+def freeze_gc_heap() -> None:
     """Collect now, and never look again at what is there by then.
 
     To go through all that a process has loaded takes 40 ms in the API's and 80 ms in the engine's,

@@ -10,7 +10,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class LRU(Generic[K, V]):
+class LRUCache(Generic[K, V]):
     """Keeps entries whose sizes add up to at most `capacity`.
 
     Attributes:

@@ -35,7 +35,7 @@ class _RusageInfo(ctypes.Structure):
     ]
 
 
-def footprint(pid: int | None = None) -> int:
+def process_memory_bytes(pid: int | None = None) -> int:
     """Bytes of memory that a process occupies.
 
     On macOS the physical footprint, which Activity Monitor calls "Memory" and by which the system

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glmd.api.errors import Problem
+    from glmd.api.errors import ErrorInfo
 
 PATH = "/v1/messages"
 
@@ -34,11 +34,11 @@ def is_path(path: str) -> bool:
     return path == PATH or path.startswith(PATH + "/")
 
 
-def status(problem: Problem) -> int:
+def status(problem: ErrorInfo) -> int:
     return OVERLOADED if problem.type == "overloaded_error" else problem.status
 
 
-def body(problem: Problem, request_id: str) -> dict[str, Any]:
+def body(problem: ErrorInfo, request_id: str) -> dict[str, Any]:
     code = status(problem)
     type = TYPES.get(code, "invalid_request_error" if code < 500 else "api_error")
     error: dict[str, Any] = {"type": type, "message": problem.message}

@@ -17,7 +17,7 @@ from glmd.chat.messages import (
     ToolMessage,
     UserMessage,
     arguments_of,
-    arrange_results,
+    order_tool_results,
 )
 from glmd.chat.request_limits import MAX_MESSAGES, check_count
 from glmd.chat.tools import Tool
@@ -59,7 +59,7 @@ def read_conversation(body: CountTokensRequest, defaults: Defaults) -> Conversat
             params.append(where)
     tools, _ = read_tools(body)
     return Conversation(
-        messages=arrange_results(messages, params, id_key="tool_use_id"),
+        messages=order_tool_results(messages, params, id_key="tool_use_id"),
         tools=tools,
         template_kwargs={
             "enable_thinking": body.thinks(defaults),

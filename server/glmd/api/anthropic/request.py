@@ -18,7 +18,7 @@ from glmd.api.openai.parameters import MAX_STOPS
 from glmd.api.sampling import NO_OP, SamplingFields
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
-from glmd.structured_output import Structure, make_structure, read_response_format
+from glmd.structured_output import OutputSpec, make_structure, read_response_format
 
 REFUSED = {
     "output_format": "The format is called output_config.format here.",
@@ -135,7 +135,7 @@ class CountTokensRequest(SamplingFields):
                 )
         return budgets.get(self.output_config.effort) if self.output_config else None
 
-    def structure(self, tools: Sequence[Tool]) -> Structure:
+    def structure(self, tools: Sequence[Tool]) -> OutputSpec:
         """What the answer has to be.
 
         Args:

@@ -11,20 +11,20 @@ from fastapi import APIRouter, Depends, Request, Response
 from glmd.api.anthropic.input import read_conversation, read_tools
 from glmd.api.anthropic.protocol import Message, TokenCount
 from glmd.api.anthropic.request import REFUSED, CountTokensRequest, MessagesRequest
-from glmd.api.anthropic.stream import MessageTeller, error_frame
+from glmd.api.anthropic.stream import MessageBuilder, error_frame
 from glmd.api.client_id import GivenClient
-from glmd.api.context import GivenTerms, Terms, preparing
+from glmd.api.context import GivenTerms, RequestContext, prepare_slot
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
 from glmd.api.sampling import ignored_header
-from glmd.api.serving import start_turn
-from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.state import Service, get_service
-from glmd.api.streaming import exhaust, frames, tell
+from glmd.api.serving import start_generation
+from glmd.api.sse import EventStream, cancel_on_disconnect, prime
+from glmd.api.state import AppState, get_state
+from glmd.api.streaming import drain, encode_sse, stream_events
 
 router = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
 
-GivenService = Annotated[Service, Depends(get_service)]
+GivenService = Annotated[AppState, Depends(get_state)]
 
 
 @router.post("/v1/messages", response_model=Message)
@@ -34,15 +34,15 @@ async def create_message(
     """Continue a conversation, streamed or whole."""
     _, left_out = read_tools(body)
     headers = ignored_header([*body.unknown(REFUSED), *left_out])
-    async with preparing(request, service, terms):
+    async with prepare_slot(request, service, terms):
         generation, teller = await prepare(body, service, terms)
-    events = tell(teller, generation, keep_alive=service.settings.keep_alive)
+    events = stream_events(teller, generation, keep_alive=service.settings.keep_alive)
     if body.stream:
-        opened = await open_frames(
-            frames(events), on_error=partial(error_frame, request_id=request.state.request_id)
+        opened = await prime(
+            encode_sse(events), on_error=partial(error_frame, request_id=request.state.request_id)
         )
         return EventStream(opened, keep_alive=0, headers=headers)
-    await unless_disconnected(request, exhaust(events))
+    await cancel_on_disconnect(request, drain(events))
     whole = teller.message.model_dump_json()
     return Response(whole, media_type="application/json", headers=headers)
 
@@ -54,14 +54,14 @@ async def count_tokens(
     """How many tokens the prompt of such a request has."""
     defaults = service.defaults(body.model, body.profile)
     body.unknown(REFUSED)
-    async with service.one_each.turn(client):
+    async with service.one_each.acquire(client):
         prompt = await service.build_prompt(read_conversation(body, defaults))
     return TokenCount(input_tokens=len(prompt.tokens))
 
 
 async def prepare(
-    body: MessagesRequest, service: Service, terms: Terms
-) -> tuple[Generation, MessageTeller]:
+    body: MessagesRequest, service: AppState, terms: RequestContext
+) -> tuple[Generation, MessageBuilder]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
@@ -75,7 +75,7 @@ async def prepare(
     structure = body.structure(tools)
     prompt = await service.build_prompt(conversation)
     id = f"msg_{uuid.uuid4().hex}"
-    generation = start_turn(
+    generation = start_generation(
         service,
         prompt,
         terms,
@@ -86,10 +86,10 @@ async def prepare(
         stop=body.stop_sequences or (),
         reasoning_limit=body.reasoning_limit(service.settings.effort_budgets),
         single_call=choice is not None and bool(choice.disable_parallel_tool_use),
-        guidance=await service.guide(structure, prompt),
+        guidance=await service.compile_grammar(structure, prompt),
         max_tokens=body.max_tokens,
     )
-    teller = MessageTeller(
+    teller = MessageBuilder(
         id,
         service.model.id,
         generation,

@@ -32,7 +32,7 @@ from glmd.api.anthropic.protocol import (
     ThinkingDelta,
     ToolUseBlock,
 )
-from glmd.api.errors import Problem
+from glmd.api.errors import ErrorInfo
 from glmd.api.generation import Generation
 from glmd.api.sse import frame
 from glmd.chat.events import (
@@ -51,8 +51,8 @@ STOP_REASONS: dict[str, StopReason] = {
 }
 
 
-class MessageTeller:
-    """Tells an answer's events, and adds them to the message (a `Teller`).
+class MessageBuilder:
+    """Tells an answer's events, and adds them to the message (a `ResponseBuilder`).
 
     What it tells holds parts of the message as they are at that moment.
 
@@ -170,7 +170,7 @@ class MessageTeller:
         return STOP_REASONS[reason]
 
 
-def error_frame(problem: Problem, request_id: str) -> bytes:
+def error_frame(problem: ErrorInfo, request_id: str) -> bytes:
     """An error after the first byte."""
     body = json.dumps(errors.body(problem, request_id), ensure_ascii=False)
     return frame(body, "error")

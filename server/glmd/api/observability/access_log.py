@@ -9,10 +9,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from glmd.api.observability.exchange import Exchange
-from glmd.api.observability.request_stats import Record
-from glmd.api.state import Service
-from glmd.ipc import Match
+from glmd.api.observability.exchange import HttpExchange
+from glmd.api.observability.request_stats import RequestStats
+from glmd.api.state import AppState
+from glmd.ipc import CacheMatch
 
 log = logging.getLogger("glmd.access")
 
@@ -30,17 +30,17 @@ REASONS = {
 """Why no more of a prompt was found in the cache."""
 
 
-class RequestLog:
+class AccessLog:
     """Writes the lines.
 
     Args:
         service: whose setting `slow_request` says what is slow.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: AppState) -> None:
         self._service = service
 
-    def exchange_ended(self, exchange: Exchange) -> None:
+    def exchange_ended(self, exchange: HttpExchange) -> None:
         """Log an HTTP request that is over."""
         level = logging.DEBUG if exchange.path in POLLED else logging.INFO
         if log.isEnabledFor(level):
@@ -49,7 +49,7 @@ class RequestLog:
         for record in exchange.records:
             self._record_ended(record)
 
-    def record_ended(self, record: Record) -> None:
+    def record_ended(self, record: RequestStats) -> None:
         """Log a request that was in the background: its HTTP request is over already."""
         if record.exchange.ended is None:
             return
@@ -58,7 +58,7 @@ class RequestLog:
         log.info("%s", spell(fields), extra={"fields": fields})
         self._record_ended(record)
 
-    def _record_ended(self, record: Record) -> None:
+    def _record_ended(self, record: RequestStats) -> None:
         limit = self._service.settings.slow_request
         if record.ended is None or not limit or slowest_wait(record) <= limit:
             return
@@ -71,7 +71,7 @@ class RequestLog:
         log.warning("%s", explain(record), extra={"fields": fields})
 
 
-def fields_of(exchange: Exchange) -> dict[str, Any]:
+def fields_of(exchange: HttpExchange) -> dict[str, Any]:
     """What there is to say of an HTTP request, without what does not apply to it."""
     assert exchange.ended is not None
     fields: dict[str, Any] = {
@@ -89,7 +89,7 @@ def fields_of(exchange: Exchange) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def fields_of_records(records: Sequence[Record]) -> dict[str, Any]:
+def fields_of_records(records: Sequence[RequestStats]) -> dict[str, Any]:
     """What there is to say of what a request had the engine do; with several prompts, in all."""
     if not records:
         return {}
@@ -116,12 +116,12 @@ def spell(fields: dict[str, Any]) -> str:
     return " ".join([*first, *(f"{name}={value}" for name, value in named.items())])
 
 
-def slowest_wait(record: Record) -> float:
+def slowest_wait(record: RequestStats) -> float:
     """The longest that a request's client saw nothing, in seconds."""
     return max(record.seconds if record.ttft is None else record.ttft, record.longest_gap)
 
 
-def explain(record: Record) -> str:
+def explain(record: RequestStats) -> str:
     """Where the time of a request went, in a sentence."""
     if record.queue_seconds is None:
         return f"Slow: {record.id} waited {record.seconds:.1f} s, and its turn never came."
@@ -137,7 +137,7 @@ def explain(record: Record) -> str:
     return sentence
 
 
-def explain_match(match: Match, prompt_tokens: int) -> str:
+def explain_match(match: CacheMatch, prompt_tokens: int) -> str:
     """How much of a prompt was in the cache, and why not more."""
-    reason = REASONS[match.reason].format(beyond=match.beyond)
+    reason = REASONS[match.reason].format(beyond=match.diverging_tokens)
     return f"Of its {prompt_tokens} prompt tokens {match.tokens} were stored: {reason}."

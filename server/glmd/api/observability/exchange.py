@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 if TYPE_CHECKING:
-    from glmd.api.observability.request_stats import Record
+    from glmd.api.observability.request_stats import RequestStats
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """Of W3C's trace context (https://www.w3.org/TR/trace-context/)."""
@@ -20,7 +20,7 @@ Api = Literal["chat", "completions", "responses", "messages"]
 
 
 @dataclass(slots=True)
-class Exchange:
+class HttpExchange:
     """What is known of one HTTP request.
 
     Attributes:
@@ -56,10 +56,10 @@ class Exchange:
     route: str | None = None
     status: int | None = None
     ended: float | None = None
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestStats] = field(default_factory=list)
 
     @classmethod
-    def of(cls, scope: Scope, id: str) -> Exchange:
+    def of(cls, scope: Scope, id: str) -> HttpExchange:
         """The exchange that an ASGI scope begins."""
         client, headers = scope.get("client"), Headers(scope=scope)
         return cls(
@@ -85,7 +85,7 @@ class Exchange:
         self.background = bool(background)
 
 
-def get_exchange(request: Request) -> Exchange:
+def get_exchange(request: Request) -> HttpExchange:
     """The exchange that the request is of."""
-    exchange: Exchange = request.state.exchange
+    exchange: HttpExchange = request.state.exchange
     return exchange

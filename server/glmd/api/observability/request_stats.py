@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glmd.api.observability.exchange import Api, Exchange
+from glmd.api.observability.exchange import Api, HttpExchange
 from glmd.api.observability.histogram import Histogram
-from glmd.api.observability.throughput_window import Timeline
+from glmd.api.observability.throughput_window import ThroughputWindow
 from glmd.chat.events import FinishReason
 from glmd.errors import Cancelled, GlmdError
-from glmd.ipc import Generate, Match, Output, SamplingParams, count_tokens
+from glmd.ipc import CacheMatch, EngineRequest, SamplingParams, SequenceOutput, count_tokens
 
 State = Literal["queued", "prefill", "decoding", "finished"]
 Finish = FinishReason | Literal["cancelled", "error"]
@@ -40,7 +40,7 @@ GAPS = (
 
 
 @dataclass(eq=False, slots=True)
-class Record:
+class RequestStats:
     """What is known of one request to the engine.
 
     Moments are in `time.monotonic`'s seconds. `generated_tokens` is over all sequences.
@@ -62,7 +62,7 @@ class Record:
     """
 
     id: str
-    exchange: Exchange
+    exchange: HttpExchange
     sequences: int
     prompt_tokens: int
     max_tokens: int | None = None
@@ -75,7 +75,7 @@ class Record:
     drafted: int = 0
     accepted: int = 0
     announced: bool = False
-    match: Match | None = None
+    match: CacheMatch | None = None
     queue_seconds: float | None = None
     first_token: float | None = None
     last_tokens: list[float | None] = field(init=False)
@@ -117,7 +117,7 @@ class Record:
 
 
 @dataclass(slots=True)
-class Totals:
+class AggregateStats:
     """What all requests since the start add up to.
 
     Attributes:
@@ -142,7 +142,7 @@ class Totals:
     accepted: int = 0
 
 
-class Requests:
+class RequestRegistry:
     """Keeps the records.
 
     Attributes:
@@ -156,16 +156,16 @@ class Requests:
     """
 
     def __init__(self) -> None:
-        self.running: dict[str, Record] = {}
-        self.recent: deque[Record] = deque(maxlen=HISTORY)
-        self.totals = Totals()
-        self.timeline = Timeline()
-        self.watchers: list[Callable[[Record], None]] = []
+        self.running: dict[str, RequestStats] = {}
+        self.recent: deque[RequestStats] = deque(maxlen=HISTORY)
+        self.totals = AggregateStats()
+        self.timeline = ThroughputWindow()
+        self.watchers: list[Callable[[RequestStats], None]] = []
         self.first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)
 
-    def record(self, exchange: Exchange, request: Generate) -> Record:
+    def record(self, exchange: HttpExchange, request: EngineRequest) -> RequestStats:
         """A record of a request that has not begun."""
-        record = Record(
+        record = RequestStats(
             request.id,
             exchange,
             request.n,
@@ -176,12 +176,12 @@ class Requests:
         exchange.records.append(record)
         return record
 
-    def find(self, id: str) -> list[Record]:
+    def find(self, id: str) -> list[RequestStats]:
         """Those in flight whose id, or whose HTTP request's id, is `id`."""
         return [record for record in self.running.values() if id in (record.id, record.exchange.id)]
 
     @contextmanager
-    def in_flight(self, record: Record) -> Iterator[None]:
+    def in_flight(self, record: RequestStats) -> Iterator[None]:
         """Count a request as running; how the block ends is how the request does."""
         record.begun = True
         self.running[record.id] = record
@@ -200,12 +200,12 @@ class Requests:
         else:
             self._end(record, record.finish or "stop", None)
 
-    def take(self, record: Record, output: Output) -> None:
+    def observe(self, record: RequestStats, output: SequenceOutput) -> None:
         """Note what an output brings."""
         if output.admitted and record.queue_seconds is None:
-            record.match = output.match
-            if output.match is not None:
-                record.computed_tokens = output.match.tokens
+            record.match = output.cache_match
+            if output.cache_match is not None:
+                record.computed_tokens = output.cache_match.tokens
             record.queue_seconds = time.monotonic() - record.exchange.began
             record.state = "prefill"
             self.totals.queue.add(record.queue_seconds)
@@ -233,12 +233,12 @@ class Requests:
                 self.totals.gaps.add(gap / count, count)
             record.last_tokens[output.index] = now
 
-    def finished(self, record: Record, reason: FinishReason) -> None:
+    def finished(self, record: RequestStats, reason: FinishReason) -> None:
         """Note that one of a request's sequences has ended by itself."""
         record.finish = reason
         record.left -= 1
 
-    def _announce(self, record: Record, cached: int) -> None:
+    def _announce(self, record: RequestStats, cached: int) -> None:
         record.announced = True
         record.cached_tokens = cached
         # A last token that was alone is no chunk, and nothing was told of it.
@@ -246,12 +246,12 @@ class Requests:
         self.totals.prompt_tokens += record.prompt_tokens
         self.totals.cached_tokens += cached
 
-    def _advance(self, record: Record, computed: int) -> None:
+    def _advance(self, record: RequestStats, computed: int) -> None:
         """Note that so many of a prompt's tokens are ready."""
         self.timeline.now().computed += computed - record.computed_tokens
         record.computed_tokens = computed
 
-    def _begin(self, record: Record, now: float) -> None:
+    def _begin(self, record: RequestStats, now: float) -> None:
         record.state = "decoding"
         record.first_token = now
         wait = now - record.exchange.began
@@ -259,7 +259,7 @@ class Requests:
         self.totals.prefill.add(wait - (record.queue_seconds or 0.0))
         self.first_tokens.append((time.time(), wait))
 
-    def _end(self, record: Record, finish: Finish, error: str | None) -> None:
+    def _end(self, record: RequestStats, finish: Finish, error: str | None) -> None:
         if finish == "cancelled" and not record.left and record.finish is not None:
             finish, error = record.finish, None  # Everything had been said.
         record.state = "finished"

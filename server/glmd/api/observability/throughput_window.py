@@ -11,7 +11,7 @@ SECONDS = 300
 
 
 @dataclass(slots=True)
-class Second:
+class SecondCount:
     """What one second gave.
 
     Attributes:
@@ -25,21 +25,21 @@ class Second:
     computed: int = 0
 
 
-class Timeline:
+class ThroughputWindow:
     """The seconds in which there was something, the latest last."""
 
     def __init__(self) -> None:
-        self._seconds: deque[Second] = deque(maxlen=SECONDS)
+        self._seconds: deque[SecondCount] = deque(maxlen=SECONDS)
 
-    def now(self) -> Second:
+    def now(self) -> SecondCount:
         """The present second, to be added to."""
         number = int(time.time())
         if not self._seconds or self._seconds[-1].number < number:
-            self._seconds.append(Second(number))
+            self._seconds.append(SecondCount(number))
         return self._seconds[-1]
 
-    def last(self, count: int) -> list[Second]:
+    def last(self, count: int) -> list[SecondCount]:
         """The last `count` seconds that are over, also those in which there was nothing."""
         end = int(time.time())
         there = {second.number: second for second in self._seconds}
-        return [there.get(number) or Second(number) for number in range(end - count, end)]
+        return [there.get(number) or SecondCount(number) for number in range(end - count, end)]

@@ -22,8 +22,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from glmd import __version__
-from glmd.api.observability.exchange import Exchange
-from glmd.api.observability.request_stats import Record
+from glmd.api.observability.exchange import HttpExchange
+from glmd.api.observability.request_stats import RequestStats
 from glmd.errors import SettingsError
 
 OPERATIONS = {
@@ -60,17 +60,17 @@ class Tracing:
         """Send what is left; this may take as long as the exporter's timeout."""
         self._provider.shutdown()
 
-    def exchange_ended(self, exchange: Exchange) -> None:
+    def exchange_ended(self, exchange: HttpExchange) -> None:
         """An HTTP request is over; if nothing of it goes on in the background, send its span."""
         if exchange.method == "POST" and exchange.route in OPERATIONS:
             self._send_if_over(exchange)
 
-    def record_ended(self, record: Record) -> None:
+    def record_ended(self, record: RequestStats) -> None:
         """A request to the engine is over."""
         if record.exchange.ended is not None:
             self._send_if_over(record.exchange)
 
-    def _send_if_over(self, exchange: Exchange) -> None:
+    def _send_if_over(self, exchange: HttpExchange) -> None:
         # One that has not begun never will, its client being gone, unless it is for later.
         if any(
             record.ended is None and (record.begun or exchange.background)
@@ -102,7 +102,7 @@ class Tracing:
             self._send_parts(record, within)
         span.end(nanoseconds(exchange, max(end for end in ends if end is not None)))
 
-    def _send_parts(self, record: Record, within: Context) -> None:
+    def _send_parts(self, record: RequestStats, within: Context) -> None:
         """The spans of a request's way: until its turn, until its first token, until its end."""
         if record.ended is None:
             return
@@ -136,7 +136,7 @@ class Tracing:
             ).end(nanoseconds(record.exchange, end))
 
 
-def http_attributes(exchange: Exchange) -> dict[str, Any]:
+def http_attributes(exchange: HttpExchange) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "http.request.method": exchange.method,
         "http.route": exchange.route or "",
@@ -150,7 +150,7 @@ def http_attributes(exchange: Exchange) -> dict[str, Any]:
     return attributes
 
 
-def answer_attributes(records: Sequence[Record]) -> dict[str, Any]:
+def answer_attributes(records: Sequence[RequestStats]) -> dict[str, Any]:
     """What the engine was asked, and what it gave; with several prompts, in all."""
     if not records:
         return {}
@@ -177,12 +177,12 @@ def answer_attributes(records: Sequence[Record]) -> dict[str, Any]:
     return attributes
 
 
-def parent_of(exchange: Exchange) -> Context:
+def parent_of(exchange: HttpExchange) -> Context:
     """The client's span, if it sent one (https://www.w3.org/TR/trace-context/)."""
     return TraceContextTextMapPropagator().extract(exchange.trace, context=Context())
 
 
-def nanoseconds(exchange: Exchange, moment: float) -> int:
+def nanoseconds(exchange: HttpExchange, moment: float) -> int:
     """A moment of `time.monotonic` in Unix time."""
     return round((exchange.began_at + moment - exchange.began) * 1e9)
 

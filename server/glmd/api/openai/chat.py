@@ -6,15 +6,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from glmd.api.context import GivenTerms, Terms, preparing
+from glmd.api.context import GivenTerms, RequestContext, prepare_slot
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
 from glmd.api.openai.chat_request import ChatCompletionRequest
-from glmd.api.openai.chat_stream import ChatRenderer
+from glmd.api.openai.chat_stream import ChatBuilder
 from glmd.api.openai.protocol import ChatCompletion, Header
-from glmd.api.serving import start_turn
-from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.state import Service, get_service
+from glmd.api.serving import start_generation
+from glmd.api.sse import EventStream, cancel_on_disconnect, prime
+from glmd.api.state import AppState, get_state
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
@@ -24,17 +24,17 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 async def create_chat_completion(
     body: ChatCompletionRequest,
     request: Request,
-    service: Annotated[Service, Depends(get_service)],
+    service: Annotated[AppState, Depends(get_state)],
     terms: GivenTerms,
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     headers = body.ignored_header()
-    async with preparing(request, service, terms):
+    async with prepare_slot(request, service, terms):
         generation, renderer = await prepare(body, service, terms)
     if body.stream:
-        frames = await open_frames(renderer.stream(generation))
+        frames = await prime(renderer.stream(generation))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)
-    completion = await unless_disconnected(request, renderer.fold(generation))
+    completion = await cancel_on_disconnect(request, renderer.fold(generation))
     return Response(
         completion.model_dump_json(exclude_unset=True),
         media_type="application/json",
@@ -43,8 +43,8 @@ async def create_chat_completion(
 
 
 async def prepare(
-    body: ChatCompletionRequest, service: Service, terms: Terms
-) -> tuple[Generation, ChatRenderer]:
+    body: ChatCompletionRequest, service: AppState, terms: RequestContext
+) -> tuple[Generation, ChatBuilder]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
@@ -62,7 +62,7 @@ async def prepare(
     prompt = await service.build_prompt(body.conversation(defaults))
 
     header = Header.new("chatcmpl", service.model.id, service.fingerprint)
-    generation = start_turn(
+    generation = start_generation(
         service,
         prompt,
         terms,
@@ -74,11 +74,11 @@ async def prepare(
         reasoning_limit=reasoning_limit,
         single_call=body.parallel_tool_calls is False,
         report_tokens=bool(body.return_token_ids),
-        guidance=await service.guide(structure, prompt),
+        guidance=await service.compile_grammar(structure, prompt),
         report_progress=bool(body.return_progress and body.stream),
         **options,
     )
-    renderer = ChatRenderer(
+    renderer = ChatBuilder(
         header,
         service.tokenizer,
         logprobs=logprobs is not None,

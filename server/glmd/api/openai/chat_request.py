@@ -12,7 +12,7 @@ from glmd.api.openai.parameters import Limit, Parameters
 from glmd.api.sampling import INT64, NO_OP
 from glmd.chat.tools import Tool, read_tools
 from glmd.errors import InvalidRequest
-from glmd.structured_output import Structure, make_structure, only_format, read_response_format
+from glmd.structured_output import OutputSpec, make_structure, only_format, read_response_format
 
 
 class NamedFunction(BaseModel):
@@ -102,7 +102,7 @@ class ChatCompletionRequest(Parameters, ConversationFields):
         """The tools that the answer may call."""
         return [] if self.tool_choice == "none" else read_tools(self.tools)
 
-    def structure(self, tools: Sequence[Tool]) -> Structure:
+    def structure(self, tools: Sequence[Tool]) -> OutputSpec:
         """What the answer has to be.
 
         Args:

@@ -38,7 +38,7 @@ from glmd.chat.events import (
 from glmd.chat.tokenizer import Tokenizer
 
 
-class ChatRenderer:
+class ChatBuilder:
     """Writes the events of one answer as chunks, or as one completion.
 
     Args:

@@ -21,7 +21,7 @@ from glmd.chat.events import ContentDelta, Event, Finished, TokenInfo
 from glmd.chat.tokenizer import Tokenizer
 
 
-class CompletionRenderer:
+class CompletionBuilder:
     """Writes the events of several prompts' continuations as one completion.
 
     Args:

@@ -8,19 +8,19 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
-from glmd.api.context import GivenTerms, Terms, preparing
+from glmd.api.context import GivenTerms, RequestContext, prepare_slot
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
 from glmd.api.openai.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
-from glmd.api.openai.completion_stream import CompletionRenderer
+from glmd.api.openai.completion_stream import CompletionBuilder
 from glmd.api.openai.protocol import Completion, Header
-from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.state import Service, get_service
-from glmd.chat.output_processor import TextAnswer
+from glmd.api.sse import EventStream, cancel_on_disconnect, prime
+from glmd.api.state import AppState, get_state
+from glmd.chat.output_processor import CompletionOutputProcessor
 from glmd.chat.tokenizer import Tokenizer
 from glmd.errors import InvalidRequest
-from glmd.ipc import Generate, TokenArray, pack_tokens
-from glmd.structured_output import Structure
+from glmd.ipc import EngineRequest, TokenArray, pack_tokens
+from glmd.structured_output import OutputSpec
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
@@ -30,17 +30,17 @@ router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 async def create_completion(
     body: CompletionRequest,
     request: Request,
-    service: Annotated[Service, Depends(get_service)],
+    service: Annotated[AppState, Depends(get_state)],
     terms: GivenTerms,
 ) -> Response:
     """Continue one or several texts, streamed or whole."""
     headers = body.ignored_header()
-    async with preparing(request, service, terms):
+    async with prepare_slot(request, service, terms):
         generations, renderer = await prepare(body, service, terms)
     if body.stream:
-        frames = await open_frames(renderer.stream(generations))
+        frames = await prime(renderer.stream(generations))
         return EventStream(frames, keep_alive=service.settings.keep_alive, headers=headers)
-    completion = await unless_disconnected(request, renderer.fold(generations))
+    completion = await cancel_on_disconnect(request, renderer.fold(generations))
     return Response(
         completion.model_dump_json(exclude_unset=True),
         media_type="application/json",
@@ -49,8 +49,8 @@ async def create_completion(
 
 
 async def prepare(
-    body: CompletionRequest, service: Service, terms: Terms
-) -> tuple[list[Generation], CompletionRenderer]:
+    body: CompletionRequest, service: AppState, terms: RequestContext
+) -> tuple[list[Generation], CompletionBuilder]:
     """Everything up to the engine: checks, tokens, requests.
 
     Raises:
@@ -62,19 +62,19 @@ async def prepare(
     limit = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
     options = body.engine_options(limit)
     sampling = body.sampling(defaults.sampling, body.logprobs)
-    prompts = await service.work(partial(encode, body.prompts(), service.tokenizer))
+    prompts = await service.run_in_worker(partial(encode, body.prompts(), service.tokenizer))
     for tokens in prompts:
         service.check_length(len(tokens), param="prompt")
 
-    guidance = await service.guide(Structure(body.guided_format))
+    guidance = await service.compile_grammar(OutputSpec(body.guided_format))
     header = Header.new("cmpl", service.model.id, service.fingerprint)
     requests = [
-        Generate(
+        EngineRequest(
             id=f"{header.id}-{number}",
             prompt=pack_tokens(tokens),
             sampling=sampling,
             client=terms.client,
-            guidance=guidance,
+            grammar=guidance,
             prompt_progress=True,
             **options,
         )
@@ -84,15 +84,18 @@ async def prepare(
         Generation(
             service.engine,
             request,
-            [TextAnswer(service.tokenizer, stop=body.stops) for _ in range(request.n)],
+            [
+                CompletionOutputProcessor(service.tokenizer, stop=body.stops)
+                for _ in range(request.n)
+            ],
             requests=service.requests,
             record=service.requests.record(terms.exchange, request),
-            deadlines=terms.deadlines,
+            deadlines=terms.timeouts,
             report_tokens=bool(body.return_token_ids),
         )
         for request in requests
     ]
-    renderer = CompletionRenderer(
+    renderer = CompletionBuilder(
         header,
         service.tokenizer,
         n=options["n"],

@@ -141,7 +141,7 @@ class Parameters(SamplingFields):
         return ignored_header(self.unknown(REFUSED))
 
     def engine_options(self, max_tokens: int | None) -> dict[str, Any]:
-        """The fields of `Generate` that these parameters are.
+        """The fields of `EngineRequest` that these parameters are.
 
         Raises:
             InvalidRequest: the answer would have to be longer than it may be.

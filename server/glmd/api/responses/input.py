@@ -16,7 +16,7 @@ from glmd.chat.messages import (
     ToolMessage,
     UserMessage,
     arguments_of,
-    arrange_results,
+    order_tool_results,
     text_of,
 )
 from glmd.errors import InvalidRequest
@@ -88,7 +88,7 @@ def read_items(items: Sequence[Item], params: Sequence[str]) -> list[Message]:
         messages.append(_message(item, kind, role, param))
         places.append(param)
     close()
-    return arrange_results(messages, places, id_key="call_id")
+    return order_tool_results(messages, places, id_key="call_id")
 
 
 def _message(item: Item, kind: object, role: object, param: str) -> Message:

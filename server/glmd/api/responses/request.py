@@ -13,7 +13,7 @@ from glmd.api.responses.tools import full_name
 from glmd.api.sampling import NO_OP, SamplingFields
 from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
-from glmd.structured_output import Structure, make_structure, read_response_format
+from glmd.structured_output import OutputSpec, make_structure, read_response_format
 
 REFUSED = {
     "conversation": "Conversations are not kept here; send previous_response_id.",
@@ -157,7 +157,7 @@ class ResponsesRequest(SamplingFields):
                 clear_thinking = self.reasoning.context == "current_turn"
         return {"enable_thinking": enable_thinking, "clear_thinking": clear_thinking}
 
-    def structure(self, tools: Sequence[Tool]) -> Structure:
+    def structure(self, tools: Sequence[Tool]) -> OutputSpec:
         """What the answer has to be.
 
         Args:

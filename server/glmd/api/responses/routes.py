@@ -13,9 +13,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.exceptions import HTTPException
 
 from glmd.api.client_id import GivenClient
-from glmd.api.context import GivenTerms, Terms, preparing
+from glmd.api.context import GivenTerms, RequestContext, prepare_slot
 from glmd.api.defaults import Defaults
-from glmd.api.errors import log_unexpected, problem_of
+from glmd.api.errors import log_unhandled, to_error
 from glmd.api.generation import Generation
 from glmd.api.json_route import JsonRoute
 from glmd.api.openai.logprobs import spell_logprobs
@@ -29,13 +29,13 @@ from glmd.api.responses.protocol import (
 )
 from glmd.api.responses.request import REFUSED, NamedChoice, ResponsesRequest
 from glmd.api.responses.store import ResponseStore, Stored, get_store, size_of
-from glmd.api.responses.stream import ResponseTeller
+from glmd.api.responses.stream import ResponsesBuilder
 from glmd.api.responses.tools import Tools, read_tools
 from glmd.api.sampling import ignored_header
-from glmd.api.serving import start_turn
-from glmd.api.sse import EventStream, open_frames, unless_disconnected
-from glmd.api.state import Service, get_service
-from glmd.api.streaming import exhaust, frames, tell, write
+from glmd.api.serving import start_generation
+from glmd.api.sse import EventStream, cancel_on_disconnect, prime
+from glmd.api.state import AppState, get_state
+from glmd.api.streaming import drain, encode_sse, stream_events, write
 from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.chat.request_limits import MAX_MESSAGES, check_count
 from glmd.errors import InvalidRequest
@@ -43,7 +43,7 @@ from glmd.ipc import SamplingParams
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
 
-GivenService = Annotated[Service, Depends(get_service)]
+GivenService = Annotated[AppState, Depends(get_state)]
 GivenStore = Annotated[ResponseStore, Depends(get_store)]
 
 
@@ -58,18 +58,18 @@ async def create_response(
     """Continue a conversation: streamed, whole, or in the background."""
     tools = read_tools(body.tools)
     headers = ignored_header([*body.unknown(REFUSED), *tools.left_out])
-    async with preparing(request, service, terms):
+    async with prepare_slot(request, service, terms):
         stored, teller, generation = await prepare(body, tools, service, store, terms)
-    events = tell(teller, generation, keep_alive=service.settings.keep_alive)
+    events = stream_events(teller, generation, keep_alive=service.settings.keep_alive)
     if body.background:
-        store.run(stored, finish(teller, exhaust(events)))
+        store.run(stored, finish(teller, drain(events)))
     elif body.stream:
-        opened = await open_frames(
-            frames(events), on_error=lambda problem: write(teller.fail(problem))
+        opened = await prime(
+            encode_sse(events), on_error=lambda problem: write(teller.fail(problem))
         )
         return EventStream(opened, keep_alive=0, headers=headers)
     else:
-        await unless_disconnected(request, exhaust(events))
+        await cancel_on_disconnect(request, drain(events))
     return answer(stored, headers)
 
 
@@ -82,7 +82,7 @@ async def count_input_tokens(
     defaults = service.defaults(body.model, body.profile)
     _, earlier, new = items_of(body, store)
     conversation = read_conversation(body, earlier, new, read_tools(body.tools), defaults)
-    async with service.one_each.turn(client):
+    async with service.one_each.acquire(client):
         prompt = await service.build_prompt(conversation)
     return InputTokenCount(input_tokens=len(prompt.tokens))
 
@@ -120,8 +120,12 @@ async def delete_response(id: str, store: GivenStore) -> Deleted:
 
 
 async def prepare(
-    body: ResponsesRequest, tools: Tools, service: Service, store: ResponseStore, terms: Terms
-) -> tuple[Stored, ResponseTeller, Generation]:
+    body: ResponsesRequest,
+    tools: Tools,
+    service: AppState,
+    store: ResponseStore,
+    terms: RequestContext,
+) -> tuple[Stored, ResponsesBuilder, Generation]:
     """Everything up to the engine: checks, prompt, request.
 
     Raises:
@@ -138,7 +142,7 @@ async def prepare(
     callable_tools = () if body.tool_choice == "none" else tools.functions
     structure = body.structure(callable_tools)
     prompt = await service.build_prompt(conversation)
-    generation = start_turn(
+    generation = start_generation(
         service,
         prompt,
         terms,
@@ -148,7 +152,7 @@ async def prepare(
         tools=callable_tools,
         reasoning_limit=body.reasoning_limit(service.settings.effort_budgets),
         single_call=body.parallel_tool_calls is False,
-        guidance=await service.guide(structure, prompt),
+        guidance=await service.compile_grammar(structure, prompt),
         max_tokens=body.max_output_tokens or defaults.max_tokens,
     )
     stored = Stored(
@@ -156,7 +160,7 @@ async def prepare(
         [*earlier, *new],
         (previous.size if previous is not None else 0) + size_of(new),
     )
-    teller = ResponseTeller(
+    teller = ResponsesBuilder(
         stored.response,
         generation,
         summarise=body.summarises,
@@ -212,7 +216,7 @@ def read_conversation(
 
 
 def describe(
-    id: str, body: ResponsesRequest, tools: Tools, sampling: SamplingParams, service: Service
+    id: str, body: ResponsesRequest, tools: Tools, sampling: SamplingParams, service: AppState
 ) -> ResponseObject:
     """The response before it has begun."""
     reasoning = body.reasoning
@@ -243,7 +247,7 @@ def describe(
     )
 
 
-async def finish(teller: ResponseTeller, work: Coroutine[Any, Any, None]) -> None:
+async def finish(teller: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
     """Do the work of a response in the background; nobody waits for its errors."""
     try:
         await work
@@ -251,8 +255,8 @@ async def finish(teller: ResponseTeller, work: Coroutine[Any, Any, None]) -> Non
         teller.response.status = "cancelled"
         raise
     except Exception as error:
-        log_unexpected(error)
-        teller.fail(problem_of(error))
+        log_unhandled(error)
+        teller.fail(to_error(error))
 
 
 def required(stored: Stored | None, id: str) -> Stored:

@@ -13,7 +13,7 @@ from fastapi import Request
 from glmd.api.responses.input import Item
 from glmd.api.responses.protocol import ResponseObject
 from glmd.errors import InvalidRequest
-from glmd.utils.lru import LRU
+from glmd.utils.lru import LRUCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ResponseStore:
         Args:
             capacity: bytes of JSON of all conversations together; what they share counts in each.
         """
-        self._kept: LRU[str, Stored] = LRU(capacity)
+        self._kept: LRUCache[str, Stored] = LRUCache(capacity)
         self._running: dict[str, tuple[Stored, asyncio.Task[None]]] = {}
 
     def find(self, id: str) -> Stored | None:

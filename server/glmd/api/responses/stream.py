@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import pydantic_core
 
-from glmd.api.errors import Problem
+from glmd.api.errors import ErrorInfo
 from glmd.api.generation import Generation
 from glmd.api.openai.protocol import TokenLogprob
 from glmd.api.responses.protocol import (
@@ -61,7 +61,7 @@ class Place(TypedDict):
     item_id: str
 
 
-class ResponseTeller:
+class ResponsesBuilder:
     """Tells an answer's events, and adds them to the response (a `glmd.api.streaming.Teller`).
 
     What it tells holds parts of the response as they are at that moment.
@@ -138,7 +138,7 @@ class ResponseTeller:
             self._on_end()
         yield self._of_response("response.incomplete" if self._cut else "response.completed")
 
-    def fail(self, problem: Problem) -> StreamEvent:
+    def fail(self, problem: ErrorInfo) -> StreamEvent:
         """The last event of an answer that broke off."""
         self.response.status = "failed"
         self.response.error = ResponseError(

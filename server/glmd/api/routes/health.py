@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
-from glmd.api.state import Service, get_service
+from glmd.api.state import AppState, get_state
 
 router = APIRouter(tags=["Health"])
 
@@ -37,7 +37,7 @@ async def livez() -> Alive:
 
 
 @router.get("/health", responses={503: {"model": Health, "description": "Not ready"}})
-async def health(response: Response, service: Annotated[Service, Depends(get_service)]) -> Health:
+async def health(response: Response, service: Annotated[AppState, Depends(get_state)]) -> Health:
     """200 when requests are served, else 503."""
     engine = service.engine
     response.status_code = 200 if service.is_ready else 503

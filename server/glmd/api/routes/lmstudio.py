@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
-from glmd.api.state import Service, get_service
+from glmd.api.state import AppState, get_state
 from glmd.checkpoint.config import MODEL_TYPE
 
 router = APIRouter(tags=["Models"])
 
-GivenService = Annotated[Service, Depends(get_service)]
+GivenService = Annotated[AppState, Depends(get_state)]
 
 
 class LMStudioModel(BaseModel):
@@ -51,7 +51,7 @@ async def retrieve_model(id: str, service: GivenService) -> LMStudioModel:
     return describe(service)
 
 
-def describe(service: Service) -> LMStudioModel:
+def describe(service: AppState) -> LMStudioModel:
     model, info = service.model, service.engine.info
     context = info.max_context if info else None
     return LMStudioModel(

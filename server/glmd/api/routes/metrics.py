@@ -25,11 +25,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from glmd import __version__
-from glmd.api.observability.exchange import Exchange
+from glmd.api.observability.exchange import HttpExchange
 from glmd.api.observability.histogram import Histogram
-from glmd.api.state import Service
+from glmd.api.state import AppState
 from glmd.engine_client.client import EngineState
-from glmd.utils.memory import footprint
+from glmd.utils.memory import process_memory_bytes
 
 router = APIRouter(tags=["Monitoring"])
 
@@ -49,14 +49,14 @@ class Metrics(Collector):
         registry: has this collector alone.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: AppState) -> None:
         self._service = service
         self._started = time.time()
         self._responses: Counter[tuple[str, str, int]] = Counter()
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
-    def count(self, exchange: Exchange) -> None:
+    def count(self, exchange: HttpExchange) -> None:
         """Count an HTTP response."""
         assert exchange.status is not None
         # Paths that no route has are the clients' to choose, and would make endless series.
@@ -194,7 +194,7 @@ class Metrics(Collector):
         processes = GaugeMetricFamily(
             "glmd_process_footprint_bytes", "What a process occupies.", labels=["process"]
         )
-        processes.add_metric(["api"], footprint())
+        processes.add_metric(["api"], process_memory_bytes())
         processes.add_metric(["engine"], stats.footprint_bytes)
         yield processes
 

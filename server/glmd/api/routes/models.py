@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
-from glmd.api.state import Service, get_service
+from glmd.api.state import AppState, get_state
 
 router = APIRouter(tags=["Models"])
 
@@ -50,19 +50,19 @@ class ModelList(BaseModel):
 
 
 @router.get("/v1/models")
-async def list_models(service: Annotated[Service, Depends(get_service)]) -> ModelList:
+async def list_models(service: Annotated[AppState, Depends(get_state)]) -> ModelList:
     """The one model of this server, and once more for each profile that its settings define."""
     listed = [describe(service), *(describe(service, name) for name in service.settings.profiles)]
     return ModelList(data=listed, first_id=listed[0].id, last_id=listed[-1].id)
 
 
 @router.get("/v1/models/{id:path}")
-async def retrieve_model(id: str, service: Annotated[Service, Depends(get_service)]) -> Model:
+async def retrieve_model(id: str, service: Annotated[AppState, Depends(get_state)]) -> Model:
     """The model, by its id, short name or an alias; with `:PROFILE` as that profile has it."""
     return describe(service, service.profile_of(id))
 
 
-def describe(service: Service, profile: str | None = None) -> Model:
+def describe(service: AppState, profile: str | None = None) -> Model:
     model, info = service.model, service.engine.info
     id = model.id if profile is None else f"{model.id}:{profile}"
     profiles = service.settings.all_profiles

@@ -14,15 +14,15 @@ from starlette.exceptions import HTTPException
 from glmd import __version__
 from glmd.api.defaults import Defaults
 from glmd.api.observability.exchange import Api
-from glmd.api.observability.request_stats import HISTORY, Finish, Record, State
+from glmd.api.observability.request_stats import HISTORY, Finish, RequestStats, State
 from glmd.api.routes import models
 from glmd.api.routes.health import Loading
-from glmd.api.state import Service, get_service
+from glmd.api.state import AppState, get_state
 from glmd.errors import Cancelled
 
 router = APIRouter(prefix="/glmd", tags=["Monitoring"])
 
-GivenService = Annotated[Service, Depends(get_service)]
+GivenService = Annotated[AppState, Depends(get_state)]
 
 SHOWN_SECONDS = 120
 """How much of the timeline a status has."""
@@ -70,7 +70,7 @@ class RequestStatus(BaseModel):
     error: str | None = Field(None, description="Why it ended, if not by itself.")
 
     @classmethod
-    def of(cls, record: Record) -> RequestStatus:
+    def of(cls, record: RequestStats) -> RequestStatus:
         exchange = record.exchange
         return cls(
             id=record.id,
@@ -215,7 +215,7 @@ async def cancel(id: str, service: GivenService) -> CancelledRequests:
     return CancelledRequests(cancelled=[record.id for record in found])
 
 
-def speed(service: Service) -> Speed:
+def speed(service: AppState) -> Speed:
     seconds = service.requests.timeline.last(SHOWN_SECONDS)
     lately = seconds[-RATE_SECONDS:]
     return Speed(

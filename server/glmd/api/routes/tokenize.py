@@ -14,12 +14,12 @@ from glmd.api.json_route import JsonRoute
 from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import TokenId
 from glmd.api.sampling import ignored_header
-from glmd.api.state import Service, get_service
+from glmd.api.state import AppState, get_state
 from glmd.errors import InvalidRequest
 
 router = APIRouter(tags=["Tokens"], route_class=JsonRoute)
 
-GivenService = Annotated[Service, Depends(get_service)]
+GivenService = Annotated[AppState, Depends(get_state)]
 
 
 class TokenizeText(BaseModel):
@@ -85,7 +85,7 @@ async def tokenize(
     name_ignored(body, response)
     if isinstance(body, TokenizeChat):
         defaults = service.defaults(body.model, body.profile)
-        async with service.one_each.turn(client):
+        async with service.one_each.acquire(client):
             prompt = await service.build_prompt(body.conversation(defaults))
         ids = prompt.tokens
     else:
@@ -93,8 +93,8 @@ async def tokenize(
         text = body.prompt if body.prompt is not None else body.content
         if text is None:
             raise InvalidRequest("Send prompt, a text, or messages.", param="prompt")
-        async with service.one_each.turn(client):
-            ids = await service.work(partial(service.tokenizer.encode_markup, text))
+        async with service.one_each.acquire(client):
+            ids = await service.run_in_worker(partial(service.tokenizer.encode_markup, text))
     tokens = ids.tolist()
     info = service.engine.info
     return Tokenized(
@@ -114,8 +114,8 @@ async def detokenize(
     """The text of tokens, tags spelt out."""
     name_ignored(body, response)
     service.defaults(body.model)
-    async with service.one_each.turn(client):
-        text = await service.work(partial(service.tokenizer.decode, body.tokens))
+    async with service.one_each.acquire(client):
+        text = await service.run_in_worker(partial(service.tokenizer.decode, body.tokens))
     return Detokenized(prompt=text, content=text)
 
 
@@ -126,7 +126,7 @@ async def apply_template(
     """A conversation as the model would read it."""
     name_ignored(body, response)
     defaults = service.defaults(body.model, body.profile)
-    async with service.one_each.turn(client):
+    async with service.one_each.acquire(client):
         prompt = await service.build_prompt(body.conversation(defaults))
     tokens = prompt.tokens.tolist()
     return Rendered(prompt=service.tokenizer.decode(tokens), tokens=tokens)

@@ -11,7 +11,7 @@ from typing import Any
 
 from glmd.cli.chat.client import ChatClient
 from glmd.errors import GlmdError
-from glmd.utils.suggest import nearest
+from glmd.utils.suggest import did_you_mean
 
 PARAMETERS: dict[str, Callable[[str], float | int | str]] = {
     "temperature": float,
@@ -93,7 +93,9 @@ def run_command(session: Session, line: str) -> str:
     """
     name, _, argument = line[1:].partition(" ")
     if name not in COMMANDS:
-        raise Mistake(f"There is no /{name}{nearest(name, COMMANDS)} /help lists what there is.")
+        raise Mistake(
+            f"There is no /{name}{did_you_mean(name, COMMANDS)} /help lists what there is."
+        )
     return COMMANDS[name].run(session, argument.strip())
 
 
@@ -133,7 +135,7 @@ def set_parameter(session: Session, argument: str) -> str:
         return "\n".join(said) or f"Nothing is set. There are: {', '.join(PARAMETERS)}."
     name, _, text = argument.partition(" ")
     if name not in PARAMETERS:
-        raise Mistake(f"There is no parameter {name}{nearest(name, PARAMETERS)}")
+        raise Mistake(f"There is no parameter {name}{did_you_mean(name, PARAMETERS)}")
     if not text.strip():
         session.parameters.pop(name, None)
         return f"{name}: as the server has it."

@@ -22,7 +22,7 @@ from glmd.cli.daemon.manager import State, require_installed
 from glmd.cli.daemon.plist import LABEL, agent, encode
 from glmd.cli.daemon.spec import EXIT_MARGIN, Definition
 from glmd.errors import ServiceError
-from glmd.utils.files import replace
+from glmd.utils.files import atomic_write
 
 POLL = 0.2
 """Seconds between two looks at what launchd does in its own time."""
@@ -49,7 +49,7 @@ class Launchd:
         if state.pid is not None and holds(self.definition_file, content):
             return False
         self.stop()
-        replace(self.definition_file, content)
+        atomic_write(self.definition_file, content)
         self.start()
         return True
 

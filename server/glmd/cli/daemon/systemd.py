@@ -10,7 +10,7 @@ from glmd.cli.daemon.files import holds
 from glmd.cli.daemon.manager import State, require_installed
 from glmd.cli.daemon.spec import OPEN_FILES, RESTART_AFTER, Definition
 from glmd.errors import ServiceError
-from glmd.utils.files import replace
+from glmd.utils.files import atomic_write
 
 UNIT = "glmd.service"
 
@@ -64,7 +64,7 @@ class Systemd:
         content = unit(definition).encode()
         if self.state().pid is not None and holds(self.definition_file, content):
             return False
-        replace(self.definition_file, content)
+        atomic_write(self.definition_file, content)
         systemctl("daemon-reload")
         systemctl("enable", UNIT)
         # An earlier failure must not count towards this start.

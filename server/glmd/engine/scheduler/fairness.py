@@ -13,7 +13,7 @@ OUTPUT_WEIGHT = 2
 """What a token of output counts against a token of prompt, as in the paper."""
 
 
-class Shares:
+class VirtualTokenCounter:
     """Tokens served to each client; those with sequences in the scheduler are active."""
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ STRANGE_STEPS = 4
 """The same, where that has been measured for other numbers of streams only."""
 
 
-class Pace:
+class PrefillBudget:
     """Step-time model and the prefill budget that follows from it.
 
     Args:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
-from glmd.engine.scheduler.fairness import OUTPUT_WEIGHT, Shares
-from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK, Pace
+from glmd.engine.scheduler.fairness import OUTPUT_WEIGHT, VirtualTokenCounter
+from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK, PrefillBudget
 from glmd.engine.sequence import NO_SLOT, Sequence
-from glmd.ipc import Match
+from glmd.ipc import CacheMatch
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TAIL_TOKENS, TailPool
@@ -42,7 +42,7 @@ ELDEST_SHARE = 4
 
 
 @dataclass(slots=True)
-class Plan:
+class SchedulerOutput:
     """The rows of one step: one for each of `decode`, and `chunks` of (sequence, rows).
 
     Attributes:
@@ -88,7 +88,7 @@ class Scheduler:
         self.kv_budget = kv_budget
         self.max_running = config.max_running
         self.preemptions = 0
-        self.pace = Pace(config.max_slowdown, config.max_step_tokens)
+        self.prefill_budget = PrefillBudget(config.max_slowdown, config.max_step_tokens)
         self._config = config
         self._tree = tree
         self._tails = tails
@@ -97,12 +97,12 @@ class Scheduler:
         self._prefilled = 0
         """Prefill tokens served so far: the clock by which waiting sequences age."""
         self._arrivals = 0
-        self._shares = Shares()
+        self._shares = VirtualTokenCounter()
 
     # -- coming and going -----------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        sequence.arrived_at_work = self._prefilled
+        sequence.arrival_prefill_clock = self._prefilled
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._shares.enter(sequence.request.client)
@@ -114,47 +114,49 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self._vacate(sequence)
+            self._free(sequence)
         self._shares.leave(sequence.request.client)
         if not self._config.prefix_cache and not self.running:
             self._tree.clear()
 
-    def seal_tail(self, sequence: Sequence) -> None:
+    def flush_tail(self, sequence: Sequence) -> None:
         """Move a sequence's tail into the tree; the slot stays its own."""
         assert sequence.lease is not None
-        stop = sequence.sealable
-        count = stop - sequence.sealed
+        stop = sequence.num_cacheable_tokens
+        count = stop - sequence.num_cached_tokens
         if count > 0:
             tail = self._tails.copy_out(sequence.slot, count)
-            self._tree.seal(sequence.lease, sequence.keys(sequence.sealed, stop), tail)
-            sequence.sealed = stop
-            if rest := sequence.tail_bound:
+            self._tree.insert(
+                sequence.lease, sequence.cache_keys(sequence.num_cached_tokens, stop), tail
+            )
+            sequence.num_cached_tokens = stop
+            if rest := sequence.max_tail_tokens:
                 self._tails.shift(sequence.slot, count, rest)
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
-        self.seal_tail(sequence)
+        self.flush_tail(sequence)
         if sequence.slot != NO_SLOT:
             self._tails.release(sequence.slot)
             sequence.slot = NO_SLOT
         self._tree.release(sequence.lease)
         sequence.lease = None
-        self._make_room(0)  # The tail has been copied, and the pool may be no smaller.
+        self._ensure_free(0)  # The tail has been copied, and the pool may be no smaller.
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; its prefix stays cached as long as it can."""
         self.running.remove(sequence)
-        self._vacate(sequence)
-        sequence.sealed = sequence.computed = 0
+        self._free(sequence)
+        sequence.num_cached_tokens = sequence.num_computed_tokens = 0
         self.waiting.append(sequence)
         self.preemptions += 1
 
-    def drop_all(self) -> list[Sequence]:
+    def reset_kv(self) -> list[Sequence]:
         """Forget all KV; what ran waits, to be computed anew. Returns what ran."""
         dropped, self.running = self.running, []
         for sequence in dropped:
             sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
-            sequence.sealed = sequence.computed = 0
+            sequence.num_cached_tokens = sequence.num_computed_tokens = 0
         self._tree.reset()
         self._tails.reset()
         self.waiting += dropped
@@ -170,7 +172,7 @@ class Scheduler:
         counts = self._running_counts()
 
         def yields(s: Sequence) -> tuple[int, int]:
-            return step_back(s), counts[s.request.client]
+            return priority_demotion(s), counts[s.request.client]
 
         youngest = max(self.running, key=lambda s: (*yields(s), s.arrival))
         client = youngest.request.client
@@ -182,44 +184,50 @@ class Scheduler:
     # -- planning -------------------------------------------------------------------------
 
     @property
-    def must_read_first(self) -> bool:
+    def requires_sync(self) -> bool:
         """Whether a running sequence's next row depends on tokens that are still in flight."""
-        return any(s.synchronous and s.in_flight for s in self.running)
+        return any(s.requires_sync and s.num_inflight_tokens for s in self.running)
 
-    def plan(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """Choose the rows of the next step and make room for them."""
         preempted = self.preemptions
-        decode = self._plan_decode()
+        decode = self._schedule_decode()
         for sequence in decode:
             self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
         admitted = self._admit() if self.preemptions == preempted else []
-        needs = [sequence.needs for sequence in self.running if sequence.needs > 1]
+        needs = [
+            sequence.num_uncomputed_tokens
+            for sequence in self.running
+            if sequence.num_uncomputed_tokens > 1
+        ]
         if not needs:
-            return Plan(decode, [], admitted)
+            return SchedulerOutput(decode, [], admitted)
         crowd = sum(rows <= SHORT_PROMPT for rows in needs)
-        rows = self.pace.prefill_budget(len(decode), max(crowd, 1))
-        return Plan(decode, self._plan_chunks(rows), admitted)
+        rows = self.prefill_budget.prefill_budget(len(decode), max(crowd, 1))
+        return SchedulerOutput(decode, self._schedule_prefill(rows), admitted)
 
-    def _plan_decode(self) -> list[Sequence]:
+    def _schedule_decode(self) -> list[Sequence]:
         """All running sequences that need one row; the youngest make room if they must."""
         while True:
-            ready = [s for s in self.running if s.needs == 1 and not s.saturated]
+            ready = [
+                s for s in self.running if s.num_uncomputed_tokens == 1 and not s.at_length_limit
+            ]
             for sequence in ready:
-                if sequence.sealable - sequence.sealed >= TAIL_TOKENS:
-                    self.seal_tail(sequence)
-            room = max((s.tail_bound for s in self.running), default=0) + 2 * MAX_WIDTH
-            if not ready or self._make_room(self._tail_growth(ready, room)):
+                if sequence.num_cacheable_tokens - sequence.num_cached_tokens >= TAIL_TOKENS:
+                    self.flush_tail(sequence)
+            room = max((s.max_tail_tokens for s in self.running), default=0) + 2 * MAX_WIDTH
+            if not ready or self._ensure_free(self._tail_growth(ready, room)):
                 break
             if len(self.running) == 1:
                 break  # Alone, it always fits: `limit` is bounded by the budget.
             self._preempt(self._least_urgent())
         for sequence in ready:
-            self.give_slot(sequence)
+            self.allocate_slot(sequence)
         if ready:
             self._tails.reserve(room)
         return ready
 
-    def give_slot(self, sequence: Sequence) -> None:
+    def allocate_slot(self, sequence: Sequence) -> None:
         """Make sure that a sequence has a tail to write to."""
         if sequence.slot == NO_SLOT:
             sequence.slot = self._tails.allocate()
@@ -238,40 +246,40 @@ class Scheduler:
         # Prefill that has been let in but not served: what is admitted next must know of it.
         due: Counter[str] = Counter()
         for s in self.running:
-            due[s.request.client] += s.needs
+            due[s.request.client] += s.num_uncomputed_tokens
         new: list[Sequence] = []
 
         def rank(s: Sequence) -> tuple[int, int, int, int, int]:
             client = s.request.client
             return (
-                step_back(s),
+                priority_demotion(s),
                 self._shares.served(client) + due[client],
                 counts[client],
                 -s.request.priority,
-                s.needs - (self._prefilled - s.arrived_at_work),
+                s.num_uncomputed_tokens - (self._prefilled - s.arrival_prefill_clock),
             )
 
         while self.waiting and len(self.running) < self.max_running:
             sequence = min(self.waiting, key=rank)
-            if sequence.in_flight:
+            if sequence.num_inflight_tokens:
                 break  # Preempted a moment ago: its last tokens are not known yet.
             lease = self._tree.acquire(sequence.request.cache_salt)
             sequence.lease = lease
             self._extend_match(sequence)
-            expected = min(sequence.limit - sequence.length, ADMISSION_RESERVE)
-            need = (sequence.needs + expected) * self._token_bytes
-            if self.running and need > self._available() - self._promised():
+            expected = min(sequence.max_length - sequence.length, ADMISSION_RESERVE)
+            need = (sequence.num_uncomputed_tokens + expected) * self._token_bytes
+            if self.running and need > self._available() - self._reserved_bytes():
                 self._tree.release(lease)
                 sequence.lease = None
-                sequence.sealed = sequence.computed = 0
+                sequence.num_cached_tokens = sequence.num_computed_tokens = 0
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
             counts[sequence.request.client] += 1
-            due[sequence.request.client] += sequence.needs
+            due[sequence.request.client] += sequence.num_uncomputed_tokens
             if not sequence.admitted:
                 sequence.admitted = True
-                sequence.match = self._explain_match(sequence)
+                sequence.cache_match = self._explain_match(sequence)
                 new.append(sequence)
         return new
 
@@ -279,32 +287,32 @@ class Scheduler:
         """Running sequences by client."""
         return Counter(s.request.client for s in self.running)
 
-    def _promised(self) -> int:
+    def _reserved_bytes(self) -> int:
         """Bytes that running sequences are expected to need still."""
         tokens = 0
         for s in self.running:
-            tokens += s.needs + max(
-                0, min(s.limit - s.length, ADMISSION_RESERVE - (s.length - s.prompt_length))
+            tokens += s.num_uncomputed_tokens + max(
+                0, min(s.max_length - s.length, ADMISSION_RESERVE - (s.length - s.prompt_length))
             )
         return tokens * self._token_bytes
 
-    def _plan_chunks(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _schedule_prefill(self, budget: int) -> list[tuple[Sequence, int]]:
         """Divide `budget` rows among the sequences in prefill."""
         for sequence in self.running:
-            if sequence.needs > 1:
+            if sequence.num_uncomputed_tokens > 1:
                 self._extend_match(sequence)
         # One that needs a single row by now is for the next step's decode rows.
-        prefilling = [s for s in self.running if s.needs > 1]
+        prefilling = [s for s in self.running if s.num_uncomputed_tokens > 1]
         if not prefilling or budget <= 0:
             return []
-        eldest = min(prefilling, key=lambda s: (step_back(s), s.arrival))
+        eldest = min(prefilling, key=lambda s: (priority_demotion(s), s.arrival))
         others = [s for s in prefilling if s is not eldest]
         others.sort(
             key=lambda s: (
-                step_back(s),
+                priority_demotion(s),
                 self._shares.served(s.request.client),
                 -s.request.priority,
-                s.needs,
+                s.num_uncomputed_tokens,
             )
         )
         kept = max(1, budget // ELDEST_SHARE)
@@ -318,15 +326,17 @@ class Scheduler:
             left = budget - planned - (0 if sequence is eldest else kept)
             if left <= 0 or (sequence is not eldest and self._start(sequence) in starts):
                 continue
-            rows = self._chunk_limit(sequence.computed, min(sequence.needs, left))
-            ends = rows == sequence.needs
-            # A prompt's last row may begin a tail (`Launcher._book`).
+            rows = self._chunk_limit(
+                sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, left)
+            )
+            ends = rows == sequence.num_uncomputed_tokens
+            # A prompt's last row may begin a tail (`ModelRunner._book`).
             capacity = max(self._tails.capacity, MAX_WIDTH)
             tails = self._tails.growth(ending + ends, capacity)
-            rows = self._fitting(planned + tails, rows)
+            rows = self._max_rows_that_fit(planned + tails, rows)
             if not rows:
                 continue
-            ending += rows == sequence.needs
+            ending += rows == sequence.num_uncomputed_tokens
             if self._config.prefix_cache:
                 starts.add(self._start(sequence))
             chunks.append((sequence, rows))
@@ -342,7 +352,7 @@ class Scheduler:
     def _start(sequence: Sequence) -> tuple[int, int, int]:
         """Where in the tree the first token to compute would hang, and its key."""
         assert sequence.lease is not None
-        key = sequence.keys(sequence.computed, sequence.computed + 1)[0]
+        key = sequence.cache_keys(sequence.num_computed_tokens, sequence.num_computed_tokens + 1)[0]
         return id(sequence.lease.node), sequence.lease.length, int(key)
 
     def _extend_match(self, sequence: Sequence) -> None:
@@ -350,28 +360,28 @@ class Scheduler:
         assert sequence.lease is not None
         if not self._config.prefix_cache:
             return
-        known = sequence.keys(sequence.computed, sequence.length - 1)
-        found = self._tree.advance(sequence.lease, known)
-        sequence.sealed += found
-        sequence.computed += found
+        known = sequence.cache_keys(sequence.num_computed_tokens, sequence.length - 1)
+        found = self._tree.match_prefix(sequence.lease, known)
+        sequence.num_cached_tokens += found
+        sequence.num_computed_tokens += found
 
-    def _explain_match(self, sequence: Sequence) -> Match:
+    def _explain_match(self, sequence: Sequence) -> CacheMatch:
         """How much of a prompt was stored, and why not more."""
         assert sequence.lease is not None
         if not self._config.prefix_cache:
-            return Match(tokens=0, reason="off")
-        found, last = sequence.computed, sequence.prompt_length - 1
+            return CacheMatch(tokens=0, reason="off")
+        found, last = sequence.num_computed_tokens, sequence.prompt_length - 1
         if found >= last:
-            return Match(tokens=found, reason="whole")
-        prompt = sequence.keys(0, last)
-        beyond = self._tree.beyond(sequence.lease, int(prompt[found]))
+            return CacheMatch(tokens=found, reason="whole")
+        prompt = sequence.cache_keys(0, last)
+        beyond = self._tree.divergence(sequence.lease, int(prompt[found]))
         if beyond.evicted:
-            return Match(tokens=found, reason="evicted")
+            return CacheMatch(tokens=found, reason="evicted")
         if self._tree.stored_elsewhere(sequence.request.cache_salt, prompt) > found:
-            return Match(tokens=found, reason="salt")
+            return CacheMatch(tokens=found, reason="salt")
         if beyond.tokens:
-            return Match(tokens=found, reason="differs", beyond=beyond.tokens)
-        return Match(tokens=found, reason="new")
+            return CacheMatch(tokens=found, reason="differs", diverging_tokens=beyond.tokens)
+        return CacheMatch(tokens=found, reason="new")
 
     # -- memory ---------------------------------------------------------------------------
 
@@ -380,9 +390,9 @@ class Scheduler:
         """Bytes held by the tree and the tails."""
         return self._tree.nbytes + self._tails.nbytes
 
-    def _fitting(self, planned: int, rows: int) -> int:
+    def _max_rows_that_fit(self, planned: int, rows: int) -> int:
         """Of `rows` rows beyond those planned, as many as there is room for; 0: hardly any."""
-        if self._make_room((planned + rows) * self._token_bytes):
+        if self._ensure_free((planned + rows) * self._token_bytes):
             return rows
         room = (self.kv_budget - self.kv_bytes) // self._token_bytes - planned
         return room if room >= SMALLEST_CHUNK else 0
@@ -391,7 +401,7 @@ class Scheduler:
         """Bytes that could be used now, counting what can be evicted."""
         return self.kv_budget - self.kv_bytes + self._tree.evictable_tokens * self._token_bytes
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _ensure_free(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit; False if they do not fit even so."""
         over = self.kv_bytes + nbytes - self.kv_budget
         if over <= 0:
@@ -399,6 +409,6 @@ class Scheduler:
         return self._tree.evict(max(over, self.kv_budget // EVICTION_SHARE)) >= over
 
 
-def step_back(sequence: Sequence) -> int:
+def priority_demotion(sequence: Sequence) -> int:
     """How far a request lets everybody go ahead; 0: not at all."""
     return max(0, -sequence.request.priority)

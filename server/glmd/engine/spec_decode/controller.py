@@ -53,7 +53,7 @@ class _Choice:
     """Steps of that trial."""
 
 
-class DraftGate:
+class DraftController:
     """Chooses the number of drafts per sequence for each step.
 
     Args:

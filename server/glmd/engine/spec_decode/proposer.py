@@ -9,19 +9,19 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from glmd.engine.attention_metadata import Layouts
+from glmd.engine.attention_metadata import AttentionMetadataBuilder
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.decode_group import Group
-from glmd.engine.scheduler.scheduler import Plan, Scheduler
+from glmd.engine.decode_group import RunnerGroup
+from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
-from glmd.engine.step import Flight
+from glmd.engine.step import PendingStep
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import RowBatch
-from glmd.model.mtp import MtpLayer
-from glmd.model.sampler import Row, sample
+from glmd.model.batch import ForwardBatch
+from glmd.model.mtp import MTPLayer
+from glmd.model.sampler import SamplingRow, sample
 
 
-class Drafter:
+class MTPProposer:
     """Runs the MTP layer in a step's wake.
 
     Args:
@@ -31,11 +31,11 @@ class Drafter:
 
     def __init__(
         self,
-        layer: MtpLayer,
+        layer: MTPLayer,
         heads: int,
         scheduler: Scheduler,
         tails: TailPool,
-        layouts: Layouts,
+        layouts: AttentionMetadataBuilder,
     ) -> None:
         self._layer = layer
         self._heads = heads
@@ -43,20 +43,25 @@ class Drafter:
         self._tails = tails
         self._layouts = layouts
 
-    def keep(
+    def compute_kv(
         self,
-        plan: Plan,
-        groups: list[Group],
-        flight: Flight,
+        plan: SchedulerOutput,
+        groups: list[RunnerGroup],
+        flight: PendingStep,
         hidden: mx.array,
-        batch: RowBatch,
+        batch: ForwardBatch,
     ) -> mx.array:
-        """Compute the layer's KV of a step's rows; see `MtpLayer.keep`."""
+        """Compute the layer's KV of a step's rows; see `MTPLayer.keep`."""
         successors = self._successors(plan, groups, flight)
-        return self._layer.keep(successors, hidden, batch, self._tails)
+        return self._layer.compute_kv(successors, hidden, batch, self._tails)
 
     def draft(
-        self, plan: Plan, groups: list[Group], flight: Flight, hidden: mx.array, count: int
+        self,
+        plan: SchedulerOutput,
+        groups: list[RunnerGroup],
+        flight: PendingStep,
+        hidden: mx.array,
+        count: int,
     ) -> mx.array:
         """Draft `count` tokens behind the last confirmed one of every sampled sequence.
 
@@ -75,7 +80,7 @@ class Drafter:
         h = hidden[rows + flight.counts - 1]
         at = positions + flight.counts - 1
         token = flight.last
-        specs = [Row(s.draft_sampling, 0, None) for s in flight.sequences]
+        specs = [SamplingRow(s.draft_sampling, 0, None) for s in flight.sequences]
         drafts = []
         for _ in range(count):
             h = self._draft_one(flight.sequences, token, h, at)
@@ -84,7 +89,9 @@ class Drafter:
             drafts.append(token)
         return mx.stack(drafts, axis=1)
 
-    def _successors(self, plan: Plan, groups: list[Group], flight: Flight) -> mx.array:
+    def _successors(
+        self, plan: SchedulerOutput, groups: list[RunnerGroup], flight: PendingStep
+    ) -> mx.array:
         """The token that follows each row's, as far as the step knows: [N] int32."""
         parts = []
         if groups:
@@ -94,9 +101,9 @@ class Drafter:
                 n = len(group.sequences)
                 parts.append(flight.tokens[place : place + n, : group.width].flatten())
                 place += n
-        sampled = flight.place
+        sampled = flight.index_by_id
         for sequence, count in plan.chunks:
-            start = sequence.computed
+            start = sequence.num_computed_tokens
             stop = min(start + count + 1, sequence.length)
             parts.append(mx.array(sequence.tokens(start + 1, stop)))
             if id(sequence) in sampled:
@@ -105,7 +112,9 @@ class Drafter:
                 parts.append(flight.last[place : place + 1])
         return mx.concatenate(parts)
 
-    def _last_rows(self, plan: Plan, groups: list[Group]) -> tuple[mx.array, mx.array]:
+    def _last_rows(
+        self, plan: SchedulerOutput, groups: list[RunnerGroup]
+    ) -> tuple[mx.array, mx.array]:
         """For each sampled sequence its first sampled row, and that row's position."""
         rows: list[int] = []
         positions = []
@@ -118,7 +127,7 @@ class Drafter:
         ends = []
         for sequence, count in plan.chunks:
             first += count
-            if sequence.computed == sequence.length:
+            if sequence.num_computed_tokens == sequence.length:
                 rows.append(first - 1)
                 ends.append(sequence.length - 1)
         if ends:
@@ -141,15 +150,15 @@ class Drafter:
             [S, hidden], the layer's.
         """
         for sequence in sequences:
-            self._scheduler.give_slot(sequence)
+            self._scheduler.allocate_slot(sequence)
         self._tails.ensure(MAX_WIDTH)
-        layout = self._layouts.of(sequences, 1)
+        layout = self._layouts.build(sequences, 1)
         order = layout.order
         moved = order != sorted(order)
         if moved:
             by_row = mx.array(order)
             token, hidden, at = token[by_row], hidden[by_row], at[by_row]
-        group = Group([sequences[i] for i in order], 1, token[:, None], at[:, None], layout)
-        batch = RowBatch(token, at, [group.lay_out(0, self._tails, self._heads)], [])
-        h = self._layer.hidden(token, hidden, batch, self._tails)
+        group = RunnerGroup([sequences[i] for i in order], 1, token[:, None], at[:, None], layout)
+        batch = ForwardBatch(token, at, [group.to_decode_group(0, self._tails, self._heads)], [])
+        h = self._layer.forward(token, hidden, batch, self._tails)
         return h[mx.array(np.argsort(order).astype(np.int32))] if moved else h
