@@ -66,8 +66,8 @@ def company(name: str) -> list[EngineRequest]:
         "with logprobs": {"temperature": 1.5, "logprobs": 2},
         "biased": {"logit_bias": {prompt[5]: 3.0}},
         "stopped": {"stop_token_ids": tuple(range(30, 90)), "min_tokens": 4, "temperature": 2.0},
-        "held to a grammar": {"guidance": guidance, "temperature": 1.0},
-        "held and penalised": {"guidance": guidance, "frequency_penalty": 0.4, "n": 2},
+        "held to a grammar": {"grammar": guidance, "temperature": 1.0},
+        "held and penalised": {"grammar": guidance, "frequency_penalty": 0.4, "n": 2},
         "thinking": {"thinking_budget": 11, "thinking_close": (40, 41), "temperature": 2.0},
         "many": {"temperature": 2.0, "n": 3},
     }

@@ -49,7 +49,7 @@ def request(id: str, guidance: GrammarSpec | None, seed: int = 0, **fields: Any)
         {"temperature": 1.0, "repetition_penalty": 1.05, "presence_penalty": 0.2},
     ]
     options = {"logit_bias": CLOSING, "max_tokens": 2500, "seed": seed, **ways[seed % 4]}
-    return plain_request(id, PROMPT, guidance=guidance, **options | fields)
+    return plain_request(id, PROMPT, grammar=guidance, **options | fields)
 
 
 def content(answer: Answer) -> list[int]:

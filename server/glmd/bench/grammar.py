@@ -108,7 +108,7 @@ class _Held:
         self._glmd = glmd
         ends = dict.fromkeys(load_config(folder).eos_token_ids, NEVER)
         self._form = {
-            "guidance": guidance,
+            "grammar": guidance,
             "sampling": msgspec.structs.replace(
                 sampling_defaults(folder), logit_bias=ends, seed=workloads.SEED
             ),

@@ -1,4 +1,4 @@
-"""What MLX says of this machine, as JSON: `python -m glmd.engine.check_mlx`. Asked by `glmd doctor`.
+"""Report what MLX says of this machine, as JSON: `python -m glmd.engine.check_mlx`.
 
 In a process of its own, because MLX aborts the one it is in when Metal refuses.
 """

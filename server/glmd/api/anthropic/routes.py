@@ -86,7 +86,7 @@ async def prepare(
         stop=body.stop_sequences or (),
         reasoning_limit=body.reasoning_limit(service.settings.effort_budgets),
         single_call=choice is not None and bool(choice.disable_parallel_tool_use),
-        guidance=await service.compile_grammar(structure, prompt),
+        grammar=await service.compile_grammar(structure, prompt),
         max_tokens=body.max_tokens,
     )
     teller = MessageBuilder(

@@ -74,7 +74,7 @@ async def prepare(
         reasoning_limit=reasoning_limit,
         single_call=body.parallel_tool_calls is False,
         report_tokens=bool(body.return_token_ids),
-        guidance=await service.compile_grammar(structure, prompt),
+        grammar=await service.compile_grammar(structure, prompt),
         report_progress=bool(body.return_progress and body.stream),
         **options,
     )

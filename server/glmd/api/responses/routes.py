@@ -152,7 +152,7 @@ async def prepare(
         tools=callable_tools,
         reasoning_limit=body.reasoning_limit(service.settings.effort_budgets),
         single_call=body.parallel_tool_calls is False,
-        guidance=await service.compile_grammar(structure, prompt),
+        grammar=await service.compile_grammar(structure, prompt),
         max_tokens=body.max_output_tokens or defaults.max_tokens,
     )
     stored = Stored(
