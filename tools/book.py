@@ -75,7 +75,7 @@ def memory_table() -> Iterator[str]:
             except CheckpointError:
                 cells.append("–")
                 continue
-            small = "" if division.working == working else "\\*"
+            small = "" if division.activations == working else "\\*"
             cells.append(f"{division.kv // per_token // 1000:,}k{small}")
         yield f"| {memory} GB | {working_set(memory):.1f} GiB | {' | '.join(cells)} |"
     yield ""

@@ -272,7 +272,7 @@ def test_mtp_vocabulary_is_left_out_only_where_it_equals_the_main_one(
     assert not own.shares_embedding
     assert not own.shares_head
     arrays = mx.load(str(tmp_path / "out" / own.file))
-    assert arrays["model.layers.3.shared_head.head.scales"].stats == (512, 2)
+    assert arrays["model.layers.3.shared_head.head.scales"].shape == (512, 2)
     assert own.quantization["model.layers.3.embed_tokens"] == QuantizedAs(8)
 
 

@@ -90,7 +90,7 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
             last = span.end
             for stretch in span.slices:
                 assert 0 <= stretch.start < stretch.end
-                assert stretch.stop <= stretch.segment.length  # type: ignore[attr-defined]
+                assert stretch.end <= stretch.segment.length  # type: ignore[attr-defined]
                 for row in range(span.start, span.end):
                     keys = range(stretch.start, stretch.end)
                     seen[row] += [(id(stretch.segment), at) for at in keys]

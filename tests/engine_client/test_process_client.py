@@ -231,10 +231,10 @@ async def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> Non
         import asyncio, sys
         from pathlib import Path
         from glmd.engine_client.client import EngineClient
-        from glmd.engine_client.process import Launch
+        from glmd.engine_client.process import EngineProcessConfig
 
         async def main():
-            client = EngineClient(Launch(Path(sys.argv[1]), engine="fake_engine"))
+            client = EngineClient(EngineProcessConfig(Path(sys.argv[1]), engine="fake_engine"))
             await client.start()
             await client.wait_for("ready")
             print(client.pid, flush=True)

@@ -104,7 +104,7 @@ class PrefillBudget:
             cost = float(np.quantile(self._row_cost, CAUTION))
             share = FIRST_TOKENS_WORTH * (prefilling - 1) / decoding
             slack = (self._max_slowdown - 1) * min(max(1.0, share), MOST_WAITING)
-            rows = int(slack * base / cost) if cost else self.max_rows
+            rows = int(min(slack * base / cost, self.max_rows)) if cost else self.max_rows
         return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
 
     def _base_for(self, decoding: int) -> float | None:
