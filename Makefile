@@ -42,7 +42,6 @@ lint: setup-dev
 format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python tools/modules.py
 	$(BIN)/python tools/book.py
 
 # The stamps stand inside the environment, so they go when it goes. One that is older than

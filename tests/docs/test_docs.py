@@ -117,7 +117,7 @@ def test_every_internal_link_leads_to_a_page_and_an_anchor_that_are_there(
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "demo/README.md"]
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "deploy/README.md", "demo/README.md"]
 )
 def test_links_of_files_outside_the_book_lead_to_files(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ def test_no_page_loads_anything_from_elsewhere(pages: dict[Path, Page]) -> None:
 
 
 def test_included_pages_are_there_as_text(site: Path) -> None:
-    assert "One line per module" in (site / "contributing.html").read_text()
+    assert "one line per package" in (site / "contributing.html").read_text()
     assert "For the whole machine, on a Mac" in (site / "service.html").read_text()
     for file in site.glob("*.html"):
         assert "--8&lt;--" not in file.read_text(), file
