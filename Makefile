@@ -2,7 +2,7 @@
 #
 #   make serve                          set up and serve the demo checkpoint on 127.0.0.1:8000
 #   make serve MODEL=FOLDER_OR_HUB_ID PORT=8001
-#   make test                           set up and run the whole suite
+#   make test                           set up and run the whole suite (make test-unit: under a minute)
 #
 # They need Python >= 3.11 with pip and venv, and make. Everything is installed into .venv; a
 # second run finds it there and installs nothing. ARGS goes to `glmd serve` or to pytest.
@@ -19,12 +19,12 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
 	$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: help serve test lint format book soak lock audit setup setup-dev setup-parity setup-clients setup-lock picture wheel smoke-wheel clean
+.PHONY: help serve test test-unit coverage lint format book soak lock audit setup setup-dev setup-parity setup-clients setup-lock picture wheel smoke-wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
-	@echo "Others: lint, format, book, soak, picture, wheel, smoke-wheel, clean."
+	@echo "Others: test-unit, coverage, lint, format, book, soak, picture, wheel, smoke-wheel, clean."
 
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -32,6 +32,13 @@ serve: setup
 # Files are divided among WORKERS processes; much of the suite waits for processes that it starts.
 test: setup-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# Tests without an engine or a server, in under a minute.
+test-unit: setup-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m unit $(ARGS)
+
+coverage: setup-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-report=xml $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -26,6 +26,29 @@ settings.register_profile("glmd", deadline=None)
 settings.load_profile("glmd")
 
 
+# The kind of a test by its folder. A module or test with a marker of its own keeps it.
+KINDS = {
+    "api": "e2e",
+    "bench": "e2e",
+    "cli": "e2e",
+    "clients": "clients",
+    "convert": "engine",
+    "deploy": "e2e",
+    "docs": "e2e",
+    "engine": "engine",
+    "engine_client": "e2e",
+    "model": "engine",
+}
+MARKERS = {"unit", *KINDS.values()}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(marker.name in MARKERS for marker in item.iter_markers()):
+            folder = item.path.relative_to(TESTS).parts[0]
+            item.add_marker(KINDS.get(folder, "unit"))
+
+
 @pytest.fixture(scope="session")
 def scripted() -> Iterator[LiveServer]:
     """A server whose engine writes what the prompt's `⟦…⟧` says."""

@@ -117,7 +117,15 @@ def test_every_internal_link_leads_to_a_page_and_an_anchor_that_are_there(
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "deploy/README.md", "demo/README.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "deploy/README.md",
+        "demo/README.md",
+    ],
 )
 def test_links_of_files_outside_the_book_lead_to_files(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
