@@ -33,6 +33,11 @@ class InvalidRequest(GlmdError):
         self.code = code
 
 
+def invalid_field(param: str, problem: str) -> InvalidRequest:
+    """The error for one field of a request: `"{param}: {problem}"`."""
+    return InvalidRequest(f"{param}: {problem}", param=param)
+
+
 class ModelNotFound(GlmdError):
     """No such model is served here (HTTP 404), or no such folder or hub repository (CLI)."""
 

@@ -30,13 +30,13 @@ from glmd.chat.events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from glmd.chat.messages import Conversation, read_messages
+from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
-from glmd.chat.prompt import Prompt, build_prompt
+from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool, read_tools
 from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import Conversation, Prompt, Tool
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
@@ -296,7 +296,7 @@ class LLM:
             read_messages(messages), tools=tools, template_kwargs=template or {}
         )
         prompt = build_prompt(
-            conversation, tokenizer=self.tokenizer, template=self.template, turns=self._turns
+            conversation, tokenizer=self.tokenizer, template=self.template, turn_cache=self._turns
         )
         request = EngineRequest(
             id=str(next(self._ids)), prompt=pack_tokens(prompt.tokens), **options

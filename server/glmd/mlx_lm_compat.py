@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glmd.chat.tools import read_tools
+from glmd.chat.messages import read_tools
 from glmd.llm import LLM, Messages
 
 
@@ -38,7 +38,7 @@ class CardTokenizer:
             add_generation_prompt=add_generation_prompt,
             kwargs=template,
         )
-        ids: list[int] = self._llm.tokenizer.encode_rendered(rendered.pieces).tolist()
+        ids: list[int] = self._llm.tokenizer.encode_rendered(rendered).tolist()
         return ids
 
     def encode(self, text: str) -> list[int]:

@@ -10,15 +10,8 @@ from chat_kit import json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.messages import (
-    AssistantMessage,
-    SystemMessage,
-    ToolCall,
-    ToolMessage,
-    UserMessage,
-    read_messages,
-)
-from glmd.chat.tools import read_tools
+from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.types import AssistantMessage, SystemMessage, ToolCall, ToolMessage, UserMessage
 from glmd.errors import InvalidRequest
 
 
@@ -194,8 +187,8 @@ def test_no_tools_are_no_tools(raw: list[Any] | None) -> None:
 
 
 def test_a_tool_needs_no_parameters() -> None:
-    assert read_tools(function())[0].arguments == {}
-    assert read_tools(function(parameters=None))[0].arguments == {}
+    assert read_tools(function())[0].parameters == {}
+    assert read_tools(function(parameters=None))[0].parameters == {}
 
 
 @pytest.mark.parametrize(

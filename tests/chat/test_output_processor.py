@@ -27,10 +27,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmd.chat.events import ToolCallDelta, ToolCallStart
+from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
-from glmd.chat.prompt import Prompt
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool, read_tools
+from glmd.chat.types import Prompt, Tool
 
 STRING = {"type": "string"}
 WRITE = tool("write", path=STRING, content=STRING, mode={"type": ["string", "null"]})
@@ -86,7 +86,7 @@ def test_tags_out_of_place_are_left_out() -> None:
 
 @given(tag_like, tag_like)
 def test_text_that_spells_tags_is_text_in_reasoning_and_content(one: str, two: str) -> None:
-    generated = [*text_ids(one), tokenizer().tags.end_think, *text_ids(two)]
+    generated = [*text_ids(one), tokenizer().special_tokens.end_think, *text_ids(two)]
     whole = whole_or_pieces(generated, in_reasoning=True, tools=TOOLS)
     assert (whole.reasoning, whole.content, whole.calls) == (one, two, [])
 
@@ -271,7 +271,7 @@ def test_one_byte_per_token_gives_the_same_text() -> None:
     text = "Grüße 你好 🙂"
     byte = {tokenizer().token_bytes(id): id for id in range(tokenizer().vocab_size)}
     single = [byte[bytes([one])] for one in text.encode()]
-    tags = tokenizer().tags
+    tags = tokenizer().special_tokens
     key = [tags.tool_call, *text_ids("write"), tags.arg_key, *text_ids("content"), tags.end_arg_key]
     end = [tags.end_arg_value, tags.end_tool_call]
     whole = whole_or_pieces([*single, *key, tags.arg_value, *single, *end], tools=TOOLS)
@@ -429,7 +429,7 @@ def test_each_token_stands_once_behind_reasoning_or_content(
     reasoning: str, content: str, sizes: list[int]
 ) -> None:
     first, second = text_ids(reasoning), text_ids(content)
-    generated = [*first, tokenizer().tags.end_think, *second]
+    generated = [*first, tokenizer().special_tokens.end_think, *second]
     whole = answer(generated, in_reasoning=True, sizes=sizes, logprobs=True, stop=["\0\0"])
     assert [info.id for info in whole.reasoning_tokens] == first
     assert [info.id for info in whole.content_tokens] == second

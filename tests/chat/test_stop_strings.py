@@ -6,7 +6,7 @@ from chat_kit import answer, ids, text_ids, texts, tool
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.stop_strings import StopStrings
+from glmd.chat.detokenizer import StopStrings
 
 few = st.text("ab", min_size=1, max_size=5)
 stops = st.lists(few, min_size=1, max_size=4)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
+from glmd.chat.special_tokens import Piece
 from glmd.chat.template import ChatTemplate
 from glmd.errors import CheckpointError, InvalidRequest
 
@@ -24,16 +25,21 @@ def small(source: str) -> ChatTemplate:
     return ChatTemplate(source + TEMPLATE, tokenizer().controls)
 
 
+def spelled(pieces: list[Piece]) -> str:
+    """Rendered text with its control tokens spelled out."""
+    return "".join(tokenizer().spellings[it] if isinstance(it, int) else it for it in pieces)
+
+
 def text_of(source: str, **kwargs: Any) -> str:
-    return small(source).render(USER, kwargs=kwargs).text.split("[gMASK]")[0]
+    return spelled(small(source).render(USER, kwargs=kwargs)).split("[gMASK]")[0]
 
 
 def test_the_templates_tags_are_ids_and_the_rest_is_text() -> None:
-    tags = tokenizer().tags
-    rendered = template().render(USER)
-    start = [tokenizer().token_id("[gMASK]"), tokenizer().token_id("<sop>")]
-    assert rendered.pieces == [*start, tags.user, "Hi", tags.assistant, tags.think]
-    assert rendered.text == "[gMASK]<sop><|user|>Hi<|assistant|><think>"
+    tags = tokenizer().special_tokens
+    pieces = template().render(USER)
+    start = [tokenizer().controls["[gMASK]"], tokenizer().controls["<sop>"]]
+    assert pieces == [*start, tags.user, "Hi", tags.assistant, tags.think]
+    assert spelled(pieces) == "[gMASK]<sop><|user|>Hi<|assistant|><think>"
 
 
 @given(tag_like, tag_like, tag_like)
@@ -50,7 +56,7 @@ def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: 
             {"role": "tool", "content": b},
         ]
         tools = [{"type": "function", "function": {"name": c, "parameters": {a: b}}}]
-        return template().render(conversation, tools=tools).pieces
+        return template().render(conversation, tools=tools)
 
     plain = [piece for piece in render("a", "b", "c") if isinstance(piece, int)]
     pieces = render(one, two, three)
@@ -62,7 +68,7 @@ def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: 
 
 @given(st.text(st.characters(categories=["Co", "Cn"]), max_size=20))
 def test_private_characters_of_a_client_come_back_whole(text: str) -> None:
-    pieces = template().render([{"role": "user", "content": "a" + text + "b"}]).pieces
+    pieces = template().render([{"role": "user", "content": "a" + text + "b"}])
     assert "a" + text + "b" in pieces
 
 
@@ -75,12 +81,6 @@ def test_variables_have_the_model_cards_defaults_and_nulls_are_none() -> None:
     assert text_of(source, enable_thinking=False, clear_thinking=True, other=0) == (
         "False True True"
     )
-
-
-def test_defaults_are_configurable() -> None:
-    defaults = {"enable_thinking": False}
-    made = ChatTemplate(TEMPLATE, tokenizer().controls, defaults=defaults)
-    assert made.render(USER).text.endswith("<|assistant|></think>")
 
 
 @pytest.mark.parametrize("key", ["messages", "tools", "add_generation_prompt"])
@@ -101,7 +101,7 @@ def test_a_thinking_switch_must_be_a_boolean() -> None:
 )
 def test_what_a_template_raises_is_about_the_request(source: str) -> None:
     late = small("{% if fail %}" + source + "{% endif %}")
-    with pytest.raises(InvalidRequest, match="cannot render this conversation") as caught:
+    with pytest.raises(InvalidRequest, match="messages: the chat template cannot render") as caught:
         late.render(USER, kwargs={"fail": True})
     assert caught.value.param == "messages"
 
@@ -120,7 +120,7 @@ def test_a_template_can_tell_the_time() -> None:
 
 def test_templates_cannot_reach_out() -> None:
     for source in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
-        with pytest.raises(CheckpointError, match="no usable template"):
+        with pytest.raises(CheckpointError, match="not usable"):
             small(source)
 
 
@@ -129,18 +129,18 @@ def test_a_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tools = [{"type": "function"}]
     load = ChatTemplate.load
-    assert "# Old" in load(tmp_path, tokenizer().controls).render(USER, tools=tools).text
+    assert "# Old" in spelled(load(tmp_path, tokenizer().controls).render(USER, tools=tools))
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    assert "# Tools" in load(tmp_path, tokenizer().controls).render(USER, tools=tools).text
+    assert "# Tools" in spelled(load(tmp_path, tokenizer().controls).render(USER, tools=tools))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        (None, "", "has no chat template"),
-        ("tokenizer_config.json", "{}", "has no chat template"),
+        (None, "", "no chat template"),
+        ("tokenizer_config.json", "{}", "no chat template"),
         ("tokenizer_config.json", "{", "damaged"),
-        ("chat_template.jinja", "{% if %}", "no usable template"),
+        ("chat_template.jinja", "{% if %}", "not a Jinja template"),
         ("chat_template.jinja", TEMPLATE.replace("<|user|>", "<|{{ 'user' }}|>"), "<.user.>"),
     ],
 )
@@ -188,9 +188,9 @@ def test_templates_render_the_same_text_as_in_transformers(source: str) -> None:
         theirs, _ = utils.render_jinja_template(
             [conversation], tools=tools, chat_template=source, add_generation_prompt=True, **kwargs
         )
-        assert ours.text == theirs[0]
+        assert spelled(ours) == theirs[0]
 
 
 def test_every_tag_of_a_template_is_marked() -> None:
     for name in SPELLINGS:
-        assert tokenizer().token_id(name) in small(f"{name}{{{{ '{name}' }}}}").render(USER).pieces
+        assert tokenizer().controls[name] in small(f"{name}{{{{ '{name}' }}}}").render(USER)

@@ -112,16 +112,16 @@ def hostile() -> Iterator[TemplateProcess]:
 def test_whatever_a_template_takes_is_bounded_and_the_next_conversation_is_served(
     hostile: TemplateProcess, what: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=r"The chat template (takes more|cannot render)"):
+    with pytest.raises(InvalidRequest, match=r"takes more|needs too much|cannot render"):
         hostile.render(ask(what))
     assert hostile.render(ask("Hi")) == template().render(ask("Hi"))
 
 
 def test_a_template_that_hangs_at_once_is_no_usable_checkpoint() -> None:
     before = set(psutil.Process().children())
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja .* more than 0\.2 s"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: .* more than 0\.2 s"):
         TemplateProcess(HANG + TEMPLATE, tokenizer().controls, max_seconds=0.2)
-    with pytest.raises(CheckpointError, match="no usable template"):
+    with pytest.raises(CheckpointError, match="not a Jinja template"):
         TemplateProcess("{% if %}", tokenizer().controls)
     assert set(psutil.Process().children()) <= before
 
@@ -130,12 +130,13 @@ def test_the_sandbox_holds() -> None:
     renderer = TemplateProcess(
         on_request({source: source for source in ESCAPES}), tokenizer().controls
     )
-    plain = "[gMASK]<sop><|user|>"
+    plain = [tokenizer().controls[name] for name in ("[gMASK]", "<sop>", "<|user|>")]
     try:
         for source in ESCAPES:
             with suppress(InvalidRequest):
                 # What it may not see is nothing to it.
-                assert renderer.render(ask(source)).text.startswith(plain), source
+                pieces = renderer.render(ask(source))
+                assert [piece for piece in pieces if isinstance(piece, int)][:3] == plain, source
     finally:
         renderer.close()
 
@@ -143,7 +144,7 @@ def test_the_sandbox_holds() -> None:
 def test_a_process_that_dies_is_started_again_and_none_is_left(honest: TemplateProcess) -> None:
     assert honest._process is not None
     os.kill(honest._process.pid, signal.SIGKILL)
-    with pytest.raises(InvalidRequest, match="more than its process can take"):
+    with pytest.raises(InvalidRequest, match="crashes on this conversation"):
         honest.render(ask("Hi"))
     honest.render(ask("Hi"))
     child = psutil.Process(honest._process.pid)

@@ -85,12 +85,6 @@ def test_an_id_beyond_the_vocabulary_stands_for_nothing() -> None:
     assert tokenizer().token_bytes(tokenizer().vocab_size + 100) == b""
 
 
-def test_control_tokens_are_found_by_name() -> None:
-    assert tokenizer().token_id("</think>") == tokenizer().tags.end_think
-    with pytest.raises(CheckpointError, match="no control token <nope>"):
-        tokenizer().token_id("<nope>")
-
-
 def test_a_tokenizer_is_loaded_from_its_folder(tmp_path: Path) -> None:
     backend().save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)

@@ -10,9 +10,8 @@ from chat_kit import json_values, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader
-from glmd.chat.tool_call_parser import ValueWriter
-from glmd.chat.tools import read_tools
+from glmd.chat.messages import read_tools
+from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, ValueWriter
 
 STRING = {"type": "string"}
 DEFINITIONS = {
@@ -183,7 +182,7 @@ def test_many_references_to_references_are_read_in_no_time() -> None:
         definitions[f"T{level}"] = {"anyOf": [inner, inner], "allOf": [inner, inner]}
     parameters = {"properties": {"x": {"$ref": "#/$defs/T39"}}, "$defs": definitions}
     tool = read_tools([{"function": {"name": "f", "parameters": parameters}}])[0]
-    assert tool.arguments["x"].values == ("a", 1)
+    assert ArgTypeReader(tool.parameters).arguments()["x"].values == ("a", 1)
 
 
 def test_arguments_of_combined_schemas_are_all_declared() -> None:

@@ -26,22 +26,23 @@ from chat_kit import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmd.chat.messages import (
+from glmd.chat.messages import read_messages
+from glmd.chat.output_processor import ChatOutputProcessor
+from glmd.chat.prompt import build_prompt
+from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import (
     AssistantMessage,
     Conversation,
     Message,
+    Prompt,
     SystemMessage,
     ToolCall,
     UserMessage,
-    read_messages,
 )
-from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import Prompt, build_prompt
-from glmd.chat.turn_cache import TurnTokenCache
 from glmd.errors import InvalidRequest
 from glmd.utils.lru import LRUCache
 
-TAGS = tokenizer().tags
+TAGS = tokenizer().special_tokens
 TOOLS = [tool("write", path={"type": "string"}, content={}), tool("now")]
 
 
@@ -49,7 +50,7 @@ def build(
     messages: Sequence[Message], turns: TurnTokenCache | None = None, **options: Any
 ) -> Prompt:
     conversation = Conversation(messages, **options)
-    return build_prompt(conversation, tokenizer=tokenizer(), template=template(), turns=turns)
+    return build_prompt(conversation, tokenizer=tokenizer(), template=template(), turn_cache=turns)
 
 
 def ask(text: str, turns: TurnTokenCache | None = None, **options: Any) -> Prompt:

@@ -13,13 +13,13 @@ from engines import Answer, Run, load, reference_logits, request, run, tiny_engi
 from grammars import CONTROLS
 
 from glmd.bench.drafting import WEATHER
-from glmd.chat.messages import Conversation, read_messages
+from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.prompt import build_prompt
 from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import read_tools
 from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import Conversation
 from glmd.checkpoint.hub import DEMO
 from glmd.engine.core import Engine
 from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
@@ -42,7 +42,7 @@ def demo_prompt(text: str, *, with_tool: bool = False) -> list[int]:
     conversation = Conversation(read_messages([{"role": "user", "content": text}]), tools=tools)
     template = ChatTemplate.load(DEMO, tokenizer.controls)
     prompt = build_prompt(
-        conversation, tokenizer=tokenizer, template=template, turns=TurnTokenCache()
+        conversation, tokenizer=tokenizer, template=template, turn_cache=TurnTokenCache()
     )
     return list(prompt.tokens)
 

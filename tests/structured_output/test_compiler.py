@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from grammars import CONTROLS, TAGS
 
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
 from glmd.structured_output import (

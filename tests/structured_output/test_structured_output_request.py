@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from grammars import accepts, matcher_of
 
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output import (
     Choice,

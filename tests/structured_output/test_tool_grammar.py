@@ -15,7 +15,7 @@ from schemas import INTEGER, STRING, Schema, obj
 from tool_calls import PARAMETERS, Calls, calls_of, tool
 
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output.build import build
 from glmd.structured_output.request import make_structure

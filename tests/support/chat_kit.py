@@ -21,11 +21,11 @@ from glmd.chat.events import (
     ToolCallDelta,
     ToolCallStart,
 )
+from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import Prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool, read_tools
+from glmd.chat.types import Prompt, Tool
 from glmd.ipc import FinishReason, SequenceOutput, TokenLogprobs
 
 SPECIAL = (
@@ -225,7 +225,7 @@ def answer(
     """What the client sees of a generated text; without `finish` it ends with an end token."""
     generated = ids(text) if isinstance(text, str) else list(text)
     if finish is None:
-        generated = [*generated, tokenizer().tags.user]
+        generated = [*generated, tokenizer().special_tokens.user]
         finish = "stop"
     one = ChatOutputProcessor(tokenizer(), prompt(in_reasoning), tools=tools, stop=stop)
     events: list[Event] = []
@@ -271,7 +271,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 def written(name: str, arguments: Mapping[str, Any]) -> list[int]:
     """Ids of a call as the template prints it: strings raw, everything else as JSON."""
-    tags = tokenizer().tags
+    tags = tokenizer().special_tokens
     made = [tags.tool_call, *text_ids(name)]
     for key, value in arguments.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

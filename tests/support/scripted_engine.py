@@ -53,7 +53,7 @@ class Sequence:
 class ScriptedEngine:
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         self._tokenizer = Tokenizer.load(folder)
-        self._end = self._tokenizer.tags.user
+        self._end = self._tokenizer.special_tokens.user
         self._pause = config.step_seconds
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._outbox: list[SequenceOutput] = []

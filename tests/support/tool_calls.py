@@ -9,9 +9,8 @@ from schemas import INTEGER, SHORT, STRING, Schema, obj
 
 from glmd.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallDelta, ToolCallStart
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import Prompt
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool
+from glmd.chat.types import Prompt, Tool
 from glmd.ipc import SequenceOutput
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}

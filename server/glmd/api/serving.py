@@ -9,8 +9,7 @@ from glmd.api.context import RequestContext
 from glmd.api.generation import Generation
 from glmd.api.state import AppState
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import Prompt
-from glmd.chat.tools import Tool
+from glmd.chat.types import Prompt, Tool
 from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
 
 
@@ -58,7 +57,7 @@ def start_generation(
         sampling=sampling,
         client=terms.client,
         thinking_budget=reasoning_limit if prompt.in_reasoning else None,
-        thinking_close=(service.tokenizer.tags.end_think,),
+        thinking_close=(service.tokenizer.special_tokens.end_think,),
         prompt_progress=True,
         **options,
     )

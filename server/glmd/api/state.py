@@ -21,13 +21,13 @@ from glmd.api.auth import ApiKeyStore
 from glmd.api.defaults import Defaults
 from glmd.api.observability.request_stats import RequestRegistry
 from glmd.api.per_client_lock import PerClientLock
-from glmd.chat.messages import Conversation
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import Prompt, build_prompt
+from glmd.chat.prompt import build_prompt
 from glmd.chat.request_limits import MAX_NAME, check_length
 from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import Conversation, Prompt
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.config import Settings
 from glmd.engine_client.admission import AdmissionQueue
@@ -220,7 +220,7 @@ class AppState:
                 conversation,
                 tokenizer=self.tokenizer,
                 template=self._template,
-                turns=self._turns,
+                turn_cache=self._turns,
             )
         )
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from glmd.chat.messages import is_strict
 from glmd.chat.request_limits import MAX_TOOLS, check_count
 from glmd.chat.tool_args import check_schema
-from glmd.chat.tools import Tool, is_strict
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glmd.bench.agent_tools import AGENT_TOOLS
-from glmd.chat.tools import read_tools
+from glmd.chat.messages import read_tools
 from glmd.structured_output import JsonSchema, OutputSpec, Regex, make_structure
 
 RECORD: dict[str, Any] = {

@@ -1,7 +1,6 @@
-"""What a model's answer consists of, as the chat layer hands it to the APIs.
+"""Events of a model's answer, which each API renders in its own format.
 
-An answer is a sequence of these events; a non-streamed response is their fold, a streamed one
-their rendering, so both always say the same.
+A streamed response renders the events; a non-streamed response is their fold.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One generated token with its log-probabilities; only made for requests that ask."""
+    """A generated token with its log-probabilities, for requests that ask for them."""
 
     id: int
     logprobs: TokenLogprobs
@@ -36,17 +35,20 @@ class ContentDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A call begins: its name is complete, its arguments follow as deltas."""
+    """The start of a tool call. Its arguments follow as `ToolCallDelta`s.
+
+    Attributes:
+        index: 0 for the answer's first call.
+    """
 
     index: int
-    """0 for the answer's first call."""
     id: str
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a call's JSON arguments; the pieces of one call concatenate to one object."""
+    """A piece of a call's JSON arguments. The pieces of a call join to one object."""
 
     index: int
     arguments: str
@@ -54,11 +56,14 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of an answer."""
+    """The last event of an answer.
+
+    Attributes:
+        stop_sequence: the stop string that matched, or None.
+    """
 
     reason: FinishReason
     stop_sequence: str | None = None
-    """The stop string that matched, if one did."""
 
 
 Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallDelta | Finished

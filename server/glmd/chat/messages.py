@@ -1,119 +1,82 @@
-"""Conversations in neutral form: what every API's request is mapped to before rendering.
+"""Read messages and tools in the shape of OpenAI's chat API.
 
-`read_messages` and `read_tools` (in `glmd.chat.tools`) take the OpenAI chat shape, which most
-clients speak; the Responses and Anthropic APIs build these types themselves, with `text_of`,
-`arguments_of` and `order_tool_results`.
+The Responses and Anthropic APIs build the same types from their own shapes, with `text_of`,
+`arguments_of`, `order_tool_results` and `is_strict`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import isinf
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any
 
-from glmd.chat.request_limits import MAX_MESSAGES, check_count
-from glmd.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from glmd.chat.tools import Tool
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+from glmd.chat.request_limits import MAX_MESSAGES, MAX_TOOLS, check_count
+from glmd.chat.tool_args import check_schema, reject_constant
+from glmd.chat.types import (
+    AssistantMessage,
+    Json,
+    Message,
+    SystemMessage,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
+from glmd.errors import invalid_field
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Types of content parts that are text, and the key that holds it."""
+"""Types of content parts that are text, and the key that holds the text."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that the assistant made."""
-
-    id: str
-    """As the client knows it; "" if it sent none."""
-    name: str
-    arguments: dict[str, Json]
-
-
-@dataclass(frozen=True, slots=True)
-class SystemMessage:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class UserMessage:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class AssistantMessage:
-    text: str
-    reasoning: str | None = None
-    """None or "": the client did not send it back."""
-    calls: tuple[ToolCall, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ToolMessage:
-    """The result of a call."""
-
-    text: str
-    call_id: str | None = None
-    """None: of the first call that has no result yet."""
-
-
-Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Everything that decides a prompt."""
-
-    messages: Sequence[Message]
-    """In order, tool results in the order of their calls (`order_tool_results`)."""
-    tools: Sequence[Tool] = ()
-    """What the prompt tells the model of, whether or not it may call them now."""
-    template_kwargs: Mapping[str, Json] = field(default_factory=dict)
-    """`enable_thinking`, `clear_thinking` and any other variable of the template; a null is as
-    good as absent."""
-    continue_final: bool = False
-    """The last message, an assistant's, is the beginning of the answer."""
-    cache_salt: str = ""
-    """Turns remembered under one salt are not found under another."""
-
-
-def read_messages(raw: Sequence[Mapping[str, Any]], param: str = "messages") -> list[Message]:
-    """Messages in OpenAI's chat shape, normalised and checked.
+def read_messages(raw: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Check and normalize messages.
 
     Raises:
-        InvalidRequest: names the field at fault, such as
-            `messages[3].tool_calls[0].function.arguments`.
+        InvalidRequest: names the field, such as `messages[3].tool_calls[0].function.arguments`.
     """
     if not raw:
-        raise InvalidRequest(f"{param} must hold at least one message.", param=param)
-    check_count(raw, MAX_MESSAGES, param)
-    params = [f"{param}[{index}]" for index in range(len(raw))]
-    messages = [_read_message(message, where) for message, where in zip(raw, params, strict=True)]
+        raise invalid_field("messages", "at least one message is required.")
+    check_count(raw, MAX_MESSAGES, "messages")
+    params = [f"messages[{index}]" for index in range(len(raw))]
+    messages = [_read_message(message, param) for message, param in zip(raw, params, strict=True)]
     return order_tool_results(messages, params)
+
+
+def read_tools(raw: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
+    """Check and normalize tools.
+
+    Raises:
+        InvalidRequest: names the field, such as `tools[0].function.name`.
+    """
+    check_count(raw, MAX_TOOLS, "tools")
+    tools: dict[str, Tool] = {}
+    for index, value in enumerate(raw or ()):
+        param = f"tools[{index}]"
+        tool = _read_tool(value, param)
+        if tool.name in tools:
+            raise invalid_field(f"{param}.function.name", f"duplicate tool name {tool.name!r}.")
+        tools[tool.name] = tool
+    return list(tools.values())
 
 
 def text_of(content: object, param: str) -> str:
     """Text of a message's content: null, a string, or a list of text parts.
 
     Raises:
-        InvalidRequest: a part is no text (an image, audio, a file), or the shape is wrong.
+        InvalidRequest: a part is not text (an image, audio, a file), or the shape is wrong.
     """
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise InvalidRequest(f"{param} must be a string or a list of content parts.", param=param)
+        raise invalid_field(param, "must be a string or a list of content parts.")
     return "".join(_text_of_part(part, f"{param}[{index}]") for index, part in enumerate(content))
 
 
 def arguments_of(value: object, param: str) -> dict[str, Json]:
-    """A call's arguments, sent as JSON text or as an object; nothing at all means none.
+    """Arguments of a call, sent as JSON text or as an object; {} for null and blank text.
 
     Raises:
         InvalidRequest: not a JSON object.
@@ -122,112 +85,100 @@ def arguments_of(value: object, param: str) -> dict[str, Json]:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, parse_constant=_no_constant, parse_float=_finite)
+            value = json.loads(value, parse_constant=reject_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{param} is not valid JSON: {error}", param=param) from error
+            raise invalid_field(param, f"not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{param} must be a JSON object.", param=param)
+        raise invalid_field(param, "must be a JSON object.")
     return value
+
+
+def is_strict(function: Mapping[str, Any], param: str) -> bool:
+    """The value of a function's `strict`; False for null.
+
+    Raises:
+        InvalidRequest: not a boolean or null.
+    """
+    strict = function.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise invalid_field(f"{param}.strict", "must be true or false.")
+    return strict is True
 
 
 def order_tool_results(
     messages: Sequence[Message], params: Sequence[str], *, id_key: str = "tool_call_id"
 ) -> list[Message]:
-    """Put each run of tool results in the order of the calls that they answer.
+    """Put each run of tool results in the order of their calls.
 
-    The template tells the model nothing but the order, so a result that cannot be placed, or one
-    whose predecessor is missing, is refused.
+    The chat template prints results without ids, so only their order tells the model which call
+    a result belongs to.
 
     Args:
-        params: where each message stands in the client's request, for errors.
-        id_key: what holds a result's call id there.
+        params: the request field of each message, for errors.
+        id_key: the request's key for the call id of a result.
 
     Raises:
-        InvalidRequest: a result answers no open call, or leaves out an earlier one.
+        InvalidRequest: a result has no open call, or the result of an earlier call is missing.
     """
-    arranged: list[Message] = []
-    calls: tuple[ToolCall, ...] = ()
+    ordered: list[Message] = []
+    open_calls: dict[int, str] = {}
+    """Ids of the last assistant message's calls without a result, by index."""
     results: dict[int, ToolMessage] = {}
-    answered = 0
+    """Results of the present run, by index of the call."""
+
+    def end_run(param: str) -> None:
+        first_open = next(iter(open_calls), None)
+        if results and first_open is not None and first_open < max(results):
+            problem = f"the result of tool call {open_calls[first_open]!r} is missing before here."
+            raise invalid_field(param, problem)
+        ordered.extend(results[index] for index in sorted(results))
+        results.clear()
+
     for message, param in zip(messages, params, strict=True):
         if isinstance(message, ToolMessage):
-            call = _call_of(message, calls, answered, results)
+            wanted = message.call_id
+            call = next((i for i, id in open_calls.items() if wanted in (None, id)), None)
             if call is None:
-                raise InvalidRequest(
-                    f"{param} answers no open tool call: a result must follow the message with the"
-                    f" call that its {id_key} names, once.",
-                    param=f"{param}.{id_key}",
+                raise invalid_field(
+                    f"{param}.{id_key}",
+                    "no open tool call has this id. Each result must follow the message with its"
+                    " call, once.",
                 )
+            del open_calls[call]
             results[call] = message
             continue
-        answered = _place(results, calls, answered, arranged, param)
+        end_run(param)
         if isinstance(message, AssistantMessage):
-            calls, answered = message.calls, 0
-        arranged.append(message)
-    _place(results, calls, answered, arranged, params[-1] if params else "")
-    return arranged
-
-
-def _call_of(
-    message: ToolMessage,
-    calls: tuple[ToolCall, ...],
-    answered: int,
-    results: Mapping[int, ToolMessage],
-) -> int | None:
-    """Index of the call that a result answers."""
-    for index, call in enumerate(calls[answered:], start=answered):
-        if index not in results and message.call_id in (None, call.id):
-            return index
-    return None
-
-
-def _place(
-    results: dict[int, ToolMessage],
-    calls: tuple[ToolCall, ...],
-    answered: int,
-    arranged: list[Message],
-    param: str,
-) -> int:
-    """Move a run of results to `arranged`, in order; returns how many calls are now answered."""
-    end = answered + len(results)
-    for index in range(answered, end):
-        if index not in results:
-            raise InvalidRequest(
-                f"The result of tool call {calls[index].id!r} is missing before {param}.",
-                param=param,
-            )
-        arranged.append(results.pop(index))
-    return end
+            open_calls = {index: call.id for index, call in enumerate(message.calls)}
+        ordered.append(message)
+    end_run(params[-1] if params else "")
+    return ordered
 
 
 def _read_message(raw: object, param: str) -> Message:
     if not isinstance(raw, Mapping):
-        raise InvalidRequest(f"{param} must be an object.", param=param)
-    role = raw.get("role")
+        raise invalid_field(param, "must be an object.")
     text = text_of(raw.get("content"), f"{param}.content")
-    match role:
+    match raw.get("role"):
         case "system" | "developer":
             return SystemMessage(text)
         case "user":
             return UserMessage(text)
         case "assistant":
             if raw.get("function_call") is not None:
-                field = f"{param}.function_call"
-                raise InvalidRequest(
-                    f"{field} is the old form of tool_calls, which is what glmd takes.", param=field
-                )
+                raise invalid_field(f"{param}.function_call", "deprecated. Use tool_calls.")
             if raw.get("audio") is not None:
-                field = f"{param}.audio"
-                raise InvalidRequest(f"{field}: the model reads text only.", param=field)
-            refusal = _string(raw, "refusal", param) or ""
-            reasoning = _string(raw, "reasoning_content", param) or _string(raw, "reasoning", param)
+                raise invalid_field(f"{param}.audio", "not supported. The model reads text only.")
+            refusal = _optional_string(raw, "refusal", param) or ""
+            reasoning = _optional_string(raw, "reasoning_content", param) or _optional_string(
+                raw, "reasoning", param
+            )
             return AssistantMessage(text + refusal, reasoning, _read_calls(raw, param))
         case "tool":
-            return ToolMessage(text, _string(raw, "tool_call_id", param))
+            return ToolMessage(text, _optional_string(raw, "tool_call_id", param))
         case _:
-            field = f"{param}.role"
-            raise InvalidRequest(
-                f"{field} must be system, developer, user, assistant or tool.", param=field
+            raise invalid_field(
+                f"{param}.role", "must be system, developer, user, assistant or tool."
             )
 
 
@@ -237,24 +188,43 @@ def _read_calls(raw: Mapping[str, Any], param: str) -> tuple[ToolCall, ...]:
     if calls is None:
         return ()
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise InvalidRequest(f"{param} must be a list.", param=param)
+        raise invalid_field(param, "must be a list.")
     return tuple(_read_call(call, f"{param}[{index}]") for index, call in enumerate(calls))
 
 
 def _read_call(raw: object, param: str) -> ToolCall:
     if not isinstance(raw, Mapping):
-        raise InvalidRequest(f"{param} must be an object.", param=param)
+        raise invalid_field(param, "must be an object.")
     function = raw.get("function")
     if not isinstance(function, Mapping):
-        raise InvalidRequest(
-            f"{param}.function must be an object: only function calls are known here.", param=param
-        )
+        raise invalid_field(param, "must have an object `function`. Other calls are not supported.")
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        field = f"{param}.function.name"
-        raise InvalidRequest(f"{field} must be a non-empty string.", param=field)
+        raise invalid_field(f"{param}.function.name", "must be a non-empty string.")
     arguments = arguments_of(function.get("arguments"), f"{param}.function.arguments")
-    return ToolCall(_string(raw, "id", param) or "", name, arguments)
+    return ToolCall(_optional_string(raw, "id", param) or "", name, arguments)
+
+
+def _read_tool(raw: object, param: str) -> Tool:
+    if not isinstance(raw, Mapping):
+        raise invalid_field(param, "must be an object.")
+    if raw.get("type") not in (None, "function"):
+        raise invalid_field(f"{param}.type", 'must be "function".')
+    function = raw.get("function")
+    param = f"{param}.function"
+    if not isinstance(function, Mapping):
+        raise invalid_field(param, "must be an object.")
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise invalid_field(f"{param}.name", "must be a non-empty string.")
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        raise invalid_field(f"{param}.parameters", "must be a JSON schema (an object).")
+    check_schema(parameters, f"{param}.parameters")
+    strict = is_strict(function, param)
+    return Tool(name, parameters, {"type": "function", **raw}, strict, f"{param}.parameters")
 
 
 def _text_of_part(part: object, param: str) -> str:
@@ -262,24 +232,20 @@ def _text_of_part(part: object, param: str) -> str:
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
     key = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
-    if key is None:
-        what = f"of type {kind!r}" if isinstance(kind, str) else "of this shape"
-        raise InvalidRequest(f"{param}: the model reads text only, not a part {what}.", param=param)
-    text = part[key] if isinstance(part, Mapping) and key in part else None
+    if key is None or not isinstance(part, Mapping):
+        shown = f"content of type {kind!r}" if isinstance(kind, str) else "this content"
+        raise invalid_field(param, f"{shown} is not supported. The model reads text only.")
+    text = part.get(key)
     if not isinstance(text, str):
-        raise InvalidRequest(f"{param}.{key} must be a string.", param=f"{param}.{key}")
+        raise invalid_field(f"{param}.{key}", "must be a string.")
     return text
 
 
-def _string(raw: Mapping[str, Any], key: str, param: str) -> str | None:
+def _optional_string(raw: Mapping[str, Any], key: str, param: str) -> str | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, str):
-        raise InvalidRequest(f"{param}.{key} must be a string.", param=f"{param}.{key}")
+        raise invalid_field(f"{param}.{key}", "must be a string.")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
 
 
 def _finite(text: str) -> float:

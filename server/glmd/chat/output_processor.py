@@ -1,13 +1,12 @@
-"""One sequence's way from engine outputs to events."""
+"""Engine outputs of one sequence to events."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from glmd.chat.detokenizer import Detokenizer
+from glmd.chat.detokenizer import Detokenizer, TextStream
 from glmd.chat.events import (
     ContentDelta,
     Event,
@@ -18,12 +17,10 @@ from glmd.chat.events import (
     ToolCallStart,
 )
 from glmd.chat.glm4_parser import Glm4OutputParser
-from glmd.chat.messages import AssistantMessage, ToolCall, arguments_of
-from glmd.chat.prompt import Prompt
-from glmd.chat.text_stream import TextStream
+from glmd.chat.messages import arguments_of
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.tools import Tool
 from glmd.chat.turn_cache import GeneratedTurn
+from glmd.chat.types import AssistantMessage, Prompt, Tool, ToolCall
 from glmd.errors import InvalidRequest
 from glmd.ipc import FinishReason, SequenceOutput
 
@@ -32,11 +29,11 @@ class ChatOutputProcessor:
     """A chat answer: detokenizer, parser, stop strings, log-probabilities, finish reason.
 
     Attributes:
-        completion_tokens: tokens generated so far, end token included.
-        reasoning_tokens: those of them in the reasoning, `</think>` included.
-        finished: the answer is over; later outputs are ignored.
-        stopped: a stop string matched or a call too many began, so the engine should be told to
-            cancel the sequence.
+        completion_tokens: number of tokens generated so far, end token included.
+        reasoning_tokens: number of tokens in the reasoning, `</think>` included.
+        finished: the answer is complete; later outputs are ignored.
+        stopped: a stop string matched or a second call was refused, so the caller should abort the
+            sequence in the engine.
     """
 
     def __init__(
@@ -50,10 +47,10 @@ class ChatOutputProcessor:
     ) -> None:
         """
         Args:
-            tools: the tools that may be called; none (no tools, `tool_choice: "none"`) means that
-                a call the model writes anyway is left out, markup and all.
-            stop: stop strings, matched over content only: not in reasoning, not in arguments.
-            single_call: the answer ends where a second call begins.
+            tools: the tools that may be called. Without any (`tool_choice: "none"`), calls are
+                dropped from the answer.
+            stop: stop strings, matched in content only, not in reasoning and arguments.
+            single_call: end the answer before a second call.
         """
         self.completion_tokens = 0
         self.reasoning_tokens = 0
@@ -61,92 +58,92 @@ class ChatOutputProcessor:
         self.stopped = False
         self._tokenizer = tokenizer
         self._spellings = tokenizer.spellings
-        self._parser = Glm4OutputParser(tokenizer.tags, tools, in_reasoning=prompt.in_reasoning)
+        self._parser = Glm4OutputParser(
+            tokenizer.special_tokens, tools, in_reasoning=prompt.in_reasoning
+        )
         self._detokenizer = Detokenizer()
         self._reasoning = TextStream(ReasoningDelta)
         self._content = TextStream(ContentDelta, stop=stop, hold_blank=True)
         self._calls: list[tuple[ToolCallStart, list[str]]] = []
         self._tokens: list[int] = []
         self._section_start = 0
-        """Index into `_tokens` where the present section began."""
+        """Index into `_tokens` of the present section's first token."""
         self._single_call = single_call
         self._call_start = 0
-        """Index into `_tokens` of the last call's `<tool_call>`."""
-        self._has_call_too_many = False
-        self._whole = False
-        """The answer ended as answers do: by itself, at its limit, or at a stop string."""
+        """Index into `_tokens` of the last `<tool_call>`."""
+        self._refused_call = False
+        """A second call was refused."""
+        self._is_complete = False
+        """The answer ended by an end token, its length limit, or a stop string."""
 
     def feed(self, output: SequenceOutput) -> list[Event]:
-        """Events of one engine output, in order.
+        """Take one engine output, and return its events in order.
 
-        An output that ends "cancelled" or "error" gives what text was left, and no `Finished`:
-        the caller knows what happened.
+        An output that ends "cancelled" or "error" returns the last text without `Finished`.
         """
         if self.finished:
             return []
         events: list[Event] = []
         tokens = output.tokens
         self.completion_tokens += len(tokens)
-        if output.finish_reason == "stop" and tokens and not self._is_ours(tokens[-1]):
+        if output.finish_reason == "stop" and tokens and not self._is_tag_in_turn(tokens[-1]):
             tokens = tokens[:-1]
         data = b""
         for index, token in enumerate(tokens):
-            if self._has_call_too_many:
+            if self._refused_call:
                 break
             self._tokens.append(token)
             if self._parser.section == "reasoning":
                 self.reasoning_tokens += 1
             if token in self._spellings:
-                events += self._text(data)
+                events += self._bytes(data)
                 data = b""
                 events += self._tag(token)
             elif output.logprobs is None:
                 data += self._tokenizer.token_bytes(token)
             else:
                 info = TokenInfo(token, output.logprobs[index])
-                events += self._text(self._tokenizer.token_bytes(token), info)
-        events += self._text(data)
+                events += self._bytes(self._tokenizer.token_bytes(token), info)
+        events += self._bytes(data)
         if self.stopped or output.finish_reason is not None:
             events += self._finish(output.finish_reason or "stop")
         return events
 
     def turn(self) -> GeneratedTurn | None:
-        """What to remember (`TurnTokenCache.remember`) of the finished answer, if anything.
+        """The finished answer for `TurnTokenCache.remember`; None if the turn cannot be reused.
 
-        Nothing of one that broke off inside a call, that holds a call the client was not told of,
-        or a tag that would open a turn. A call too many is not part of it.
+        A turn cannot be reused if it ends inside a call, if a call was dropped, or if it contains a
+        token that ends a turn. A refused second call is not part of the turn.
         """
         parser = self._parser
-        if not self._whole or parser.dropped_calls or parser.broken_calls:
+        if not self._is_complete or parser.has_dropped_call or parser.has_incomplete_call:
             return None
         if not self._tokenizer.special.isdisjoint(self._tokens):
             return None
         closing = parser.closing()
-        if self._has_call_too_many:
+        if self._refused_call:
             closing = ()
             tags = [token for token in self._tokens if token in self._spellings]
-            if tags[-1] != self._tokenizer.tags.end_tool_call:
+            if tags[-1] != self._tokenizer.special_tokens.end_tool_call:
                 return None
         try:
             calls = tuple(
                 ToolCall(start.id, start.name, arguments_of("".join(pieces), "arguments"))
                 for start, pieces in self._calls
             )
-        except InvalidRequest:  # nested more deeply than could be read when it returns
+        except InvalidRequest:  # not readable when the client sends it back, such as 1e999
             return None
         seen = AssistantMessage(self._content.text, self._reasoning.text, calls)
         return GeneratedTurn(seen, np.array(self._tokens, np.int32), closing)
 
-    def _is_ours(self, token: int) -> bool:
-        """A tag that means something even as the last token (a stop token): not an end token."""
+    def _is_tag_in_turn(self, token: int) -> bool:
+        """Whether a last token is a tag of the answer, rather than an end token."""
         return token in self._spellings and token not in self._tokenizer.special
 
-    def _text(self, data: bytes, info: TokenInfo | None = None) -> list[Event]:
-        if not data:
-            return []
-        return self._place(self._detokenizer.feed(data), info)
+    def _bytes(self, data: bytes, info: TokenInfo | None = None) -> list[Event]:
+        return self._text(self._detokenizer.feed(data), info) if data else []
 
-    def _place(self, text: str, info: TokenInfo | None = None) -> list[Event]:
+    def _text(self, text: str, info: TokenInfo | None = None) -> list[Event]:
         if not text and info is None:
             return []
         match self._parser.section:
@@ -157,30 +154,30 @@ class ChatOutputProcessor:
                 self.stopped = self._content.stopped_by is not None
                 return events
             case "call":
-                return self._record(self._parser.call_text(text)) if text else []
+                return self._add_call_events(self._parser.call_text(text)) if text else []
 
     def _tag(self, token: int) -> list[Event]:
-        events = self._place(self._detokenizer.flush())
+        events = self._text(self._detokenizer.flush())
         if self.stopped:
             return events
-        before, opened = self._parser.section, self._parser.opened_calls
-        told = self._parser.tag(token, self._spellings[token])
-        if self._parser.opened_calls != opened:
+        section, num_opened = self._parser.section, self._parser.num_opened_calls
+        call_events = self._parser.tag(token, self._spellings[token])
+        if self._parser.num_opened_calls != num_opened:
             self._call_start = len(self._tokens) - 1
-        if self._parser.section != before:
+        if self._parser.section != section:
             self._section_start = len(self._tokens)
-            if before == "reasoning":
+            if section == "reasoning":
                 events += self._reasoning.end()
-            elif before == "content":
+            elif section == "content":
                 events += self._content.end(drop_blank=True)
-        return events + self._record(told)
+        return events + self._add_call_events(call_events)
 
-    def _record(self, events: list[Event]) -> list[Event]:
-        """Take note of calls; gives the events that are to be told."""
+    def _add_call_events(self, events: list[Event]) -> list[Event]:
+        """Record the calls, and return the events up to a refused second call."""
         for number, event in enumerate(events):
             if isinstance(event, ToolCallStart):
                 if self._single_call and self._calls:
-                    self.stopped = self._has_call_too_many = True
+                    self.stopped = self._refused_call = True
                     del self._tokens[self._call_start :]
                     return events[:number]
                 self._calls.append((event, []))
@@ -190,52 +187,52 @@ class ChatOutputProcessor:
 
     def _finish(self, finish: FinishReason) -> list[Event]:
         self.finished = True
-        if self._has_call_too_many:
-            self._whole = True
+        if self._refused_call:
+            self._is_complete = True
             return [Finished("tool_calls")]
-        events = self._place(self._detokenizer.flush())
+        events = self._text(self._detokenizer.flush())
         if self.stopped:
             finish = "stop"
             self._tokens = self._shown_tokens()
-        events += self._record(self._parser.end(cut=finish != "stop"))
+        events += self._add_call_events(self._parser.end(cut=finish != "stop"))
         events += self._reasoning.end()
         events += self._content.end(drop_blank=bool(self._calls))
         if finish == "length":
             events.append(Finished("length"))
         elif finish == "stop":
-            reason: Literal["tool_calls", "stop"] = "tool_calls" if self._calls else "stop"
-            events.append(Finished(reason, self._content.stopped_by))
-        self._whole = finish in ("stop", "length")
+            events.append(
+                Finished("tool_calls" if self._calls else "stop", self._content.stopped_by)
+            )
+        self._is_complete = finish in ("stop", "length")
         return events
 
     def _shown_tokens(self) -> list[int]:
-        """The generated ids as far as the client sees them: to the last character before a stop
-        string, which may lie inside a token."""
+        """Token ids of the text before a stop string, which may start inside a token."""
         shown = self._content.segment.encode()
         tokens = self._tokens[self._section_start :]
-        texts = [
+        token_bytes = [
             b"" if token in self._spellings else self._tokenizer.token_bytes(token)
             for token in tokens
         ]
         count = length = 0
-        for data in texts:
+        for data in token_bytes:
             if shown[length : length + len(data)] != data:
                 break
             count += 1
             length += len(data)
         while length < len(shown) and shown[length] & 0xC0 == 0x80:  # inside a character
             count -= 1
-            length -= len(texts[count])
+            length -= len(token_bytes[count])
         rest = self._tokenizer.encode(shown[length:].decode())
         return self._tokens[: self._section_start] + tokens[:count] + rest
 
 
 class CompletionOutputProcessor:
-    """A raw text completion: everything is content, stop strings apply, tags are not parsed.
+    """A raw text completion: all text is content, and tags are not parsed.
 
-    Special tokens are left out of the text; other tags (`<think>`) are spelled.
+    The text of special tokens is dropped; other tags, such as `<think>`, are spelled out.
 
-    Attributes: as `ChatOutputProcessor`'s; `reasoning_tokens` is 0.
+    Attributes: as of `ChatOutputProcessor`; `reasoning_tokens` is 0.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
@@ -248,7 +245,7 @@ class CompletionOutputProcessor:
         self._content = TextStream(ContentDelta, stop=stop)
 
     def feed(self, output: SequenceOutput) -> list[Event]:
-        """Events of one engine output: content, and `Finished` at the end."""
+        """Take one engine output, and return its events in order."""
         if self.finished:
             return []
         events: list[Event] = []

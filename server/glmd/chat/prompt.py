@@ -1,114 +1,103 @@
-"""From a conversation to the token ids of a prompt.
+"""Build the token ids of a prompt from a conversation.
 
-A rendered prompt falls apart at the role tags, which only the template can write: so the ids of
-each assistant turn are known, and a remembered turn stands in for what the template made of it.
+The rendered template is split at the role tokens, which only the template can write. Each section
+that is an assistant's turn can then be replaced by the token ids that the model generated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from glmd.chat.messages import (
+from glmd.chat.special_tokens import Piece
+from glmd.chat.template import ChatTemplate, template_variables
+from glmd.chat.template_process import TemplateProcess
+from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import (
     AssistantMessage,
     Conversation,
     Message,
+    Prompt,
     SystemMessage,
     ToolMessage,
     UserMessage,
 )
-from glmd.chat.template import Template
-from glmd.chat.tokenizer import Piece, Tokenizer
-from glmd.chat.turn_cache import TurnTokenCache
-from glmd.errors import InvalidRequest
+from glmd.errors import invalid_field
 from glmd.ipc import TokenArray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """What the engine continues, and what its continuation will mean."""
-
-    tokens: TokenArray
-    """int32, shape [n]."""
-    in_reasoning: bool
-    """The first generated token is reasoning (or `</think>`)."""
-    turn_start: int
-    """Index into `tokens` of the first token of the turn to be generated: after `<|assistant|>`."""
-    turn_key: bytes
-    """Digest of the cache salt and of `tokens[:turn_start]`."""
-    reasoning: str = ""
-    """Prefilled reasoning and content: part of the turn that the client already has."""
-    content: str = ""
-    spliced_turns: int = 0
-    """Assistant turns whose generated ids were remembered and stand in the prompt as they were."""
 
 
 def build_prompt(
     conversation: Conversation,
     *,
     tokenizer: Tokenizer,
-    template: Template,
-    turns: TurnTokenCache | None = None,
+    template: ChatTemplate | TemplateProcess,
+    turn_cache: TurnTokenCache | None = None,
 ) -> Prompt:
-    """Render, encode and splice remembered turns in (`turns=None`: never).
+    """Render and encode a conversation, with cached turns in place of rendered ones.
 
-    With `conversation.continue_final` the last message, an assistant's, stays open and is what
-    the model continues: in its content, or in its reasoning if it has no content.
+    With `conversation.continue_final` the last message, an assistant's, stays open: the model
+    continues its content, or its reasoning if it has no content.
+
+    Args:
+        turn_cache: None: every turn is encoded from its text.
 
     Raises:
-        InvalidRequest: the template refuses the conversation, or its last message cannot be
+        InvalidRequest: the template cannot render the conversation, or the last message cannot be
             continued.
     """
-    tags = tokenizer.tags
+    special_tokens = tokenizer.special_tokens
     messages = list(conversation.messages)
-    final = _final(messages) if conversation.continue_final else None
+    final = _message_to_continue(messages) if conversation.continue_final else None
     if final is not None:
         messages.pop()
-    rendered = template.render(
-        [_in_template(message) for message in messages],
+    pieces = template.render(
+        [_template_message(message) for message in messages],
         tools=[tool.definition for tool in conversation.tools],
         kwargs=conversation.template_kwargs,
     )
-    *sections, opening = _sections(rendered.pieces, tags.roles)
-    if not opening or opening[0] != tags.assistant:
-        raise InvalidRequest("The chat template opens no turn to answer in.", param="messages")
-    returning: dict[int, AssistantMessage] = {}
-    if turns is not None:
-        clear = bool(template.variables(conversation.template_kwargs).get("clear_thinking"))
-        opened = [index for index, one in enumerate(sections) if one[0] == tags.assistant]
-        returning = _returning(messages, opened, after_user=clear)
+    *sections, opening = _split_at(special_tokens.roles, pieces)
+    if not opening or opening[0] != special_tokens.assistant:
+        raise invalid_field("messages", "the chat template does not open an assistant's turn.")
+    returned: dict[int, AssistantMessage] = {}
+    if turn_cache is not None:
+        clear = bool(template_variables(conversation.template_kwargs)["clear_thinking"])
+        opened = [i for i, pieces in enumerate(sections) if pieces[0] == special_tokens.assistant]
+        returned = _returned_turns(messages, opened, after_user=clear)
 
-    ids = _Ids(conversation.cache_salt)
+    ids = _PromptIds(conversation.cache_salt)
     spliced = 0
     for index, section in enumerate(sections):
-        message = returning.get(index)
-        if message is None or turns is None:
+        message = returned.get(index)
+        if message is None or turn_cache is None:
             ids.add(tokenizer.encode_rendered(section))
             continue
-        ids.add([tags.assistant])
-        turn = turns.find(ids.key(), message)
+        ids.add([special_tokens.assistant])
+        turn = turn_cache.find(ids.digest(), message)
         if turn is None:
             ids.add(tokenizer.encode_rendered(section[1:]))
         else:
             spliced += 1
             ids.add(turn.tokens)
             ids.add(turn.closing)
-    ids.add([tags.assistant])
-    turn_start, turn_key = ids.length, ids.key()
+    ids.add([special_tokens.assistant])
+    turn_start, turn_key = ids.length, ids.digest()
     if final is None or not (final.text or final.reasoning):
         ids.add(tokenizer.encode_rendered(opening[1:]))
     else:
-        turn = turns.find(turn_key, final) if turns is not None else None
-        ids.add(_open_turn(final, tokenizer) if turn is None else turn.tokens)
+        turn = turn_cache.find(turn_key, final) if turn_cache is not None else None
+        ids.add(_encode_open_turn(final, tokenizer) if turn is None else turn.tokens)
     tokens = ids.array()
+    think, end_think = special_tokens.think, special_tokens.end_think
+    generated = tokens[turn_start:]
+    thinking = generated[(generated == think) | (generated == end_think)]
     return Prompt(
         tokens,
-        in_reasoning=_ends_in_reasoning(tokens[turn_start:], tags.think, tags.end_think),
+        in_reasoning=bool(len(thinking) and thinking[-1] == think),
         turn_start=turn_start,
         turn_key=turn_key,
         reasoning=(final.reasoning or "") if final is not None else "",
@@ -117,8 +106,8 @@ def build_prompt(
     )
 
 
-class _Ids:
-    """Ids of a prompt under construction, and a digest of all of them so far."""
+class _PromptIds:
+    """Token ids of a prompt under construction, and their digest."""
 
     def __init__(self, salt: str) -> None:
         self.length = 0
@@ -131,26 +120,24 @@ class _Ids:
         self._chunks.append(chunk)
         self._digest.update(chunk.tobytes())
 
-    def key(self) -> bytes:
+    def digest(self) -> bytes:
         return self._digest.digest()
 
     def array(self) -> TokenArray:
         return np.concatenate(self._chunks)
 
 
-def _final(messages: Sequence[Message]) -> AssistantMessage:
+def _message_to_continue(messages: Sequence[Message]) -> AssistantMessage:
     last = messages[-1] if messages else None
     if not isinstance(last, AssistantMessage):
-        raise InvalidRequest(
-            "Only a last message of the assistant can be continued.", param="messages"
-        )
+        raise invalid_field("messages", "only a last message by the assistant can be continued.")
     if last.calls:
-        raise InvalidRequest("A message with tool calls cannot be continued.", param="messages")
+        raise invalid_field("messages", "a message with tool calls cannot be continued.")
     return last
 
 
-def _in_template(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: absent rather than null."""
+def _template_message(message: Message) -> dict[str, Any]:
+    """A message in the shape that chat templates expect, without null fields."""
     match message:
         case SystemMessage(text):
             return {"role": "system", "content": text}
@@ -159,11 +146,11 @@ def _in_template(message: Message) -> dict[str, Any]:
         case ToolMessage(text):
             return {"role": "tool", "content": text}
         case AssistantMessage(text, reasoning, calls):
-            shown: dict[str, Any] = {"role": "assistant", "content": text}
+            fields: dict[str, Any] = {"role": "assistant", "content": text}
             if reasoning:
-                shown["reasoning_content"] = reasoning
+                fields["reasoning_content"] = reasoning
             if calls:
-                shown["tool_calls"] = [
+                fields["tool_calls"] = [
                     {
                         "id": call.id,
                         "type": "function",
@@ -171,11 +158,11 @@ def _in_template(message: Message) -> dict[str, Any]:
                     }
                     for call in calls
                 ]
-            return shown
+            return fields
 
 
-def _sections(pieces: Sequence[Piece], roles: frozenset[int]) -> list[list[Piece]]:
-    """What was rendered, cut before each role tag."""
+def _split_at(roles: frozenset[int], pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Split before each role token."""
     sections: list[list[Piece]] = [[]]
     for piece in pieces:
         if piece in roles and sections[-1]:
@@ -184,16 +171,16 @@ def _sections(pieces: Sequence[Piece], roles: frozenset[int]) -> list[list[Piece
     return sections
 
 
-def _returning(
+def _returned_turns(
     messages: Sequence[Message], opened: Sequence[int], *, after_user: bool
 ) -> dict[int, AssistantMessage]:
-    """Which sections are assistant turns that may be remembered.
+    """Assistant messages that may be cached turns, by index of their section.
 
     Args:
-        opened: the sections that begin with `<|assistant|>`, of which there is one per message in
-            GLM's format; were it otherwise, none would be known for certain.
-        after_user: only those after the last user message, where alone the template keeps
-            reasoning when `clear_thinking` is on.
+        opened: indices of the sections that start with `<|assistant|>`. In GLM's format there is
+            one for each assistant message; otherwise the result is empty.
+        after_user: only turns after the last user message. With `clear_thinking` the template
+            keeps the reasoning of these turns alone.
     """
     turns = [index for index, one in enumerate(messages) if isinstance(one, AssistantMessage)]
     if len(turns) != len(opened):
@@ -210,17 +197,12 @@ def _returning(
     return found
 
 
-def _open_turn(message: AssistantMessage, tokenizer: Tokenizer) -> TokenArray:
-    """A turn in GLM's format, to the last character of what there is, without an end."""
-    tags = tokenizer.tags
-    pieces: list[Piece] = [tags.end_think]
+def _encode_open_turn(message: AssistantMessage, tokenizer: Tokenizer) -> TokenArray:
+    """Token ids of a turn in GLM's format, without its end."""
+    special_tokens = tokenizer.special_tokens
+    pieces: list[Piece] = [special_tokens.end_think]
     if message.reasoning:
-        pieces = [tags.think, message.reasoning]
+        pieces = [special_tokens.think, message.reasoning]
         if message.text:
-            pieces.append(tags.end_think)
+            pieces.append(special_tokens.end_think)
     return tokenizer.encode_rendered([*pieces, message.text])
-
-
-def _ends_in_reasoning(tokens: TokenArray, think: int, end_think: int) -> bool:
-    marks = tokens[(tokens == think) | (tokens == end_think)]
-    return bool(len(marks) and marks[-1] == think)

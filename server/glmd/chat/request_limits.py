@@ -1,22 +1,22 @@
-"""How much of anything one request may hold, beside its bytes (the setting `max_body`).
+"""Limits of one request's parts, besides its size in bytes (setting `max_body`).
 
-Each is far beyond what clients send, and near enough that what it bounds stays cheap.
+Each limit is far beyond what clients send, and low enough that the work it bounds stays cheap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
 
-from glmd.errors import InvalidRequest
+from glmd.errors import invalid_field
 
 MAX_MESSAGES = 10_000
-"""Messages, or items, of a conversation. Each takes two tokens at least, most take hundreds."""
+"""Messages, or input items, of a conversation. Each takes at least two tokens."""
 
 MAX_TOOLS = 1000
 """An agent with a dozen MCP servers has 200."""
 
 MAX_NAME = 256
-"""Characters of the name of a model or a profile."""
+"""Characters of a model or profile name."""
 
 MAX_STOP_LENGTH = 1000
 """Characters of a stop string."""
@@ -26,47 +26,41 @@ MAX_STOP_TOKENS = 1000
 MAX_BIASED_TOKENS = 4096
 
 MAX_PATTERN = 10_000
-"""Characters of a regular expression. Grammars and schemas are bounded in bytes, and all of them in
-the time that they take to compile (`glmd.structured_output.compiler`)."""
+"""Characters of a regular expression. Grammars and schemas are limited in bytes and in compile time
+(`glmd.structured_output.compiler`)."""
 
 MAX_DEPTH = 100
-"""Of schemas inside schemas; the deepest seen in the wild are near 15."""
+"""Nesting of JSON schemas. The deepest seen in practice have about 15 levels."""
 
 
-def check_count(things: Sized | None, most: int, param: str) -> None:
+def check_count(values: Sized | None, limit: int, param: str) -> None:
     """
     Raises:
-        InvalidRequest: there are more than `most` things.
+        InvalidRequest: more than `limit` values.
     """
-    if things is not None and len(things) > most:
-        raise InvalidRequest(
-            f"{param} holds {len(things)} entries, more than the {most} that are taken.",
-            param=param,
-        )
+    if values is not None and len(values) > limit:
+        raise invalid_field(param, f"{len(values)} entries exceed the limit of {limit}.")
 
 
-def check_length(text: str | None, most: int, param: str) -> None:
+def check_length(text: str | None, limit: int, param: str) -> None:
     """
     Raises:
-        InvalidRequest: a text has more than `most` characters.
+        InvalidRequest: more than `limit` characters.
     """
-    if text is not None and len(text) > most:
-        raise InvalidRequest(
-            f"{param} has {len(text)} characters, more than the {most} that are taken.",
-            param=param,
-        )
+    if text is not None and len(text) > limit:
+        raise invalid_field(param, f"{len(text)} characters exceed the limit of {limit}.")
 
 
-def check_depth(value: object, param: str, most: int = 4 * MAX_DEPTH) -> None:
+def check_depth(value: object, param: str, limit: int = 4 * MAX_DEPTH) -> None:
     """
     Args:
-        most: lists and objects inside each other. A schema inside a schema takes up to three.
+        limit: levels of lists and objects. One level of a JSON schema takes up to three.
 
     Raises:
-        InvalidRequest: a JSON value is nested more deeply.
+        InvalidRequest: a JSON value has more levels.
     """
     level = [value]
-    for _ in range(most):
+    for _ in range(limit):
         below: list[object] = []
         for each in level:
             if isinstance(each, Mapping):
@@ -76,4 +70,4 @@ def check_depth(value: object, param: str, most: int = 4 * MAX_DEPTH) -> None:
         if not below:
             return
         level = below
-    raise InvalidRequest(f"{param} is nested too deeply.", param=param)
+    raise invalid_field(param, "nested too deeply.")

@@ -1,13 +1,16 @@
-"""GLM's control tokens: the ids that structure a conversation, looked up by name."""
+"""Control tokens of the GLM-4.7 chat format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 
 from glmd.errors import CheckpointError
 
-NAMES = {
+Piece = str | int
+"""Part of a rendered prompt: plain text, or the id of one control token."""
+
+SPELLINGS = {
     "system": "<|system|>",
     "user": "<|user|>",
     "assistant": "<|assistant|>",
@@ -25,7 +28,7 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids of the tags that the prompt builder and the parser work with."""
+    """Ids of the tokens that structure a conversation."""
 
     system: int
     user: int
@@ -42,25 +45,29 @@ class SpecialTokens:
 
     @classmethod
     def find(cls, controls: Mapping[str, int], file: str) -> SpecialTokens:
-        """Look the tags up among a tokenizer's added tokens.
+        """Look the tokens up.
+
+        Args:
+            controls: id of each added token of the tokenizer, by spelling.
+            file: the tokenizer's file, for errors.
 
         Raises:
-            CheckpointError: a tag is not one token of its own.
+            CheckpointError: a token is missing.
         """
-        missing = [name for name in NAMES.values() if name not in controls]
+        missing = [spelling for spelling in SPELLINGS.values() if spelling not in controls]
         if missing:
             raise CheckpointError(
-                f"{file}: {', '.join(missing)} must each be one added token of a GLM-4.7 tokenizer",
+                f"{file}: missing control tokens: {', '.join(missing)}.",
                 file=file,
             )
-        return cls(**{field.name: controls[NAMES[field.name]] for field in fields(cls)})
-
-    @property
-    def parts(self) -> frozenset[int]:
-        """The tags that stand inside an assistant's turn."""
-        return frozenset(astuple(self)) - self.roles
+        return cls(**{name: controls[spelling] for name, spelling in SPELLINGS.items()})
 
     @property
     def roles(self) -> frozenset[int]:
-        """The tags that open a turn."""
+        """Tokens that start a turn."""
         return frozenset((self.system, self.user, self.assistant, self.observation))
+
+    @property
+    def in_turn(self) -> frozenset[int]:
+        """Tokens inside an assistant's turn."""
+        return frozenset(astuple(self)) - self.roles

@@ -1,9 +1,9 @@
-"""The checkpoint's chat template, compiled once.
+"""The checkpoint's chat template: messages to plain text and control tokens.
 
-A template writes control tokens as text, and so may a user. To tell them apart, the tags in the
-template's own literals are replaced, in its syntax tree, by marks that nobody else can write:
-a few private-use characters drawn at random when the template is loaded. What is rendered then
-falls apart into marks, which become control ids, and text, which stays text whatever it spells.
+A template writes control tokens as text, and a user can write the same text. To tell them apart,
+the control tokens in the template's literals are replaced, in its syntax tree, by marks:
+private-use characters drawn at random when the template is loaded. The output is then split at the
+marks, which become token ids. Everything else stays text, whatever it spells.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -23,18 +22,18 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glmd.errors import CheckpointError, InvalidRequest
+from glmd.chat.special_tokens import SPELLINGS, Piece
+from glmd.errors import CheckpointError, InvalidRequest, invalid_field
 
-if TYPE_CHECKING:
-    from glmd.chat.tokenizer import Piece
-
-DEFAULTS = {"enable_thinking": True, "clear_thinking": False}
+DEFAULT_VARIABLES = {"enable_thinking": True, "clear_thinking": False}
 """As the model card recommends."""
 
-PRIVATE_USE = 0xF0000
-"""First of the 65,534 characters of plane 15, none of which means anything to anyone."""
+SERVER_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+PRIVATE_USE = 0xF0000
+"""First of the 65,534 private-use characters of plane 15."""
+
+ROLES = tuple(SPELLINGS[role] for role in ("system", "user", "assistant", "observation"))
 PROBE = (
     {"role": "system", "content": "?"},
     {"role": "user", "content": "?"},
@@ -47,32 +46,7 @@ PROBE = (
     },
     {"role": "tool", "content": "?"},
 )
-"""A conversation in which a template of GLM's format writes all of ROLES."""
-
-OURS = ("messages", "tools", "add_generation_prompt")
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """What a template wrote: plain text, and the tags that the template itself put there."""
-
-    pieces: list[Piece]
-    text: str
-    """As a person reads it (`/apply-template`): tags spelled out."""
-
-
-class Template(Protocol):
-    """What a prompt is built with."""
-
-    def variables(self, kwargs: Mapping[str, Any]) -> dict[str, Any]: ...
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Rendered: ...
+"""A conversation for which a template in GLM's format writes all `ROLES`."""
 
 
 class ChatTemplate:
@@ -82,63 +56,46 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        source: str,
-        controls: Mapping[str, int],
-        *,
-        file: str = "chat_template.jinja",
-        defaults: Mapping[str, bool] | None = None,
+        self, source: str, controls: Mapping[str, int], *, file: str = "chat_template.jinja"
     ) -> None:
         """
         Args:
             source: the template.
-            controls: the tokenizer's control tokens, spelling to id.
-            file: where it comes from, for errors.
-            defaults: instead of `DEFAULTS`.
+            controls: id of each control token, by spelling (`Tokenizer.controls`).
+            file: the template's file, for errors.
 
         Raises:
-            CheckpointError: it does not compile, or it is not in GLM's format.
+            CheckpointError: the template does not compile, or is not in GLM's format.
         """
         self.source = source
-        self.defaults = dict(DEFAULTS if defaults is None else defaults)
         draw = secrets.SystemRandom().sample(range(0xFFFE), 4)
         secret = "".join(chr(PRIVATE_USE + number) for number in draw)
-        self._spellings = list(controls)
         self._ids = list(controls.values())
-        marks = {name: secret + chr(PRIVATE_USE + i) for i, name in enumerate(self._spellings)}
+        marks = {name: secret + chr(PRIVATE_USE + i) for i, name in enumerate(controls)}
         self._mark = re.compile(f"{secret}(.)", re.DOTALL)
         try:
             self._template = _compile(source, marks)
             probe = self.render(PROBE)
-        except (jinja2.TemplateError, InvalidRequest) as error:
-            raise CheckpointError(f"{file} is no usable template: {error}", file=file) from error
-        missing = [name for name in ROLES if controls.get(name) not in probe.pieces]
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"{file}: not a Jinja template: {error}", file=file) from error
+        except InvalidRequest as error:
+            problem = error.message.removeprefix("messages: ")
+            raise CheckpointError(f"{file}: not usable: {problem}", file=file) from error
+        missing = [name for name in ROLES if controls.get(name) not in probe]
         if missing:
-            raise CheckpointError(f"{file} never writes {', '.join(missing)}", file=file)
+            raise CheckpointError(
+                f"{file}: the template does not write {', '.join(missing)}.", file=file
+            )
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        controls: Mapping[str, int],
-        *,
-        defaults: Mapping[str, bool] | None = None,
-    ) -> ChatTemplate:
-        """Read `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+    def load(cls, folder: Path, controls: Mapping[str, int]) -> ChatTemplate:
+        """Load a checkpoint's template (`read_template`).
 
         Raises:
-            CheckpointError: there is none, it does not compile, or it is not in GLM's format.
+            CheckpointError: no template, or as for the constructor.
         """
         source, file = read_template(folder)
-        return cls(source, controls, file=str(file), defaults=defaults)
-
-    def variables(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's variables: `kwargs` without nulls, over the defaults.
-
-        Raises:
-            InvalidRequest: a thinking switch is not a boolean, or a variable is not the client's.
-        """
-        return template_variables(kwargs, self.defaults)
+        return cls(source, controls, file=str(file))
 
     def render(
         self,
@@ -147,13 +104,16 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Rendered:
+    ) -> list[Piece]:
         """Render messages in the template's own (OpenAI-like) shape.
 
+        Args:
+            kwargs: variables of the template (`template_variables`).
+
         Raises:
-            InvalidRequest: the template refuses the conversation.
+            InvalidRequest: the template cannot render the conversation.
         """
-        variables = self.variables(kwargs or {})
+        variables = template_variables(kwargs or {})
         try:
             marked = self._template.render(
                 messages=messages,
@@ -161,29 +121,24 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except Exception as error:  # a template is data: whatever it raises is about this request
-            raise InvalidRequest(
-                f"The chat template cannot render this conversation: {error}", param="messages"
-            ) from error
+        except Exception as error:  # a template can raise anything, about this conversation
+            raise invalid_field("messages", f"the chat template cannot render: {error}") from error
         pieces: list[Piece] = []
-        spelled: list[str] = []
         for position, part in enumerate(self._mark.split(marked)):
             if position % 2:
-                index = ord(part) - PRIVATE_USE
-                pieces.append(self._ids[index])
-                spelled.append(self._spellings[index])
+                pieces.append(self._ids[ord(part) - PRIVATE_USE])
             elif part:
                 pieces.append(part)
-                spelled.append(part)
-        return Rendered(pieces, "".join(spelled))
+        return pieces
 
 
 def read_template(folder: Path) -> tuple[str, Path]:
-    """A checkpoint's template, from `chat_template.jinja`, or `chat_template` in
-    `tokenizer_config.json`; and which of the two.
+    """Read `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+
+    Returns: the template, and its file.
 
     Raises:
-        CheckpointError: there is none, or the file is damaged.
+        CheckpointError: no template, or the file is damaged.
     """
     file = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
@@ -194,29 +149,27 @@ def read_template(folder: Path) -> tuple[str, Path]:
     except FileNotFoundError:
         source = None
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config} is damaged: {error}", file=str(config)) from error
+        raise CheckpointError(f"{config}: damaged: {error}", file=str(config)) from error
     if not isinstance(source, str):
-        message = f"{folder} has no chat template (chat_template.jinja)"
+        message = f"{folder}: no chat template (chat_template.jinja)."
         raise CheckpointError(message, file=str(file))
     return source, config
 
 
-def template_variables(kwargs: Mapping[str, Any], defaults: Mapping[str, bool]) -> dict[str, Any]:
-    """The template's variables: `kwargs` without nulls, over the defaults.
+def template_variables(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`DEFAULT_VARIABLES`, updated with the values in `kwargs` that are not None.
 
     Raises:
-        InvalidRequest: a thinking switch is not a boolean, or a variable is not the client's.
+        InvalidRequest: a thinking switch is not a boolean, or the server sets the variable.
     """
     given = {key: value for key, value in kwargs.items() if value is not None}
-    for key in OURS:
+    for key in SERVER_VARIABLES:
         if key in given:
-            param = f"chat_template_kwargs.{key}"
-            raise InvalidRequest(f"{param} cannot be set: the server sets it.", param=param)
-    for key in defaults:
-        if key in given and not isinstance(given[key], bool):
-            param = f"chat_template_kwargs.{key}"
-            raise InvalidRequest(f"{param} must be true or false.", param=param)
-    return {**defaults, **given}
+            raise invalid_field(f"chat_template_kwargs.{key}", "set by the server.")
+    for key in DEFAULT_VARIABLES:
+        if not isinstance(given.get(key, True), bool):
+            raise invalid_field(f"chat_template_kwargs.{key}", "must be true or false.")
+    return {**DEFAULT_VARIABLES, **given}
 
 
 def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
@@ -240,7 +193,7 @@ def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks text for training: here, plain text."""
+    """`{% generation %}…{% endgeneration %}`, which marks text for training, as plain text."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by the base class)
 
@@ -259,7 +212,7 @@ def _tojson(
 ) -> str:
     return json.dumps(
         value,
-        allow_nan=False,  # what JSON calls 1e999 is no number that could be written
+        allow_nan=False,  # 1e999 in a request is infinite, which JSON cannot write
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,

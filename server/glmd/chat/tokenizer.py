@@ -1,8 +1,8 @@
-"""Text to token ids and back, where no text can become a control token by accident.
+"""Text to token ids and back. Text never becomes a control token by accident.
 
 A control token is any *added* token of tokenizer.json (`<|user|>`, `</think>`, `<arg_value>`, …).
-The underlying tokenizer is used for plain text only; control ids come from the chat template,
-which marks the tags that it writes itself (see `glmd.chat.template`).
+The library's tokenizer encodes plain text only. Ids of control tokens come from the chat template,
+which marks the tokens that it writes (`glmd.chat.template`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.special_tokens import Piece, SpecialTokens
 from glmd.errors import CheckpointError
 from glmd.ipc import TokenArray
 from glmd.utils.lru import LRUCache
 
-Piece = str | int
-"""A stretch of plain text, or the id of one control token."""
-
-LONG = 256
-"""Characters of a text from which on it is worth remembering its ids: BPE takes 0.6 s for a
-million characters, finding them takes 0.2 ms."""
-REMEMBERED = 8_000_000
-"""Characters of such texts remembered in all: about ten full contexts, 40 MB."""
+MIN_CACHED_CHARS = 256
+"""Characters of the shortest text whose ids are cached. BPE takes 0.6 s for a million characters, a
+look-up 0.2 ms."""
+CACHE_CHARS = 8_000_000
+"""Characters of cached texts, about ten full contexts: 40 MB."""
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -43,36 +40,38 @@ def _byte_of_char() -> dict[str, int]:
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer with GLM's tags.
+    """A byte-level BPE tokenizer with GLM's control tokens.
 
     Attributes:
-        controls: every added token, spelling to id.
-        spellings: the same, id to spelling.
-        special: the ids of those that are marked special and are no part of an assistant's turn:
-            role tags, `<|endoftext|>`, ….
-        tags: the ids of the tags that structure a conversation.
+        controls: id of each added token, by spelling.
+        spellings: spelling of each added token, by id.
+        special_tokens: ids of the tokens that structure a conversation.
+        special: ids of the tokens that are marked special and cannot occur inside an assistant's
+            turn: role tokens, `<|endoftext|>`, ….
         vocab_size: number of ids, added tokens included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, file: str) -> None:
-        """Take over `backend`: from here on it encodes plain text only.
+        """Take over `backend`, which then encodes plain text only.
 
         Raises:
-            CheckpointError: not byte-level BPE, or a tag is missing.
+            CheckpointError: not byte-level BPE, or a special token is missing.
         """
         if not isinstance(backend.model, models.BPE) or not isinstance(
             backend.decoder, decoders.ByteLevel
         ):
-            raise CheckpointError(f"{file}: not a byte-level BPE tokenizer as GLM's is", file=file)
+            raise CheckpointError(
+                f"{file}: not a byte-level BPE tokenizer, as GLM-4.7's is.", file=file
+            )
         added = backend.get_added_tokens_decoder()
         self.controls: Mapping[str, int] = {token.content: id for id, token in added.items()}
         self.spellings: Mapping[int, str] = {id: name for name, id in self.controls.items()}
-        self.tags = SpecialTokens.find(self.controls, file)
+        self.special_tokens = SpecialTokens.find(self.controls, file)
         marked = frozenset(id for id, token in added.items() if token.special)
-        self.special = marked - self.tags.parts | self.tags.roles
+        self.special = marked - self.special_tokens.in_turn | self.special_tokens.roles
         self.vocab_size: int = backend.get_vocab_size()
         self._backend = backend
-        self._texts: LRUCache[str, TokenArray] = LRUCache(REMEMBERED)
+        self._encoded: LRUCache[str, TokenArray] = LRUCache(CACHE_CHARS)
         self._bytes = {id: name.encode() for id, name in self.spellings.items()}
         self._byte_of_char = _byte_of_char()
         # The library finds added tokens in text unless they are special and this flag is set.
@@ -81,9 +80,7 @@ class Tokenizer:
         )
         backend.encode_special_tokens = True
         if not set(self.encode(" ".join(self.controls))).isdisjoint(self.controls.values()):
-            raise CheckpointError(
-                f"{file}: a control token can be spelled by plain text", file=file
-            )
+            raise CheckpointError(f"{file}: plain text encodes to a control token.", file=file)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -94,7 +91,7 @@ class Tokenizer:
         """
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file", file=str(file))
+            raise CheckpointError(f"{file}: no such file.", file=str(file))
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -102,7 +99,7 @@ class Tokenizer:
         return cls(backend, str(file))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text: a control token's spelling in it stays text.
+        """Token ids of plain text. The spelling of a control token stays text.
 
         Lone surrogates, which JSON can carry but UTF-8 cannot, become U+FFFD.
         """
@@ -115,33 +112,35 @@ class Tokenizer:
         return ids
 
     def encode_rendered(self, pieces: Iterable[Piece]) -> TokenArray:
-        """Token ids of a rendered template (`Rendered.pieces`): text as text, tags as ids. [n]
+        """Token ids of a rendered template. int32, shape [n].
 
-        Long texts are remembered: a client sends its whole conversation again with each turn.
+        The ids of long texts are cached: a client sends its whole conversation with each request.
         """
         ids: list[int] = []
         chunks: list[TokenArray] = []
         for piece in pieces:
             if isinstance(piece, int):
                 ids.append(piece)
-            elif len(piece) < LONG:
+            elif len(piece) < MIN_CACHED_CHARS:
                 ids += self.encode(piece)
             else:
-                chunks += (np.array(ids, np.int32), self._encode_long(piece))
+                chunks += (np.array(ids, np.int32), self._encode_cached(piece))
                 ids = []
         return np.concatenate([*chunks, np.array(ids, np.int32)])
 
-    def _encode_long(self, text: str) -> TokenArray:
-        known = self._texts.get(text)
-        if known is None:
-            known = np.array(self.encode(text), np.int32)
-            self._texts.put(text, known, len(text))
-        return known
+    def _encode_cached(self, text: str) -> TokenArray:
+        ids = self._encoded.get(text)
+        if ids is None:
+            ids = np.array(self.encode(text), np.int32)
+            self._encoded.put(text, ids, len(text))
+        return ids
 
     def encode_markup(self, text: str) -> TokenArray:
-        """Token ids of text in which spellings of control tokens *are* control tokens. [n]
+        """Token ids of text in which spellings of control tokens *are* control tokens.
 
-        For raw prompts (`/v1/completions`, `/tokenize`), whose author writes the template by hand.
+        For raw prompts (`/v1/completions`, `/tokenize`), written in the template's format.
+
+        Returns: int32, shape [n].
         """
         return self.encode_rendered(
             self.controls.get(piece, piece) for piece in self._any_control.split(text)
@@ -153,25 +152,14 @@ class Tokenizer:
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, control tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`, control tokens spelled out. Invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that token `id` stands for; none for an id that pads the vocabulary."""
+        """Bytes of a token; b"" for an id that only pads the vocabulary."""
         known = self._bytes.get(id)
         if known is None:
             name: str | None = self._backend.id_to_token(id)
             known = bytes(map(self._byte_of_char.__getitem__, name)) if name else b""
             self._bytes[id] = known
         return known
-
-    def token_id(self, name: str) -> int:
-        """The id of a control token.
-
-        Raises:
-            CheckpointError: there is none of that name.
-        """
-        try:
-            return self.controls[name]
-        except KeyError:
-            raise CheckpointError(f"the tokenizer has no control token {name}") from None

@@ -1,8 +1,8 @@
-"""What a tool's JSON schema says about the type of an argument.
+"""Types of tool arguments, read from the tool's JSON schema.
 
-The model writes strings raw and everything else as JSON, so `123` may be a number or a string:
-the schema decides. This is no validator; it reads what tells types apart: `type`, `enum`,
-`const`, `nullable`, `anyOf`, `oneOf`, `allOf` and local `$ref`.
+GLM writes string arguments raw and every other value as JSON, so `123` may be a number or a string:
+the schema decides. This module is not a validator. It reads the keywords that tell types apart:
+`type`, `enum`, `const`, `nullable`, `anyOf`, `oneOf`, `allOf` and local `$ref`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import NoReturn
 from urllib.parse import unquote
 
-from glmd.chat.messages import Json
 from glmd.chat.request_limits import MAX_DEPTH
-from glmd.errors import InvalidRequest
+from glmd.chat.types import Json
+from glmd.errors import invalid_field
 
 NAMED = ("null", "boolean", "integer", "number", "string", "array", "object")
 TYPES = frozenset(NAMED)
@@ -36,17 +36,24 @@ STARTS = {
     "array": "[",
     "object": "{",
 }
-"""The characters that JSON of a type begins with."""
+"""First characters of the JSON of each type."""
 PYTHON_NAMES = {"True": "true", "False": "false", "None": "null"}
 JSON_SPACE = " \t\n\r"
+NUMBER = frozenset("+-.eE0123456789" + JSON_SPACE)
+LITERALS = {"n": "null", "t": "true", "f": "false"}
+
+dump = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
 class ArgType:
-    """What an argument may be: any value of some types, or one of some values."""
+    """Type of an argument: any value of `types`, or one of `values`.
+
+    Attributes:
+        types: names in `NAMED`; "number" means numbers that are not integers.
+    """
 
     types: frozenset[str]
-    """Of NAMED; "number" stands for numbers that are no integers."""
     values: tuple[Json, ...] = ()
 
     def allows(self, value: Json) -> bool:
@@ -54,35 +61,33 @@ class ArgType:
 
     @cached_property
     def free(self) -> bool:
-        """Nothing is said: what is JSON is JSON, the rest a string."""
+        """Every type is allowed: text that parses as JSON is JSON, other text a string."""
         return self.types == TYPES
 
     @cached_property
     def only_string(self) -> bool:
-        """A string, whatever it looks like."""
         return self._all_types == {"string"}
 
     @cached_property
     def starts(self) -> str | None:
-        """First characters of a value that is not plainly a string; None if strings are not
-        allowed, so that no beginning says which it is."""
+        """First characters of values that may be JSON; None if strings are not allowed."""
         if "string" not in self._all_types:
             return None
         starts = "".join(STARTS.get(name, "") for name in self._all_types)
         return starts + '"' if self.free else starts
 
     def json_of(self, text: str) -> str:
-        """JSON for the text of a whole value, as the model wrote it.
+        """JSON of a complete value, as the model wrote it.
 
-        JSON stays as written (`1.10`, integers of 30 digits); a string keeps its last space and
-        newline. What is neither what the schema asks for nor JSON is a string, as it stands.
+        JSON stays as written (`1.10`, integers of 30 digits), and a string keeps its whitespace.
+        Text that is neither JSON nor of an allowed type becomes a string.
         """
         if self.only_string:
             return dump(text)
         stripped = text.strip(JSON_SPACE)
         value: Json
         try:
-            value = json.loads(stripped, parse_constant=_no_constant)
+            value = json.loads(stripped, parse_constant=reject_constant)
         except (ValueError, RecursionError):
             if stripped in PYTHON_NAMES and self.starts is None:
                 return PYTHON_NAMES[stripped]
@@ -104,19 +109,18 @@ class ArgType:
 
 
 FREE = ArgType(TYPES)
-"""For an unknown tool, an undeclared argument, a schema that says nothing."""
-NOTHING = ArgType(frozenset())
+"""For unknown tools, undeclared arguments and empty schemas."""
 
 
 class ArgTypeReader:
-    """Reads the schema of a tool's arguments; each reference once, so that circles end."""
+    """Reads the types of a tool's arguments. Each `$ref` is read once, so cycles end."""
 
     def __init__(self, root: dict[str, Json]) -> None:
         self._root = root
-        self._known: dict[str, ArgType] = {}
+        self._by_reference: dict[str, ArgType] = {}
 
     def arguments(self) -> dict[str, ArgType]:
-        """The declared arguments' types, by name."""
+        """Types of the declared arguments, by name."""
         types: dict[str, ArgType] = {}
         for schema in self._combined(self._root, set()):
             properties = schema.get("properties")
@@ -125,7 +129,7 @@ class ArgTypeReader:
         return types
 
     def read(self, schema: Json) -> ArgType:
-        """The type of the values that are valid under `schema`."""
+        """Type of the values that are valid under `schema`."""
         if not isinstance(schema, dict):
             return FREE
         found = _own_type(schema)
@@ -136,23 +140,23 @@ class ArgTypeReader:
         for keyword in ("anyOf", "oneOf"):
             branches = _list(schema, keyword)
             if branches:
-                either = NOTHING
+                union = ArgType(frozenset())
                 for branch in branches:
-                    either |= self.read(branch)
-                found &= either
+                    union |= self.read(branch)
+                found &= union
         if schema.get("nullable") is True:  # OpenAPI 3.0
             found |= ArgType(frozenset({"null"}))
         return found
 
     def _referred(self, reference: Json) -> ArgType:
         key = str(reference)
-        if key not in self._known:
-            self._known[key] = FREE  # what a circle says of itself
-            self._known[key] = self.read(resolve(reference, self._root))
-        return self._known[key]
+        if key not in self._by_reference:
+            self._by_reference[key] = FREE  # the result of a reference to itself
+            self._by_reference[key] = self.read(resolve(reference, self._root))
+        return self._by_reference[key]
 
     def _combined(self, schema: Json, seen: set[str]) -> Iterator[Mapping[str, Json]]:
-        """A schema and those that it is put together from."""
+        """Yield a schema and the schemas that `$ref` and `allOf`, `anyOf`, `oneOf` add to it."""
         if not isinstance(schema, dict):
             return
         yield schema
@@ -165,22 +169,74 @@ class ArgTypeReader:
                 yield from self._combined(branch, seen)
 
 
+class ValueWriter:
+    """JSON of one value, in pieces: a string as it arrives, other values when complete."""
+
+    def __init__(self, type: ArgType) -> None:
+        self._type = type
+        self._is_string = type.only_string
+        self._is_open = False
+        """The opening quote of the string was written."""
+        self._start = ""
+        """First character that is not whitespace; "" if none arrived."""
+        self._held: list[str] = []
+
+    def feed(self, text: str) -> str:
+        """Take the next text of the value, and return JSON that no further text can change."""
+        if self._is_string:
+            return self._string(text)
+        self._held.append(text)
+        if not self._must_be_string(text):
+            return ""
+        self._is_string = True
+        return self._string("".join(self._held))
+
+    def close(self) -> str:
+        """Return the rest of the JSON."""
+        if self._is_string:
+            return self._string("") + '"'
+        return self._type.json_of("".join(self._held))
+
+    def _string(self, text: str) -> str:
+        escaped = dump(text)[1:-1]
+        if self._is_open:
+            return escaped
+        self._is_open = True
+        return '"' + escaped
+
+    def _must_be_string(self, text: str) -> bool:
+        """Whether the value, which `text` continues, cannot be JSON of any allowed type."""
+        if self._type.starts is None:
+            return False
+        if not self._start:
+            text = text.lstrip(JSON_SPACE)
+            if not text:
+                return False
+            self._start = text[0]
+        if self._start not in self._type.starts:
+            return True
+        literal = LITERALS.get(self._start)
+        if literal is not None:
+            return not literal.startswith("".join(self._held).strip(JSON_SPACE))
+        return self._start in NUMBER and not NUMBER.issuperset(text)
+
+
 def check_schema(root: dict[str, Json], param: str) -> None:
-    """Refuse a schema of arguments that is broken where it would be read.
+    """Refuse a schema of arguments that is malformed in the keywords read here.
 
     Raises:
-        InvalidRequest: names the keyword at fault.
+        InvalidRequest: names the keyword.
     """
     if root.get("type", "object") != "object":
-        raise InvalidRequest(f'{param}.type must be "object".', param=f"{param}.type")
+        raise invalid_field(f"{param}.type", 'must be "object".')
     _check(root, root, param, 0, set())
 
 
 def resolve(reference: Json, root: dict[str, Json]) -> Json:
-    """The schema that `#/$defs/City` points to; True, which allows anything, for other documents.
+    """The schema at a reference such as `#/$defs/City`; True for references outside `root`.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no schema at `reference`.
     """
     if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
         return True
@@ -197,13 +253,15 @@ def resolve(reference: Json, root: dict[str, Json]) -> Json:
 
 
 def type_of(value: Json) -> str:
-    """JSON schema's name for the type of a value; 3.0 is an integer there."""
+    """JSON schema's name of a value's type; 3.0 is an integer in JSON schema."""
     if isinstance(value, float):
         return "integer" if value.is_integer() else "number"
     return PYTHON_TYPES[type(value)]
 
 
-dump = json.JSONEncoder(ensure_ascii=False).encode
+def reject_constant(name: str) -> NoReturn:
+    """For `json.loads(parse_constant=…)`: refuse NaN and Infinity."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _distinct(values: tuple[Json, ...]) -> tuple[Json, ...]:
@@ -220,9 +278,9 @@ def _list(schema: Mapping[str, Json], keyword: str) -> list[Json]:
 
 
 def _own_type(schema: Mapping[str, Json]) -> ArgType:
-    """What `type`, `enum` and `const` say, and failing these the keywords that imply a type."""
-    kind = schema.get("type")
-    names = {kind} if isinstance(kind, str) else set(map(str, _list(schema, "type")))
+    """The type that `type`, `enum` and `const` declare, or that other keywords imply."""
+    declared = schema.get("type")
+    names = {declared} if isinstance(declared, str) else set(map(str, _list(schema, "type")))
     if "number" in names:
         names.add("integer")
     if not names and not schema.keys().isdisjoint(("properties", "additionalProperties")):
@@ -238,10 +296,19 @@ def _check(schema: Json, root: dict[str, Json], param: str, depth: int, seen: se
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
-        raise InvalidRequest(f"{param} must be a JSON schema: an object.", param=param)
+        raise invalid_field(param, "must be a JSON schema (an object).")
     if depth > MAX_DEPTH:
-        raise InvalidRequest(f"{param} is nested too deeply.", param=param)
-    _check_own(schema, param)
+        raise invalid_field(param, "nested too deeply.")
+    declared = schema.get("type", [])
+    names = declared if isinstance(declared, list) else [declared]
+    if not all(isinstance(name, str) and name in TYPES for name in names):
+        raise invalid_field(f"{param}.type", f"must be one of {', '.join(NAMED)}, or a list.")
+    for keyword in ("properties", "$defs", "definitions"):
+        if not isinstance(schema.get(keyword, {}), dict):
+            raise invalid_field(f"{param}.{keyword}", "must be an object.")
+    for keyword in ("enum", "required", "allOf", "anyOf", "oneOf"):
+        if not isinstance(schema.get(keyword, []), list):
+            raise invalid_field(f"{param}.{keyword}", "must be a list.")
     for where, inner in _inner_schemas(schema):
         _check(inner, root, f"{param}.{where}", depth + 1, seen)
     reference = str(schema.get("$ref"))
@@ -250,31 +317,8 @@ def _check(schema: Json, root: dict[str, Json], param: str, depth: int, seen: se
         try:
             referred = resolve(schema["$ref"], root)
         except KeyError:
-            field = f"{param}.$ref"
-            raise InvalidRequest(f"{field} points nowhere: {reference}.", param=field) from None
+            raise invalid_field(f"{param}.$ref", f"{reference!r} does not exist.") from None
         _check(referred, root, f"{param}.$ref", depth + 1, seen)
-
-
-def _check_own(schema: Mapping[str, Json], param: str) -> None:
-    kind = schema.get("type", [])
-    names = kind if isinstance(kind, list) else [kind]
-    if not all(isinstance(name, str) and name in TYPES for name in names):
-        raise InvalidRequest(
-            f"{param}.type must be one of {', '.join(NAMED)}, or a list of them.",
-            param=f"{param}.type",
-        )
-    for keyword, shape, said in (
-        ("properties", dict, "an object"),
-        ("$defs", dict, "an object"),
-        ("definitions", dict, "an object"),
-        ("enum", list, "a list"),
-        ("required", list, "a list"),
-        ("allOf", list, "a list"),
-        ("anyOf", list, "a list"),
-        ("oneOf", list, "a list"),
-    ):
-        if not isinstance(schema.get(keyword, shape()), shape):
-            raise InvalidRequest(f"{param}.{keyword} must be {said}.", param=f"{param}.{keyword}")
 
 
 def _inner_schemas(schema: Mapping[str, Json]) -> Iterable[tuple[str, Json]]:
@@ -288,7 +332,3 @@ def _inner_schemas(schema: Mapping[str, Json]) -> Iterable[tuple[str, Json]]:
     for keyword in ("items", "additionalProperties"):
         if isinstance(schema.get(keyword), dict):
             yield keyword, schema[keyword]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from glmd.chat.messages import Json
+from glmd.chat.types import Json
 from glmd.structured_output.json_schema import JsonSchemaCompiler
 
 Node = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glmd.chat.messages import Json
+from glmd.chat.types import Json
 from glmd.structured_output.disjointness import separate
 from glmd.structured_output.schema_context import SchemaContext, malformed
 

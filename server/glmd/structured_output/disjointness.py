@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED, type_of
+from glmd.chat.types import Json
 
 Node = dict[str, Any]
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED
+from glmd.chat.types import Json
 from glmd.errors import InvalidRequest
 from glmd.structured_output.keywords import READERS, REFUSED, says_nothing
 from glmd.structured_output.objects import read_object

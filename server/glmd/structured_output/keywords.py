@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glmd.chat.messages import Json
+from glmd.chat.types import Json
 from glmd.structured_output.arrays import read_items, read_unique
 from glmd.structured_output.combinations import read_branches, read_reference
 from glmd.structured_output.numbers import read_bound, read_multiple

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 
-from glmd.chat.messages import Json
+from glmd.chat.types import Json
 from glmd.structured_output.schema_context import SchemaContext, malformed
 from glmd.structured_output.values import is_exact
 

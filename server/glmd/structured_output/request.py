@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glmd.chat.messages import is_strict
 from glmd.chat.request_limits import MAX_PATTERN, check_depth, check_length
-from glmd.chat.tools import Tool, is_strict
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output.spec import (
     AnswerFormat,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glmd.chat.messages import Json
+from glmd.chat.types import Json
 from glmd.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from llguidance import LLMatcher
 
-from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED
+from glmd.chat.types import Json
 from glmd.structured_output.backend import LIMITS
 from glmd.structured_output.formats import ENFORCED, UNSUPPORTED
 from glmd.structured_output.schema_context import Node, SchemaContext, malformed, read_count

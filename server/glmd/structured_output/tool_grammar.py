@@ -4,7 +4,7 @@
 
 Tags are tokens, named by id; no text can become one. Arguments may come in any order, each once,
 the required ones all. A string is raw text up to its tag; anything else is JSON by its schema. Text
-that the reader of calls (`glmd.chat.tool_call_parser`) would take for JSON of another type that
+that the reader of calls (`glmd.chat.glm4_parser`) would take for JSON of another type that
 the argument may have is left out of the strings.
 """
 

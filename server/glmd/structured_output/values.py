@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from glmd.chat.messages import Json
 from glmd.chat.tool_args import NAMED, type_of
+from glmd.chat.types import Json
 from glmd.errors import InvalidRequest
 from glmd.structured_output.disjointness import canonical_text
 from glmd.structured_output.schema_context import SchemaContext, malformed

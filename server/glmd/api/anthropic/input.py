@@ -8,19 +8,18 @@ from typing import Any
 from glmd.api.anthropic.request import CountTokensRequest
 from glmd.api.defaults import Defaults
 from glmd.api.tools import numbered, read_flat_tools
-from glmd.chat.messages import (
+from glmd.chat.messages import arguments_of, order_tool_results
+from glmd.chat.request_limits import MAX_MESSAGES, check_count
+from glmd.chat.types import (
     AssistantMessage,
     Conversation,
     Message,
     SystemMessage,
+    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
-    arguments_of,
-    order_tool_results,
 )
-from glmd.chat.request_limits import MAX_MESSAGES, check_count
-from glmd.chat.tools import Tool
 from glmd.errors import InvalidRequest
 
 SEPARATOR = "\n\n"

@@ -16,7 +16,7 @@ from glmd.api.defaults import Defaults
 from glmd.api.openai.input import Effort
 from glmd.api.openai.parameters import MAX_STOPS
 from glmd.api.sampling import NO_OP, SamplingFields
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output import OutputSpec, make_structure, read_response_format
 

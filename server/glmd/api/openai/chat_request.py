@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import Limit, Parameters
 from glmd.api.sampling import INT64, NO_OP
-from glmd.chat.tools import Tool, read_tools
+from glmd.chat.messages import read_tools
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output import OutputSpec, make_structure, only_format, read_response_format
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from glmd.api.defaults import Defaults
-from glmd.chat.messages import Conversation, read_messages
-from glmd.chat.tools import read_tools
+from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.types import Conversation
 from glmd.errors import InvalidRequest
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glmd.api.responses.tools import INPUT, full_name
-from glmd.chat.messages import (
+from glmd.chat.messages import arguments_of, order_tool_results, text_of
+from glmd.chat.types import (
     AssistantMessage,
     Json,
     Message,
@@ -15,9 +16,6 @@ from glmd.chat.messages import (
     ToolCall,
     ToolMessage,
     UserMessage,
-    arguments_of,
-    order_tool_results,
-    text_of,
 )
 from glmd.errors import InvalidRequest
 

@@ -11,7 +11,7 @@ from glmd.api.openai.input import Effort
 from glmd.api.responses.schemas import INPUT_SCHEMA, TOOLS_SCHEMA
 from glmd.api.responses.tools import full_name
 from glmd.api.sampling import NO_OP, SamplingFields
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output import OutputSpec, make_structure, read_response_format
 

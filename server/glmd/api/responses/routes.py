@@ -36,8 +36,8 @@ from glmd.api.serving import start_generation
 from glmd.api.sse import EventStream, cancel_on_disconnect, prime
 from glmd.api.state import AppState, get_state
 from glmd.api.streaming import drain, encode_sse, stream_events, write
-from glmd.chat.messages import Conversation, Message, SystemMessage
 from glmd.chat.request_limits import MAX_MESSAGES, check_count
+from glmd.chat.types import Conversation, Message, SystemMessage
 from glmd.errors import InvalidRequest
 from glmd.ipc import SamplingParams
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glmd.api.tools import numbered, read_flat_tools
-from glmd.chat.tools import Tool
+from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 
 HOSTED = (
