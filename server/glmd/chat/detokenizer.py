@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from glmd.chat.events import ContentDelta, Event, ReasoningDelta, TokenInfo
@@ -33,57 +32,12 @@ class Detokenizer:
         return rest
 
 
-@dataclass(frozen=True, slots=True)
-class Automaton:
-    """Automaton of Aho and Corasick (CACM 18(6), 1975). A state is a prefix of some stop string.
-
-    Attributes:
-        next: next state by character, for each state.
-        fail: the longest proper suffix that is a state, for each state.
-        found: the stop string that ends in each state, or None.
-        length: number of characters of each state's prefix.
-    """
-
-    next: list[dict[str, int]]
-    fail: list[int]
-    found: list[str | None]
-    length: list[int]
-
-
-@lru_cache(maxsize=8)  # shared by the `n` answers to one prompt
-def build_automaton(strings: tuple[str, ...]) -> Automaton:
-    next: list[dict[str, int]] = [{}]
-    found: list[str | None] = [None]
-    length = [0]
-    for string in strings:
-        state = 0
-        for depth, character in enumerate(string, start=1):
-            if character not in next[state]:
-                next[state][character] = len(next)
-                next.append({})
-                found.append(None)
-                length.append(depth)
-            state = next[state][character]
-        found[state] = string
-    fail = [0] * len(next)
-    queue = deque(next[0].values())
-    while queue:
-        state = queue.popleft()
-        for character, target in next[state].items():
-            queue.append(target)
-            back = fail[state]
-            while back and character not in next[back]:
-                back = fail[back]
-            fail[target] = next[back].get(character, 0)
-            found[target] = found[target] or found[fail[target]]
-    return Automaton(next, fail, found, length)
-
-
 class StopStrings:
     """Finds the first stop string in a stream, and withholds only text that may become one.
 
     The string that is complete first wins; of several that end at the same character, the longest.
-    The result does not depend on how the text is split.
+    The result does not depend on how the text is split. Each character takes constant time per stop
+    string (Knuth, Morris, Pratt; SIAM J. Comput. 6(2), 1977).
 
     Attributes:
         matched: the stop string that was found, or None.
@@ -95,38 +49,50 @@ class StopStrings:
             strings: stop strings, none of them empty.
         """
         self.matched: str | None = None
-        self._automaton = build_automaton(tuple(strings))
-        self._state = 0
+        self._strings = [(string, border_lengths(string)) for string in strings]
+        self._lengths = [0] * len(strings)
+        """Length of each string's prefix that the text ends with."""
         self._held = ""
 
     def feed(self, text: str) -> str:
         """Take the next text, and return the text that no stop string can include any more."""
         if self.matched is not None:
             return ""
-        state = self._state
-        automaton = self._automaton
-        for position, character in enumerate(text):
-            while state and character not in automaton.next[state]:
-                state = automaton.fail[state]
-            state = automaton.next[state].get(character, 0)
-            found = automaton.found[state]
-            if found is not None:
-                self.matched = found
-                seen = self._held + text[: position + 1]
-                self._held = ""
-                return seen[: -len(found)]
-        self._state = state
         seen = self._held + text
-        safe = len(seen) - automaton.length[state]
+        for end, character in enumerate(text, start=len(self._held) + 1):
+            for index, (string, borders) in enumerate(self._strings):
+                length = self._lengths[index]
+                while length and string[length] != character:
+                    length = borders[length]
+                length += string[length] == character
+                self._lengths[index] = length
+                if length == len(string) > len(self.matched or ""):
+                    self.matched = string
+            if self.matched is not None:
+                self._held = ""
+                return seen[: end - len(self.matched)]
+        safe = len(seen) - max(self._lengths)
         self._held = seen[safe:]
         return seen[:safe]
 
     def flush(self) -> str:
         """Return the withheld text, and start again."""
-        held = self._held
-        self._held = ""
-        self._state = 0
+        held, self._held = self._held, ""
+        self._lengths = [0] * len(self._strings)
         return held
+
+
+@lru_cache(maxsize=256)  # shared by the `n` answers to one prompt
+def border_lengths(string: str) -> list[int]:
+    """For each prefix length, the length of the longest proper prefix that is also its suffix."""
+    borders = [0, 0]
+    length = 0
+    for character in string[1:]:
+        while length and string[length] != character:
+            length = borders[length]
+        length += string[length] == character
+        borders.append(length)
+    return borders
 
 
 class TextStream:
