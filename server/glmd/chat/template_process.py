@@ -2,11 +2,10 @@
 
 A template is a program that comes with a checkpoint. Jinja's sandbox keeps it from files and from
 Python's internals, but not from an endless loop or a string of any size, and a thread that runs one
-cannot be stopped. A process can be killed. A prompt of 30,000 tokens takes 0.5 to 3 ms longer than in
-the calling process
+cannot be stopped. A process can be killed. It adds 0.5 to 3 ms to a prompt of 30,000 tokens
 (`benchmarks/prompt_path.py`).
 
-The child runs this module. Both sides send JSON, each message after its length, over a socket pair.
+Parent and child run this module, and exchange JSON.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,8 @@ POLL_SECONDS = 0.05
 IDLE_SECONDS = 60.0
 """Time after which a process that neither replies nor uses CPU time is killed."""
 
-HEADER_BYTES = 8
-"""Size of a message's length, little-endian."""
-
 MAX_ERROR_CHARS = 1000
-"""A template chooses the text of its errors."""
+"""Limit of an error's text, which the template chooses."""
 
 
 class TemplateProcess:
@@ -81,7 +78,7 @@ class TemplateProcess:
         self._max_seconds = max_seconds
         self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._connection: Connection | None = None
         try:
             reply = self._start()
         except InvalidRequest as error:
@@ -128,18 +125,19 @@ class TemplateProcess:
         pieces: list[Piece] = reply["pieces"]
         return pieces
 
-    def close(self) -> None:
-        """Kill the process."""
+    def close(self) -> int:
+        """Kill the process. Returns its exit status (negative: a signal ended it), or 0."""
         process, self._process = self._process, None
-        if self._socket is not None:
-            self._socket.close()
-        if process is not None:
-            process.kill()
-            process.wait()
+        if self._connection is not None:
+            self._connection.close()
+        if process is None:
+            return 0
+        process.kill()
+        return process.wait()
 
     def _start(self) -> dict[str, Any]:
-        """Start the process; returns its reply to the setup."""
-        self._socket, theirs = socket.socketpair()
+        """Start the process, and return its reply to the setup."""
+        self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  (this module)
                 [sys.executable, "-P", "-m", "glmd.chat.template_process", str(theirs.fileno())],
@@ -151,84 +149,47 @@ class TemplateProcess:
         return self._exchange(self._setup)
 
     def _exchange(self, data: bytes) -> dict[str, Any]:
-        """Send a message and wait for the reply.
+        """Send a message, and wait for the reply.
 
         Raises:
             InvalidRequest: a limit was exceeded. The process has ended.
         """
-        assert self._socket is not None
+        assert self._connection is not None
         assert self._process is not None
         limit = self._max_bytes + BYTES_PER_BYTE * len(data)
+        deadline = time.monotonic() + IDLE_SECONDS
+        problem = "crashes"
         try:
-            self._socket.settimeout(IDLE_SECONDS)
-            self._socket.sendall(len(data).to_bytes(HEADER_BYTES, "little") + data)
-            length = int.from_bytes(self._receive(HEADER_BYTES, limit), "little")
-            if length > limit:
-                raise MemoryError
-            reply: dict[str, Any] = json.loads(self._receive(length, limit))
-        except MemoryError:
-            problem = "needs too much memory"
-        except TimeoutError:
-            problem = f"does not respond within {IDLE_SECONDS:g} s"
-        except OSError:  # the process has ended
-            timed_out = self._process.wait() == -signal.SIGPROF
-            problem = f"takes more than {self._max_seconds:g} s" if timed_out else "crashes"
-        else:
-            return reply
-        self.close()
+            self._connection.send_bytes(data)
+            while not self._connection.poll(POLL_SECONDS):
+                if process_memory_bytes(self._process.pid) > limit:
+                    problem = "needs too much memory"
+                    break
+                if time.monotonic() > deadline:
+                    problem = f"does not respond within {IDLE_SECONDS:g} s"
+                    break
+            else:
+                reply: dict[str, Any] = json.loads(self._connection.recv_bytes(limit))
+                return reply
+        except (OSError, EOFError, psutil.NoSuchProcess) as error:  # the process has ended
+            log.debug("Chat template process ended: %r", error)
+        if self.close() == -signal.SIGPROF:
+            problem = f"takes more than {self._max_seconds:g} s"
         log.warning("Chat template killed: problem=%r, request_bytes=%d", problem, len(data))
         raise invalid_field("messages", f"the chat template {problem} on this conversation.")
 
-    def _receive(self, length: int, limit: int) -> bytearray:
-        """Receive `length` bytes, while the process has at most `limit` bytes of memory."""
-        assert self._socket is not None
-        assert self._process is not None
-        self._socket.settimeout(POLL_SECONDS)
-        deadline = time.monotonic() + IDLE_SECONDS
-        received = bytearray()
-        while len(received) < length:
-            try:
-                piece = self._socket.recv(min(length - len(received), 2**20))
-            except TimeoutError:
-                if memory_bytes(self._process.pid) > limit:
-                    raise MemoryError from None
-                if time.monotonic() > deadline:
-                    raise
-                continue
-            if not piece:
-                raise ConnectionResetError
-            received += piece
-        return received
 
-
-def memory_bytes(pid: int) -> int:
-    """Memory of a process; 0 once it has ended."""
-    try:
-        return process_memory_bytes(pid)
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def serve(connection: socket.socket) -> None:
+def serve(connection: Connection) -> None:
     """Child process: reply to the setup, then to each conversation, until the parent ends.
 
     SIGPROF kills the process when it exceeds its CPU time. The signal keeps its default action: a
     handler in Python would run only after the operation that does not end.
     """
-    stream = connection.makefile("rwb")
-
-    def receive() -> Any:
-        header = stream.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES:
-            sys.exit(0)
-        return json.loads(stream.read(int.from_bytes(header, "little")))
 
     def send(reply: Mapping[str, Any]) -> None:
-        data = json.dumps(reply).encode()
-        stream.write(len(data).to_bytes(HEADER_BYTES, "little") + data)
-        stream.flush()
+        connection.send_bytes(json.dumps(reply).encode())
 
-    setup = receive()
+    setup = json.loads(connection.recv_bytes())
     signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
     try:
         template = ChatTemplate(setup["source"], setup["controls"], file=setup["file"])
@@ -238,7 +199,10 @@ def serve(connection: socket.socket) -> None:
     send({})
     while True:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        request = receive()
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
             send({"pieces": template.render(**request)})
@@ -247,4 +211,4 @@ def serve(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])))
