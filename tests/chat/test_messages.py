@@ -1,4 +1,4 @@
-"""Messages and tools: sloppy ones are understood, wrong ones refused by name."""
+"""Reading messages and tools: lenient where the meaning is clear, else errors name the field."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_arguments_come_as_json_text_or_as_an_object_with_key_order_kept(
 
 
 @pytest.mark.parametrize("arguments", ['{"a": ', "[1]", '"x"', 7, '{"a": NaN}', "[" * 100_000])
-def test_broken_arguments_are_refused_by_name(arguments: object) -> None:
+def test_malformed_arguments_are_named(arguments: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_messages([{"role": "user", "content": "x"}, assistant(call("a", arguments=arguments))])
     assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
@@ -105,14 +105,14 @@ def test_broken_arguments_are_refused_by_name(arguments: object) -> None:
         (result("a"), "messages[0].tool_call_id"),
     ],
 )
-def test_a_wrong_message_is_refused_by_the_name_of_the_field(message: Any, param: str) -> None:
+def test_the_error_for_a_malformed_message_names_the_field(message: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_messages([message])
     assert caught.value.param == param
     assert param.rsplit(".", maxsplit=1)[-1] in caught.value.message
 
 
-def test_no_messages_are_refused() -> None:
+def test_at_least_one_message_is_required() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_messages([])
     assert caught.value.param == "messages"
@@ -142,7 +142,7 @@ def test_the_same_id_may_come_again_in_a_later_turn() -> None:
     assert texts_of([*turn, *turn]) == ["1", "1"]
 
 
-def test_calls_at_the_end_may_stay_without_a_result() -> None:
+def test_the_last_calls_need_no_result() -> None:
     calls = assistant(call("a"), call("b"))
     assert texts_of([calls, result("a", "1"), {"role": "user", "content": "stop"}]) == ["1"]
 
@@ -162,7 +162,7 @@ def test_results_may_come_in_two_runs() -> None:
         ([result("b"), {"role": "user", "content": "?"}, result("a")], "messages[2]"),
     ],
 )
-def test_a_result_that_answers_no_call_or_leaves_one_out_is_refused(
+def test_a_result_without_a_call_or_after_a_missing_result_is_refused(
     results: list[Any], param: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -174,7 +174,7 @@ def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f", **fields}}]
 
 
-def test_tools_reach_the_template_as_they_were_sent() -> None:
+def test_a_tools_definition_is_kept_as_sent() -> None:
     raw = function(description="d", parameters={"type": "object", "properties": {}}, strict=True)
     tool = read_tools(raw)[0]
     assert tool.definition == raw[0]
@@ -182,7 +182,7 @@ def test_tools_reach_the_template_as_they_were_sent() -> None:
 
 
 @pytest.mark.parametrize("raw", [None, []])
-def test_no_tools_are_no_tools(raw: list[Any] | None) -> None:
+def test_no_tools_are_an_empty_list(raw: list[Any] | None) -> None:
     assert read_tools(raw) == []
 
 
@@ -225,13 +225,13 @@ def test_a_tool_needs_no_parameters() -> None:
         ),
     ],
 )
-def test_a_broken_tool_is_refused_by_the_name_of_the_field(tools: Any, param: str) -> None:
+def test_the_error_for_a_malformed_tool_names_the_field(tools: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_tools(tools)
     assert caught.value.param == param
 
 
-def test_a_schema_nested_without_end_is_refused() -> None:
+def test_a_deeply_nested_schema_is_refused() -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(500):
         schema = {"type": "array", "items": schema}
@@ -265,7 +265,7 @@ raw_messages = st.fixed_dictionaries(
 
 
 def read_or_refused(read: Callable[[list[Any]], list[Any]], raw: list[Any], name: str) -> None:
-    """Every other exception goes through."""
+    """Fail on every exception but `InvalidRequest`."""
     fault: str | None = name
     try:
         assert len(read(raw)) == len(raw)
@@ -275,7 +275,7 @@ def read_or_refused(read: Callable[[list[Any]], list[Any]], raw: list[Any], name
 
 
 @given(st.lists(raw_messages | odd, max_size=4))
-def test_whatever_messages_are_they_are_read_or_refused_by_name(raw: list[Any]) -> None:
+def test_any_messages_are_read_or_refused_by_name(raw: list[Any]) -> None:
     read_or_refused(read_messages, raw, "messages")
 
 
@@ -295,5 +295,5 @@ def test_whatever_messages_are_they_are_read_or_refused_by_name(raw: list[Any]) 
         max_size=3,
     )
 )
-def test_whatever_tools_are_they_are_read_or_refused_by_name(raw: list[Any]) -> None:
+def test_any_tools_are_read_or_refused_by_name(raw: list[Any]) -> None:
     read_or_refused(read_tools, raw, "tools")

@@ -1,4 +1,4 @@
-"""Answers: reasoning, content and calls, exactly as the model wrote them."""
+"""Output processing: reasoning, content and calls, exactly as the model wrote them."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ def test_reasoning_comes_before_content() -> None:
     assert (whole.reasoning, whole.content, whole.finish) == ("Two and two.", "Four.", "stop")
 
 
-def test_reasoning_that_is_cut_is_no_content() -> None:
+def test_cut_reasoning_is_not_content() -> None:
     whole = answer("Two and", in_reasoning=True, finish="length")
     assert (whole.reasoning, whole.content, whole.finish) == ("Two and", "", "length")
 
 
-def test_without_thinking_all_is_content() -> None:
+def test_without_thinking_all_text_is_content() -> None:
     assert answer("Four.").content == "Four."
 
 
-def test_a_think_tag_of_its_own_opens_the_reasoning() -> None:
+def test_a_generated_think_tag_opens_the_reasoning() -> None:
     whole = answer("<think>Two.</think>Four.<think>Really?</think> Yes.")
     assert (whole.reasoning, whole.content) == ("Two.Really?", "Four. Yes.")
 
 
-def test_tags_out_of_place_are_left_out() -> None:
+def test_misplaced_tags_are_dropped() -> None:
     whole = answer("a</think>b</arg_value>c<|assistant|>d</tool_call>e<tool_response>f")
     assert whole.content == "abcdef"
 
@@ -96,7 +96,7 @@ def test_content_keeps_the_whitespace_around_it() -> None:
     assert answer("\n").content == "\n"
 
 
-def test_whitespace_between_tags_and_calls_is_no_content() -> None:
+def test_whitespace_between_tags_and_calls_is_not_content() -> None:
     text = f"</think>\n{call('now')}\n{call('now')}\n\n"
     whole = answer(text, tools=TOOLS, in_reasoning=True)
     assert (whole.content, len(whole.calls)) == ("", 2)
@@ -114,18 +114,18 @@ def test_a_call_after_content_has_name_and_arguments() -> None:
 
 
 @pytest.mark.parametrize("text", ["So", "So</think>"])
-def test_a_call_may_come_straight_after_the_reasoning_or_inside_it(text: str) -> None:
+def test_a_call_may_follow_the_reasoning_or_stand_inside_it(text: str) -> None:
     whole = answer(text + call("now"), tools=TOOLS, in_reasoning=True)
     assert (whole.reasoning, whole.content) == ("So", "")
     assert whole.calls == [("now", "{}")]
 
 
-def test_reasoning_goes_on_after_a_call_inside_it() -> None:
+def test_reasoning_continues_after_a_call_inside_it() -> None:
     whole = answer(f"a{call('now')}b</think>c", tools=TOOLS, in_reasoning=True)
     assert (whole.reasoning, whole.content, whole.calls) == ("ab", "c", [("now", "{}")])
 
 
-def test_several_calls_are_told_in_order_under_ids_of_their_own() -> None:
+def test_several_calls_come_in_order_with_distinct_ids() -> None:
     text = call("get_weather", ("city", "Oslo")) + call("now") + call("write", ("path", "a"))
     whole = answer(text, tools=TOOLS)
     assert [name for name, _ in whole.calls] == ["get_weather", "now", "write"]
@@ -141,7 +141,7 @@ def test_a_call_without_arguments_has_an_empty_object(inner: str) -> None:
     assert answer(f"<tool_call>{inner}</tool_call>", tools=TOOLS).calls == [("now", "{}")]
 
 
-def test_newlines_between_tags_mean_nothing() -> None:
+def test_newlines_between_tags_are_ignored() -> None:
     text = (
         "<tool_call>write\n<arg_key>path</arg_key>\n<arg_value>a b</arg_value>\n"
         "<arg_key> content </arg_key>\n<arg_value>\n x\n</arg_value>\n</tool_call>"
@@ -158,14 +158,14 @@ def test_a_string_is_verbatim_to_its_last_space_and_newline() -> None:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_a_tag_spelled_by_text_stays_in_its_string(name: str) -> None:
+def test_text_that_spells_a_tag_stays_in_its_string(name: str) -> None:
     text = f"a{name}b{name}"
     whole = whole_or_pieces(written("write", {"content": text}), tools=TOOLS)
     assert whole.objects == [("write", {"content": text})]
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_a_control_token_inside_a_string_stays_there_as_its_spelling(name: str) -> None:
+def test_a_control_token_inside_a_string_becomes_its_spelling(name: str) -> None:
     text = f"see {name} there"
     generated = ids("<tool_call>write<arg_key>content</arg_key><arg_value>") + ids(text)
     generated += ids("</arg_value></tool_call>")
@@ -173,7 +173,7 @@ def test_a_control_token_inside_a_string_stays_there_as_its_spelling(name: str) 
     assert whole.objects == [("write", {"content": text})]
 
 
-def test_values_are_typed_by_the_tools_schema() -> None:
+def test_the_tools_schema_decides_the_types_of_values() -> None:
     tools = [
         tool(
             "f",
@@ -196,7 +196,7 @@ def test_values_are_typed_by_the_tools_schema() -> None:
     assert answer(written("f", {"note": None}), tools=tools).objects == [("f", {"note": None})]
 
 
-def test_without_a_schema_a_value_is_json_if_it_parses_and_else_a_string() -> None:
+def test_without_a_schema_a_value_is_json_if_it_parses_else_a_string() -> None:
     arguments = {"a": 1, "b": "x y", "c": [None], "d": {"e": True}}
     assert answer(written("unknown", arguments), tools=TOOLS).objects == [("unknown", arguments)]
     assert answer(written("now", arguments), tools=TOOLS).objects == [("now", arguments)]
@@ -223,10 +223,10 @@ types = {"string": STRING, "nothing": {}, "union": {"type": ["string", "null", "
     ),
     st.lists(st.integers(1, 20)),
 )
-def test_calls_written_as_the_template_prints_them_come_back_the_same(
+def test_calls_in_the_templates_format_are_read_unchanged(
     calls: list[tuple[str, dict[str, tuple[str, Any]]]], sizes: list[int]
 ) -> None:
-    """Each value under a schema of its own type, and under a name of its own."""
+    """Each value has a schema of its type, and each tool a distinct name."""
     tools: list[Tool] = []
     generated: list[int] = []
     expected = []
@@ -254,11 +254,11 @@ def type_name(value: object) -> str:
 
 
 def test_the_name_is_streamed_first_and_a_string_as_it_arrives() -> None:
-    one = ChatOutputProcessor(tokenizer(), prompt(False), tools=TOOLS)
-    told: list[object] = []
+    processor = ChatOutputProcessor(tokenizer(), prompt(False), tools=TOOLS)
+    events: list[object] = []
     for token in ids(call("write", ("content", "The quick brown fox"), ("mode", "null"))):
-        told += one.feed(outputs([token], None)[0])
-    start, *deltas = told
+        events += processor.feed(outputs([token], None)[0])
+    start, *deltas = events
     assert isinstance(start, ToolCallStart)
     assert start.name == "write"
     pieces = [delta.arguments for delta in deltas if isinstance(delta, ToolCallDelta)]
@@ -278,7 +278,7 @@ def test_one_byte_per_token_gives_the_same_text() -> None:
     assert (whole.content, whole.objects) == (text, [("write", {"content": text})])
 
 
-# Broken calls
+# Malformed calls
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_malformed_call_is_read_as_documented(text: str, calls: list[str]) -> 
         ("<tool_call>f<arg_key>a</arg_key>", ["f "]),
     ],
 )
-def test_at_an_end_token_a_missing_tag_is_supplied_but_never_the_end_of_a_value(
+def test_at_an_end_token_a_missing_tag_is_added_but_never_the_end_of_a_value(
     text: str, calls: list[str]
 ) -> None:
     whole = answer(text, tools=TOOLS)
@@ -351,12 +351,12 @@ def test_at_an_end_token_a_missing_tag_is_supplied_but_never_the_end_of_a_value(
             "<tool_call>get_weather<arg_key>days</arg_key><arg_value>1",
             ['get_weather {"days": '],
         ),
-        # More arguments may have been to come.
+        # An argument may be missing.
         (
             call("get_weather", ("city", "Oslo")).removesuffix("</tool_call>"),
             ['get_weather {"city": "Oslo"'],
         ),
-        # None can be missing.
+        # No argument is missing.
         (
             call("get_weather", ("city", "Oslo"), ("days", "2")).removesuffix("</tool_call>"),
             ['get_weather {"city": "Oslo", "days": 2}'],
@@ -364,7 +364,7 @@ def test_at_an_end_token_a_missing_tag_is_supplied_but_never_the_end_of_a_value(
         (call("now") + "<tool_call>no", ["now {}"]),
     ],
 )
-def test_at_the_token_limit_nothing_is_invented_and_length_is_said(
+def test_at_the_length_limit_nothing_is_added_and_the_finish_is_length(
     text: str, calls: list[str]
 ) -> None:
     whole = answer(text, tools=TOOLS, finish="length")
@@ -373,7 +373,7 @@ def test_at_the_token_limit_nothing_is_invented_and_length_is_said(
 
 
 @given(garbage, finishes, splits, st.booleans())
-def test_whatever_the_model_writes_gives_an_answer_that_does_not_depend_on_chunks(
+def test_any_output_gives_an_answer_that_does_not_depend_on_its_chunks(
     generated: list[int], finish: Any, sizes: list[int], in_reasoning: bool
 ) -> None:
     whole = whole_or_pieces(generated, sizes, tools=TOOLS, finish=finish, in_reasoning=in_reasoning)
@@ -393,7 +393,7 @@ def test_without_allowed_tools_no_markup_and_no_call_is_shown(
     assert whole.finish in ("stop", "length")
 
 
-def test_a_call_that_is_not_allowed_is_left_out_whole() -> None:
+def test_a_call_that_is_not_allowed_is_dropped() -> None:
     whole = answer("a" + call("get_weather", ("city", "Oslo")) + "b")
     assert (whole.content, whole.calls, whole.finish) == ("ab", [], "stop")
 
@@ -406,7 +406,7 @@ def test_a_stop_token_that_ends_a_call_is_part_of_it() -> None:
 # Ends, counts, log-probabilities
 
 
-def test_the_end_token_is_not_shown_whatever_it_is() -> None:
+def test_any_end_token_is_hidden() -> None:
     assert answer([*text_ids("ab"), *text_ids("!")], finish="stop").content == "ab"
 
 
@@ -416,18 +416,16 @@ def test_a_cancelled_answer_gives_its_last_text_and_no_finish() -> None:
 
 
 def test_tokens_are_counted_by_section() -> None:
-    one = ChatOutputProcessor(tokenizer(), prompt(True), tools=TOOLS)
+    processor = ChatOutputProcessor(tokenizer(), prompt(True), tools=TOOLS)
     reasoning, rest = ids("So it is.</think>"), ids("Yes.<|user|>")
     for output in outputs(reasoning + rest, "stop", sizes=[3, 2]):
-        one.feed(output)
-    assert one.reasoning_tokens == len(reasoning)
-    assert one.completion_tokens == len(reasoning + rest)
+        processor.feed(output)
+    assert processor.reasoning_tokens == len(reasoning)
+    assert processor.completion_tokens == len(reasoning + rest)
 
 
 @given(texts, texts, st.lists(st.integers(1, 5)))
-def test_each_token_stands_once_behind_reasoning_or_content(
-    reasoning: str, content: str, sizes: list[int]
-) -> None:
+def test_each_token_belongs_to_one_delta(reasoning: str, content: str, sizes: list[int]) -> None:
     first, second = text_ids(reasoning), text_ids(content)
     generated = [*first, tokenizer().special_tokens.end_think, *second]
     whole = answer(generated, in_reasoning=True, sizes=sizes, logprobs=True, stop=["\0\0"])
@@ -436,14 +434,14 @@ def test_each_token_stands_once_behind_reasoning_or_content(
     assert (whole.reasoning, whole.content) == (reasoning, content)
 
 
-def test_tokens_behind_a_stop_string_are_not_told_of() -> None:
+def test_tokens_after_a_stop_string_are_not_reported() -> None:
     before = text_ids("The quick ")
     whole = answer([*before, *text_ids("<STOP> brown")], stop=["<STOP>"], logprobs=True)
     assert whole.content == "The quick "
     assert [info.id for info in whole.content_tokens] == before
 
 
-def test_half_a_character_at_the_end_is_told_of() -> None:
+def test_half_a_character_at_the_end_is_reported() -> None:
     half = text_ids("🙂")[:1]
     whole = answer(half, finish="length", logprobs=True)
     assert (whole.content, [info.id for info in whole.content_tokens]) == ("\ufffd", half)
@@ -452,24 +450,24 @@ def test_half_a_character_at_the_end_is_told_of() -> None:
 @pytest.mark.parametrize("special", [False, True])
 def test_tags_mean_the_same_whether_or_not_they_are_marked_special(special: bool) -> None:
     made = Tokenizer(backend(special=special), "tokenizer.json")
-    one = ChatOutputProcessor(made, prompt(True), tools=TOOLS)
+    processor = ChatOutputProcessor(made, prompt(True), tools=TOOLS)
     generated = ids("So.</think>" + call("now"))
-    whole = fold(event for output in outputs(generated, "stop") for event in one.feed(output))
+    whole = fold(event for output in outputs(generated, "stop") for event in processor.feed(output))
     assert (whole.reasoning, whole.calls, whole.finish) == ("So.", [("now", "{}")], "tool_calls")
-    assert one.turn() is not None
+    assert processor.turn() is not None
 
 
 # Continued turns
 
 
-def test_an_answer_goes_on_where_its_prompt_ends() -> None:
+def test_an_answer_starts_where_its_prompt_ends() -> None:
     tokens = tokenizer().encode_markup("<|assistant|><think>Two and")
     continued = Prompt(tokens, in_reasoning=True, turn_start=1, turn_key=b"", reasoning="Two and")
-    one = ChatOutputProcessor(tokenizer(), continued)
+    processor = ChatOutputProcessor(tokenizer(), continued)
     whole = fold(
         event
         for output in outputs(ids(" two.</think>Four."), "length")
-        for event in one.feed(output)
+        for event in processor.feed(output)
     )
     assert (whole.reasoning, whole.content) == (" two.", "Four.")
 
@@ -479,28 +477,30 @@ def test_an_answer_goes_on_where_its_prompt_ends() -> None:
 
 @given(st.lists(st.integers(0, tokenizer().vocab_size - 1), max_size=30))
 def test_a_raw_completion_is_all_content_without_special_tokens(generated: list[int]) -> None:
-    one = CompletionOutputProcessor(tokenizer())
-    events = [event for output in outputs(generated, "length") for event in one.feed(output)]
+    processor = CompletionOutputProcessor(tokenizer())
+    events = [event for output in outputs(generated, "length") for event in processor.feed(output)]
     shown = [id for id in generated if id not in tokenizer().special]
     assert fold(events).content == tokenizer().decode(shown)
     assert fold(events).finish == "length"
 
 
 def test_a_raw_completion_ends_at_its_stop_string_or_end_token() -> None:
-    one = CompletionOutputProcessor(tokenizer(), stop=["fox"])
-    events = [event for output in outputs(ids("quick brown fox.")) for event in one.feed(output)]
+    processor = CompletionOutputProcessor(tokenizer(), stop=["fox"])
+    events = [
+        event for output in outputs(ids("quick brown fox.")) for event in processor.feed(output)
+    ]
     assert (fold(events).content, fold(events).stop_sequence) == ("quick brown ", "fox")
-    assert one.stopped
-    one = CompletionOutputProcessor(tokenizer())
+    assert processor.stopped
+    processor = CompletionOutputProcessor(tokenizer())
     events = [
         event
         for output in outputs(ids("a</think><|user|>b<|endoftext|>"), "stop", logprobs=True)
-        for event in one.feed(output)
+        for event in processor.feed(output)
     ]
     assert (fold(events).content, fold(events).finish) == ("a</think>b", "stop")
 
 
-def test_tools_with_definitions_elsewhere_are_understood() -> None:
+def test_references_in_a_tools_schema_are_resolved() -> None:
     parameters = {
         "properties": {"unit": {"$ref": "#/$defs/Unit"}},
         "$defs": {"Unit": {"enum": ["1", "2"]}},

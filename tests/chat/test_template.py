@@ -1,4 +1,4 @@
-"""The chat template: rendered as transformers renders it, and sure of what it wrote itself."""
+"""Chat templates: rendered as in transformers, with control tokens from the template alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USER = [{"role": "user", "content": "Hi"}]
 
 
 def small(source: str) -> ChatTemplate:
-    """A template of which only `source`, at its beginning, matters."""
+    """A template that starts with `source`."""
     return ChatTemplate(source + TEMPLATE, tokenizer().controls)
 
 
@@ -34,7 +34,7 @@ def text_of(source: str, **kwargs: Any) -> str:
     return spelled(small(source).render(USER, kwargs=kwargs)).split("[gMASK]")[0]
 
 
-def test_the_templates_tags_are_ids_and_the_rest_is_text() -> None:
+def test_the_templates_control_tokens_are_ids_and_the_rest_is_text() -> None:
     tags = tokenizer().special_tokens
     pieces = template().render(USER)
     start = [tokenizer().controls["[gMASK]"], tokenizer().controls["<sop>"]]
@@ -44,7 +44,7 @@ def test_the_templates_tags_are_ids_and_the_rest_is_text() -> None:
 
 @given(tag_like, tag_like, tag_like)
 def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: str) -> None:
-    """Wherever it stands: in messages, in names and values of arguments, in tools."""
+    """In messages, in names and values of arguments, in tools."""
 
     def render(*texts: str) -> list[Any]:
         a, b, c = texts
@@ -67,12 +67,12 @@ def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: 
 
 
 @given(st.text(st.characters(categories=["Co", "Cn"]), max_size=20))
-def test_private_characters_of_a_client_come_back_whole(text: str) -> None:
+def test_private_use_characters_of_a_client_are_kept(text: str) -> None:
     pieces = template().render([{"role": "user", "content": "a" + text + "b"}])
     assert "a" + text + "b" in pieces
 
 
-def test_variables_have_the_model_cards_defaults_and_nulls_are_none() -> None:
+def test_variables_have_the_model_cards_defaults_and_null_means_default() -> None:
     source = "{{ enable_thinking }} {{ clear_thinking }} {{ other is defined }}"
     assert text_of(source) == "True False False"
     assert text_of(source, enable_thinking=None, clear_thinking=None, other=None) == (
@@ -99,14 +99,14 @@ def test_a_thinking_switch_must_be_a_boolean() -> None:
 @pytest.mark.parametrize(
     "source", ["{{ raise_exception('no way') }}", "{{ messages[0].x.y }}", "{{ 1 / 0 }}"]
 )
-def test_what_a_template_raises_is_about_the_request(source: str) -> None:
+def test_an_error_in_a_template_is_an_invalid_request(source: str) -> None:
     late = small("{% if fail %}" + source + "{% endif %}")
     with pytest.raises(InvalidRequest, match="messages: the chat template cannot render") as caught:
         late.render(USER, kwargs={"fail": True})
     assert caught.value.param == "messages"
 
 
-def test_json_is_printed_as_it_came() -> None:
+def test_json_is_printed_unescaped_in_key_order() -> None:
     value = {"b": "ü<&>'", "a": [1.5, None, True]}
     printed = text_of("{{ (value or 0) | tojson }}", value=value)
     assert printed == json.dumps(value, ensure_ascii=False)
@@ -114,11 +114,11 @@ def test_json_is_printed_as_it_came() -> None:
     assert printed == '{\n "b": 1\n}'
 
 
-def test_a_template_can_tell_the_time() -> None:
+def test_a_template_can_print_the_date() -> None:
     assert text_of("{{ strftime_now('%Y') }}").isdigit()
 
 
-def test_templates_cannot_reach_out() -> None:
+def test_templates_cannot_access_python_internals() -> None:
     for source in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(CheckpointError, match="not usable"):
             small(source)
@@ -135,7 +135,7 @@ def test_a_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (None, "", "no chat template"),
         ("tokenizer_config.json", "{}", "no chat template"),
@@ -145,11 +145,11 @@ def test_a_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path
     ],
 )
 def test_a_missing_or_broken_template_is_named(
-    tmp_path: Path, name: str | None, content: str, said: str
+    tmp_path: Path, name: str | None, content: str, message: str
 ) -> None:
     if name is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         ChatTemplate.load(tmp_path, tokenizer().controls)
 
 
@@ -191,6 +191,6 @@ def test_templates_render_the_same_text_as_in_transformers(source: str) -> None:
         assert spelled(ours) == theirs[0]
 
 
-def test_every_tag_of_a_template_is_marked() -> None:
+def test_every_control_token_of_a_template_is_marked() -> None:
     for name in SPELLINGS:
         assert tokenizer().controls[name] in small(f"{name}{{{{ '{name}' }}}}").render(USER)

@@ -1,11 +1,9 @@
-"""A chat template in its own process: renders as ever, and whatever it does, the server goes on."""
+"""The template process renders as `ChatTemplate` does, within limits on time and memory."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +33,7 @@ HOSTILE = {
     "a power": "{% set n = 99999999 %}{{ n ** n }}",
     "output without an end": "{% for _ in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
 }
-"""What a template may try, each by itself, when a message asks for it."""
+"""Templates that exceed a limit, by the message that triggers each."""
 
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -54,7 +52,7 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 
 def on_request(sources: dict[str, str]) -> str:
-    """A template that does each of `sources` when the last message is its name."""
+    """A template that runs the source in `sources` whose name is the last message."""
     branches = "".join(
         f"{{% if messages[-1].content == {json.dumps(name)} %}}{source}{{% endif %}}"
         for name, source in sources.items()
@@ -63,7 +61,7 @@ def on_request(sources: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def honest() -> Iterator[TemplateProcess]:
+def process() -> Iterator[TemplateProcess]:
     renderer = TemplateProcess(TEMPLATE, tokenizer().controls)
     yield renderer
     renderer.close()
@@ -82,8 +80,8 @@ values = st.recursive(
 
 @settings(max_examples=20)
 @given(text=st.text(st.characters(), max_size=9) | tag_like, value=values)
-def test_it_renders_what_the_template_renders(
-    honest: TemplateProcess, text: str, value: Any
+def test_the_process_renders_as_the_template_does(
+    process: TemplateProcess, text: str, value: Any
 ) -> None:
     conversation = [
         *ask(text),
@@ -96,7 +94,7 @@ def test_it_renders_what_the_template_renders(
     ]
     tools = [{"type": "function", "function": {"name": text, "parameters": {"x": value}}}]
     kwargs = {"enable_thinking": False, "other": value}
-    ours = honest.render(conversation, tools=tools, kwargs=kwargs)
+    ours = process.render(conversation, tools=tools, kwargs=kwargs)
     assert ours == template().render(conversation, tools=tools, kwargs=kwargs)
 
 
@@ -109,7 +107,7 @@ def hostile() -> Iterator[TemplateProcess]:
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_whatever_a_template_takes_is_bounded_and_the_next_conversation_is_served(
+def test_a_template_over_a_limit_is_killed_and_the_next_conversation_rendered(
     hostile: TemplateProcess, what: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"takes more|needs too much|cannot render"):
@@ -117,7 +115,7 @@ def test_whatever_a_template_takes_is_bounded_and_the_next_conversation_is_serve
     assert hostile.render(ask("Hi")) == template().render(ask("Hi"))
 
 
-def test_a_template_that_hangs_at_once_is_no_usable_checkpoint() -> None:
+def test_a_template_that_hangs_on_every_conversation_is_a_checkpoint_error() -> None:
     before = set(psutil.Process().children())
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: .* more than 0\.2 s"):
         TemplateProcess(HANG + TEMPLATE, tokenizer().controls, max_seconds=0.2)
@@ -134,22 +132,28 @@ def test_the_sandbox_holds() -> None:
     try:
         for source in ESCAPES:
             with suppress(InvalidRequest):
-                # What it may not see is nothing to it.
+                # An attribute that the sandbox hides is undefined, which is no error.
                 pieces = renderer.render(ask(source))
                 assert [piece for piece in pieces if isinstance(piece, int)][:3] == plain, source
     finally:
         renderer.close()
 
 
-def test_a_process_that_dies_is_started_again_and_none_is_left(honest: TemplateProcess) -> None:
-    assert honest._process is not None
-    os.kill(honest._process.pid, signal.SIGKILL)
+def test_a_process_that_dies_is_restarted_and_closing_leaves_none() -> None:
+    before = set(psutil.Process().children())
+
+    def child() -> psutil.Process:
+        (found,) = set(psutil.Process().children()) - before
+        return found
+
+    process = TemplateProcess(TEMPLATE, tokenizer().controls)
+    child().kill()
     with pytest.raises(InvalidRequest, match="crashes on this conversation"):
-        honest.render(ask("Hi"))
-    honest.render(ask("Hi"))
-    child = psutil.Process(honest._process.pid)
-    honest.close()
-    assert not child.is_running()
+        process.render(ask("Hi"))
+    process.render(ask("Hi"))
+    running = child()
+    process.close()
+    assert not running.is_running()
 
 
 def test_a_conversation_that_hangs_the_template_does_not_hang_the_server(

@@ -1,4 +1,4 @@
-"""Argument types: the schema says what `123` is."""
+"""Argument types: the tool's schema decides whether `123` is a number or a string."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def kind(schema: Any) -> ArgType:
 @pytest.mark.parametrize(
     ("schema", "text", "value"),
     [
-        # A string is a string to the last space and newline, whatever it looks like.
+        # A string keeps its whitespace, and may look like JSON.
         (STRING, "123", "123"),
         (STRING, "null", "null"),
         (STRING, '"quoted"', '"quoted"'),
@@ -41,7 +41,7 @@ def kind(schema: Any) -> ArgType:
         ({"type": "string", "enum": ["1", "2"]}, "1", "1"),
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"const": "true"}, "true", "true"),
-        # Unions with string: JSON only if it is of another allowed type.
+        # Unions with string: JSON only of the other allowed types.
         ({"type": ["string", "null"]}, "123", "123"),
         ({"type": ["string", "null"]}, "null", None),
         ({"type": ["string", "null"]}, " nullable", " nullable"),
@@ -72,12 +72,12 @@ def kind(schema: Any) -> ArgType:
         ({"type": "array"}, "[]", []),
         ({"type": "object"}, '{"a": {"b": [1, null]}}', {"a": {"b": [1, None]}}),
         ({"properties": {"a": STRING}}, '{"a": "1"}', {"a": "1"}),
-        # What is not JSON stays what the model wrote.
+        # Text that is not JSON becomes a string.
         ({"type": "integer"}, "a dozen", "a dozen"),
         ({"type": "integer"}, "NaN", "NaN"),
         ({"type": "integer"}, "", ""),
         ({"type": "array"}, "['a']", "['a']"),
-        # Nothing said: JSON if it parses, else a string.
+        # No type declared: JSON if it parses, else a string.
         ({}, "123", 123),
         ({}, '"x"', "x"),
         ({}, " x ", " x "),
@@ -101,13 +101,13 @@ def kind(schema: Any) -> ArgType:
         ({"anyOf": [{"type": "number"}, {"type": "null"}], "default": None}, "2", 2),
     ],
 )
-def test_a_value_is_typed_by_its_schema(schema: Any, text: str, value: Any) -> None:
+def test_the_schema_decides_the_type_of_a_value(schema: Any, text: str, value: Any) -> None:
     read = json.loads(kind(schema).json_of(text))
     assert read == value
     assert type(read) is type(value)
 
 
-def test_json_stays_as_it_is_written() -> None:
+def test_json_stays_as_written() -> None:
     number = "123456789012345678901234567890.10"
     assert kind({"type": "number"}).json_of(number) == number
     assert kind({"type": "object"}).json_of('{"a":1.10}') == '{"a":1.10}'
@@ -120,7 +120,7 @@ def test_a_string_is_never_changed(schema: Any, text: str) -> None:
 
 
 @given(json_values)
-def test_any_value_comes_back_where_nothing_is_said_of_it(value: Any) -> None:
+def test_without_a_declared_type_any_json_value_is_read(value: Any) -> None:
     text = value if isinstance(value, str) else json.dumps(value)
     read = json.loads(FREE.json_of(text))
     if not isinstance(value, str):
@@ -150,7 +150,7 @@ awkward = st.one_of(
 
 
 @given(schemas, awkward, st.lists(st.integers(1, 4)))
-def test_a_value_in_pieces_is_the_value_at_once(schema: Any, text: str, cuts: list[int]) -> None:
+def test_a_value_in_pieces_equals_the_whole_value(schema: Any, text: str, cuts: list[int]) -> None:
     writer = ValueWriter(kind(schema))
     pieces, rest = [], text
     for cut in [*cuts, len(text)]:
@@ -168,14 +168,14 @@ def test_a_string_streams_as_it_arrives(schema: Any) -> None:
     assert writer.close() == '"'
 
 
-def test_what_may_still_become_json_is_withheld_only_so_long() -> None:
+def test_text_is_withheld_only_while_it_may_be_json() -> None:
     writer = ValueWriter(kind({"type": ["string", "null", "number"]}))
     assert [writer.feed(text) for text in (" ", "12", " Oak St")] == ["", "", '" 12 Oak St']
     writer = ValueWriter(kind({"type": ["string", "null"]}))
     assert [writer.feed(text) for text in ("nu", "ll", "able")] == ["", "", '"nullable']
 
 
-def test_many_references_to_references_are_read_in_no_time() -> None:
+def test_nested_references_take_linear_time() -> None:
     definitions: dict[str, Any] = {"T0": {"enum": ["a", 1]}}
     for level in range(1, 40):
         inner = {"$ref": f"#/$defs/T{level - 1}"}

@@ -1,4 +1,4 @@
-"""Turns come back whole: each prompt goes on exactly where the last answer ended."""
+"""The turn cache: each prompt extends the token ids of the last prompt and answer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 from chat_kit import (
     Folded,
+    ask,
+    build,
     fold,
     ids,
     json_values,
     outputs,
     tag_like,
-    template,
     text_ids,
     texts,
     tokenizer,
@@ -28,46 +28,31 @@ from hypothesis import strategies as st
 
 from glmd.chat.messages import read_messages
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import build_prompt
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import (
     AssistantMessage,
-    Conversation,
     Message,
     Prompt,
     SystemMessage,
     ToolCall,
     UserMessage,
 )
-from glmd.errors import InvalidRequest
-from glmd.utils.lru import LRUCache
 
 TAGS = tokenizer().special_tokens
 TOOLS = [tool("write", path={"type": "string"}, content={}), tool("now")]
 
 
-def build(
-    messages: Sequence[Message], turns: TurnTokenCache | None = None, **options: Any
-) -> Prompt:
-    conversation = Conversation(messages, **options)
-    return build_prompt(conversation, tokenizer=tokenizer(), template=template(), turn_cache=turns)
-
-
-def ask(text: str, turns: TurnTokenCache | None = None, **options: Any) -> Prompt:
-    return build([UserMessage(text)], turns, **options)
-
-
 def generate(
     prompt: Prompt,
     generated: Sequence[int],
-    turns: TurnTokenCache,
+    cache: TurnTokenCache,
     finish: Any = "stop",
     **options: Any,
 ) -> Folded:
-    """Answer `prompt` with `generated` and remember it."""
-    one = ChatOutputProcessor(tokenizer(), prompt, tools=TOOLS, **options)
-    events = [event for output in outputs(generated, finish) for event in one.feed(output)]
-    turns.remember(prompt, one.turn())
+    """Generate an answer to `prompt`, and cache it."""
+    processor = ChatOutputProcessor(tokenizer(), prompt, tools=TOOLS, **options)
+    events = [event for output in outputs(generated, finish) for event in processor.feed(output)]
+    cache.remember(prompt, processor.turn())
     return fold(events)
 
 
@@ -76,136 +61,70 @@ def starts_with(prompt: Prompt, before: Prompt, generated: Sequence[int]) -> boo
     return prompt.tokens[: len(beginning)].tolist() == beginning
 
 
-# Prompts without memory
-
-
-def test_a_prompt_is_the_rendered_template() -> None:
-    prompt = ask("Hi")
-    assert prompt.tokens.tolist() == ids("[gMASK]<sop><|user|>Hi<|assistant|><think>")
-    assert prompt.tokens.dtype == np.int32
-    assert prompt.in_reasoning
-    assert prompt.tokens[prompt.turn_start :].tolist() == [TAGS.think]
-
-
-def test_thinking_is_switched_off_by_the_template() -> None:
-    prompt = ask("Hi", template_kwargs={"enable_thinking": False})
-    assert prompt.tokens.tolist() == ids("[gMASK]<sop><|user|>Hi<|assistant|></think>")
-    assert not prompt.in_reasoning
-
-
-@given(tag_like, tag_like)
-def test_text_of_clients_is_encoded_as_text(one: str, two: str) -> None:
-    prompt = build([SystemMessage(one), UserMessage(two)])
-    expected = [
-        *ids("[gMASK]<sop>"), TAGS.system, *text_ids(one), TAGS.user, *text_ids(two),
-        TAGS.assistant, TAGS.think,
-    ]  # fmt: skip
-    assert prompt.tokens.tolist() == expected
-
-
-def test_tools_are_printed_as_they_were_sent() -> None:
-    prompt = ask("Hi", tools=TOOLS)
-    assert json.dumps(TOOLS[0].definition) in tokenizer().decode(prompt.tokens.tolist())
-
-
-# Continuing a message
-
-
-def test_content_is_continued_to_its_last_character() -> None:
-    prompt = build([UserMessage("Hi"), AssistantMessage("x = ", "hm ")], continue_final=True)
-    expected = ids("[gMASK]<sop><|user|>Hi<|assistant|><think>hm </think>x = ")
-    assert prompt.tokens.tolist() == expected
-    assert (prompt.in_reasoning, prompt.content, prompt.reasoning) == (False, "x = ", "hm ")
-
-
-def test_content_without_reasoning_is_continued_without() -> None:
-    prompt = build([UserMessage("Hi"), AssistantMessage("x")], continue_final=True)
-    assert prompt.tokens.tolist() == ids("[gMASK]<sop><|user|>Hi<|assistant|></think>x")
-
-
-def test_reasoning_without_content_is_continued_inside() -> None:
-    prompt = build([UserMessage("Hi"), AssistantMessage("", "So")], continue_final=True)
-    assert prompt.tokens.tolist() == ids("[gMASK]<sop><|user|>Hi<|assistant|><think>So")
-    assert prompt.in_reasoning
-
-
-def test_an_empty_message_is_continued_like_none() -> None:
-    empty = build([UserMessage("Hi"), AssistantMessage("")], continue_final=True)
-    assert empty.tokens.tolist() == ask("Hi").tokens.tolist()
-
-
-@pytest.mark.parametrize(
-    "last", [UserMessage("x"), AssistantMessage("", None, (ToolCall("", "f", {}),))]
-)
-def test_only_text_of_the_assistant_can_be_continued(last: Message) -> None:
-    with pytest.raises(InvalidRequest, match="continued"):
-        build([UserMessage("Hi"), last], continue_final=True)
-
-
-def test_a_cut_turn_is_continued_from_the_ids_it_has() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
+def test_a_cut_turn_is_continued_from_its_generated_ids() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
     generated = [*ids("Hm</think>"), *text_ids("Fo"), *text_ids("ur ")]
-    generate(first, generated, turns, "length")
+    generate(first, generated, cache, "length")
     final = AssistantMessage("Four")
-    again = build([UserMessage("Hi"), final], turns, continue_final=True)
+    again = build([UserMessage("Hi"), final], cache, continue_final=True)
     assert again.tokens.tolist() == [*first.tokens.tolist(), *generated]
     assert not again.in_reasoning
 
-    generate(again, ids("teen.<|user|>"), turns)
+    generate(again, ids("teen.<|user|>"), cache)
     whole = [UserMessage("Hi"), AssistantMessage("Fourteen."), UserMessage("?")]
-    assert starts_with(build(whole, turns), again, ids("teen.<|user|>"))
+    assert starts_with(build(whole, cache), again, ids("teen.<|user|>"))
 
 
-def test_cut_reasoning_is_continued_from_the_ids_it_has() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
-    generate(first, text_ids("So I thi"), turns, "length")
-    again = build([UserMessage("Hi"), AssistantMessage("", "So I thi")], turns, continue_final=True)
+def test_cut_reasoning_is_continued_from_its_generated_ids() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
+    generate(first, text_ids("So I thi"), cache, "length")
+    again = build([UserMessage("Hi"), AssistantMessage("", "So I thi")], cache, continue_final=True)
     assert again.tokens.tolist() == [*first.tokens.tolist(), *text_ids("So I thi")]
     assert again.in_reasoning
 
 
-# Turns that return
+# Returned cache
 
 
-def test_a_turn_returns_with_its_reasoning_though_the_client_dropped_it() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
+def test_a_returned_turn_has_its_reasoning_though_the_client_dropped_it() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
     generated = ids("Hm, hm.</think>\n Hello! \n<|user|>")
-    whole = generate(first, generated, turns)
+    whole = generate(first, generated, cache)
     messages = [UserMessage("Hi"), AssistantMessage(whole.content.strip()), UserMessage("Bye")]
-    again = build(messages, turns)
+    again = build(messages, cache)
     assert starts_with(again, first, generated)
     assert again.spliced_turns == 1
     assert not starts_with(build(messages), first, generated)
 
 
-def test_reasoning_that_the_client_changed_is_the_clients() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
+def test_reasoning_changed_by_the_client_replaces_the_cached_turn() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
     generated = ids("Hm.</think>Hello!<|user|>")
-    generate(first, generated, turns)
+    generate(first, generated, cache)
 
     def returning(reasoning: str | None) -> Prompt:
         answered = AssistantMessage("Hello!", reasoning)
-        return build([UserMessage("Hi"), answered, UserMessage("Bye")], turns)
+        return build([UserMessage("Hi"), answered, UserMessage("Bye")], cache)
 
     assert starts_with(returning(" Hm.\n"), first, generated)
     assert not starts_with(returning("Ha."), first, generated)
     assert returning("Ha.").spliced_turns == 0
 
 
-def test_of_answers_that_look_the_same_the_one_with_that_reasoning_or_the_last_returns() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
+def test_of_equal_answers_the_one_with_the_same_reasoning_or_the_last_is_used() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
     one, two = ids("One.</think>Hello!<|user|>"), ids("Two.</think>Hello!<|user|>")
-    generate(first, one, turns)
-    generate(first, two, turns)
+    generate(first, one, cache)
+    generate(first, two, cache)
 
     def returning(reasoning: str | None) -> Prompt:
         answered = AssistantMessage("Hello!", reasoning)
-        return build([UserMessage("Hi"), answered, UserMessage("Bye")], turns)
+        return build([UserMessage("Hi"), answered, UserMessage("Bye")], cache)
 
     assert starts_with(returning("One."), first, one)
     assert starts_with(returning(None), first, two)
@@ -221,56 +140,54 @@ def test_of_answers_that_look_the_same_the_one_with_that_reasoning_or_the_last_r
         ([UserMessage("Hi"), AssistantMessage("Hello!")], {"cache_salt": "another"}),
     ],
 )
-def test_a_turn_of_another_conversation_is_never_taken(
+def test_a_turn_of_another_conversation_is_never_used(
     messages: list[Message], options: Any
 ) -> None:
-    turns = TurnTokenCache()
-    generate(ask("Hi", turns), ids("Hm.</think>Hello!<|user|>"), turns)
-    assert build([*messages, UserMessage("Bye")], turns, **options).spliced_turns == 0
+    cache = TurnTokenCache()
+    generate(ask("Hi", cache), ids("Hm.</think>Hello!<|user|>"), cache)
+    assert build([*messages, UserMessage("Bye")], cache, **options).spliced_turns == 0
 
 
-def test_a_cut_turn_returns_closed() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
-    generate(first, text_ids("So I thi"), turns, "length")
-    again = build([UserMessage("Hi"), AssistantMessage(""), UserMessage("Go on")], turns)
+def test_a_returned_cut_turn_is_closed() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
+    generate(first, text_ids("So I thi"), cache, "length")
+    again = build([UserMessage("Hi"), AssistantMessage(""), UserMessage("Go on")], cache)
     assert starts_with(again, first, [*text_ids("So I thi"), TAGS.end_think, TAGS.user])
 
 
-def test_a_call_that_lacked_its_end_returns_with_one() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns, tools=TOOLS)
+def test_a_returned_call_without_an_end_tag_gets_one() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache, tools=TOOLS)
     generated = ids("Hm</think><tool_call>now")
-    whole = generate(first, [*generated, TAGS.observation], turns)
+    whole = generate(first, [*generated, TAGS.observation], cache)
     assert whole.calls == [("now", "{}")]
     answered = AssistantMessage("", None, (ToolCall("", "now", {}),))
-    again = build([UserMessage("Hi"), answered, UserMessage("?")], turns, tools=TOOLS)
+    again = build([UserMessage("Hi"), answered, UserMessage("?")], cache, tools=TOOLS)
     assert starts_with(again, first, [*generated, TAGS.end_tool_call])
 
 
 @pytest.mark.parametrize("between", ["", "\n", " Then:\n"])
 @pytest.mark.parametrize("second", ["now</tool_call>", "write<arg_key>path", "now"])
-def test_a_turn_that_ends_before_its_second_call_returns_without_it(
-    between: str, second: str
-) -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns, tools=TOOLS)
+def test_a_refused_second_call_is_not_part_of_the_turn(between: str, second: str) -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache, tools=TOOLS)
     kept = ids(f"Hm</think><tool_call>now</tool_call>{between}")
     generated = [*kept, *ids(f"<tool_call>{second}"), TAGS.observation]
-    whole = generate(first, generated, turns, single_call=True)
+    whole = generate(first, generated, cache, single_call=True)
     assert (whole.calls, whole.finish) == ([("now", "{}")], "tool_calls")
     answered = AssistantMessage(whole.content, None, (ToolCall("", "now", {}),))
-    again = build([UserMessage("Hi"), answered, UserMessage("?")], turns, tools=TOOLS)
+    again = build([UserMessage("Hi"), answered, UserMessage("?")], cache, tools=TOOLS)
     assert starts_with(again, first, [*kept, TAGS.user])
 
 
-def test_a_call_that_runs_into_a_call_too_many_is_not_remembered() -> None:
-    turns = TurnTokenCache()
+def test_a_call_that_runs_into_a_refused_call_is_not_cached() -> None:
+    cache = TurnTokenCache()
     generated = ids("Hm</think><tool_call>now<tool_call>now</tool_call>")
-    whole = generate(ask("Hi", turns, tools=TOOLS), generated, turns, single_call=True)
+    whole = generate(ask("Hi", cache, tools=TOOLS), generated, cache, single_call=True)
     assert (whole.calls, whole.finish) == ([("now", "{}")], "tool_calls")
     answered = AssistantMessage("", None, (ToolCall("", "now", {}),))
-    assert build([UserMessage("Hi"), answered], turns, tools=TOOLS).spliced_turns == 0
+    assert build([UserMessage("Hi"), answered], cache, tools=TOOLS).spliced_turns == 0
 
 
 @pytest.mark.parametrize(
@@ -283,39 +200,41 @@ def test_a_call_that_runs_into_a_call_too_many_is_not_remembered() -> None:
         ("Hm</think>Hello!<|user|>What?<|assistant|>", "length"),
     ],
 )
-def test_a_turn_that_is_not_what_the_client_saw_is_not_remembered(
+def test_a_turn_that_differs_from_the_visible_answer_is_not_cached(
     generated: str, finish: Any
 ) -> None:
-    turns = TurnTokenCache()
-    generate(ask("Hi", turns), ids(generated), turns, finish)
+    cache = TurnTokenCache()
+    generate(ask("Hi", cache), ids(generated), cache, finish)
     for content in ("Hello!", "Hello!What?"):
         messages = [UserMessage("Hi"), AssistantMessage(content), UserMessage("?")]
-        assert build(messages, turns).spliced_turns == 0
+        assert build(messages, cache).spliced_turns == 0
 
 
-def test_a_turn_with_calls_that_were_not_allowed_is_not_remembered() -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
-    one = ChatOutputProcessor(tokenizer(), first)
+def test_a_turn_with_dropped_calls_is_not_cached() -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
+    processor = ChatOutputProcessor(tokenizer(), first)
     for output in outputs(ids("</think>Hello!<tool_call>now</tool_call><|observation|>"), "stop"):
-        one.feed(output)
-    assert one.turn() is None
+        processor.feed(output)
+    assert processor.turn() is None
 
 
 @given(texts, texts, st.integers(1, 4))
-def test_a_turn_cut_by_a_stop_string_returns_as_far_as_it_was_shown(
+def test_a_turn_cut_by_a_stop_string_is_cached_up_to_the_stop_string(
     before: str, after: str, size: int
 ) -> None:
-    turns = TurnTokenCache()
-    first = ask("Hi", turns)
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
     text = before + "<STOP>" + after
     generated = [*ids("Hm</think>"), *text_ids(text)]
-    one = ChatOutputProcessor(tokenizer(), first, stop=["<STOP>"])
-    events = [e for o in outputs(generated, "length", sizes=[size] * 100) for e in one.feed(o)]
-    turns.remember(first, one.turn())
+    processor = ChatOutputProcessor(tokenizer(), first, stop=["<STOP>"])
+    events = [
+        e for o in outputs(generated, "length", sizes=[size] * 100) for e in processor.feed(o)
+    ]
+    cache.remember(first, processor.turn())
     shown = fold(events).content
     assert shown == text[: text.index("<STOP>")]
-    again = build([UserMessage("Hi"), AssistantMessage(shown), UserMessage("?")], turns)
+    again = build([UserMessage("Hi"), AssistantMessage(shown), UserMessage("?")], cache)
     expected = first.tokens.tolist() + ids("Hm</think>")
     found = again.tokens.tolist()
     assert found[: len(expected)] == expected
@@ -329,27 +248,29 @@ def test_a_turn_cut_by_a_stop_string_returns_as_far_as_it_was_shown(
     )
 
 
-# With clear_thinking the template decides
+# clear_thinking
 
 CLEAR = {"clear_thinking": True}
 
 
 def test_with_clear_thinking_earlier_turns_lose_their_reasoning() -> None:
-    turns = TurnTokenCache()
-    generate(ask("Hi", turns, template_kwargs=CLEAR), ids("Hm</think>Yo<|user|>"), turns)
+    cache = TurnTokenCache()
+    generate(ask("Hi", cache, template_kwargs=CLEAR), ids("Hm</think>Yo<|user|>"), cache)
     again = build(
-        [UserMessage("Hi"), AssistantMessage("Yo"), UserMessage("?")], turns, template_kwargs=CLEAR
+        [UserMessage("Hi"), AssistantMessage("Yo"), UserMessage("?")],
+        cache,
+        template_kwargs=CLEAR,
     )
     expected = "[gMASK]<sop><|user|>Hi<|assistant|></think>Yo<|user|>?<|assistant|><think>"
     assert again.tokens.tolist() == ids(expected)
 
 
 def test_with_clear_thinking_turns_since_the_last_user_message_keep_it() -> None:
-    turns = TurnTokenCache()
+    cache = TurnTokenCache()
     options: dict[str, Any] = {"template_kwargs": CLEAR, "tools": TOOLS}
-    first = ask("Hi", turns, **options)
+    first = ask("Hi", cache, **options)
     generated = ids("Hm</think><tool_call>now</tool_call><|observation|>")
-    generate(first, generated, turns)
+    generate(first, generated, cache)
     call = {"id": "a", "function": {"name": "now", "arguments": "{}"}}
     messages = read_messages(
         [
@@ -358,30 +279,30 @@ def test_with_clear_thinking_turns_since_the_last_user_message_keep_it() -> None
             {"role": "tool", "tool_call_id": "a", "content": "12"},
         ]
     )
-    assert starts_with(build(messages, turns, **options), first, generated)
+    assert starts_with(build(messages, cache, **options), first, generated)
 
 
 # Whole conversations
 
 
 @dataclass
-class Said:
-    """What the model says in one turn, and what the client does with it."""
+class Turn:
+    """One generated turn, and how the client sends it back."""
 
     reasoning: str
     content: str
     calls: list[tuple[str, dict[str, Any]]]
     thinking: bool
     cut: int
-    """Characters that a token spans: a model may cut text otherwise than the tokenizer."""
+    """Characters per token: a model may split text otherwise than the tokenizer does."""
     result: str
     keeps_reasoning: bool
     trims: bool
     sorts: bool
 
 
-said = st.builds(
-    Said,
+turn_strategy = st.builds(
+    Turn,
     reasoning=texts,
     content=st.one_of(texts, tag_like),
     calls=st.lists(
@@ -406,7 +327,7 @@ def pieces_of(text: str, size: int) -> list[int]:
 
 
 def in_javascript(value: Any) -> Any:
-    """A value as it comes back from a client that knows one kind of number."""
+    """A value as a JavaScript client sends it back, with one type for all numbers."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return int(value)
     if isinstance(value, list):
@@ -416,8 +337,8 @@ def in_javascript(value: Any) -> Any:
     return value
 
 
-def returned(answer: Folded, turn: Said) -> dict[str, Any]:
-    """The assistant message that a client makes of an answer."""
+def returned(answer: Folded, turn: Turn) -> dict[str, Any]:
+    """The assistant message in which a client sends an answer back."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
     if turn.trims:
         message["content"] = answer.content.strip() or None
@@ -443,11 +364,11 @@ def returned(answer: Folded, turn: Said) -> dict[str, Any]:
 
 
 @settings(max_examples=200)
-@given(st.lists(said, min_size=1, max_size=5), st.booleans())
+@given(st.lists(turn_strategy, min_size=1, max_size=5), st.booleans())
 def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
-    script: list[Said], system: bool
+    script: list[Turn], system: bool
 ) -> None:
-    turns = TurnTokenCache()
+    cache = TurnTokenCache()
     raw: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
     raw.append({"role": "user", "content": "Begin."})
     before: Prompt | None = None
@@ -455,7 +376,7 @@ def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
     for turn in script:
         prompt = build(
             read_messages(raw),
-            turns,
+            cache,
             tools=TOOLS,
             template_kwargs={"enable_thinking": turn.thinking},
         )
@@ -467,7 +388,7 @@ def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
         for name, arguments in turn.calls:
             generated += written(name, arguments)
         generated.append(TAGS.observation if turn.calls else TAGS.user)
-        answer = generate(prompt, generated, turns)
+        answer = generate(prompt, generated, cache)
         raw.append(returned(answer, turn))
         if answer.calls:
             raw += [
@@ -477,7 +398,7 @@ def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
         else:
             raw.append({"role": "user", "content": turn.result})
         before = prompt
-    final = build(read_messages(raw), turns, tools=TOOLS)
+    final = build(read_messages(raw), cache, tools=TOOLS)
     assert before is not None
     assert starts_with(final, before, generated)
     assert final.spliced_turns == len(script)
@@ -486,26 +407,16 @@ def test_each_prompt_of_a_conversation_extends_the_last_prompt_and_answer(
 # Bounds
 
 
-def test_the_least_recently_used_turns_are_forgotten_first() -> None:
-    turns = TurnTokenCache(max_tokens=400)
+def test_the_least_recently_used_turns_are_evicted_first() -> None:
+    cache = TurnTokenCache(max_tokens=400)
     questions = ["a", "b", "c", "d"]
 
     def spliced(question: str) -> int:
         messages = [UserMessage(question), AssistantMessage("Yo"), UserMessage("?")]
-        return build(messages, turns).spliced_turns
+        return build(messages, cache).spliced_turns
 
     for question in questions[:3]:
-        generate(ask(question, turns), ids("</think>Yo<|user|>"), turns)
+        generate(ask(question, cache), ids("</think>Yo<|user|>"), cache)
     assert spliced("a") == 1
-    generate(ask("d", turns), ids("</think>Yo<|user|>"), turns)
+    generate(ask("d", cache), ids("</think>Yo<|user|>"), cache)
     assert [spliced(question) for question in questions] == [1, 0, 1, 1]
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12))))
-def test_a_bounded_dictionary_never_exceeds_its_capacity(puts: list[tuple[int, int]]) -> None:
-    kept: LRUCache[int, int] = LRUCache(10)
-    for key, size in puts:
-        kept.put(key, size, size)
-        assert kept.size <= 10
-        assert (kept.get(key) == size) == (size <= 10)
-    assert kept.size == sum(kept.get(key) or 0 for key in range(6))

@@ -1,4 +1,4 @@
-"""What the chat tests share: a tiny tokenizer, a template, and answers to what a model wrote."""
+"""Shared by the chat tests: a tiny tokenizer, a chat template, and answers to generated ids."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from glmd.chat.events import (
 )
 from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor
+from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.types import Prompt, Tool
+from glmd.chat.turn_cache import TurnTokenCache
+from glmd.chat.types import Conversation, Message, Prompt, Tool, UserMessage
 from glmd.ipc import FinishReason, SequenceOutput, TokenLogprobs
 
 SPECIAL = (
@@ -89,10 +91,10 @@ Call them so: <tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_v
 
 
 def backend(*, special: bool = False) -> tokenizers.Tokenizer:
-    """Byte-level BPE with GLM's tags, trained on a few lines.
+    """Byte-level BPE with GLM's control tokens, trained on a few lines.
 
     Args:
-        special: mark the tags inside a turn special, as GLM's own tokenizer does not.
+        special: mark the tags inside a turn special, which GLM's own tokenizer does not do.
     """
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,12 +122,12 @@ def template() -> ChatTemplate:
 
 
 def ids(text: str) -> list[int]:
-    """Ids of text with tags, as the model writes it."""
+    """Token ids of text in which spelled tags are tags."""
     return [int(id) for id in tokenizer().encode_markup(text)]
 
 
 def text_ids(text: str) -> list[int]:
-    """Ids of text in which no tag is meant."""
+    """Token ids of text in which spelled tags are text."""
     return tokenizer().encode(text)
 
 
@@ -136,16 +138,31 @@ def prompt(in_reasoning: bool = True) -> Prompt:
     return Prompt(tokens, in_reasoning, turn_start=1, turn_key=b"")
 
 
+def build(
+    messages: Sequence[Message], turn_cache: TurnTokenCache | None = None, **options: Any
+) -> Prompt:
+    """The prompt of a conversation; `options` are fields of `Conversation`."""
+    return build_prompt(
+        Conversation(messages, **options),
+        tokenizer=tokenizer(),
+        template=template(),
+        turn_cache=turn_cache,
+    )
+
+
+def ask(text: str, turn_cache: TurnTokenCache | None = None, **options: Any) -> Prompt:
+    return build([UserMessage(text)], turn_cache, **options)
+
+
 def tool(name: str, **properties: Any) -> Tool:
     parameters = {"type": "object", "properties": properties}
-    return read_tools([{"type": "function", "function": {"name": name, "parameters": parameters}}])[
-        0
-    ]
+    (made,) = read_tools([{"function": {"name": name, "parameters": parameters}}])
+    return made
 
 
 @dataclass
 class Folded:
-    """A non-streamed answer: the fold of its events."""
+    """A non-streamed answer, folded from its events."""
 
     reasoning: str = ""
     content: str = ""
@@ -165,7 +182,7 @@ class Folded:
 def fold(events: Iterable[Event]) -> Folded:
     folded = Folded()
     for event in events:
-        assert folded.finish is None, "an event after the last one"
+        assert folded.finish is None, "an event after Finished"
         match event:
             case ReasoningDelta(text, tokens):
                 folded.reasoning += text
@@ -193,7 +210,7 @@ def outputs(
     sizes: Iterable[int] = (),
     logprobs: bool = False,
 ) -> list[SequenceOutput]:
-    """Engine outputs of `sizes` tokens each, then of one; the last one carries `finish`."""
+    """Engine outputs of `sizes` tokens, then of one token each; the last has `finish`."""
     chunks: list[list[int]] = []
     rest = list(tokens)
     for size in sizes:
@@ -222,21 +239,20 @@ def answer(
     sizes: Iterable[int] = (),
     logprobs: bool = False,
 ) -> Folded:
-    """What the client sees of a generated text; without `finish` it ends with an end token."""
+    """The answer that the client sees. `finish=None` adds an end token."""
     generated = ids(text) if isinstance(text, str) else list(text)
     if finish is None:
         generated = [*generated, tokenizer().special_tokens.user]
         finish = "stop"
-    one = ChatOutputProcessor(tokenizer(), prompt(in_reasoning), tools=tools, stop=stop)
+    processor = ChatOutputProcessor(tokenizer(), prompt(in_reasoning), tools=tools, stop=stop)
     events: list[Event] = []
     for output in outputs(generated, finish, sizes=sizes, logprobs=logprobs):
-        events += one.feed(output)
+        events += processor.feed(output)
     return fold(events)
 
 
 def whole_or_pieces(generated: Sequence[int], sizes: Sequence[int] = (), **options: Any) -> Folded:
-    """The answer, after checking that it is the same in one output, in outputs of `sizes` tokens
-    and token by token."""
+    """The answer, the same in one output, in outputs of `sizes` tokens, and token by token."""
     at_once = answer(generated, sizes=[len(generated) + 1], **options)
     in_pieces = answer(generated, sizes=sizes, **options)
     by_token = answer(generated, **options)
@@ -253,10 +269,10 @@ texts = st.text(
     ),
     max_size=30,
 )
-"""Any text, rich in what is easily got wrong."""
+"""Any text, with many characters that parsers get wrong."""
 
 tag_like = st.lists(st.one_of(st.sampled_from(SPELLINGS), texts), max_size=6).map("".join)
-"""Text with spellings of control tokens in it."""
+"""Text that contains spellings of control tokens."""
 
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -270,7 +286,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 
 def written(name: str, arguments: Mapping[str, Any]) -> list[int]:
-    """Ids of a call as the template prints it: strings raw, everything else as JSON."""
+    """Token ids of a call as the template prints it: strings raw, other values as JSON."""
     tags = tokenizer().special_tokens
     made = [tags.tool_call, *text_ids(name)]
     for key, value in arguments.items():
@@ -278,3 +294,6 @@ def written(name: str, arguments: Mapping[str, Any]) -> list[int]:
         made += [tags.arg_key, *text_ids(key), tags.end_arg_key]
         made += [tags.arg_value, *text_ids(shown), tags.end_arg_value]
     return [*made, tags.end_tool_call]
+
+
+any_ids = st.lists(st.integers(0, tokenizer().vocab_size - 1), max_size=40)

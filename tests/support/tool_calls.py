@@ -1,4 +1,4 @@
-"""Tools of all kinds, and what the parser reads in answers that call them."""
+"""Tools of all kinds, and the calls that the parser reads in answers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ Calls = list[tuple[str, str]]
 def calls_of(
     tokenizer: Tokenizer, tokens: list[int], tools: Sequence[Tool], *, in_reasoning: bool = False
 ) -> Calls:
-    """The calls that the parser reads in an answer."""
+    """The calls in an answer, as the parser reads them."""
     prompt = Prompt(np.zeros(1, np.int32), in_reasoning=in_reasoning, turn_start=1, turn_key=b"")
     events = ChatOutputProcessor(tokenizer, prompt, tools=tools).feed(
         SequenceOutput(id="r", tokens=tokens, finish_reason="stop")
@@ -109,7 +109,7 @@ def calls_of(
             case ToolCallDelta(arguments=arguments):
                 calls[-1] = (calls[-1][0], calls[-1][1] + arguments)
             case ReasoningDelta() | ContentDelta():
-                assert not calls, f"{event} behind a call"
+                assert not calls, f"{event} after a call"
             case _:
                 raise AssertionError(event)
     return calls

@@ -1,19 +1,43 @@
-"""Stop strings: found wherever tokens end, and nothing of them is ever shown."""
+"""Incremental detokenization, and stop strings across token boundaries."""
 
 from __future__ import annotations
 
-from chat_kit import answer, ids, text_ids, texts, tool
+from chat_kit import answer, any_ids, ids, text_ids, texts, tokenizer, tool
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.detokenizer import StopStrings
+from glmd.chat.detokenizer import Detokenizer, StopStrings
+
+
+@given(any_ids)
+def test_decoding_token_by_token_gives_the_text_of_all_at_once(ids: list[int]) -> None:
+    detokenizer = Detokenizer()
+    pieces = [detokenizer.feed(tokenizer().token_bytes(id)) for id in ids]
+    assert "".join(pieces) + detokenizer.flush() == tokenizer().decode(ids)
+
+
+@given(texts)
+def test_a_character_split_over_tokens_is_returned_whole(text: str) -> None:
+    detokenizer = Detokenizer()
+    pieces = [detokenizer.feed(bytes([byte])) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert not detokenizer.flush()
+
+
+def test_invalid_bytes_become_replacement_characters() -> None:
+    detokenizer = Detokenizer()
+    assert detokenizer.feed(b"a\xffb\xe4\xbd") + detokenizer.flush() == "a\ufffdb\ufffd"
+    assert detokenizer.feed(b"c") == "c"
+
+
+# Stop strings
 
 few = st.text("ab", min_size=1, max_size=5)
 stops = st.lists(few, min_size=1, max_size=4)
 
 
 def first_match(text: str, strings: list[str]) -> tuple[str, str | None]:
-    """By definition: the shortest beginning of `text` that ends in a stop string."""
+    """By definition: the shortest prefix of `text` that ends in a stop string."""
     for end in range(len(text) + 1):
         found = [string for string in strings if text[:end].endswith(string)]
         if found:
@@ -23,7 +47,7 @@ def first_match(text: str, strings: list[str]) -> tuple[str, str | None]:
 
 
 @given(stops, st.text("abc", max_size=40), st.lists(st.integers(1, 5)))
-def test_text_is_cut_before_the_first_stop_string_however_it_arrives(
+def test_text_ends_before_the_first_stop_string_however_it_is_split(
     strings: list[str], text: str, cuts: list[int]
 ) -> None:
     stop = StopStrings(strings)
@@ -50,7 +74,7 @@ def test_only_what_may_become_a_stop_string_is_withheld(strings: list[str], text
 
 
 @given(st.lists(texts.filter(bool), min_size=1, max_size=3), texts, texts)
-def test_no_piece_of_a_matched_stop_string_is_streamed(
+def test_no_part_of_a_matched_stop_string_is_streamed(
     strings: list[str], before: str, after: str
 ) -> None:
     text = before + strings[0] + after
@@ -60,12 +84,12 @@ def test_no_piece_of_a_matched_stop_string_is_streamed(
     assert whole.stop_sequence == first_match(text, strings)[1]
 
 
-def test_a_stop_string_ends_the_answer_and_is_named() -> None:
+def test_a_stop_string_ends_the_answer_and_is_reported() -> None:
     cut = answer("One. Two. STOP Three.", stop=["STOP", "END"])
     assert (cut.content, cut.finish, cut.stop_sequence) == ("One. Two. ", "stop", "STOP")
 
 
-def test_a_stop_string_that_never_completes_is_shown_after_all() -> None:
+def test_an_incomplete_stop_string_is_shown_at_the_end() -> None:
     assert answer("One ST", stop=["STOP"]).content == "One ST"
 
 
