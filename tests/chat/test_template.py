@@ -49,7 +49,7 @@ def test_no_text_of_a_client_becomes_a_control_token(one: str, two: str, three: 
     def render(*texts: str) -> list[Any]:
         a, b, c = texts
         call = {"function": {"name": a, "arguments": {b: c, "x": [b, {c: 1}]}}}
-        conversation = [
+        conversation: list[dict[str, Any]] = [
             {"role": "system", "content": a},
             {"role": "user", "content": b},
             {"role": "assistant", "content": c, "reasoning_content": a, "tool_calls": [call]},
@@ -171,7 +171,7 @@ LOOP = """
 def test_templates_render_the_same_text_as_in_transformers(source: str) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     call = {"function": {"name": "f", "arguments": {"a": "x", "b": [1, "ü"]}}}
-    conversation = [
+    conversation: list[dict[str, Any]] = [
         {"role": "system", "content": "Be <b>brief</b>."},
         {"role": "user", "content": " Hi\n"},
         {"role": "assistant", "content": " Yo ", "reasoning_content": " hm ", "tool_calls": [call]},

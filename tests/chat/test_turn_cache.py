@@ -58,7 +58,7 @@ def generate(
 
 def starts_with(prompt: Prompt, before: Prompt, generated: Sequence[int]) -> bool:
     beginning = [*before.tokens.tolist(), *generated]
-    return prompt.tokens[: len(beginning)].tolist() == beginning
+    return list(prompt.tokens[: len(beginning)]) == beginning
 
 
 def test_a_cut_turn_is_continued_from_its_generated_ids() -> None:
@@ -72,7 +72,7 @@ def test_a_cut_turn_is_continued_from_its_generated_ids() -> None:
     assert not again.in_reasoning
 
     generate(again, ids("teen.<|user|>"), cache)
-    whole = [UserMessage("Hi"), AssistantMessage("Fourteen."), UserMessage("?")]
+    whole: list[Message] = [UserMessage("Hi"), AssistantMessage("Fourteen."), UserMessage("?")]
     assert starts_with(build(whole, cache), again, ids("teen.<|user|>"))
 
 
@@ -93,7 +93,11 @@ def test_a_returned_turn_has_its_reasoning_though_the_client_dropped_it() -> Non
     first = ask("Hi", cache)
     generated = ids("Hm, hm.</think>\n Hello! \n<|user|>")
     whole = generate(first, generated, cache)
-    messages = [UserMessage("Hi"), AssistantMessage(whole.content.strip()), UserMessage("Bye")]
+    messages: list[Message] = [
+        UserMessage("Hi"),
+        AssistantMessage(whole.content.strip()),
+        UserMessage("Bye"),
+    ]
     again = build(messages, cache)
     assert starts_with(again, first, generated)
     assert again.spliced_turns == 1
@@ -206,7 +210,7 @@ def test_a_turn_that_differs_from_the_visible_answer_is_not_cached(
     cache = TurnTokenCache()
     generate(ask("Hi", cache), ids(generated), cache, finish)
     for content in ("Hello!", "Hello!What?"):
-        messages = [UserMessage("Hi"), AssistantMessage(content), UserMessage("?")]
+        messages: list[Message] = [UserMessage("Hi"), AssistantMessage(content), UserMessage("?")]
         assert build(messages, cache).spliced_turns == 0
 
 
@@ -412,7 +416,7 @@ def test_the_least_recently_used_turns_are_evicted_first() -> None:
     questions = ["a", "b", "c", "d"]
 
     def spliced(question: str) -> int:
-        messages = [UserMessage(question), AssistantMessage("Yo"), UserMessage("?")]
+        messages: list[Message] = [UserMessage(question), AssistantMessage("Yo"), UserMessage("?")]
         return build(messages, cache).spliced_turns
 
     for question in questions[:3]:

@@ -10,7 +10,7 @@ from schemas import INTEGER, SHORT, STRING, Schema, obj
 from glmd.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallDelta, ToolCallStart
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.types import Prompt, Tool
+from glmd.chat.types import Json, Prompt, Tool
 from glmd.ipc import SequenceOutput
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
@@ -83,8 +83,8 @@ PARAMETERS: dict[str, Schema] = {
 
 
 def tool(name: str, parameters: Schema, *, strict: bool = False) -> Tool:
-    function = {"name": name, "parameters": parameters, "strict": strict}
-    definition = {"type": "function", "function": function}
+    function: Json = {"name": name, "parameters": parameters, "strict": strict}
+    definition: dict[str, Json] = {"type": "function", "function": function}
     return Tool(name, parameters, definition, strict, "tools[0].function.parameters")
 
 
