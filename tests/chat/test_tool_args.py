@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from glmd.chat.messages import read_tools
 from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, ValueWriter
-from glmd.chat.types import Json
 
 STRING = {"type": "string"}
 DEFINITIONS = {
@@ -25,7 +24,7 @@ DEFINITIONS = {
 
 
 def kind(schema: Any) -> ArgType:
-    root: dict[str, Json] = {"type": "object", "properties": {"x": schema}, "$defs": DEFINITIONS}
+    root: dict[str, Any] = {"type": "object", "properties": {"x": schema}, "$defs": DEFINITIONS}
     return ArgTypeReader(root).arguments()["x"]
 
 
@@ -187,7 +186,7 @@ def test_nested_references_take_linear_time() -> None:
 
 
 def test_arguments_of_combined_schemas_are_all_declared() -> None:
-    root: dict[str, Json] = {
+    root: dict[str, Any] = {
         "$ref": "#/$defs/Base",
         "allOf": [{"properties": {"b": {"type": "integer"}}}],
         "anyOf": [{"properties": {"c": STRING}}, {"$ref": "#"}],
