@@ -21,6 +21,8 @@ from glmd.chat.template import read_template
 from glmd.chat.template_process import TemplateProcess
 from glmd.errors import CheckpointError, InvalidRequest
 
+pytestmark = pytest.mark.e2e
+
 HANG = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
     "a loop without an end": HANG,

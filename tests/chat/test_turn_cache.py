@@ -85,7 +85,7 @@ def test_cut_reasoning_is_continued_from_its_generated_ids() -> None:
     assert again.in_reasoning
 
 
-# Returned cache
+# Returned turns
 
 
 def test_a_returned_turn_has_its_reasoning_though_the_client_dropped_it() -> None:
