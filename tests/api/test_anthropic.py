@@ -501,7 +501,7 @@ def test_what_claude_code_sends_is_taken(http: httpx.Client) -> None:
                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}
                 ]
             },
-            "messages[0] answers no open tool call",
+            "messages[0].tool_use_id: no open tool call",
         ),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"temperature": "hot"}, "temperature"),
