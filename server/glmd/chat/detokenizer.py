@@ -13,9 +13,10 @@ _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
-    """Incremental UTF-8 decoding: a character split over tokens is returned when complete.
+    """Incremental UTF-8 decoding.
 
-    Invalid bytes become U+FFFD, as when decoding all bytes at once.
+    A character split over tokens is returned when it is complete. Invalid bytes become U+FFFD, as
+    when all bytes are decoded at once.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string in a stream, and withholds only text that may become one.
+    """Finds the first stop string, and withholds only text that may become one.
 
     The string that is complete first wins; of several that end at the same character, the longest.
     The result does not depend on how the text is split. Each character takes constant time per stop
@@ -55,7 +56,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """Take the next text, and return the text that no stop string can include any more."""
+        """Take the next text, and return the text that no stop string can include."""
         if self.matched is not None:
             return ""
         seen = self._held + text
@@ -84,7 +85,7 @@ class StopStrings:
 
 @lru_cache(maxsize=256)  # shared by the `n` answers to one prompt
 def border_lengths(string: str) -> list[int]:
-    """For each prefix length, the length of the longest proper prefix that is also its suffix."""
+    """For each prefix, the length of the longest proper prefix that is its suffix."""
     borders = [0, 0]
     length = 0
     for character in string[1:]:

@@ -242,7 +242,7 @@ class ToolCallParser:
         return events + self._close()
 
     def cut(self) -> list[Event]:
-        """The answer was cut off inside this call, which ends only if no argument is missing."""
+        """The answer was cut off here; end the call only if no argument is missing."""
         events: list[Event] = []
         if self._end_tag == self._special_tokens.end_arg_value:
             events = self._value_end()

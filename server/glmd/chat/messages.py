@@ -76,7 +76,7 @@ def text_of(content: object, param: str) -> str:
 
 
 def arguments_of(value: object, param: str) -> dict[str, Json]:
-    """Arguments of a call, sent as JSON text or as an object; {} for null and blank text.
+    """Arguments of a call, sent as JSON text or an object; {} for null and blank text.
 
     Raises:
         InvalidRequest: not a JSON object.

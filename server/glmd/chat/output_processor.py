@@ -26,7 +26,7 @@ from glmd.ipc import FinishReason, SequenceOutput
 
 
 class ChatOutputProcessor:
-    """A chat answer: detokenizer, parser, stop strings, log-probabilities, finish reason.
+    """A chat answer: detokenizer, parser, stop strings, logprobs, finish reason.
 
     Attributes:
         completion_tokens: number of tokens generated so far, end token included.
@@ -110,7 +110,7 @@ class ChatOutputProcessor:
         return events
 
     def turn(self) -> GeneratedTurn | None:
-        """The finished answer for `TurnTokenCache.remember`; None if the turn cannot be reused.
+        """The finished answer for `TurnTokenCache`; None if the turn cannot be reused.
 
         A turn cannot be reused if it ends inside a call, if a call was dropped, or if it contains a
         token that ends a turn. A refused second call is not part of the turn.

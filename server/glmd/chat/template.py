@@ -193,7 +193,7 @@ def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks text for training, as plain text."""
+    """`{% generation %}…{% endgeneration %}`, a mark for training, as plain text."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by the base class)
 

@@ -180,7 +180,7 @@ class TemplateProcess:
 
 
 def serve(connection: Connection) -> None:
-    """Child process: reply to the setup, then to each conversation, until the parent ends.
+    """Child process: reply to the setup, then to conversations until the parent ends.
 
     SIGPROF kills the process when it exceeds its CPU time. The signal keeps its default action: a
     handler in Python would run only after the operation that does not end.

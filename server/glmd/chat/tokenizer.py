@@ -29,9 +29,10 @@ CACHE_CHARS = 8_000_000
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's bytes-to-characters table, inverted (`bytes_to_unicode`, openai/gpt-2 encoder.py).
+    """GPT-2's bytes-to-characters table, inverted.
 
-    Printable Latin-1 characters stand for themselves, the other bytes, in order, for U+0100 on.
+    See `bytes_to_unicode` in openai/gpt-2, src/encoder.py. Printable Latin-1 characters stand for
+    themselves, the other bytes, in order, for U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -156,7 +156,7 @@ class ArgTypeReader:
         return self._by_reference[key]
 
     def _combined(self, schema: Json, seen: set[str]) -> Iterator[Mapping[str, Json]]:
-        """Yield a schema and the schemas that `$ref` and `allOf`, `anyOf`, `oneOf` add to it."""
+        """Yield a schema, and those that `$ref`, `allOf`, `anyOf` and `oneOf` add to it."""
         if not isinstance(schema, dict):
             return
         yield schema
@@ -170,7 +170,7 @@ class ArgTypeReader:
 
 
 class ValueWriter:
-    """JSON of one value, in pieces: a string as it arrives, other values when complete."""
+    """JSON of one value in pieces: strings as they arrive, other values when complete."""
 
     def __init__(self, type: ArgType) -> None:
         self._type = type
@@ -182,7 +182,7 @@ class ValueWriter:
         self._held: list[str] = []
 
     def feed(self, text: str) -> str:
-        """Take the next text of the value, and return JSON that no further text can change."""
+        """Take the next text, and return the JSON that no further text can change."""
         if self._is_string:
             return self._string(text)
         self._held.append(text)
@@ -233,7 +233,9 @@ def check_schema(root: dict[str, Json], param: str) -> None:
 
 
 def resolve(reference: Json, root: dict[str, Json]) -> Json:
-    """The schema at a reference such as `#/$defs/City`; True for references outside `root`.
+    """The schema at a reference such as `#/$defs/City`.
+
+    Returns: True, which allows any value, for references outside `root`.
 
     Raises:
         KeyError: there is no schema at `reference`.

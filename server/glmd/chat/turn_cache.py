@@ -67,7 +67,11 @@ class TurnTokenCache:
         self._turns: LRUCache[bytes, tuple[CachedTurn, ...]] = LRUCache(max_tokens)
 
     def remember(self, prompt: Prompt, turn: GeneratedTurn | None) -> None:
-        """Add `turn`, generated from `prompt`. None (`ChatOutputProcessor.turn`) is ignored."""
+        """Add `turn`, generated from `prompt`.
+
+        Args:
+            turn: from `ChatOutputProcessor.turn`; None: nothing to cache.
+        """
         if turn is None:
             return
         seen = AssistantMessage(
@@ -91,7 +95,7 @@ class TurnTokenCache:
         self._turns.put(key, variants, size)
 
     def find(self, turn_key: bytes, message: AssistantMessage) -> CachedTurn | None:
-        """The cached turn that a client sends back as `message`, after the ids of `turn_key`.
+        """The cached turn that a client sends back as `message`, if any.
 
         If the message has reasoning, it must be the turn's reasoning.
         """
@@ -117,5 +121,5 @@ def _digest(text: str, prefix: bytes = b"") -> bytes:
 
 
 def _number(text: str) -> float:
-    """A number as JavaScript clients send it back: one type for all numbers, and 0 for -0."""
+    """A number as a JavaScript client sends it back: one number type, and 0 for -0."""
     return float(text) + 0.0
