@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, fields
+from typing import Any
 
 from glmd.errors import CheckpointError
 
 Piece = str | int
 """Part of a rendered prompt: plain text, or the id of one control token."""
 
-SPELLINGS = {
-    "system": "<|system|>",
-    "user": "<|user|>",
-    "assistant": "<|assistant|>",
-    "observation": "<|observation|>",
-    "think": "<think>",
-    "end_think": "</think>",
-    "tool_call": "<tool_call>",
-    "end_tool_call": "</tool_call>",
-    "arg_key": "<arg_key>",
-    "end_arg_key": "</arg_key>",
-    "arg_value": "<arg_value>",
-    "end_arg_value": "</arg_value>",
-}
+
+def _spelled(spelling: str) -> Any:
+    return field(metadata={"spelling": spelling})
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
     """Ids of the tokens that structure a conversation."""
 
-    system: int
-    user: int
-    assistant: int
-    observation: int
-    think: int
-    end_think: int
-    tool_call: int
-    end_tool_call: int
-    arg_key: int
-    end_arg_key: int
-    arg_value: int
-    end_arg_value: int
+    system: int = _spelled("<|system|>")
+    user: int = _spelled("<|user|>")
+    assistant: int = _spelled("<|assistant|>")
+    observation: int = _spelled("<|observation|>")
+    think: int = _spelled("<think>")
+    end_think: int = _spelled("</think>")
+    tool_call: int = _spelled("<tool_call>")
+    end_tool_call: int = _spelled("</tool_call>")
+    arg_key: int = _spelled("<arg_key>")
+    end_arg_key: int = _spelled("</arg_key>")
+    arg_value: int = _spelled("<arg_value>")
+    end_arg_value: int = _spelled("</arg_value>")
 
     @classmethod
     def find(cls, controls: Mapping[str, int], file: str) -> SpecialTokens:
@@ -71,3 +61,8 @@ class SpecialTokens:
     def in_turn(self) -> frozenset[int]:
         """Tokens inside an assistant's turn."""
         return frozenset(astuple(self)) - self.roles
+
+
+SPELLINGS: Mapping[str, str] = {
+    each.name: each.metadata["spelling"] for each in fields(SpecialTokens)
+}

@@ -180,7 +180,7 @@ def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     tree = environment.parse(source)
     longest_first = sorted(marks, key=len, reverse=True)
     spelling = re.compile("|".join(map(re.escape, longest_first)))
@@ -222,7 +222,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
