@@ -1,4 +1,4 @@
-"""Settings: which source wins, and what a mistake says."""
+"""Settings: precedence of sources, and error messages."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def config(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_every_setting_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
 
 
-def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(
+def test_precedence_is_flag_environment_file_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = config(tmp_path, 'host = "file"\nport = 1\nmax_context = 3\n')
@@ -41,12 +41,12 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(
     assert settings.temperature is None
 
 
-def test_the_environment_can_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glmd_config_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLMD_CONFIG", str(config(tmp_path, "port = 9")))
     assert load({}).port == 9
 
 
-def test_the_file_in_the_users_folder_is_found(tmp_path: Path) -> None:
+def test_the_file_in_the_user_config_folder_is_read(tmp_path: Path) -> None:
     path = tmp_path / "xdg" / "glmd" / "config.toml"
     path.parent.mkdir(parents=True)
     path.write_text("port = 10")
@@ -62,29 +62,29 @@ def test_lists_are_arrays_in_the_file_and_commas_in_the_environment(
     assert load({}, file).aliases == ("c", "d")
 
 
-def test_sizes_take_units() -> None:
+def test_sizes_accept_units() -> None:
     assert load({"max_body": "2MiB", "memory_budget": "20 GB"}).engine_config == {
         "mtp": "auto",
         "memory_budget": 20_000_000_000,
     }
 
 
-def test_the_key_is_not_printed() -> None:
+def test_repr_hides_the_api_key() -> None:
     assert "hunter2" not in repr(load({"api_key": "hunter2"}))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prot = 1", "There is no setting prot; did you mean port?"),
-        ("max-context = 1", "There is no setting max-context; did you mean max_context?"),
-        ("zzzzzz = 1", "There is no setting zzzzzz."),
+        ("prot = 1", "Unknown setting prot; did you mean port?"),
+        ("max-context = 1", "Unknown setting max-context; did you mean max_context?"),
+        ("zzzzzz = 1", "Unknown setting zzzzzz."),
         ("port = 70000", "port: Input should be less than or equal to 65535."),
         ("port =", "Invalid value"),
         ("temperature = nan", "temperature: Input should be"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line_that_names_file_and_key(
+def test_an_error_in_the_file_is_one_line_with_file_and_key(
     tmp_path: Path, text: str, message: str
 ) -> None:
     file = config(tmp_path, text)
@@ -95,12 +95,12 @@ def test_a_mistake_in_the_file_is_one_line_that_names_file_and_key(
     assert "\n" not in caught.value.message
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
         load({}, tmp_path / "nowhere.toml")
 
 
-def test_mistakes_in_flags_and_environment_are_spelt_as_given(
+def test_errors_name_the_flag_or_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(SettingsError, match=r"^--max-context: .* greater than or equal to 1\.$"):
@@ -114,15 +114,15 @@ def test_mistakes_in_flags_and_environment_are_spelt_as_given(
         load({})
 
 
-def test_a_bad_key_is_not_repeated_in_the_error() -> None:
+def test_an_error_does_not_repeat_the_api_key() -> None:
     with pytest.raises(SettingsError) as caught:
         load({"api_key": ""})
     assert "--api-key" in caught.value.message
 
 
-@pytest.mark.parametrize(("given", "meant"), [("off", 0), ("auto", "auto"), ("1", 1), ("3", 3)])
-def test_drafting_is_handed_to_the_engine_as_it_counts(given: str, meant: int | str) -> None:
-    assert load({"mtp": given}).engine_config["mtp"] == meant
+@pytest.mark.parametrize(("value", "expected"), [("off", 0), ("auto", "auto"), ("1", 1), ("3", 3)])
+def test_mtp_is_converted_for_the_engine(value: str, expected: int | str) -> None:
+    assert load({"mtp": value}).engine_config["mtp"] == expected
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_drafting_is_handed_to_the_engine_as_it_counts(given: str, meant: int | 
     [
         (
             "[profiles.a]\ntemprature = 1",
-            "profiles.a: There is no setting of a profile temprature; did you mean temperature?",
+            "profiles.a: Unknown profile setting temprature; did you mean temperature?",
         ),
         ("[profiles.a]\ntop_p = 2", "profiles.a.top_p: Input should be less than or equal to 1."),
         ("[profiles.'a b']\ntop_p = 1", "profiles.a b: String should match pattern"),
         ("profiles = 1", "profiles: Input should be a valid dictionary."),
-        ("profile = 'tols'", "profile: There is no profile tols; did you mean tools?"),
+        ("profile = 'tols'", "profile: Unknown profile tols; did you mean tools?"),
     ],
 )
-def test_a_mistake_in_a_profile_names_file_table_and_key(
+def test_an_error_in_a_profile_names_file_table_and_key(
     tmp_path: Path, text: str, message: str
 ) -> None:
     file = config(tmp_path, text)
@@ -148,7 +148,7 @@ def test_a_mistake_in_a_profile_names_file_table_and_key(
     assert "\n" not in caught.value.message
 
 
-def test_profiles_can_stand_in_the_environment_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiles_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLMD_PROFILES", '{"a": {"top_k": 3}}')
     assert load({}).profiles["a"].top_k == 3
     monkeypatch.setenv("GLMD_PROFILES", "a")
@@ -156,7 +156,7 @@ def test_profiles_can_stand_in_the_environment_as_json(monkeypatch: pytest.Monke
         load({})
 
 
-def test_budgets_of_efforts_are_a_table_or_pairs_and_the_others_stay(
+def test_effort_budgets_are_a_table_or_pairs_over_the_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rest = {"minimal": 512, "medium": 8192}

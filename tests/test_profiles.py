@@ -1,4 +1,4 @@
-"""Profiles: which one a request gets, in every API, and what its values give way to."""
+"""Profiles: selection by a request in every API, and precedence of their values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def http() -> Iterator[httpx.Client]:
 
 
 def chat(http: httpx.Client, **body: Any) -> dict[str, Any]:
-    """What reached the engine."""
+    """Return the request that reached the engine."""
     response = http.post("/v1/chat/completions", json={"messages": ECHO, **body})
     assert response.status_code == 200, response.text
     request: dict[str, Any] = json.loads(response.json()["choices"][0]["message"]["content"])
@@ -60,7 +60,7 @@ def rendered(http: httpx.Client, **body: Any) -> str:
         {"model": "claude-haiku-4-5"},
     ],
 )
-def test_a_profile_is_chosen_by_name_field_or_alias(
+def test_model_suffix_field_or_alias_selects_a_profile(
     http: httpx.Client, body: dict[str, str]
 ) -> None:
     request = chat(http, **body)
@@ -71,18 +71,18 @@ def test_a_profile_is_chosen_by_name_field_or_alias(
     assert rendered(http, **body).endswith("</think>")
 
 
-def test_without_one_the_servers_profile_holds_over_its_other_settings(http: httpx.Client) -> None:
+def test_the_default_profile_overrides_other_settings(http: httpx.Client) -> None:
     for body in ({}, {"model": "o:1"}):
         assert chat(http, **body)["sampling"]["temperature"] == 0.7  # of `tools`
     assert rendered(http).endswith("<think>")
 
 
-def test_what_a_profile_leaves_out_is_as_without_it(http: httpx.Client) -> None:
+def test_values_that_a_profile_leaves_out_come_from_the_settings(http: httpx.Client) -> None:
     assert chat(http, profile="deep")["sampling"]["temperature"] == 0.9
     assert chat(http, profile="deep")["max_tokens"] is None
 
 
-def test_the_request_wins_over_the_profile(http: httpx.Client) -> None:
+def test_the_request_overrides_the_profile(http: httpx.Client) -> None:
     request = chat(http, profile="cold", temperature=0.3, max_tokens=800)
     assert request["sampling"]["temperature"] == 0.3
     assert request["sampling"]["top_k"] == 7
@@ -90,7 +90,7 @@ def test_the_request_wins_over_the_profile(http: httpx.Client) -> None:
     assert rendered(http, profile="cold", enable_thinking=True).endswith("<think>")
 
 
-def test_completions_responses_and_messages_know_profiles_too(http: httpx.Client) -> None:
+def test_completions_responses_and_messages_use_profiles(http: httpx.Client) -> None:
     text = http.post(
         "/v1/completions",
         json={"prompt": "⟦{request}⟧", "model": "default:cold", "ignore_eos": False},
@@ -123,7 +123,7 @@ def test_completions_responses_and_messages_know_profiles_too(http: httpx.Client
         ({"model": "tiny:cold", "profile": "deep"}, 400, "profile is 'deep', but"),
     ],
 )
-def test_an_unknown_profile_is_refused_with_the_nearest_name(
+def test_an_unknown_profile_is_rejected_with_a_suggestion(
     http: httpx.Client, body: dict[str, str], status: int, message: str
 ) -> None:
     response = http.post("/v1/chat/completions", json={"messages": ECHO, **body})
@@ -131,7 +131,7 @@ def test_an_unknown_profile_is_refused_with_the_nearest_name(
     assert message in response.json()["error"]["message"]
 
 
-def test_profiles_are_listed_and_those_of_the_settings_are_models(http: httpx.Client) -> None:
+def test_models_list_all_profiles_and_configured_ones_as_models(http: httpx.Client) -> None:
     listed = http.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == [
         "test/tiny",

@@ -19,8 +19,8 @@ from pydantic import ByteSize, SecretStr  # noqa: E402
 from glmd.api.app import create_app  # noqa: E402
 from glmd.api.state import AppState, ServedModel  # noqa: E402
 from glmd.checkpoint.config import load_config  # noqa: E402
+from glmd.cli.config import format_size  # noqa: E402
 from glmd.config import PREFIX, Settings  # noqa: E402
-from glmd.config_sources import in_units  # noqa: E402
 from glmd.convert.inspect import inspect  # noqa: E402
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES  # noqa: E402
 from glmd.engine.config import EngineConfig  # noqa: E402
@@ -124,7 +124,7 @@ def settings_table() -> Iterator[str]:
         if default in (None, (), {}):
             shown = ""
         elif isinstance(default, ByteSize):
-            shown = f"`{in_units(default)}`"
+            shown = f"`{format_size(default)}`"
         elif isinstance(default, dict):
             shown = f"`{','.join(f'{key}={value}' for key, value in default.items())}`"
         else:

@@ -1,7 +1,7 @@
-"""Every setting of the server, once: its type, its default, its limits and what it means.
+"""The server's settings: types, defaults, limits, descriptions, and where values come from.
 
-A setting comes from, in this order: a command-line flag, the environment (`GLMD_PORT`), the
-configuration file (TOML), its default.
+In order of precedence: command-line flag, environment variable (`GLMD_PORT`), configuration file
+(TOML), default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -25,32 +33,73 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as SourceError
 
 from glmd.errors import SettingsError
-from glmd.profiles import BUILT_IN, Profile, ProfileName
 from glmd.utils.suggest import did_you_mean
 
 PREFIX = "GLMD_"
 
 CONFIG_VARIABLE = "GLMD_CONFIG"
-"""Names the configuration file; not a setting itself."""
+"""Environment variable with the path of the configuration file; not a setting."""
+
+ProfileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""Follows the model name and a colon in a request, as in `default:tools`."""
+
+
+class Profile(BaseModel):
+    """Named defaults for sampling and thinking, which a request can choose.
+
+    None: the value that applies without a profile.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0: off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="1: off.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    max_tokens: int | None = Field(None, ge=1)
+    enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+    aliases: tuple[str, ...] = Field(
+        (), description="Model names that choose the profile, such as claude-haiku-*."
+    )
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The defaults that the profile sets."""
+        return self.model_dump(exclude_none=True, exclude={"aliases"})
+
+
+BUILT_IN: Mapping[str, Profile] = {
+    name: Profile.model_validate(values)
+    for name, values in {
+        "card": {"temperature": 0.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01},
+        "general": {"temperature": 1.0, "top_k": 0, "top_p": 0.95, "min_p": 0.0},
+        "tools": {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    }.items()
+}
+"""Profiles that exist unless the settings redefine them. `card`: the card of the mixed 8/5-bit
+model (https://huggingface.co/leonsarmiento/GLM-4.7-Flash-5bit-mlx); `general` and `tools`: the
+model's authors (https://huggingface.co/zai-org/GLM-4.7-Flash)."""
+
+Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
+
+EFFORT_BUDGETS: dict[Effort, int] = {"minimal": 512, "low": 1024, "medium": 8192, "high": 24576}
+"""Reasoning token limit of each effort. GLM was not trained on efforts; the last three are
+Gemini's (https://ai.google.dev/gemini-api/docs/openai), the only published mapping."""
 
 
 def split_commas(value: object) -> object:
-    """`a,b` as the environment spells a list; anything else as it is."""
+    """Split `a,b`, the form of a list in the environment."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
 
 
-Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
-
-EFFORT_BUDGETS: dict[Effort, int] = {"minimal": 512, "low": 1024, "medium": 8192, "high": 24576}
-"""Tokens of reasoning by effort. Google publishes the last three for Gemini, which takes OpenAI's
-efforts for thinking budgets (https://ai.google.dev/gemini-api/docs/openai), and nobody else any:
-GLM was not trained on efforts, so what they mean is for the server to say."""
-
-
 def split_budgets(value: object) -> object:
-    """`low=2048,high=16384`, or a table, over `EFFORT_BUDGETS`."""
+    """Split `low=2048,high=16384`; efforts that are left out keep their default."""
     if isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
         value = {name.strip(): tokens.strip() for name, _, tokens in pairs}
@@ -62,9 +111,12 @@ Budget = Annotated[int, Field(ge=0)]
 Budgets = Annotated[dict[Effort, Budget], NoDecode, BeforeValidator(split_budgets)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
+DRAFTS: dict[str, int | str] = {"off": 0, "auto": "auto", "1": 1, "2": 2, "3": 3}
+"""Values of `Settings.mtp`, and what each is in the engine's configuration."""
+
 
 class Settings(BaseSettings):
-    """The settings of `glmd serve`. Made by `load`, which knows where values come from."""
+    """Settings of `glmd serve`. Create them with `load`, which reads all sources."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -74,159 +126,171 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    # What is served
+    # Model
     model: str | None = Field(
-        None, description="Checkpoint folder or Hugging Face repo id; none: the bundled demo."
+        None,
+        description="Checkpoint folder or Hugging Face repo id. Default: the bundled demo model.",
     )
     aliases: Names = Field(
-        (), description="More names that the model answers to, such as gpt-4o or claude-*."
+        (), description="Additional model names to accept, such as gpt-4o or claude-*."
     )
 
     # HTTP
     host: str = Field("127.0.0.1", description="Address or host name to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 chooses a free port.")
     api_key: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Key that clients must send, as `Authorization: Bearer` or `x-api-key`.",
+        description="API key that clients must send, as `Authorization: Bearer` or `x-api-key`.",
     )
     api_key_file: Path | None = Field(
-        None, description="File with more keys, one per line, that only you can read."
+        None,
+        description="File with additional API keys, one per line, readable by its owner only.",
     )
     allow_unauthenticated: bool = Field(
-        False, description="Listen without a key even where other machines can reach it."
+        False, description="Listen on a non-loopback address without an API key."
     )
     allowed_hosts: Names = Field(
         (),
-        description="More names that clients may call the server by (in `Host`), such as"
-        " llm.example.org or *.example.org.",
+        description="Additional `Host` headers to accept, such as llm.example.org or"
+        " *.example.org.",
     )
     cors_origins: Names = Field(
         (),
-        description="Sites whose pages may use the server, such as http://localhost:3000;"
-        " none: its own page alone.",
+        description="Web origins that may call the server, such as http://localhost:3000."
+        " Default: only the server's own page.",
     )
     max_body: ByteSize = Field(
-        ByteSize(32 * 2**20), ge=1024, description="Largest request body, such as 32MiB."
+        ByteSize(32 * 2**20), ge=1024, description="Maximum size of a request body, such as 32MiB."
     )
-    keep_alive: float = Field(
-        10.0, gt=0, description="Seconds of silence after which a stream shows that it lives."
-    )
+    keep_alive: float = Field(10.0, gt=0, description="SSE keep-alive interval, in seconds.")
     drain_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests get to end at shutdown."
+        30.0, ge=0, description="Time for running requests to finish at shutdown, in seconds."
     )
 
-    # Overload
+    # Limits
     header_timeout: float = Field(
-        20.0, gt=0, description="Seconds in which a connection must have sent a request's head."
+        20.0, gt=0, description="Time limit for receiving the headers of a request, in seconds."
     )
     body_timeout: float = Field(
-        60.0, gt=0, description="Seconds in which a request's body must have arrived."
+        60.0, gt=0, description="Time limit for receiving the body of a request, in seconds."
     )
     reader_timeout: float = Field(
-        60.0, gt=0, description="Seconds for which a client may read nothing of its answer."
+        60.0,
+        gt=0,
+        description="Disconnect a client that reads nothing of its response for this time, in"
+        " seconds.",
     )
     max_queue: int = Field(
         1024,
         ge=1,
-        description="Most answers that may wait for their turn; one client alone gets half of it.",
+        description="Maximum number of queued sequences; a single client may queue half of it.",
     )
     max_queue_tokens: int = Field(
-        4_000_000, ge=1, description="Most prompt tokens that may wait for their turn."
+        4_000_000, ge=1, description="Maximum number of queued prompt tokens."
     )
     queue_timeout: float | None = Field(
-        None, gt=0, description="Seconds a request may wait for its turn; none: no limit."
+        None, gt=0, description="Time limit in the queue, in seconds. Default: no limit."
     )
     first_token_timeout: float | None = Field(
-        None, gt=0, description="Seconds until a request's first token; none: no limit."
+        None, gt=0, description="Time limit to the first token, in seconds. Default: no limit."
     )
     request_timeout: float | None = Field(
-        None, gt=0, description="Seconds until a request is done; none: no limit."
+        None, gt=0, description="Time limit for a whole request, in seconds. Default: no limit."
     )
 
     # Engine
     max_context: int | None = Field(
-        None, ge=1, description="Longest prompt plus answer, in tokens; none: the checkpoint's."
+        None,
+        ge=1,
+        description="Maximum length of prompt plus output, in tokens. Default: the checkpoint's.",
     )
     max_running: int | None = Field(
-        None, ge=1, description="Most sequences in one step; none: the engine's default."
+        None, ge=1, description="Maximum number of sequences in a step. Default: the engine's."
     )
     max_step_tokens: int | None = Field(
-        None, ge=1, description="Most token rows in one step; none: the engine's default."
+        None, ge=1, description="Maximum number of token rows in a step. Default: the engine's."
     )
     mtp: Literal["off", "auto", "1", "2", "3"] = Field(
         "auto",
-        description="MTP drafts per step; auto: as measurement decides; off: no MTP layer.",
+        description="MTP drafts per step; auto follows the measured gain, off does not load the"
+        " MTP layer.",
     )
     memory_budget: ByteSize | None = Field(
-        None, ge=1, description="Bytes for weights, KV and transients; none: from the device."
+        None,
+        ge=1,
+        description="Memory for weights, KV cache and activations, such as 20GiB. Default: derived"
+        " from the device.",
     )
 
-    # Thinking, for requests that do not say
-    enable_thinking: bool = Field(True, description="Think before answering.")
+    # Thinking
+    enable_thinking: bool = Field(
+        True, description="Think before answering, in requests that do not set it."
+    )
     clear_thinking: bool = Field(
-        False, description="Drop the reasoning of earlier turns from the prompt."
+        False,
+        description="Leave the reasoning of earlier turns out of the prompt, in requests that do"
+        " not set it.",
     )
-
     effort_budgets: Budgets = Field(
         EFFORT_BUDGETS,
-        description="Tokens of reasoning that each reasoning_effort allows, such as"
-        " low=2048,high=16384; none is named for an effort: any number.",
+        description="Reasoning token limit of each reasoning_effort, such as low=2048,high=16384;"
+        " an effort that is not listed has no limit.",
     )
-
     turn_memory: int = Field(
         4_000_000,
         ge=0,
-        description="Tokens of generated turns that are kept, so that a turn which comes back"
-        " keeps its reasoning and its place in the cache; 0: none.",
+        description="Tokens of generated turns to keep, so that turns that clients send back keep"
+        " their reasoning and stay cached; 0 keeps none.",
     )
-
     response_store: ByteSize = Field(
         ByteSize(256 * 2**20),
         ge=0,
-        description="Responses (of /v1/responses) that are kept, so that others may go on from them"
-        " and clients retrieve them, such as 256MiB; 0: none.",
+        description="Memory for stored responses of /v1/responses, such as 256MiB; 0 stores none.",
     )
 
-    # Sampling, for requests that do not say; none: the checkpoint's generation_config.json,
-    # else what the model card recommends
-    temperature: float | None = Field(None, ge=0, le=2, description="Default temperature.")
-    top_p: Probability | None = Field(None, gt=0, description="Default top_p.")
-    top_k: int | None = Field(None, ge=0, description="Default top_k; 0: off.")
-    min_p: Probability | None = Field(None, description="Default min_p.")
+    # Sampling; None: the checkpoint's generation_config.json, else the model card's
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="Default temperature of requests."
+    )
+    top_p: Probability | None = Field(None, gt=0, description="Default top_p of requests.")
+    top_k: int | None = Field(None, ge=0, description="Default top_k of requests; 0 turns it off.")
+    min_p: Probability | None = Field(None, description="Default min_p of requests.")
     max_tokens: int | None = Field(
-        None, ge=1, description="Default limit of an answer's tokens; none: the context's."
+        None,
+        ge=1,
+        description="Default max_tokens of requests. Default: what the context leaves.",
     )
-
     profile: str | None = Field(
-        None, description="Profile of requests that name none, such as card, general or tools."
+        None, description="Default profile of requests, such as card, general or tools."
     )
     profiles: dict[ProfileName, Profile] = Field(
         {},
-        description="More profiles, each a table `[profiles.NAME]` of the file; in the environment"
-        " an object in JSON.",
+        description="Additional profiles: tables `[profiles.NAME]` in the file, a JSON object in"
+        " the environment.",
     )
 
+    # Logging
     log_file: Path | None = Field(
         None,
-        description="File to write the log to, instead of stderr; begun anew when it is renamed,"
-        " and beyond 10 MB.",
+        description="Log to this file instead of stderr; rotated at 10 MB, and reopened when it is"
+        " renamed.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Least severe log lines to write."
+        "INFO", description="Minimum level of log lines."
     )
     log_format: Literal["auto", "text", "json"] = Field(
-        "auto", description="Form of log lines; auto: text on a terminal, else JSON."
+        "auto", description="Format of log lines; auto is text on a terminal, else JSON."
     )
     tracing: bool = Field(
         False,
-        description="Send OpenTelemetry spans, as the OTEL_… variables say; wants glmd[otel].",
+        description="Export OpenTelemetry spans as the OTEL_… variables say; needs glmd[otel].",
     )
     slow_request: float = Field(
         30.0,
         ge=0,
-        description="Seconds without a token after which the log says where a request's time went;"
-        " 0: never.",
+        description="Log where the time of a request goes after this time without a token, in"
+        " seconds; 0 turns it off.",
     )
 
     @classmethod
@@ -238,35 +302,30 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load` hands over, so that one place decides which source wins."""
+        """Take values from `load` only: merging here would lose the origin of each value."""
         return (init_settings,)
 
     @property
     def all_profiles(self) -> dict[str, Profile]:
-        """The built-in profiles, and those defined here, which win."""
+        """Built-in profiles, overridden by those of the settings."""
         return {**BUILT_IN, **self.profiles}
 
     @property
     def engine_config(self) -> dict[str, int | str]:
-        """The fields of the engine's configuration that are set here."""
+        """Fields of the engine's configuration that the settings set."""
         names = ("max_context", "max_running", "max_step_tokens", "memory_budget")
         limits = {name: int(value) for name in names if (value := getattr(self, name)) is not None}
         return {**limits, "mtp": DRAFTS[self.mtp]}
 
 
-DRAFTS: dict[str, int | str] = {"off": 0, "auto": "auto", "1": 1, "2": 2, "3": 3}
-"""`Settings.mtp` as the engine knows it."""
-
-
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """Settings, and where they come from.
+class LoadedSettings:
+    """Settings with the origin of their values.
 
     Attributes:
-        settings: the values.
-        file: the configuration file that was read; None: there is none.
-        origins: of each setting that is not at its default, as its source spells it:
-            `--port`, `GLMD_PORT`, `/path/to/config.toml: port`.
+        file: the configuration file that was read; None: no file was found.
+        origins: name in its source of each setting that is set: `--port`, `GLMD_PORT` or
+            `/path/to/config.toml: port`.
     """
 
     settings: Settings
@@ -275,34 +334,34 @@ class Loaded:
 
 
 def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """The settings from flags, environment and configuration file; see `load_with_origins`."""
+    """Read the settings; arguments and errors as of `load_with_origins`."""
     return load_with_origins(flags, config).settings
 
 
-def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> Loaded:
-    """The settings from flags, environment and configuration file.
+def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> LoadedSettings:
+    """Read the settings from flags, environment and configuration file.
 
     Args:
-        flags: settings given on the command line; None means not given.
-        config: the configuration file; None: the one `find_config` finds.
+        flags: settings of the command line; None as a value: not given.
+        config: the configuration file; None: the result of `find_config`.
 
     Raises:
-        SettingsError: a key is unknown or a value is bad, in one line that says where.
+        SettingsError: unknown name or invalid value, in one line that names its source.
     """
     config = config or find_config()
     known = Settings.model_fields.keys()
     from_file = {} if config is None else read_toml(config)
-    refuse_unknown(from_file, known, place=f"{config}: ")
-    refuse_unknown_in_profiles(from_file.get("profiles"), place=f"{config}: ")
+    reject_unknown(from_file, known, f"{config}: ")
+    reject_unknown_in_profiles(from_file.get("profiles"), f"{config}: ")
     variables = [name for name in os.environ if name.upper().startswith(PREFIX)]
-    refuse_unknown(variables, [CONFIG_VARIABLE, *(PREFIX + name.upper() for name in known)])
-    layers = [
+    reject_unknown(variables, [CONFIG_VARIABLE, *(PREFIX + name.upper() for name in known)])
+    sources = [
         (f"{config}: ", from_file),
         (PREFIX, read_environment()),
         ("--", {name: value for name, value in flags.items() if value is not None}),
     ]
-    values = {name: value for _, layer in layers for name, value in layer.items()}
-    origins = {name: spell(place, name) for place, layer in layers for name in layer}
+    values = {name: value for _, source in sources for name, value in source.items()}
+    origins = {name: spell(prefix, name) for prefix, source in sources for name in source}
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -310,49 +369,28 @@ def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> L
         name, *inner = (str(part) for part in first["loc"] if part != "[key]")
         where = ".".join([origins[name], *inner])
         raise SettingsError(f"{where}: {first['msg']}.") from error
-    if settings.profile is not None and settings.profile not in settings.all_profiles:
-        raise SettingsError(
-            f"{origins['profile']}: There is no profile {settings.profile}"
-            f"{did_you_mean(settings.profile, settings.all_profiles)}"
+    if settings.profile is not None:
+        reject_unknown(
+            [settings.profile], settings.all_profiles, f"{origins['profile']}: ", "profile"
         )
-    return Loaded(settings, config, origins)
+    return LoadedSettings(settings, config, origins)
 
 
 def find_config() -> Path | None:
-    """The file that `GLMD_CONFIG` names, else the first of `default_configs()` that is there."""
+    """Return the file in `GLMD_CONFIG`, else the first existing file of `default_configs`."""
     if os.environ.get(CONFIG_VARIABLE):
         return Path(os.environ[CONFIG_VARIABLE]).expanduser()
     return next((path for path in default_configs() if path.is_file()), None)
 
 
-def read_environment() -> dict[str, Any]:
-    """The settings that the environment holds, as far as it holds any.
-
-    Raises:
-        SettingsError: one that must be JSON is not.
-    """
-    try:
-        return EnvSettingsSource(Settings)()
-    except SourceError as error:
-        name = next((each for each in Settings.model_fields if f'"{each}"' in str(error)), "")
-        raise SettingsError(f"{spell(PREFIX, name)}: This must be an object in JSON.") from error
-
-
-def spell(place: str, name: str) -> str:
-    """A setting's name as its source spells it: `--max-body`, `GLMD_MAX_BODY`, `file: max_body`."""
-    if place == "--":
-        return place + name.replace("_", "-")
-    return place + (name.upper() if place == PREFIX else name)
-
-
 def default_configs() -> list[Path]:
-    """Where a configuration file is looked for: ~/.config first, then the platform's own place."""
+    """List the default configuration files: below ~/.config, then in the platform's folder."""
     base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     return [base / "glmd" / "config.toml", platformdirs.user_config_path("glmd") / "config.toml"]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The top-level table of a TOML file.
+    """Read a TOML file.
 
     Raises:
         SettingsError: the file cannot be read, or is not TOML.
@@ -365,22 +403,42 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: {error}.") from error
 
 
-def refuse_unknown(
-    names: Iterable[str], known: Iterable[str], place: str = "", kind: str = "setting"
+def read_environment() -> dict[str, Any]:
+    """Read the settings in the environment.
+
+    Raises:
+        SettingsError: a variable must hold JSON and does not.
+    """
+    try:
+        return EnvSettingsSource(Settings)()
+    except SourceError as error:
+        name = next((name for name in Settings.model_fields if f'"{name}"' in str(error)), "")
+        raise SettingsError(f"{spell(PREFIX, name)}: Must be a JSON object.") from error
+
+
+def spell(prefix: str, name: str) -> str:
+    """Spell a setting as its source does: `--max-body`, `GLMD_MAX_BODY`, `FILE: max_body`."""
+    if prefix == "--":
+        return prefix + name.replace("_", "-")
+    return prefix + (name.upper() if prefix == PREFIX else name)
+
+
+def reject_unknown(
+    names: Iterable[str], known: Iterable[str], prefix: str = "", kind: str = "setting"
 ) -> None:
-    """Raise a SettingsError that names the nearest known name, if one of `names` is not known."""
+    """Raise a SettingsError for the first unknown name, with the most similar known name."""
     known = list(known)
     for name in names:
         if name not in known:
             hint = did_you_mean(name.replace("-", "_"), known)
-            raise SettingsError(f"{place}There is no {kind} {name}{hint}")
+            raise SettingsError(f"{prefix}Unknown {kind} {name}{hint}")
 
 
-def refuse_unknown_in_profiles(profiles: object, place: str) -> None:
-    """The same for the tables `[profiles.NAME]`; what is no table is left to validation."""
+def reject_unknown_in_profiles(profiles: object, prefix: str) -> None:
+    """Apply `reject_unknown` to `[profiles.NAME]`; validation reports values of a wrong type."""
     tables = profiles if isinstance(profiles, dict) else {}
     for name, table in tables.items():
         if isinstance(table, dict):
-            refuse_unknown(
-                table, Profile.model_fields, f"{place}profiles.{name}: ", "setting of a profile"
+            reject_unknown(
+                table, Profile.model_fields, f"{prefix}profiles.{name}: ", "profile setting"
             )

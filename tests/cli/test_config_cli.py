@@ -1,4 +1,4 @@
-"""`glmd config`: where each value comes from, and a file to begin with."""
+"""`glmd config`: origins of values, and the template of a configuration file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shown(*arguments: str) -> dict[str, Any]:
     return settings
 
 
-def test_each_value_is_shown_with_its_origin_as_the_source_spells_it(
+def test_show_prints_each_value_with_its_origin(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = home / "a.toml"
@@ -57,7 +57,7 @@ def test_each_value_is_shown_with_its_origin_as_the_source_spells_it(
     assert row("max_body") == ("32MiB", "default", None)
 
 
-def test_a_secret_is_masked_in_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_masked_in_table_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLMD_API_KEY", "hunter2")
     for arguments in (["show"], ["show", "--json"]):
         output = config(*arguments).output
@@ -65,14 +65,14 @@ def test_a_secret_is_masked_in_table_and_json(monkeypatch: pytest.MonkeyPatch) -
         assert "GLMD_API_KEY" in output
 
 
-def test_path_is_the_file_in_use_else_the_one_that_init_writes(home: Path) -> None:
+def test_path_prints_the_file_in_use_or_the_file_that_init_writes(home: Path) -> None:
     file = home / "xdg" / "glmd" / "config.toml"
     assert config("path").stdout == f"{file}\n"
     other = home / ".config" / "named.toml"
     assert config("path", "--config", str(other)).stdout == f"{other}\n"
 
 
-def test_init_writes_every_setting_at_its_default_for_the_owner_alone(home: Path) -> None:
+def test_init_writes_every_default_into_a_private_file(home: Path) -> None:
     run = config("init")
     file = home / "xdg" / "glmd" / "config.toml"
     assert str(file) in run.stdout
@@ -88,7 +88,7 @@ def test_init_writes_every_setting_at_its_default_for_the_owner_alone(home: Path
     assert settings.profiles["brief"].enable_thinking is False
 
 
-def test_init_overwrites_nothing(home: Path) -> None:
+def test_init_does_not_overwrite_a_file(home: Path) -> None:
     file = home / "mine.toml"
     file.write_text("port = 7\n")
     run = config("init", "--config", str(file))

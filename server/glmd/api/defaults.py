@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
-from glmd.config import Settings
+from glmd.config import Profile, Settings
 from glmd.ipc import SamplingParams
-from glmd.profiles import Profile
 
 SAMPLING = frozenset(SamplingParams.__struct_fields__)
 
