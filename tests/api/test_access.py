@@ -140,7 +140,7 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
         assert message in refused.exception.message
     assert run(app, ["key", "revoke", "laptop"]).stdout == "Revoked: laptop\n"
     assert ApiKeyStore.of(Settings(), store).lookup(first.encode()) is None
-    assert "the last one" in run(app, ["key", "revoke", "phone"]).stderr
+    assert "the last key" in run(app, ["key", "revoke", "phone"]).stderr
     assert not ApiKeyStore.of(Settings(), store).required
 
 

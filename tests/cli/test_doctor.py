@@ -1,4 +1,4 @@
-"""`glmd doctor`: every finding says what is there, and what to do where it must change."""
+"""`glmd doctor`: each check finds its problem and names the remedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +17,15 @@ from live import live_server
 from paths import TESTS
 from typer.testing import CliRunner
 
-from glmd.cli import doctor_checks as doctor
-from glmd.cli.daemon import detect as find
+from glmd.cli import daemon
+from glmd.cli.doctor import Finding
 from glmd.cli.doctor import doctor as command
-from glmd.cli.doctor_checks import Finding, Patient
 from glmd.config import Settings
+
+doctor = import_module("glmd.cli.doctor")  # `from glmd.cli import doctor` may be the command
 
 GIB = 2**30
 REAL_CONFIG = TESTS / "fixtures" / "glm-4.7-flash" / "config.json"
-
-
-def patient(budget: int | None = None, **settings: object) -> Patient:
-    report = None if budget is None else {"budget": budget}
-    return Patient(Settings(**settings), report)  # type: ignore[arg-type]
 
 
 def assert_problem(finding: Finding, found: str, advice: str) -> None:
@@ -43,13 +40,13 @@ def device() -> tuple[object, Finding]:
     return doctor.check_device()
 
 
-def test_mlx_is_asked_in_another_process(device: tuple[object, Finding]) -> None:
+def test_mlx_is_checked_in_another_process(device: tuple[object, Finding]) -> None:
     report, finding = device
     assert isinstance(report, dict)
     assert report["budget"] > 0
     assert report["device"] in finding.found
     assert finding.verdict == ("ok" if report["gpu"] else "warning")
-    code = "import glmd.cli.doctor_checks, glmd.cli.doctor, sys; sys.exit('mlx' in sys.modules)"
+    code = "import glmd.cli.doctor, sys; sys.exit('mlx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -58,10 +55,10 @@ def test_mlx_is_asked_in_another_process(device: tuple[object, Finding]) -> None
     [
         ("raise ImportError('no libmlx')", "ImportError: no libmlx"),
         ("import os; os.abort()", "signal 6"),
-        ('print(\'{"wrong_bits": [5], "gpu": true, "device": "x"}\')', "5-bit products wrongly"),
+        ('print(\'{"wrong_bits": [5], "gpu": true, "device": "x"}\')', "wrong 5-bit products"),
     ],
 )
-def test_an_mlx_that_fails_is_a_problem_and_not_the_end(
+def test_a_failing_mlx_is_a_problem_and_not_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, found: str
 ) -> None:
     python = tmp_path / "python"
@@ -81,7 +78,7 @@ def test_an_mlx_that_fails_is_a_problem_and_not_the_end(
         ("x86_64", "15.1", "problem"),
     ],
 )
-def test_each_mac_gets_its_verdict(
+def test_verdict_depends_on_machine_and_macos_version(
     monkeypatch: pytest.MonkeyPatch, machine: str, release: str, verdict: str
 ) -> None:
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
@@ -96,12 +93,12 @@ def test_each_mac_gets_its_verdict(
 @pytest.mark.parametrize(
     ("limit", "verdict", "found"),
     [
-        ("0", "ok", "(iogpu.wired_limit_mb) is macOS's default"),
-        ("26000", "ok", "(iogpu.wired_limit_mb) is 26,000 MB"),
-        ("32000", "warning", "(iogpu.wired_limit_mb) is 32,000 MB"),
+        ("0", "ok", "(iogpu.wired_limit_mb): macOS's default"),
+        ("26000", "ok", "(iogpu.wired_limit_mb): 26,000 MB"),
+        ("32000", "warning", "(iogpu.wired_limit_mb): 32,000 MB"),
     ],
 )
-def test_the_gpus_share_is_said_and_too_large_a_one_is_warned_of(
+def test_a_too_large_gpu_limit_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, verdict: str, found: str
 ) -> None:
     sysctl = tmp_path / "sysctl"
@@ -111,106 +108,106 @@ def test_the_gpus_share_is_said_and_too_large_a_one_is_warned_of(
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     memory = SimpleNamespace(total=32 * GIB, available=20 * GIB)
     monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: memory)
-    finding = doctor.check_memory(patient(21 * GIB))
+    finding = doctor.check_memory(21 * GIB)
     assert (finding.verdict, found in finding.found) == (verdict, True)
     if verdict == "warning":
         assert "sudo sysctl iogpu.wired_limit_mb=28672" in (finding.advice or "")
 
 
-def test_a_whole_model_that_fits_is_ok_with_the_tokens_beside_it(random_checkpoint: Path) -> None:
-    finding = doctor.check_model(patient(GIB, model=str(random_checkpoint)))
+def test_a_complete_model_that_fits_is_ok_with_its_room_for_tokens(random_checkpoint: Path) -> None:
+    finding = doctor.check_model(str(random_checkpoint), GIB)
     assert finding.verdict == "ok"
-    assert "GiB of weights, and room for at most" in finding.found
+    assert "GiB of weights, room for at most" in finding.found
 
 
 def test_a_model_beyond_the_budget_is_a_problem(random_checkpoint: Path) -> None:
-    finding = doctor.check_model(patient(1000, model=str(random_checkpoint)))
-    assert_problem(finding, "GiB of weights, but a budget of", "iogpu.wired_limit_mb")
+    finding = doctor.check_model(str(random_checkpoint), 1000)
+    assert_problem(finding, "GiB of weights, memory budget", "iogpu.wired_limit_mb")
 
 
-def test_a_damaged_model_is_named(tmp_path: Path, random_checkpoint: Path) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, random_checkpoint: Path) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()
     for file in random_checkpoint.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert_problem(doctor.check_model(patient(model=str(folder))), weights.name, "again")
+    assert_problem(doctor.check_model(str(folder), None), weights.name, "again")
 
 
-def test_a_folder_without_weights_and_no_folder_at_all_are_problems(tmp_path: Path) -> None:
+def test_a_folder_without_weights_and_a_missing_folder_are_problems(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(REAL_CONFIG.read_bytes())
-    assert_problem(doctor.check_model(patient(model=str(tmp_path))), "no model*", "again")
-    assert_problem(doctor.check_model(patient(model="/no/where/at/all")), "no such file", "again")
+    assert_problem(doctor.check_model(str(tmp_path), None), "no model*", "again")
+    assert_problem(doctor.check_model("/no/where/at/all", None), "no such file", "again")
 
 
-def test_a_model_of_the_hub_that_is_not_here_is_looked_for_nowhere_else(
+def test_a_model_that_is_not_downloaded_is_a_warning_unless_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr(doctor, "DOWNLOAD_BYTES", 1)
-    finding = doctor.check_model(patient(model="owner/name"))
+    finding = doctor.check_model("owner/name", None)
     assert finding.verdict == "warning"
     assert "hf download owner/name" in (finding.advice or "")
     monkeypatch.setattr(doctor, "DOWNLOAD_BYTES", 10**18)
-    assert_problem(doctor.check_model(patient(model="owner/name")), "are free", "HF_HOME")
+    assert_problem(doctor.check_model("owner/name", None), "GiB free", "HF_HOME")
 
 
-def test_a_port_that_something_else_uses_is_a_problem() -> None:
+def test_a_port_in_use_is_a_problem() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        # It accepts and says nothing, as a stranger may.
-        finding = doctor.check_port(patient(port=port))
+        # Accepts connections, and never responds.
+        finding = doctor.check_port("127.0.0.1", port)
     assert_problem(finding, f"port {port}: Address already in use", "--port")
-    assert doctor.check_port(patient(port=0)).verdict == "ok"
+    assert doctor.check_port("127.0.0.1", 0).verdict == "ok"
 
 
-def test_a_port_on_which_glmd_serves_already_is_fine() -> None:
+def test_a_port_that_glmd_uses_is_ok() -> None:
     with live_server() as live:
         port = int(live.url.rpartition(":")[2])
-        finding = doctor.check_port(patient(port=port))
-    assert finding == Finding("port", "ok", f"127.0.0.1 port {port}: glmd serves test/tiny there")
+        finding = doctor.check_port("127.0.0.1", port)
+    assert finding == Finding("port", "ok", f"127.0.0.1 port {port} serves test/tiny through glmd")
 
 
-def test_a_bad_setting_is_quoted_and_the_rest_is_examined_with_defaults(tmp_path: Path) -> None:
+def test_a_bad_setting_is_quoted_and_defaults_are_checked(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("prot = 1\n")
     settings, finding = doctor.check_settings({}, config)
     assert settings == Settings()
-    assert_problem(finding, "did you mean port?", "Correct it")
+    assert_problem(finding, "did you mean port?", "Correct this setting")
 
 
-def test_a_machine_without_a_service_manager_is_no_worse_for_it(
+def test_a_machine_without_service_manager_is_ok(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(find.sys, "platform", "linux")
-    monkeypatch.setattr(find, "BOOTED", tmp_path / "nothing")
-    assert doctor.check_service(patient()).verdict == "ok"
+    monkeypatch.setattr(daemon.sys, "platform", "linux")
+    monkeypatch.setattr(daemon, "BOOTED", tmp_path / "nothing")
+    assert doctor.check_service().verdict == "ok"
 
 
-def test_a_service_manager_that_does_not_answer_is_quoted(
+def test_an_error_of_the_service_manager_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(find.sys, "platform", "darwin")
+    monkeypatch.setattr(daemon.sys, "platform", "darwin")
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = doctor.check_service(patient())
+    finding = doctor.check_service()
     assert finding.verdict == "warning"
-    assert "no launchctl on the PATH" in finding.found
+    assert "No launchctl on the PATH" in finding.found
 
 
-def test_few_open_files_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_limit_of_open_files_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, -1))
-    finding = doctor.check_open_files(patient())
+    finding = doctor.check_open_files()
     assert finding.verdict == "warning"
     assert "ulimit -n" in (finding.advice or "")
 
 
-def test_table_and_json_say_the_same_and_only_problems_fail(
+def test_exit_code_is_1_for_problems_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: tuple[object, Finding]
 ) -> None:
     monkeypatch.setattr(doctor, "check_device", lambda: device)
-    monkeypatch.setattr(doctor, "check_service", lambda _: Finding("service", "ok", "none"))
+    monkeypatch.setattr(doctor, "check_service", lambda: Finding("service", "ok", "none"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     app = typer.Typer()
     app.command()(command)
@@ -226,5 +223,5 @@ def test_table_and_json_say_the_same_and_only_problems_fail(
     shown = run.invoke(app, ["/no/where", "--port", "0"])
     assert shown.exit_code == 1
     assert "→ Download or convert the model again." in shown.output
-    monkeypatch.setattr(doctor, "check_model", lambda _: Finding("model", "warning", "x", "y"))
+    monkeypatch.setattr(doctor, "check_model", lambda *_: Finding("model", "warning", "x", "y"))
     assert run.invoke(app, ["--port", "0"]).exit_code == 0

@@ -1,4 +1,4 @@
-"""`glmd service` with launchd itself. Run where the user's services may be touched: in CI."""
+"""`glmd service` with the real launchd, in CI only: installs a service for this user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glmd.cli.daemon.launchd import Launchd
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "darwin" or "LAUNCHD_TESTS" not in os.environ,
-    reason="only on macOS, and with LAUNCHD_TESTS set: it installs a service for this user",
+    reason="needs macOS and LAUNCHD_TESTS: installs a service for this user",
 )
 
 GLMD = Path(sys.executable).with_name("glmd")
@@ -32,7 +32,7 @@ def report() -> dict[str, object]:
     return done
 
 
-def test_launchd_runs_the_server_and_lets_go_of_it() -> None:
+def test_launchd_runs_stops_and_removes_the_service() -> None:
     manager = Launchd()
     assert not manager.definition_file.exists(), "this would replace a service that is in use"
     try:

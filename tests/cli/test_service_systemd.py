@@ -1,4 +1,4 @@
-"""systemd's side of `glmd service`: the unit, and the conversation with systemctl."""
+"""`glmd service` with systemd: the unit file, and the calls of systemctl."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from service_kit import path_with
 
-from glmd.cli.daemon.spec import Definition
-from glmd.cli.daemon.systemd import Systemd, unit
+from glmd.cli.daemon.spec import ServiceSpec
+from glmd.cli.daemon.systemd import Systemd, unit_file
 from glmd.errors import ServiceError
 
-DEFINITION = Definition(
+SPEC = ServiceSpec(
     ("/bin/echo", "serve", "my models/100% $HOME"), {"GLMD_API_KEY": 'a "b" \\ %h $c'}, 40
 )
 
@@ -34,7 +34,7 @@ KILLED = (
 
 @pytest.fixture
 def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a stand-in for systemctl keeps its state."""
+    """Return the state folder of a stand-in for systemctl."""
     systemctl = tmp_path / "bin" / "systemctl"
     systemctl.parent.mkdir()
     systemctl.write_text(SYSTEMCTL)
@@ -53,11 +53,11 @@ def calls(state: Path) -> list[str]:
     return [line.removeprefix("--user ") for line in lines if not line.startswith("--user show")]
 
 
-def test_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit_file(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("only on Linux with systemd")
     file = tmp_path / "glmd.service"
-    file.write_text(unit(DEFINITION))
+    file.write_text(unit_file(SPEC))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(file)],
         capture_output=True,
@@ -69,15 +69,15 @@ def test_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
     assert complaints == []
 
 
-def test_what_systemd_would_expand_is_escaped() -> None:
-    text = unit(DEFINITION)
+def test_characters_that_systemd_expands_are_escaped() -> None:
+    text = unit_file(SPEC)
     assert 'ExecStart="/bin/echo" "serve" "my models/100%% $$HOME"' in text
     assert 'Environment="GLMD_API_KEY=a \\"b\\" \\\\ %%h $c"' in text
 
 
-def test_installing_enables_and_starts_it_and_may_be_repeated(linux: Path) -> None:
+def test_install_enables_and_starts_the_unit_and_can_be_repeated(linux: Path) -> None:
     manager = Systemd()
-    assert manager.install(DEFINITION)
+    assert manager.install(SPEC)
     assert calls(linux) == [
         "daemon-reload",
         "enable glmd.service",
@@ -86,20 +86,20 @@ def test_installing_enables_and_starts_it_and_may_be_repeated(linux: Path) -> No
     ]
     assert stat.S_IMODE(manager.definition_file.stat().st_mode) == 0o600
     (linux / "show").write_text(RUNNING)
-    assert not manager.install(DEFINITION)
+    assert not manager.install(SPEC)
     assert len(calls(linux)) == 4
 
 
-def test_uninstalling_disables_and_removes_it(linux: Path) -> None:
+def test_uninstall_disables_and_removes_the_unit(linux: Path) -> None:
     manager = Systemd()
-    manager.install(DEFINITION)
+    manager.install(SPEC)
     assert manager.uninstall()
     assert calls(linux)[-2:] == ["disable --now glmd.service", "daemon-reload"]
     assert not manager.definition_file.exists()
     assert not manager.uninstall()
 
 
-def test_the_state_is_read_from_properties(linux: Path) -> None:
+def test_state_comes_from_systemctl_show(linux: Path) -> None:
     manager = Systemd()
     assert manager.state().loaded is False
     (linux / "show").write_text(RUNNING)
@@ -109,7 +109,7 @@ def test_the_state_is_read_from_properties(linux: Path) -> None:
     assert (state.pid, state.starts, state.last_exit) == (None, 4, -9)
 
 
-def test_without_a_user_manager_it_says_what_to_do(linux: Path) -> None:
+def test_a_missing_user_manager_is_an_error_with_a_remedy(linux: Path) -> None:
     (linux / "refuse").write_text("Failed to connect to bus: No medium found\n")
     with pytest.raises(ServiceError, match=r"No medium found.*enable-linger"):
         Systemd().state()

@@ -15,12 +15,12 @@ import pytest
 from launchd_keys import check_documented
 from paths import ROOT
 
-from glmd.cli.daemon.plist import agent
-from glmd.cli.daemon.spec import DEFAULT_DRAIN, EXIT_MARGIN, Definition
+from glmd.cli.daemon.launchd import agent_plist
+from glmd.cli.daemon.spec import EXIT_MARGIN, ServiceSpec
 from glmd.config import Settings
 
 DEPLOY = ROOT / "deploy"
-EXIT_TIMEOUT = int(DEFAULT_DRAIN) + EXIT_MARGIN
+EXIT_TIMEOUT = int(Settings.model_fields["drain_timeout"].default) + EXIT_MARGIN
 DAEMON = "launchd/local.glmd.daemon.plist"
 
 
@@ -29,14 +29,10 @@ def plist(name: str) -> dict[str, Any]:
     return value
 
 
-def test_service_waits_longer_than_the_server_drains() -> None:
-    assert Settings.model_fields["drain_timeout"].default == DEFAULT_DRAIN
-
-
 def test_agent_installed_by_hand_is_the_one_that_glmd_installs() -> None:
     by_hand = plist("launchd/local.glmd.plist")
-    definition = Definition(tuple(by_hand["ProgramArguments"]), {}, EXIT_TIMEOUT)
-    assert by_hand == agent(definition, Path("/Users/YOU/Library/Logs/glmd/glmd.log"))
+    spec = ServiceSpec(tuple(by_hand["ProgramArguments"]), {}, EXIT_TIMEOUT)
+    assert by_hand == agent_plist(spec, Path("/Users/YOU/Library/Logs/glmd/glmd.log"))
 
 
 def test_daemon_is_the_agent_with_a_user_of_its_own() -> None:
@@ -46,10 +42,10 @@ def test_daemon_is_the_agent_with_a_user_of_its_own() -> None:
         assert daemon.pop(key) == "_glmd"
     assert daemon.pop("InitGroups") is False
     assert daemon.pop("WorkingDirectory") == "/opt/glmd"
-    definition = Definition(
+    spec = ServiceSpec(
         tuple(daemon["ProgramArguments"]), daemon["EnvironmentVariables"], EXIT_TIMEOUT
     )
-    assert daemon == agent(definition, Path(daemon["StandardErrorPath"]), label="local.glmd.daemon")
+    assert daemon == agent_plist(spec, Path(daemon["StandardErrorPath"]), label="local.glmd.daemon")
 
 
 def test_launchd_files_are_named_by_their_labels() -> None:

@@ -1,4 +1,4 @@
-"""What launchd.plist(5) says of the keys that glmd uses."""
+"""Types of the launchd.plist(5) keys that glmd uses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DOCUMENTED: dict[str, Any] = {
     "GroupName": str,
     "InitGroups": bool,
 }
-"""Keys and types by launchd.plist(5), of those that glmd has a use for."""
+"""Keys and their types."""
 
 
 def check_documented(plist: dict[str, Any]) -> None:
-    """Every key of `plist` is documented, and so is its value's type, all the way down."""
+    """Check that all keys are documented, and their values have the documented types."""
     check(plist, DOCUMENTED)
 
 

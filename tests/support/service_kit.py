@@ -1,4 +1,4 @@
-"""A user's home with a launchctl that is a stand-in, for the tests of `glmd service`."""
+"""Home folder with a stand-in for launchctl, for the tests of `glmd service`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 
 @dataclass(frozen=True)
 class Mac:
-    """What a test may look at and set."""
+    """State of the stand-in for launchctl."""
 
     home: Path
     state: Path
 
     @property
     def calls(self) -> list[str]:
-        """Everything asked of launchctl but `print`, in order."""
+        """Calls of launchctl except `print`, in order."""
         path = self.state / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if not line.startswith("print ")]
@@ -38,7 +38,7 @@ class Mac:
 
 
 def executable(path: Path, script: Path) -> Path:
-    """A program at `path` that is a stand-in."""
+    """Write a program to `path` that runs a stand-in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{script}" "$@"\n')
     path.chmod(0o755)

@@ -334,8 +334,8 @@ def test_the_services_log_is_text_on_a_terminal_and_as_written_elsewhere(
     file = tmp_path / "log"
     file.write_text(f"{line}\nabort\n")
     manager = SimpleNamespace(log_command=lambda lines, follow: ["cat", str(file)])
-    monkeypatch.setattr("glmd.cli.daemon.detect.find_manager", lambda: manager)
-    monkeypatch.setattr("glmd.cli.daemon.manager.require_installed", lambda manager: None)
+    monkeypatch.setattr("glmd.cli.service.find_manager", lambda: manager)
+    monkeypatch.setattr("glmd.cli.service.require_installed", lambda manager: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
     service.logs(lines=100, follow=False)
     shown = capfd.readouterr().out.splitlines()

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glmd.cli.serve import flags_of, serve
+from glmd.cli.serve import ConfigOption, flags_of, serve
 from glmd.config import (
     LoadedSettings,
     Settings,
@@ -32,15 +31,6 @@ app = typer.Typer(
 )
 
 WIDTH = 98
-
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="Configuration file (TOML). Default: GLMD_CONFIG, else ~/.config/glmd/config.toml.",
-        show_default=False,
-    ),
-]
 
 
 def show(as_json: bool, **given: Any) -> None:
@@ -88,13 +78,13 @@ app.command()(show)
 
 
 @app.command()
-def path(config: ConfigFile = None) -> None:
+def path(config: ConfigOption = None) -> None:
     """Print the path of the configuration file in use, or of the file that `init` would write."""
     typer.echo(config or find_config() or default_configs()[0])
 
 
 @app.command()
-def init(config: ConfigFile = None) -> None:
+def init(config: ConfigOption = None) -> None:
     """Write a configuration file that lists and explains every setting.
 
     Fails if the file exists. Example: glmd config init --config ./glmd.toml

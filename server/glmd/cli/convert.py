@@ -1,4 +1,4 @@
-"""`glmd convert`: from a BF16 checkpoint to MLX files."""
+"""`glmd convert`: convert a BF16 checkpoint to MLX files."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from glmd.utils.units import gb, gib
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SRC", help="The BF16 checkpoint: a folder, or a Hugging Face repository id."
-        ),
+        typer.Argument(metavar="SRC", help="BF16 checkpoint: a folder or a Hugging Face repo id."),
     ],
     out: Annotated[
         Path,
         typer.Argument(
             metavar="OUT",
-            help="The folder to make; with --mtp-only the MLX folder to add the layer to.",
+            help="New folder; with --mtp-only, the MLX folder to add the MTP layer to.",
         ),
     ],
     recipe: Annotated[
-        str, typer.Option(help=f"Which bits go where: {', '.join(RECIPES)}.")
+        str, typer.Option(help=f"Quantisation recipe: {', '.join(RECIPES)}.")
     ] = DEFAULT_RECIPE,
     no_mtp: Annotated[
-        bool, typer.Option("--no-mtp", help="Drop the multi-token-prediction layer.")
+        bool, typer.Option("--no-mtp", help="Leave out the multi-token-prediction layer.")
     ] = False,
     mtp_only: Annotated[
         bool,
-        typer.Option("--mtp-only", help="Only add the MTP layer of SRC to MLX files without it."),
+        typer.Option("--mtp-only", help="Only add the MTP layer of SRC to OUT."),
     ] = False,
 ) -> None:
-    """Convert a BF16 checkpoint to quantised MLX files, with its MTP layer.
+    """Convert a BF16 checkpoint to quantised MLX files.
 
-    It takes less than 3 GB of memory, whatever the model's size. OUT appears when it is complete;
-    after an interruption, run it again.
+    Needs less than 3 GB of memory for any model size. OUT is created when it is complete; after an
+    interruption, run the command again.
+
+    Example: glmd convert zai-org/GLM-4.7-Flash ./GLM-4.7-Flash-mixed-8-5
     """
     if no_mtp and mtp_only:
-        raise typer.BadParameter("--no-mtp and --mtp-only exclude each other.")
-    # A mistake is answered before 62 GB are downloaded and mlx is imported.
+        raise typer.BadParameter("--no-mtp and --mtp-only cannot be combined.")
+    # Report errors before 62 GB are downloaded and mlx is imported.
     chosen = find_recipe(recipe)
     out = out.expanduser()
     if not mtp_only:
@@ -89,7 +89,7 @@ def convert(
 
 
 def _bar() -> Progress:
-    """A progress bar on stderr: bytes written of those to write, speed, time left."""
+    """Create a progress bar on stderr: bytes written, speed, remaining time."""
     return Progress(
         TextColumn("Converting"),
         BarColumn(),

@@ -1,63 +1,348 @@
-"""`glmd doctor`: whether this machine can serve."""
+"""`glmd doctor`: check that this machine can run glmd, and how to fix what is missing."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from glmd.cli.doctor_checks import Finding
+from glmd import __version__
+from glmd.cli.daemon import ServerProcess, base_url, describe_exit, find_manager, get_health
+from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
+from glmd.config import Settings, load_with_origins
+from glmd.errors import CheckpointError, ServiceError, SettingsError
+from glmd.utils.units import gib
 
-STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+Verdict = Literal["ok", "warning", "problem"]
+
+STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+MLX_TIMEOUT = 120.0
+"""Seconds. A cold import of MLX takes ten on a slow disk."""
+
+OLDEST_MACOS = 14
+"""Minimum version for MLX's wheels."""
+
+WIRED_MACOS = 15
+"""Minimum version for keeping weights wired (`mx.set_wired_limit`)."""
+
+FEW_FILES = 1024
+"""A connection is an open file. The default on macOS is 256."""
+
+DOWNLOAD_BYTES = 23_000_000_000
+"""The 8/5-bit checkpoint with its MTP layer, plus a margin."""
+
+SYSCTL = "/usr/sbin/sysctl"
+
+SYSTEM_BYTES = 4 * 2**30
+"""Minimum memory for macOS and its programs, below which they are swapped out."""
+
+MEGABYTE = 2**20
+"""Unit of iogpu.wired_limit_mb."""
+
+KV_BYTES = 2
+"""Bytes of a KV value in bfloat16."""
+
+REINSTALL = "Install glmd again (`pip install --force-reinstall mlx`)."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """Result of one check.
+
+    Attributes:
+        verdict: "problem": glmd cannot serve; "warning": glmd can serve, with a drawback.
+        found: what the check found.
+        advice: the remedy; None: nothing to do.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str | None = None
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Folder or Hugging Face repo id; none: what the settings say.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="As for serve.", show_default=False)] = None,
-    port: Annotated[int | None, typer.Option(help="As for serve.", show_default=False)] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Configuration file, TOML.", show_default=False)
-    ] = None,
+    model: ModelArgument = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at this machine as `glmd serve` would find it, and say what to do where it must change.
+    """Check that this machine can run glmd, and how to fix what is missing.
 
-    Exit code 1 if something keeps glmd from serving.
+    Takes settings as `glmd serve` does. Exit code 1 if glmd cannot serve.
+
+    Example: glmd doctor ./GLM-4.7-Flash-5bit-mlx
     """
-    from glmd.cli.doctor_checks import examine, worst
-
     findings = examine({"model": model, "host": host, "port": port}, config)
-    verdict = worst(findings)
+    verdict = max((finding.verdict for finding in findings), key=list(STYLES).index)
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in findings]
         typer.echo(json.dumps({"verdict": verdict, "findings": listed}, indent=2))
     else:
-        Console().print(_table(findings))
+        table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            style = STYLES[finding.verdict]
+            text = Text(finding.found)
+            if finding.advice:
+                text.append(f"\n→ {finding.advice}", style)
+            table.add_row(Text(finding.verdict, style), finding.name, text)
+        Console().print(table)
     if verdict == "problem":
         raise typer.Exit(1)
 
 
-def _table(findings: list[Finding]) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        said = Text(finding.found)
-        if finding.advice:
-            said.append(f"\n→ {finding.advice}", style=STYLES[finding.verdict])
-        table.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, said)
-    return table
+def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Finding]:
+    """Run all checks; arguments as of `glmd.config.load`."""
+    settings, settings_finding = check_settings(flags, config)
+    report, device_finding = check_device()
+    budget = settings.memory_budget or (report["budget"] if report else None)
+    return [
+        check_versions(),
+        check_system(),
+        device_finding,
+        settings_finding,
+        check_memory(budget),
+        check_model(settings.model, budget),
+        check_port(settings.host, settings.port),
+        check_service(),
+        check_open_files(),
+    ]
+
+
+def check_versions() -> Finding:
+    names = [f"glmd {__version__}", f"Python {platform.python_version()}"]
+    for package in ("mlx", "mlx-lm"):
+        try:
+            names.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            return Finding(
+                "versions", "problem", f"{package} is not installed", "Install glmd again with pip."
+            )
+    return Finding("versions", "ok", ", ".join(names))
+
+
+def check_system() -> Finding:
+    found = partial(Finding, "system")
+    if sys.platform != "darwin":
+        return found("ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
+    name = f"macOS {platform.mac_ver()[0]}, {platform.machine()}"
+    if platform.machine() != "arm64":
+        return found(
+            "problem",
+            name,
+            "This Python is built for Intel; MLX needs a Python for arm64"
+            " (`brew install python`, or from python.org).",
+        )
+    major = int(platform.mac_ver()[0].split(".")[0])
+    if major < OLDEST_MACOS:
+        return found("problem", name, f"MLX needs macOS {OLDEST_MACOS}; update macOS.")
+    if major < WIRED_MACOS:
+        return found(
+            "warning",
+            name,
+            f"Before macOS {WIRED_MACOS}, weights cannot be wired, and answers stall when weights"
+            " are paged out; update macOS, or keep memory free.",
+        )
+    return found("ok", name)
+
+
+def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
+    """Compute with MLX in another process; returns its report, None if it failed, too."""
+    found = partial(Finding, "device")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "glmd.engine.check_mlx"],
+            capture_output=True, text=True, timeout=MLX_TIMEOUT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, found(
+            "problem", f"MLX does not respond within {MLX_TIMEOUT:.0f} s", "Restart the machine."
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [describe_exit(done.returncode)])[-1]
+        return None, found("problem", f"MLX does not work: {last}", REINSTALL)
+    report = json.loads(done.stdout.splitlines()[-1])
+    if report["wrong_bits"]:
+        bits = " and ".join(map(str, report["wrong_bits"]))
+        return report, found("problem", f"MLX computes wrong {bits}-bit products", REINSTALL)
+    if not report["gpu"]:
+        return report, found(
+            "warning",
+            report["device"],
+            "Without a GPU the full model is slow; glmd is made for Apple silicon.",
+        )
+    return report, found("ok", report["device"])
+
+
+def check_settings(flags: Mapping[str, Any], config: Path | None) -> tuple[Settings, Finding]:
+    """Load the settings; returns the defaults if that fails."""
+    found = partial(Finding, "settings")
+    try:
+        loaded = load_with_origins(flags, config)
+    except SettingsError as error:
+        return Settings.model_validate({}), found("problem", error.message, "Correct this setting.")
+    return loaded.settings, found("ok", str(loaded.file or "no configuration file"))
+
+
+def check_memory(budget: int | None) -> Finding:
+    """Check the memory budget in bytes; None: not known without MLX."""
+    memory = psutil.virtual_memory()
+    text = f"{gib(memory.total)} GiB, {gib(memory.available)} available"
+    if budget is not None:
+        text += f"; glmd uses up to {gib(budget)}"
+    wired = wired_limit()
+    if wired is not None:
+        share = f"{wired:,} MB" if wired else "macOS's default"
+        text += f"; limit of the GPU (iogpu.wired_limit_mb): {share}"
+    if budget is not None and budget > memory.total:
+        return Finding("memory", "problem", text, "Set memory_budget below the total memory.")
+    if wired and wired * MEGABYTE > memory.total - SYSTEM_BYTES:
+        return Finding(
+            "memory", "warning", text,
+            f"Leave {gib(SYSTEM_BYTES)} GiB to the rest of the system:"
+            f" sudo sysctl iogpu.wired_limit_mb={(memory.total - SYSTEM_BYTES) // MEGABYTE}",
+        )  # fmt: skip
+    return Finding("memory", "ok", text)
+
+
+def wired_limit() -> int | None:
+    """Return the MB that the GPU may wire, 0 for the default; None: not macOS, or unknown."""
+    if sys.platform != "darwin":
+        return None
+    done = subprocess.run(  # noqa: S603
+        [SYSCTL, "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=False
+    )
+    text = done.stdout.strip()
+    return int(text) if text.isdecimal() else None
+
+
+def check_model(name: str | None, budget: int | None) -> Finding:
+    """Check that the model is complete and fits the memory budget, without any download."""
+    from huggingface_hub import constants
+
+    from glmd.checkpoint.config import load_config
+    from glmd.checkpoint.hub import DEMO
+    from glmd.convert.inspect import inspect
+
+    found = partial(Finding, "model")
+    folder = DEMO if name is None else local_folder(name)
+    if folder is None:
+        cache = Path(constants.HF_HUB_CACHE)
+        existing = next(path for path in (cache, *cache.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        text = f"{name} is not downloaded"
+        if free < DOWNLOAD_BYTES:
+            return found(
+                "problem", f"{text}, and the disk has {gib(free)} GiB free",
+                f"Free {gib(DOWNLOAD_BYTES)} GiB, or set HF_HOME to a folder on another disk.",
+            )  # fmt: skip
+        advice = f"The first start downloads it. Download it now: hf download {name}"
+        return found("warning", text, advice)
+    try:
+        config = load_config(folder)
+        stored = inspect(folder).stored
+        if stored is None:
+            raise CheckpointError(f"{folder}: no model*.safetensors")
+    except CheckpointError as error:
+        return found("problem", error.message, "Download or convert the model again.")
+    weights = stored.main_bytes + stored.mtp_bytes
+    text = f"{name or 'bundled demo'}, {gib(weights)} GiB of weights"
+    if budget is None:
+        return found("ok", text)
+    layers = config.num_hidden_layers + (1 if config.mtp else 0)
+    per_token = (config.kv_lora_rank + config.qk_rope_head_dim) * layers * KV_BYTES
+    tokens = (budget - weights) // per_token
+    if tokens <= 0:
+        return found(
+            "problem", f"{text}, memory budget {gib(budget)} GiB",
+            "Convert with fewer bits, or close other programs. On a Mac with more memory, raise the"
+            " limit of the GPU: sudo sysctl iogpu.wired_limit_mb=N",
+        )  # fmt: skip
+    return found("ok", f"{text}, room for at most {tokens:,} tokens of KV cache")
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder of a model on this machine; None: a repo id that is not downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 1:
+        return path
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def check_port(host: str, port: int) -> Finding:
+    from glmd.api.server import listen
+
+    found = partial(Finding, "port")
+    text = f"{host} port {port}"
+    try:
+        for opened in listen(host, port):
+            opened.close()
+    except SettingsError as error:
+        health = get_health(base_url(host, port))
+        if health is not None:
+            return found("ok", f"{text} serves {health.get('model')} through glmd")
+        return found(
+            "problem",
+            error.message,
+            "Choose another with --port, or stop the program that uses it.",
+        )
+    return found("ok", f"{text} is free")
+
+
+def check_service() -> Finding:
+    found = partial(Finding, "service")
+    try:
+        manager = find_manager()
+    except ServiceError:
+        return found("ok", "no supported service manager on this system")
+    try:
+        state = manager.state()
+    except ServiceError as error:
+        return found("warning", error.message, "Needed for `glmd service` only.")
+    if not state.installed:
+        return found("ok", "not installed")
+    server = ServerProcess.find(state.pid) if state.pid is not None else None
+    if server is None:
+        text = f"installed, but not running: {describe_exit(state.last_exit)}"
+        return found("warning", text, "glmd service logs, then glmd service start")
+    status = (server.health or {}).get("status", "starting")
+    text = f"{status} at {server.url}" if server.url else status
+    if status == "failed":
+        return found("problem", text, "glmd service logs")
+    return found("ok", text)
+
+
+def check_open_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("open files", "ok", "unlimited")
+    if soft < FEW_FILES:
+        return Finding(
+            "open files", "warning", f"{soft:,} in this shell",
+            "Each connection needs one. Run `ulimit -n 8192` before `glmd serve`; the service has"
+            " its own limit.",
+        )  # fmt: skip
+    return Finding("open files", "ok", f"{soft:,}")

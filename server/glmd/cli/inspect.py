@@ -1,4 +1,4 @@
-"""`glmd inspect`: what a checkpoint holds, or would hold."""
+"""`glmd inspect`: print the components of a checkpoint and their sizes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from glmd.utils.units import gib
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="A folder, a config.json, or a Hugging Face repository id."
-        ),
+        typer.Argument(metavar="MODEL", help="Folder, config.json or Hugging Face repo id."),
     ],
     recipe: Annotated[
         str | None,
         typer.Option(
-            help=f"How an unquantised model would be converted: {', '.join(RECIPES)}."
-            f" [default: {DEFAULT_RECIPE}]",
+            help=f"Recipe to plan for an unquantised model: {', '.join(RECIPES)}."
+            f" Default: {DEFAULT_RECIPE}.",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print a model's parameters, bits and bytes, from its shapes alone.
+    """Print the parameters, bits and bytes of a model, computed from its shapes.
 
-    Of a folder with weights, also whether the files hold the bytes that follow from config.json.
+    For a folder with weights, also compare the size of the files with config.json.
+
+    Example: glmd inspect zai-org/GLM-4.7-Flash --recipe mixed-8-5
     """
     from glmd.checkpoint.hub import resolve_config
 
@@ -46,7 +46,7 @@ def inspect(
         typer.echo(json.dumps(_for_machines(model, found), indent=2))
         return
     console = Console()
-    console.width = max(console.width, 80)  # so wide is the published model's table
+    console.width = max(console.width, 80)  # the width of the table of the full model
     by = f"by {found.recipe}" if found.recipe else "as stored"
     console.print(_table(f"{model}, {by}", found))
     for sentence in _comparison(found):
@@ -88,8 +88,8 @@ def _comparison(found: Inspection) -> list[str]:
         sentences.append("There is no MTP layer.")
     if found.mtp_vocabulary is not None:
         sentences.append(
-            "The MTP vocabulary, its embedding and head, is stored only where it differs from the"
-            " main model's."
+            "The MTP vocabulary (embedding and head) is stored only if it differs from that of the"
+            " main model."
         )
     if found.stored is not None:
         files = found.stored

@@ -1,4 +1,4 @@
-"""`glmd key`: API keys that `glmd serve` asks for."""
+"""`glmd key`: manage the API keys of the server."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Make, list and revoke the API keys that `glmd serve` asks for.", no_args_is_help=True
-)
+app = typer.Typer(help="Create, list and revoke API keys of the server.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="Whose key it is, such as laptop.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="Name of the key, such as laptop.", show_default=False)]
 
 
 @app.command()
 def create(name: Name) -> None:
-    """Make a random key and print it, this once: only its hash is kept.
+    """Create a random API key and print it. Only its hash is stored.
 
-    A running server takes it at once, and asks for a key from then on.
+    A running server accepts the key at once, and requires a key from then on.
+
+    Example: glmd key create laptop
     """
     from glmd.api.auth import create_key, default_store
 
     key = create_key(default_store(), name)
-    typer.echo("It is shown this once. Clients send it as their API key.", err=True)
+    typer.echo("Copy the key now; it is not shown again.", err=True)
     typer.echo(key)
 
 
 @app.command("list")
 def list_keys() -> None:
-    """List the keys by name, with when they were made."""
+    """List the names of the keys and when they were created."""
     from glmd.api.auth import default_store, read_store
 
     for key in read_store(default_store()):
@@ -37,13 +37,13 @@ def list_keys() -> None:
 
 @app.command()
 def revoke(name: Name) -> None:
-    """Forget a key. A running server refuses it at once."""
+    """Revoke a key. A running server rejects it at once. Example: glmd key revoke laptop"""
     from glmd.api.auth import default_store, revoke_key
 
     if not revoke_key(default_store(), name):
         typer.echo(
-            "That was the last one: a server that runs lets nobody in by these keys any more; one"
-            " that starts anew on loopback asks for none.",
+            "This was the last key. A running server still requires a key; a server that is started"
+            " on a loopback address from now on does not.",
             err=True,
         )
     typer.echo(f"Revoked: {name}")

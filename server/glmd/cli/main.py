@@ -1,4 +1,4 @@
-"""The `glmd` command. Each subcommand is a module here, and imports what it needs when it runs."""
+"""The `glmd` command: one module per subcommand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from glmd.errors import GlmdError
 
 app = typer.Typer(
     name="glmd",
-    help="Serve GLM-4.7-Flash on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,11 +46,11 @@ def options(
         typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Serve GLM-4.7-Flash on this machine."""
+    """Serve GLM-4.7-Flash on this machine. Example: glmd serve --port 8001"""
 
 
 def main() -> None:
-    """The entry point: an error of ours is one line on stderr and exit code 1."""
+    """Run the command; a `GlmdError` is one line on stderr and exit code 1."""
     try:
         app()
     except GlmdError as error:

@@ -1,4 +1,4 @@
-"""`glmd serve`: the server."""
+"""`glmd serve`: run the server."""
 
 from __future__ import annotations
 
@@ -21,21 +21,38 @@ if TYPE_CHECKING:
 log = logging.getLogger("glmd")
 
 
-def flag(name: str, *spellings: str) -> Any:
-    """The command-line flag of a setting, explained by the setting itself."""
+def describe_setting(name: str) -> str:
+    """Describe a setting and its default, for `--help`."""
     field = Settings.model_fields[name]
-    # In parentheses: brackets would be markup to the library that prints the help.
-    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
-    return typer.Option(*spellings, help=f"{field.description}{default}", show_default=False)
+    default = "" if field.default in (None, (), False) else f" Default: {field.default}."
+    return f"{field.description}{default}"
+
+
+def flag(name: str, *spellings: str) -> Any:
+    """Define the command-line flag of a setting."""
+    return typer.Option(*spellings, help=describe_setting(name), show_default=False)
+
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help=describe_setting("model"), show_default=False)
+]
+HostOption = Annotated[str | None, flag("host")]
+PortOption = Annotated[int | None, flag("port")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help=f"Configuration file (TOML). Default: {CONFIG_VARIABLE}, else"
+        " ~/.config/glmd/config.toml.",
+        show_default=False,
+    ),
+]
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(help=Settings.model_fields["model"].description, show_default=False),
-    ] = None,
-    host: Annotated[str | None, flag("host")] = None,
-    port: Annotated[int | None, flag("port")] = None,
+    model: ModelArgument = None,
+    host: HostOption = None,
+    port: PortOption = None,
     api_key: Annotated[str | None, flag("api_key")] = None,
     api_key_file: Annotated[Path | None, flag("api_key_file")] = None,
     allow_unauthenticated: Annotated[
@@ -48,14 +65,14 @@ def serve(
     memory_budget: Annotated[str | None, flag("memory_budget")] = None,
     log_file: Annotated[Path | None, flag("log_file")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help=f"Configuration file, TOML (or {CONFIG_VARIABLE}).", show_default=False),
-    ] = None,
+    config: ConfigOption = None,
 ) -> None:
-    """Serve a checkpoint through the OpenAI API.
+    """Serve a checkpoint through the OpenAI and Anthropic APIs.
 
-    Every setting can also be given as GLMD_… in the environment, or in the configuration file.
+    Every setting can also be set in the environment (GLMD_PORT) or in the configuration file;
+    `glmd config show` lists all settings.
+
+    Example: glmd serve leonsarmiento/GLM-4.7-Flash-5bit-mlx --port 8001
     """
     flags = flags_of(locals())
     settings = load(flags, config)
@@ -64,7 +81,7 @@ def serve(
     log_format = choose_format(settings.log_format, sys.stderr)
     configure(settings.log_level, log_format)
 
-    # Imported here, so that `glmd --help` and a mistake in the settings are answered at once.
+    # Imported late, so that `glmd --help` and errors in the settings take no second.
     from glmd.api.access import require_key_on_public_bind
     from glmd.api.auth import ApiKeyStore, default_store
     from glmd.api.server import run
@@ -72,10 +89,10 @@ def serve(
     from glmd.engine_client.process import EngineProcessConfig
 
     keys = ApiKeyStore.of(settings, default_store())
-    require_key_on_public_bind(settings, keys)  # Before anything is downloaded.
+    require_key_on_public_bind(settings, keys)  # before any download
     served = find_model(settings)
 
-    def read_anew() -> Settings:
+    def reload() -> Settings:
         if opened is not None:
             opened.refresh()
         return load(flags, config)
@@ -87,14 +104,14 @@ def serve(
         log_format=log_format,
         log_file=log_file,
     )
-    run(AppState(settings, served, launch, keys), read_anew)
+    run(AppState(settings, served, launch, keys), reload)
 
 
 def write_log_to(file: Path) -> LogFile:
-    """Have stdout and stderr end in a file from now on.
+    """Redirect stdout and stderr to a file.
 
     Raises:
-        SettingsError: it cannot be opened.
+        SettingsError: the file cannot be opened.
     """
     from glmd.utils.logfile import LogFile
 
@@ -108,17 +125,17 @@ def write_log_to(file: Path) -> LogFile:
 
 
 def flags_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among the parameters of `serve`; None: not given."""
+    """Select the settings among the parameters of `serve`; None as a value: not given."""
     flags = {name: value for name, value in given.items() if name in Settings.model_fields}
     return flags | {"aliases": given["alias"] or None}
 
 
 def find_model(settings: Settings) -> ServedModel:
-    """The model that the settings name, downloaded if it must be; without one, the demo.
+    """Find the model to serve, and download it if necessary.
 
     Raises:
-        ModelNotFound: there is no such folder or repository.
-        CheckpointError: it holds another kind of model.
+        ModelNotFound: no such folder or repository.
+        CheckpointError: a checkpoint of another architecture.
     """
     from glmd.api.state import ServedModel
     from glmd.checkpoint.config import load_config
@@ -127,11 +144,11 @@ def find_model(settings: Settings) -> ServedModel:
     name = settings.model
     if name is None:
         log.warning(
-            "No model was named, so this is the bundled demo: GLM-4.7-Flash's architecture, but"
-            " tiny, and it knows next to nothing. Name a folder or a Hugging Face repository."
+            "No model given: serving the bundled demo, a tiny model of the GLM-4.7-Flash"
+            " architecture with almost no knowledge. Pass a folder or a Hugging Face repo id."
         )
         return ServedModel.of("glmd-demo", DEMO, settings.aliases)
     folder = resolve_model(name)
-    load_config(folder)  # The engine would refuse another model, too, but seconds later.
+    load_config(folder)  # The engine would reject another architecture seconds later.
     is_path = folder == Path(name).expanduser()
     return ServedModel.of(folder.resolve().name if is_path else name, folder, settings.aliases)

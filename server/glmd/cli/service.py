@@ -1,4 +1,4 @@
-"""`glmd service`: the server in the background, with the user's session."""
+"""`glmd service`: run the server in the background, started at login."""
 
 from __future__ import annotations
 
@@ -6,96 +6,77 @@ import json
 import subprocess
 import sys
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from glmd.cli.daemon.health import Server
-    from glmd.cli.daemon.manager import Manager, State
+from glmd.cli.daemon import ServerProcess, describe_exit, find_manager, wait_until_ready
+from glmd.cli.daemon.spec import ServiceManager, ServiceState, build_spec, require_installed
+from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
+from glmd.config import load
+from glmd.utils.logging import choose_format, configure, for_people
 
 app = typer.Typer(
-    help="Run the server in the background: launchd on macOS, systemd on Linux.",
+    help="Run the server in the background, with launchd on macOS and systemd on Linux.",
     no_args_is_help=True,
 )
 
-PATIENCE = 300.0
-"""Seconds. 20 GiB of weights take ten from an internal disk, minutes from an external one."""
+START_TIMEOUT = 300.0
+"""Seconds. Reading 20 GiB of weights takes ten from an internal disk, minutes from an external."""
 
 Wait = Annotated[
     float,
-    typer.Option("--wait", min=0, help="Seconds to wait until the model is loaded; 0: do not."),
+    typer.Option("--wait", min=0, help="Seconds to wait for the model to load; 0 does not wait."),
 ]
 
 
 @app.command()
 def install(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Folder or Hugging Face repo id; none: what the settings say.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="As for serve.", show_default=False)] = None,
-    port: Annotated[int | None, typer.Option(help="As for serve.", show_default=False)] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Configuration file, TOML.", show_default=False)
-    ] = None,
-    wait: Wait = PATIENCE,
+    model: ModelArgument = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    config: ConfigOption = None,
+    wait: Wait = START_TIMEOUT,
 ) -> None:
-    """Define the service, start it, and have it start with every login. Repeat it to change it.
+    """Install the service, start it, and start it at every login. Repeat to change it.
 
-    Other settings go into the configuration file. GLMD_… and HF_… variables of this shell (but not
-    HF_TOKEN) are written into the service's definition, which only you can read: so GLMD_API_KEY
-    is passed without showing up among the processes.
+    Set other settings in the configuration file. GLMD_… and HF_… variables of this shell, except
+    HF_TOKEN, are stored in the definition of the service, which only you can read.
+
+    Example: glmd service install ./GLM-4.7-Flash-5bit-mlx --port 8001
     """
     from glmd.api.access import require_key_on_public_bind
     from glmd.api.auth import ApiKeyStore, default_store
-    from glmd.cli.daemon.detect import find_manager
-    from glmd.cli.daemon.spec import define
     from glmd.cli.serve import find_model
-    from glmd.config import load
-    from glmd.utils.logging import choose_format, configure
 
     manager = find_manager()
-    # Mistakes are answered and weights downloaded here, where someone sees it.
+    # Report errors and download weights here, where the user sees it.
     settings = load({"model": model, "host": host, "port": port}, config)
     configure(settings.log_level, choose_format(settings.log_format, sys.stderr))
     require_key_on_public_bind(settings, ApiKeyStore.of(settings, default_store()))
     find_model(settings)
-    definition = define(
-        model=model,
-        host=host,
-        port=port,
-        config=config,
-        drain_timeout=settings.drain_timeout,
+    spec = build_spec(
+        model, host=host, port=port, config=config, drain_timeout=settings.drain_timeout
     )
-    changed = manager.install(definition)
-    typer.echo(
-        f"{'Installed' if changed else 'Installed already, and running'}: {manager.definition_file}"
-    )
-    if definition.environment:
-        typer.echo(f"With {', '.join(definition.environment)} from this shell.")
+    changed = manager.install(spec)
+    done = "Installed" if changed else "Already installed and running"
+    typer.echo(f"{done}: {manager.definition_file}")
+    if spec.environment:
+        typer.echo(f"Variables from this shell: {', '.join(spec.environment)}")
     _wait(manager, wait)
 
 
 @app.command()
 def uninstall() -> None:
-    """Stop the service and remove its definition. Logs, settings and weights stay."""
-    from glmd.cli.daemon.detect import find_manager
-
+    """Stop the service and remove its definition. Keeps logs, settings and weights."""
     removed = find_manager().uninstall()
     typer.echo("Uninstalled." if removed else "The service was not installed.")
 
 
 @app.command()
-def start(wait: Wait = PATIENCE) -> None:
-    """Start the installed service."""
-    from glmd.cli.daemon.detect import find_manager
-
+def start(wait: Wait = START_TIMEOUT) -> None:
+    """Start the installed service. Example: glmd service start --wait 0"""
     manager = find_manager()
     manager.start()
     _wait(manager, wait)
@@ -103,10 +84,7 @@ def start(wait: Wait = PATIENCE) -> None:
 
 @app.command()
 def stop() -> None:
-    """Let running requests end, then stop the service until the next login or start."""
-    from glmd.cli.daemon.detect import find_manager
-    from glmd.cli.daemon.manager import require_installed
-
+    """Stop the service until the next login or start, after running requests have finished."""
     manager = find_manager()
     require_installed(manager)
     manager.stop()
@@ -114,11 +92,8 @@ def stop() -> None:
 
 
 @app.command()
-def restart(wait: Wait = PATIENCE) -> None:
-    """Stop and start the service, with its settings read anew."""
-    from glmd.cli.daemon.detect import find_manager
-    from glmd.cli.daemon.manager import require_installed
-
+def restart(wait: Wait = START_TIMEOUT) -> None:
+    """Stop and start the service, which reloads all settings."""
     manager = find_manager()
     require_installed(manager)
     manager.stop()
@@ -130,32 +105,26 @@ def restart(wait: Wait = PATIENCE) -> None:
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether the service runs, and how its model is. Exit code 0 only if it is ready."""
-    from glmd.cli.daemon.detect import find_manager
-    from glmd.cli.daemon.health import look
-
+    """Print the state of the service and its model. Exit code 0 only if the model is ready."""
     manager = find_manager()
     state = manager.state()
-    server = look(state.pid) if state.pid is not None else None
-    report = describe(manager, state, server)
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        typer.echo(_lines(report))
+    report = build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
+    typer.echo(json.dumps(report, indent=2) if as_json else _lines(report))
     if report["status"] != "ready":
         raise typer.Exit(1)
 
 
 @app.command()
 def logs(
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="So many last lines.")] = 100,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, help="Number of lines to print.")
+    ] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines, too.")] = False,
 ) -> None:
-    """Print the service's log: on a terminal as text, else as it is written."""
-    from glmd.cli.daemon.detect import find_manager
-    from glmd.cli.daemon.manager import require_installed
-    from glmd.utils.logging import for_people
+    """Print the log of the service: as text on a terminal, else unchanged.
 
+    Example: glmd service logs -n 20 -f
+    """
     manager = find_manager()
     require_installed(manager)
     try:
@@ -169,17 +138,18 @@ def logs(
                 for line in reading.stdout or ():
                     print(for_people(line.rstrip("\n")), flush=True)
             code = reading.returncode
-    except KeyboardInterrupt:  # the way to leave --follow
+    except KeyboardInterrupt:  # ends --follow
         return
     if code:
         raise typer.Exit(code)
 
 
-def describe(manager: Manager, state: State, server: Server | None) -> dict[str, Any]:
-    """What `status` says.
+def build_report(
+    manager: ServiceManager, state: ServiceState, server: ServerProcess | None
+) -> dict[str, Any]:
+    """Build the report of `status`; sizes in bytes, times in seconds.
 
-    `status` is `/health`'s, or "starting" while there is no answer yet, "stopped" or
-    "not installed"; sizes are bytes, times seconds.
+    `status` is that of `/health`, "starting" without a response, "stopped" or "not installed".
     """
     health = (server.health if server else None) or {}
     if server is not None:
@@ -204,9 +174,7 @@ def describe(manager: Manager, state: State, server: Server | None) -> dict[str,
 
 
 def _lines(report: dict[str, Any]) -> str:
-    """The report for people. Not a table: nothing is cut where the terminal is narrow."""
-    from glmd.cli.daemon.health import describe_exit
-
+    """Format the report as lines, which a narrow terminal does not truncate, unlike a table."""
     shown = dict(report)
     if report["uptime"] is not None:
         shown["uptime"] = timedelta(seconds=int(report["uptime"]))
@@ -219,18 +187,9 @@ def _lines(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in known.items())
 
 
-def _wait(manager: Manager, seconds: float) -> None:
+def _wait(manager: ServiceManager, seconds: float) -> None:
     if not seconds:
         return
-    from glmd.cli.daemon.health import wait_until_ready
-
     with Console(stderr=True).status("Starting") as line:
-
-        def progress(health: dict[str, Any]) -> None:
-            loading = health.get("loading")
-            if loading:
-                done, total = (loading[key] / 2**30 for key in ("done_bytes", "total_bytes"))
-                line.update(f"Loading {health['model']}: {done:.1f} of {total:.1f} GiB")
-
-        server = wait_until_ready(manager, seconds, progress)
+        server = wait_until_ready(manager, seconds, line.update)
     typer.echo(f"Ready: {(server.health or {})['model']} at {server.url}/v1")

@@ -1,6 +1,6 @@
-"""Report what MLX says of this machine, as JSON: `python -m glmd.engine.check_mlx`.
+"""Report MLX's view of this machine as JSON: `python -m glmd.engine.check_mlx`.
 
-In a process of its own, because MLX aborts the one it is in when Metal refuses.
+Run in a process of its own, because MLX aborts the process when Metal refuses.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from glmd.engine.memory import default_budget, device_name
 ROWS, INPUTS, OUTPUTS = 8, 256, 128
 
 TOLERANCE = 1e-2
-"""Relative error of a product in float32 from quantised weights: rounding explains 1e-3 of it."""
+"""Maximum relative error of a float32 product with quantised weights; rounding explains 1e-3."""
 
 
 def quantised_error(bits: int) -> float:
-    """Largest relative error of a quantised product against the same weights dequantised.
+    """Return the largest relative error of a quantised product against dequantised weights.
 
-    What every layer of the model does, with kernels that MLX compiles here and now.
+    Runs the kernels that every layer of the model uses, which MLX compiles on this machine.
     """
     x = mx.random.normal((ROWS, INPUTS), key=mx.random.key(0))
     w = mx.random.normal((OUTPUTS, INPUTS), key=mx.random.key(1))
@@ -33,6 +33,7 @@ def quantised_error(bits: int) -> float:
 
 
 def main() -> None:
+    """Print the report: device, GPU or not, memory budget, bit widths with wrong products."""
     errors = {bits: quantised_error(bits) for bits in (5, 8)}
     report = {
         "device": device_name(),

@@ -1,8 +1,7 @@
-"""A stand-in for launchctl and launchd: the commands that glmd uses, their output and status.
+"""Stand-in for launchctl and launchd: starts and ends real processes.
 
-Its state is in the folder `LAUNCHD_STATE`: `calls` (one line per call), `refuse.json` (per command
-a list of `[status, text]` to answer with, first first), `loaded.json` (the loaded property list).
-It really starts and ends what it is told to.
+State in the folder `LAUNCHD_STATE`: `calls` (one line per call), `refuse.json` (by command, a list
+of `[status, text]` for the next calls), `loaded.json` (the loaded property list).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def read(name: str) -> Any:
 
 
 def supervise() -> NoReturn:
-    """launchd's part: run the program once, and write down how it ended."""
+    """Act as launchd: run the program once, and record its exit status."""
     plist = read("loaded.json")["plist"]
     with open(plist["StandardErrorPath"], "ab") as log:
         child = subprocess.Popen(

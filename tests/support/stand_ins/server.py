@@ -1,4 +1,4 @@
-"""A stand-in for `glmd serve`: listens, answers `/health`, leaves on SIGTERM. Or fails at once."""
+"""Stand-in for `glmd serve`: serves `/health` until SIGTERM; fails at once with GLMD_FAIL."""
 
 from __future__ import annotations
 

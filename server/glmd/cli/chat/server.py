@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from glmd.cli.daemon.health import look
+from glmd.cli.daemon import ServerProcess
 from glmd.errors import ServerRefused
 
 POLL = 0.1
@@ -74,7 +74,7 @@ def own_server(
 
 def ready_at(pid: int, progress: Callable[[dict[str, Any]], None]) -> str | None:
     """The URL of a server that is ready; None: it is not, yet."""
-    server = look(pid)
+    server = ServerProcess.find(pid)
     if server is None or server.health is None:
         return None
     progress(server.health)

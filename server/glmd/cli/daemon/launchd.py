@@ -1,38 +1,101 @@
-"""glmd as a LaunchAgent: launchd's side of `glmd service`."""
+"""The service as a LaunchAgent on macOS. Property list keys are those of launchd.plist(5)."""
 
 from __future__ import annotations
 
 import os
 import plistlib
+import re
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
-from glmd.cli.daemon.files import holds, put_aside, tail
-from glmd.cli.daemon.launchctl import (
-    ALREADY,
-    IN_PROGRESS,
-    NOT_LOADED,
-    fields,
-    launchctl,
-    leading_number,
-    refusal,
-    signal_number,
+from glmd.cli.daemon.spec import (
+    EXIT_MARGIN,
+    OPEN_FILES,
+    RESTART_AFTER,
+    ServiceSpec,
+    ServiceState,
+    require_installed,
 )
-from glmd.cli.daemon.manager import State, require_installed
-from glmd.cli.daemon.plist import LABEL, agent, encode
-from glmd.cli.daemon.spec import EXIT_MARGIN, Definition
 from glmd.errors import ServiceError
 from glmd.utils.files import atomic_write
 
-POLL = 0.2
-"""Seconds between two looks at what launchd does in its own time."""
+LABEL = "local.glmd"
+"""Name of the service in launchd, below no domain that somebody owns."""
 
-BUSY_PATIENCE = 10.0
-"""Seconds that a bootstrap is tried again while launchd is still busy with the last bootout."""
+POLL = 0.2
+"""Seconds between two looks at the progress of launchd."""
+
+BUSY_TIMEOUT = 10.0
+"""Seconds for which a bootstrap is repeated while launchd is busy with the last bootout."""
+
+DEFAULT_EXIT_TIMEOUT = 20
+"""Seconds: launchd's own, for a definition without `ExitTimeOut`."""
+
+LOG_BYTES = 10_000_000
+"""A log larger than this is renamed before the next start."""
+
+NO_SUCH_PROCESS = 3
+IN_PROGRESS = 36
+ALREADY = 37
+NO_DOMAIN = 112
+NO_SERVICE = 113
+UNSUPPORTED_DOMAIN = 125
+
+_NO_SESSION = (
+    "no graphical session to run it in. Log in at the Mac's screen (not only over ssh), or install"
+    " the system-wide daemon from deploy/, which needs no login"
+)
+_BUSY = "launchd is still busy with the service. Try again in a few seconds"
+
+ADVICE = {
+    1: "not permitted. Run this as yourself, without sudo",
+    5: (
+        "the service is half loaded, or its file cannot be read. Run `glmd service uninstall`, then"
+        " `glmd service install`; if that fails too, check the file with `plutil -lint`, and that"
+        " glmd is switched on in System Settings > General > Login Items"
+    ),
+    17: "the service is already loaded. Reload it with `glmd service restart`",
+    IN_PROGRESS: _BUSY,
+    ALREADY: _BUSY,
+    NO_DOMAIN: _NO_SESSION,
+    119: "the service is switched off. Allow glmd in System Settings > General > Login Items",
+    122: (
+        "wrong owner or permissions of the file. You must own the file and its folder, and nobody"
+        " else may write them (`chmod 600`)"
+    ),
+    UNSUPPORTED_DOMAIN: _NO_SESSION,
+    150: "macOS protects this service from changes",
+}
+"""Cause and remedy by launchctl's exit status: errno values, and from 107 on launchd's own
+(`launchctl error N` prints their names)."""
+
+
+def agent_plist(spec: ServiceSpec, log: Path, *, label: str = LABEL) -> dict[str, Any]:
+    """Return the property list of a LaunchAgent."""
+    return {
+        "Label": label,
+        "ProgramArguments": list(spec.arguments),
+        "RunAtLoad": True,
+        # Restart after a crash or an error, but not after an orderly end.
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": RESTART_AFTER,
+        "ExitTimeOut": spec.exit_timeout,
+        # launchd throttles processor and disk of the default type.
+        "ProcessType": "Interactive",
+        "StandardOutPath": str(log),
+        "StandardErrorPath": str(log),
+        "SoftResourceLimits": {"NumberOfFiles": OPEN_FILES},
+        "HardResourceLimits": {"NumberOfFiles": OPEN_FILES},
+        "Umask": 0o077,
+        # launchd opens the log once; the server reopens it after a rotation.
+        "EnvironmentVariables": {**spec.environment, "GLMD_LOG_FILE": str(log)},
+    }
 
 
 class Launchd:
-    """The service of the user who is logged in, in launchd's domain `gui/UID`."""
+    """Service of the logged-in user, in launchd's domain `gui/UID`."""
 
     name = "launchd"
 
@@ -43,10 +106,10 @@ class Launchd:
         self.definition_file = home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
         self.log = home / "Library" / "Logs" / "glmd" / "glmd.log"
 
-    def install(self, definition: Definition) -> bool:
-        content = encode(agent(definition, self.log))
-        state = self.state()
-        if state.pid is not None and holds(self.definition_file, content):
+    def install(self, spec: ServiceSpec) -> bool:
+        content = plistlib.dumps(agent_plist(spec, self.log), sort_keys=False)
+        unchanged = self.definition_file.exists() and self.definition_file.read_bytes() == content
+        if unchanged and self.state().pid is not None:
             return False
         self.stop()
         atomic_write(self.definition_file, content)
@@ -54,79 +117,128 @@ class Launchd:
         return True
 
     def uninstall(self) -> bool:
-        there = self.definition_file.exists() or self.state().loaded
+        installed = self.definition_file.exists() or self.state().loaded
         self.stop()
         self.definition_file.unlink(missing_ok=True)
-        return there
+        return installed
 
     def start(self) -> None:
         require_installed(self)
         state = self.state()
         if state.pid is not None:
             return
-        if state.loaded:  # It ended, or waits for its next attempt: anew, with counters at zero.
+        if state.loaded:  # Ended, or waiting for its next attempt: reload, which resets counters.
             self.stop()
         # launchd creates the log, but not its folder.
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        put_aside(self.log)
-        # Whoever switched it off by `launchctl disable` wants it on by now.
-        launchctl("enable", self.target)
+        # Rename a large log only while no server has it open and would go on writing into it.
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            self.log.replace(self.log.with_name(self.log.name + ".1"))
+        launchctl("enable", self.target)  # undoes `launchctl disable`
         self._bootstrap()
 
     def _bootstrap(self) -> None:
-        deadline = time.monotonic() + BUSY_PATIENCE
+        deadline = time.monotonic() + BUSY_TIMEOUT
         while True:
-            answer = launchctl("bootstrap", self.domain, str(self.definition_file))
-            if not answer.status:
+            status, text = launchctl("bootstrap", self.domain, str(self.definition_file))
+            if not status:
                 return
-            if answer.status not in (ALREADY, IN_PROGRESS) or time.monotonic() > deadline:
-                raise refusal("bootstrap", answer)
+            if status not in (ALREADY, IN_PROGRESS) or time.monotonic() > deadline:
+                raise refusal("bootstrap", status, text)
             time.sleep(POLL)
 
     def stop(self) -> None:
-        # Unloaded rather than signalled: launchd then sees to it that it ends, and does not take
-        # an end by SIGTERM for a failure after which to start it again.
-        patience = self._exit_timeout() + EXIT_MARGIN
-        answer = launchctl("bootout", self.target)
-        if answer.status in NOT_LOADED:
+        # Unload instead of sending SIGTERM: launchd then enforces the exit timeout, and does not
+        # restart the service because of its exit status.
+        timeout = self._exit_timeout() + EXIT_MARGIN
+        status, text = launchctl("bootout", self.target)
+        if status in (NO_SUCH_PROCESS, NO_SERVICE):
             return
-        if answer.status not in (0, IN_PROGRESS):
-            raise refusal("bootout", answer)
-        deadline = time.monotonic() + patience
+        if status not in (0, IN_PROGRESS):
+            raise refusal("bootout", status, text)
+        deadline = time.monotonic() + timeout
         while self.state().loaded:
             if time.monotonic() > deadline:
                 raise ServiceError(
-                    f"The service has not left {patience} s after launchd was told to end it;"
-                    f" `launchctl print {self.target}` says what it is doing."
+                    f"The service did not end within {timeout} s. See"
+                    f" `launchctl print {self.target}`."
                 )
             time.sleep(POLL)
 
     def _exit_timeout(self) -> int:
-        """launchd's own patience with the service, 20 s where its file says nothing."""
         try:
-            return int(plistlib.loads(self.definition_file.read_bytes()).get("ExitTimeOut", 20))
+            plist = plistlib.loads(self.definition_file.read_bytes())
         except (OSError, plistlib.InvalidFileException):
-            return 20
+            return DEFAULT_EXIT_TIMEOUT
+        return int(plist.get("ExitTimeOut", DEFAULT_EXIT_TIMEOUT))
 
-    def state(self) -> State:
+    def state(self) -> ServiceState:
         installed = self.definition_file.exists()
-        answer = launchctl("print", self.target)
-        if answer.status:  # Whatever the reason, launchd does not run it.
-            return State(installed=installed, loaded=False)
-        found = fields(answer.text)
-        killed = signal_number(found.get("last terminating signal"))
-        exited = leading_number(found.get("last exit code"))
-        return State(
+        failed, text = launchctl("print", self.target)
+        if failed:
+            return ServiceState(installed=installed, loaded=False)
+        found = parse_fields(text)
+        signal = re.search(r"\d+$", found.get("last terminating signal", ""))  # "Killed: 9"
+        status = leading_number(found.get("last exit code", ""))  # "78: EX_CONFIG"
+        return ServiceState(
             installed=installed,
             loaded=True,
-            pid=leading_number(found.get("pid")),
-            starts=leading_number(found.get("runs")),
-            last_exit=-killed if killed is not None else exited,
+            pid=leading_number(found.get("pid", "")),
+            starts=leading_number(found.get("runs", "")),
+            last_exit=-int(signal[0]) if signal else status,
         )
 
     def log_command(self, lines: int, *, follow: bool) -> list[str]:
-        # -F goes on with the new file when the log is put aside.
+        # -F reopens the log when it is renamed.
         return ["tail", "-n", str(lines), *(["-F"] if follow else []), str(self.log)]
 
-    def log_tail(self, lines: int) -> str:
-        return tail(self.log, lines)
+
+def launchctl(*arguments: str) -> tuple[int, str]:
+    """Run launchctl and return its exit status and output.
+
+    Raises:
+        ServiceError: there is no launchctl on the PATH.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["launchctl", *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError:
+        raise ServiceError("No launchctl on the PATH; on a Mac it is in /bin.") from None
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def refusal(verb: str, status: int, text: str) -> ServiceError:
+    """Return the error for a failed launchctl: its first line, cause and remedy."""
+    said = next((line for line in text.splitlines() if line.strip()), "nothing")
+    advice = ADVICE.get(status, f"see `launchctl error {status}`")
+    return ServiceError(f"launchctl {verb} failed with {said.strip()!r}: {advice}.")
+
+
+def parse_fields(printed: str) -> dict[str, str]:
+    """Parse the `key = value` lines of `launchctl print`, without those of nested blocks.
+
+    The format is not documented; callers must not rely on any field.
+    """
+    found: dict[str, str] = {}
+    depth = 0
+    for line in printed.splitlines():
+        text = line.strip()
+        if text.endswith("{"):
+            depth += 1
+        elif text == "}":
+            depth -= 1
+        elif depth == 1 and " = " in text:
+            key, value = text.split(" = ", 1)
+            found[key] = value
+    return found
+
+
+def leading_number(value: str) -> int | None:
+    """Parse the number at the start of a value; None without one."""
+    match = re.match(r"\d+", value)
+    return int(match[0]) if match else None

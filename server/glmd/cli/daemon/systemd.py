@@ -1,4 +1,4 @@
-"""glmd as a systemd user unit: systemd's side of `glmd service`."""
+"""The service as a systemd user unit on Linux."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
-from glmd.cli.daemon.files import holds
-from glmd.cli.daemon.manager import State, require_installed
-from glmd.cli.daemon.spec import OPEN_FILES, RESTART_AFTER, Definition
+from glmd.cli.daemon.spec import (
+    OPEN_FILES,
+    RESTART_AFTER,
+    ServiceSpec,
+    ServiceState,
+    require_installed,
+)
 from glmd.errors import ServiceError
 from glmd.utils.files import atomic_write
 
@@ -16,43 +20,40 @@ UNIT = "glmd.service"
 
 
 def quote(word: str) -> str:
-    """A word as unit files want it: `%` and `$` would be expanded (systemd.service(5))."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return '"' + plain.replace("%", "%%") + '"'
+    """Quote a word for a unit file, in which `%` would be expanded (systemd.unit(5))."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + escaped.replace("%", "%%") + '"'
 
 
-def unit(definition: Definition) -> str:
-    """The unit file."""
-    command = " ".join(quote(word).replace("$", "$$") for word in definition.arguments)
-    environment = [
-        f"Environment={quote(f'{name}={value}')}" for name, value in definition.environment.items()
-    ]
-    return "\n".join(
-        [
-            "[Unit]",
-            "Description=glmd, a server for GLM-4.7-Flash",
-            "",
-            "[Service]",
-            "Type=exec",
-            f"ExecStart={command}",
-            *environment,
-            "Restart=on-failure",
-            f"RestartSec={RESTART_AFTER}",
-            f"TimeoutStopSec={definition.exit_timeout}",
-            # The engine leaves with the server; killing it alongside would lose its answers.
-            "KillMode=mixed",
-            f"LimitNOFILE={OPEN_FILES}",
-            "UMask=0077",
-            "",
-            "[Install]",
-            "WantedBy=default.target",
-            "",
-        ]
+def unit_file(spec: ServiceSpec) -> str:
+    """Return the text of the unit file."""
+    command = " ".join(quote(word).replace("$", "$$") for word in spec.arguments)
+    environment = "\n".join(
+        f"Environment={quote(f'{name}={value}')}" for name, value in spec.environment.items()
     )
+    # KillMode: SIGTERM for the server only, which ends the engine after its last request.
+    return f"""\
+[Unit]
+Description=glmd, a server for GLM-4.7-Flash
+
+[Service]
+Type=exec
+ExecStart={command}
+{environment}
+Restart=on-failure
+RestartSec={RESTART_AFTER}
+TimeoutStopSec={spec.exit_timeout}
+KillMode=mixed
+LimitNOFILE={OPEN_FILES}
+UMask=0077
+
+[Install]
+WantedBy=default.target
+"""
 
 
 class Systemd:
-    """The service of one user, run by `systemd --user`."""
+    """Service of one user, run by `systemd --user`."""
 
     name = "systemd"
 
@@ -60,14 +61,15 @@ class Systemd:
         base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
         self.definition_file = base / "systemd" / "user" / UNIT
 
-    def install(self, definition: Definition) -> bool:
-        content = unit(definition).encode()
-        if self.state().pid is not None and holds(self.definition_file, content):
+    def install(self, spec: ServiceSpec) -> bool:
+        content = unit_file(spec).encode()
+        unchanged = self.definition_file.exists() and self.definition_file.read_bytes() == content
+        if unchanged and self.state().pid is not None:
             return False
         atomic_write(self.definition_file, content)
         systemctl("daemon-reload")
         systemctl("enable", UNIT)
-        # An earlier failure must not count towards this start.
+        # Failures so far must not count towards the limit of restarts.
         systemctl("reset-failed", UNIT, may_fail=True)
         systemctl("restart", UNIT)
         return True
@@ -88,7 +90,7 @@ class Systemd:
         if self.definition_file.exists():
             systemctl("stop", UNIT)
 
-    def state(self) -> State:
+    def state(self) -> ServiceState:
         shown = systemctl(
             "show", UNIT, "--property=LoadState,ActiveState,MainPID,ExecMainStatus,ExecMainCode,"
             "ExecMainExitTimestampMonotonic,NRestarts",
@@ -97,9 +99,8 @@ class Systemd:
         pid = int(found.get("MainPID", 0)) or None
         ended = int(found.get("ExecMainExitTimestampMonotonic", 0)) > 0
         status = int(found.get("ExecMainStatus", 0))
-        # waitid(2)'s si_code: 1 is an exit, 2 and 3 are ends by a signal.
-        by_signal = found.get("ExecMainCode") in ("2", "3")
-        return State(
+        by_signal = found.get("ExecMainCode") in ("2", "3")  # CLD_KILLED, CLD_DUMPED: waitid(2)
+        return ServiceState(
             installed=self.definition_file.exists(),
             loaded=found.get("LoadState") == "loaded",
             pid=pid,
@@ -113,17 +114,12 @@ class Systemd:
             *(["--follow"] if follow else []),
         ]  # fmt: skip
 
-    def log_tail(self, lines: int) -> str:
-        command = self.log_command(lines, follow=False)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        return done.stdout.strip()
-
 
 def systemctl(*arguments: str, may_fail: bool = False) -> str:
-    """What `systemctl --user` prints.
+    """Run `systemctl --user` and return its output.
 
     Raises:
-        ServiceError: it refuses, with its own words.
+        ServiceError: systemctl failed, or does not exist.
     """
     try:
         done = subprocess.run(  # noqa: S603
@@ -133,14 +129,14 @@ def systemctl(*arguments: str, may_fail: bool = False) -> str:
             check=False,
         )
     except FileNotFoundError:
-        raise ServiceError("There is no systemctl on the PATH.") from None
+        raise ServiceError("No systemctl on the PATH.") from None
     if done.returncode and not may_fail:
         said = done.stderr.strip().splitlines() or ["nothing"]
         hint = (
-            " Without a session of yours there is no user manager: `loginctl enable-linger` keeps"
-            " one, or install the system-wide unit from deploy/."
+            " The user manager runs only while you are logged in. Keep it running with"
+            " `loginctl enable-linger`, or install the system-wide unit from deploy/."
             if "bus" in done.stderr
-            else f" `systemctl --user status {UNIT}` may say more."
+            else f" See `systemctl --user status {UNIT}`."
         )
-        raise ServiceError(f"systemctl {arguments[0]} said {said[-1]!r}.{hint}")
+        raise ServiceError(f"systemctl {arguments[0]} failed with {said[-1]!r}.{hint}")
     return done.stdout
