@@ -1,4 +1,4 @@
-"""`glmd chat`: in a pipe, in a terminal, and its commands."""
+"""`glmd chat` in a pipe and in a terminal, and its commands."""
 
 from __future__ import annotations
 
@@ -19,18 +19,30 @@ import pytest
 from live import LiveServer, live_server
 from rich.console import Console
 
-from glmd.cli.chat.client import ChatClient, Piece
-from glmd.cli.chat.screen import show
-from glmd.cli.chat.session import COMMANDS, Leave, Mistake, Session, run_command
+from glmd.cli.chat import print_pieces
+from glmd.cli.chat_session import COMMANDS, ChatClient, ChatSession, CommandError, run_command
 from glmd.errors import ServerRefused
 
 DIM = "\x1b[2m"
+
+PROMPT = "\x1b[?2004h"
+"""Bracketed paste is switched on: the prompt reads keys."""
+
+SENT = "\x1b[?2004l"
+"""Bracketed paste is switched off: the prompt has a message."""
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GLMD_")}
     places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
-    return {**kept, **places, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **more}
+    return {
+        **kept,
+        **places,
+        "TERM": "xterm-256color",
+        "LC_ALL": "C.UTF-8",
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # a terminal without cursor position reports
+        **more,
+    }
 
 
 def piped(
@@ -80,7 +92,7 @@ def test_the_key_comes_from_the_environment_and_without_it_the_answer_says_so(
 def test_what_goes_wrong_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_path: Path) -> None:
     nowhere = "http://127.0.0.1:9"
     for arguments, said, line in [
-        (["Hi", "--url", nowhere], "", f"No server answers at {nowhere}"),
+        (["Hi", "--url", nowhere], "", f"No server at {nowhere}"),
         (["--url", scripted.url], "⟦</think>One{raise}⟧", "stopped"),
         (["Hi", "--model", "./nowhere"], "", "nowhere"),
     ]:
@@ -96,23 +108,19 @@ def test_what_goes_wrong_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_p
 # -- in a terminal ----------------------------------------------------------------------------
 
 
-PAUSE = 0.5
-"""Seconds between a prompt and Ctrl-C. Python looks at signals, then readline waits for a key,
-and a signal that comes between the two is noticed with the next key only."""
-
-
 class Terminal:
-    """`glmd chat` with a terminal of its own."""
+    """`glmd chat` on a pseudo-terminal."""
 
     def __init__(self, home: Path, *arguments: str) -> None:
         self.pid, self._end = pty.fork()
         if self.pid == 0:
             command = [sys.executable, "-m", "glmd", "chat", *arguments]
+            os.chdir(home)
             os.execve(sys.executable, command, environment(home))
         self._seen = b""
 
     def wait_for(self, text: str) -> str:
-        """What came up to `text`, which is then forgotten."""
+        """Return the output up to `text`, and drop it."""
         deadline = time.monotonic() + 120
         while text.encode() not in self._seen:
             assert time.monotonic() < deadline, self._seen.decode(errors="replace")
@@ -125,7 +133,7 @@ class Terminal:
         os.write(self._end, text.encode())
 
     def exit_code(self) -> int:
-        """Wait for the end, reading on, because a full terminal would hold it up."""
+        """Wait for the exit; reads the output, because a full terminal blocks the process."""
         while True:
             try:
                 if not os.read(self._end, 4096):
@@ -145,47 +153,74 @@ def test_a_conversation_dims_the_reasoning_stops_and_goes_on(
     scripted: LiveServer, tmp_path: Path
 ) -> None:
     terminal = Terminal(tmp_path, "--url", scripted.url)
-    assert "test/tiny" in terminal.wait_for("> ")
+    assert "test/tiny" in terminal.wait_for(PROMPT)
     terminal.type("⟦Hm.</think>Yes⟧\r")
     terminal.wait_for(DIM)
     terminal.wait_for("Yes")
     assert "per second" in terminal.wait_for("prompt tokens cached")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("⟦</think>endless{wait}⟧\r")
-    terminal.wait_for("⟧")  # the echo
+    terminal.wait_for(SENT)
     terminal.wait_for("endless")
     terminal.type("\x03")
     terminal.wait_for("Stopped.")
     scripted.wait_until_idle()
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("/thnk\r")
     terminal.wait_for("did you mean think?")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type('"""two\r')
     terminal.type('⟦</think>lines⟧"""\r')
-    terminal.wait_for('"""\r\n')
+    terminal.wait_for(SENT)
     terminal.wait_for("lines")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("half a question")
     terminal.wait_for("half a question")
-    time.sleep(PAUSE)
     terminal.type("\x03")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.exit_code() == 0
 
 
+def test_the_prompt_pastes_lines_recalls_messages_and_completes_commands(
+    scripted: LiveServer, tmp_path: Path
+) -> None:
+    terminal = Terminal(tmp_path, "--url", scripted.url, "--no-think")
+    terminal.wait_for(PROMPT)
+    terminal.type("\x1b[200~first\n⟦{request}⟧\x1b[201~\r")
+    assert "tokens" in terminal.wait_for(PROMPT)
+    terminal.type("one\x1b\rtwo ⟦Yes⟧\r")  # Alt-Enter
+    terminal.wait_for(SENT)
+    assert "Yes" in terminal.wait_for("tokens")
+    terminal.wait_for(PROMPT)
+    terminal.type("\x1b[A\x1b[A\x1b[A\r")  # up to the first line, then to the message before
+    assert "first" in terminal.wait_for("tokens")
+    terminal.wait_for(PROMPT)
+    terminal.type("/sa")
+    terminal.wait_for("/save")  # in the menu
+    terminal.type("\t x.json\r")
+    terminal.wait_for("Wrote x.json")
+    terminal.wait_for(PROMPT)
+    terminal.type("/exit\r")
+    assert terminal.exit_code() == 0
+    asked = json.loads((tmp_path / "x.json").read_text())["messages"]
+    assert [turn["content"] for turn in asked if turn["role"] == "user"] == [
+        "first\n⟦{request}⟧",
+        "one\ntwo ⟦Yes⟧",
+        "first\n⟦{request}⟧",
+    ]
+
+
 def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "--demo", "--no-think")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     server, *others = psutil.Process(terminal.pid).children()
     assert others == []
-    time.sleep(PAUSE)
     terminal.type("\x03")  # stops no server
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("Hello, I am Nora.\r")
     assert "Nora" in terminal.wait_for("tokens").partition("Nora.")[2]
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     os.kill(terminal.pid, signal.SIGTERM)
     assert terminal.exit_code() == 128 + signal.SIGTERM
     server.wait(20)
@@ -194,7 +229,7 @@ def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
 def test_an_answer_does_not_speak_to_the_terminal() -> None:
     out = StringIO()
     console = Console(file=out, force_terminal=True, color_system=None)
-    show(iter([Piece("content", "a\x1b]0;title\x07b\nc\x9b2J")]), console)
+    print_pieces(iter([("content", "a\x1b]0;title\x07b\nc\x9b2J")]), console)
     assert out.getvalue() == "a]0;titleb\nc2J"
 
 
@@ -202,19 +237,19 @@ def test_an_answer_does_not_speak_to_the_terminal() -> None:
 
 
 @pytest.fixture
-def session(scripted: LiveServer) -> Iterator[Session]:
+def session(scripted: LiveServer) -> Iterator[ChatSession]:
     client = ChatClient(scripted.url)
-    yield Session(client)
+    yield ChatSession(client)
     client.close()
 
 
-def test_commands_change_the_next_request(session: Session) -> None:
+def test_commands_change_the_next_request(session: ChatSession) -> None:
     for line in (
         "/think off", "/system Be brief.", "/set temperature 0.5", "/set seed 7", "/set top_k 3",
         "/set top_k", "/model gpt-test",
     ):  # fmt: skip
         assert run_command(session, line)
-    session.turns.append({"role": "user", "content": "Hi"})
+    session.messages.append({"role": "user", "content": "Hi"})
     assert session.body == {
         "model": "gpt-test",
         "messages": [
@@ -231,7 +266,9 @@ def test_commands_change_the_next_request(session: Session) -> None:
     assert "enable_thinking" not in session.body
 
 
-def test_models_are_listed_with_their_profiles_and_unknown_ones_refused(session: Session) -> None:
+def test_model_lists_models_with_profiles_and_rejects_unknown_names(
+    session: ChatSession,
+) -> None:
     assert "test/tiny:tools" in run_command(session, "/model")
     with pytest.raises(ServerRefused, match="There is no model 'gpt-9'"):
         run_command(session, "/model gpt-9")
@@ -247,38 +284,38 @@ def test_models_are_listed_with_their_profiles_and_unknown_ones_refused(session:
         ("/set temperature hot", "must be a number, not 'hot'"),
         ("/save", "one file name"),
         ("/save /nowhere/at/all", "No such file"),
-        ("/retry", "Nothing was asked yet"),
+        ("/retry", "no question yet"),
     ],
 )
-def test_a_mistake_is_said_in_a_line(session: Session, line: str, message: str) -> None:
-    with pytest.raises(Mistake) as caught:
+def test_a_mistake_is_said_in_a_line(session: ChatSession, line: str, message: str) -> None:
+    with pytest.raises(CommandError) as caught:
         run_command(session, line)
     assert message in caught.value.message
 
 
 def test_save_keeps_everything_as_json_or_markdown_and_overwrites_nothing(
-    session: Session, tmp_path: Path
+    session: ChatSession, tmp_path: Path
 ) -> None:
-    session.turns += [
+    session.messages += [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Ho", "reasoning_content": "Hm"},
     ]
     run_command(session, f"/save {tmp_path}/a.json")
-    assert json.loads((tmp_path / "a.json").read_text())["messages"] == session.turns
+    assert json.loads((tmp_path / "a.json").read_text())["messages"] == session.messages
     run_command(session, f"/save '{tmp_path}/b c.md'")
     assert (tmp_path / "b c.md").read_text() == "## user\n\nHi\n\n## assistant\n\nHo\n"
-    with pytest.raises(Mistake, match="there already"):
+    with pytest.raises(CommandError, match="exists"):
         run_command(session, f"/save {tmp_path}/a.json")
 
 
-def test_retry_asks_the_last_question_again(session: Session) -> None:
-    session.turns += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+def test_retry_asks_the_last_question_again(session: ChatSession) -> None:
+    session.messages += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     run_command(session, "/retry")
-    assert (session.turns, session.pending) == ([], "Hi")
+    assert (session.messages, session.retry) == ([], "Hi")
 
 
-def test_help_lists_every_command_and_exit_leaves(session: Session) -> None:
+def test_help_lists_every_command_and_exit_leaves(session: ChatSession) -> None:
     text = run_command(session, "/help")
     assert all(f"/{name}" in text for name in COMMANDS)
-    with pytest.raises(Leave):
+    with pytest.raises(EOFError):
         run_command(session, "/exit")

@@ -9,7 +9,7 @@ import typer
 
 from glmd import __version__
 from glmd.cli.bench import app as bench_app
-from glmd.cli.chat.command import chat
+from glmd.cli.chat import chat
 from glmd.cli.config import app as config_app
 from glmd.cli.convert import convert
 from glmd.cli.doctor import doctor
