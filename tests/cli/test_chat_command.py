@@ -58,14 +58,12 @@ def piped(
 # -- in a pipe --------------------------------------------------------------------------------
 
 
-def test_a_pipe_gets_the_answer_alone(scripted: LiveServer, tmp_path: Path) -> None:
+def test_a_pipe_gets_only_the_answer(scripted: LiveServer, tmp_path: Path) -> None:
     run = piped(tmp_path, "--url", scripted.url, said="⟦Hm.</think>Yes,\nno⟧\n")
     assert (run.stdout, run.stderr, run.returncode) == ("Yes,\nno\n", "", 0)
 
 
-def test_argument_and_pipe_are_one_question_with_its_flags(
-    scripted: LiveServer, tmp_path: Path
-) -> None:
+def test_argument_and_pipe_form_one_question(scripted: LiveServer, tmp_path: Path) -> None:
     run = piped(
         tmp_path, "⟦first⟧ is over", "--url", f"{scripted.url}/v1", "--no-think",
         "--profile", "tools", said="⟦{request}⟧",
@@ -73,9 +71,7 @@ def test_argument_and_pipe_are_one_question_with_its_flags(
     assert json.loads(run.stdout)["sampling"]["temperature"] == 0.7
 
 
-def test_the_key_comes_from_the_environment_and_without_it_the_answer_says_so(
-    tmp_path: Path,
-) -> None:
+def test_the_api_key_comes_from_the_settings(tmp_path: Path) -> None:
     with live_server(api_key="s3cret") as live:
         run = piped(tmp_path, "⟦</think>Yes⟧", "--url", live.url, GLMD_API_KEY="s3cret")
         assert run.stdout == "Yes\n", run.stderr
@@ -89,7 +85,7 @@ def test_the_key_comes_from_the_environment_and_without_it_the_answer_says_so(
         assert "GLMD_API_KEY" in run.stderr
 
 
-def test_what_goes_wrong_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_exit_code_1(scripted: LiveServer, tmp_path: Path) -> None:
     nowhere = "http://127.0.0.1:9"
     for arguments, said, line in [
         (["Hi", "--url", nowhere], "", f"No server at {nowhere}"),
@@ -149,7 +145,7 @@ class Terminal:
         os.waitpid(self.pid, 0)
 
 
-def test_a_conversation_dims_the_reasoning_stops_and_goes_on(
+def test_a_conversation_dims_reasoning_and_continues_after_ctrl_c(
     scripted: LiveServer, tmp_path: Path
 ) -> None:
     terminal = Terminal(tmp_path, "--url", scripted.url)
@@ -182,7 +178,7 @@ def test_a_conversation_dims_the_reasoning_stops_and_goes_on(
     assert terminal.exit_code() == 0
 
 
-def test_the_prompt_pastes_lines_recalls_messages_and_completes_commands(
+def test_prompt_pastes_lines_recalls_messages_and_completes_commands(
     scripted: LiveServer, tmp_path: Path
 ) -> None:
     terminal = Terminal(tmp_path, "--url", scripted.url, "--no-think")
@@ -211,12 +207,12 @@ def test_the_prompt_pastes_lines_recalls_messages_and_completes_commands(
     ]
 
 
-def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
+def test_a_server_started_for_the_conversation_ends_with_it(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "--demo", "--no-think")
     terminal.wait_for(PROMPT)
     server, *others = psutil.Process(terminal.pid).children()
     assert others == []
-    terminal.type("\x03")  # stops no server
+    terminal.type("\x03")  # does not stop the server
     terminal.wait_for(PROMPT)
     terminal.type("Hello, I am Nora.\r")
     assert "Nora" in terminal.wait_for("tokens").partition("Nora.")[2]
@@ -226,7 +222,7 @@ def test_a_server_of_its_own_ends_with_the_conversation(tmp_path: Path) -> None:
     server.wait(20)
 
 
-def test_an_answer_does_not_speak_to_the_terminal() -> None:
+def test_control_characters_of_an_answer_are_removed() -> None:
     out = StringIO()
     console = Console(file=out, force_terminal=True, color_system=None)
     print_pieces(iter([("content", "a\x1b]0;title\x07b\nc\x9b2J")]), console)
@@ -287,13 +283,13 @@ def test_model_lists_models_with_profiles_and_rejects_unknown_names(
         ("/retry", "no question yet"),
     ],
 )
-def test_a_mistake_is_said_in_a_line(session: ChatSession, line: str, message: str) -> None:
+def test_a_wrong_command_is_an_error(session: ChatSession, line: str, message: str) -> None:
     with pytest.raises(CommandError) as caught:
         run_command(session, line)
     assert message in caught.value.message
 
 
-def test_save_keeps_everything_as_json_or_markdown_and_overwrites_nothing(
+def test_save_writes_json_or_markdown_and_overwrites_nothing(
     session: ChatSession, tmp_path: Path
 ) -> None:
     session.messages += [
@@ -308,13 +304,13 @@ def test_save_keeps_everything_as_json_or_markdown_and_overwrites_nothing(
         run_command(session, f"/save {tmp_path}/a.json")
 
 
-def test_retry_asks_the_last_question_again(session: ChatSession) -> None:
+def test_retry_repeats_the_last_question(session: ChatSession) -> None:
     session.messages += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     run_command(session, "/retry")
     assert (session.messages, session.retry) == ([], "Hi")
 
 
-def test_help_lists_every_command_and_exit_leaves(session: ChatSession) -> None:
+def test_help_lists_every_command_and_exit_ends(session: ChatSession) -> None:
     text = run_command(session, "/help")
     assert all(f"/{name}" in text for name in COMMANDS)
     with pytest.raises(EOFError):

@@ -79,9 +79,7 @@ def test_launchd_restarts_after_failures_only_and_not_in_a_tight_loop(spec: Serv
     assert plist["ThrottleInterval"] >= 10
     assert plist["ProcessType"] == "Interactive"
     assert plist["SoftResourceLimits"]["NumberOfFiles"] > 4096
-    assert (
-        plist["ExitTimeOut"] > 32
-    )  # drain timeout, and two seconds for the last errors
+    assert plist["ExitTimeOut"] > 32  # drain timeout, and two seconds for the last errors
 
 
 def test_program_is_an_absolute_path_that_survives_upgrades(

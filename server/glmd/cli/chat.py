@@ -79,6 +79,9 @@ def chat(
 
     Example: git diff | glmd chat "Write a commit message for this."
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not ignored, as by nohup
+            signal.signal(number, exit_on_signal)
     settings = load({}, config)
     if (url is not None) + (model is not None) + demo > 1:
         raise SettingsError("--url, --model and --demo cannot be combined.")
@@ -144,8 +147,6 @@ def own_server(model: str | None, config: Path | None, key: str) -> Iterator[str
             process_group=0,  # Ctrl-C stops an answer, not the server
             env={**os.environ, "GLMD_API_KEY": key},
         )
-        signals = (signal.SIGTERM, signal.SIGHUP)
-        previous = {number: signal.signal(number, exit_on_signal) for number in signals}
         try:
             with Console(stderr=True).status("Starting") as status:
                 while (url := ready_url(server.pid, status.update)) is None:
@@ -162,8 +163,6 @@ def own_server(model: str | None, config: Path | None, key: str) -> Iterator[str
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def ready_url(pid: int, progress: Callable[[str], None]) -> str | None:
@@ -177,7 +176,7 @@ def ready_url(pid: int, progress: Callable[[str], None]) -> str | None:
 
 
 def exit_on_signal(number: int, _: object) -> None:
-    """Exit through `finally` blocks, which end the server."""
+    """Exit through `finally` blocks, which restore the terminal and end the server."""
     raise SystemExit(128 + number)
 
 
@@ -234,6 +233,7 @@ def line_editor() -> PromptSession[str]:
     session: PromptSession[str] = PromptSession(
         [("bold", "> ")],
         multiline=True,
+        enable_suspend=True,
         key_bindings=keys,
         completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
