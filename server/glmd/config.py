@@ -1,4 +1,4 @@
-"""The server's settings: types, defaults, limits, descriptions, and where values come from.
+"""The server's settings: types, defaults, limits, descriptions and sources.
 
 In order of precedence: command-line flag, environment variable (`GLMD_PORT`), configuration file
 (TOML), default.
@@ -377,14 +377,14 @@ def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> L
 
 
 def find_config() -> Path | None:
-    """Return the file in `GLMD_CONFIG`, else the first existing file of `default_configs`."""
+    """Return the file of `GLMD_CONFIG`, else the first existing default file."""
     if os.environ.get(CONFIG_VARIABLE):
         return Path(os.environ[CONFIG_VARIABLE]).expanduser()
     return next((path for path in default_configs() if path.is_file()), None)
 
 
 def default_configs() -> list[Path]:
-    """List the default configuration files: below ~/.config, then in the platform's folder."""
+    """List the default files: below ~/.config, then in the platform's folder."""
     base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     return [base / "glmd" / "config.toml", platformdirs.user_config_path("glmd") / "config.toml"]
 
@@ -417,7 +417,7 @@ def read_environment() -> dict[str, Any]:
 
 
 def spell(prefix: str, name: str) -> str:
-    """Spell a setting as its source does: `--max-body`, `GLMD_MAX_BODY`, `FILE: max_body`."""
+    """Spell a setting: `--max-body`, `GLMD_MAX_BODY` or `FILE: max_body`."""
     if prefix == "--":
         return prefix + name.replace("_", "-")
     return prefix + (name.upper() if prefix == PREFIX else name)
@@ -426,7 +426,7 @@ def spell(prefix: str, name: str) -> str:
 def reject_unknown(
     names: Iterable[str], known: Iterable[str], prefix: str = "", kind: str = "setting"
 ) -> None:
-    """Raise a SettingsError for the first unknown name, with the most similar known name."""
+    """Raise a SettingsError for the first unknown name, with a similar known name."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -435,7 +435,7 @@ def reject_unknown(
 
 
 def reject_unknown_in_profiles(profiles: object, prefix: str) -> None:
-    """Apply `reject_unknown` to `[profiles.NAME]`; validation reports values of a wrong type."""
+    """Apply `reject_unknown` to the tables `[profiles.NAME]`."""
     tables = profiles if isinstance(profiles, dict) else {}
     for name, table in tables.items():
         if isinstance(table, dict):

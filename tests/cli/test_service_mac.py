@@ -1,4 +1,4 @@
-"""`glmd service` with the real launchd, in CI only: installs a service for this user."""
+"""`glmd service` with the real launchd, in CI: installs a service for this user."""
 
 from __future__ import annotations
 

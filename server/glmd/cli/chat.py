@@ -208,7 +208,7 @@ def converse(session: ChatSession) -> None:
 
 
 def line_editor() -> PromptSession[str]:
-    """Create the prompt: Enter sends, Alt-Enter begins a new line, Tab completes commands."""
+    """Create the prompt, with keys to send, begin a line and complete commands."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -247,7 +247,7 @@ def unquote(text: str) -> str:
 
 
 def print_answer(session: ChatSession, text: str, console: Console) -> None:
-    """Ask, and print the answer as it arrives. Ctrl-C stops the answer and keeps its text.
+    """Ask and print the answer as it arrives; Ctrl-C stops it and keeps its text.
 
     Raises:
         ServerRefused: no answer; the question is removed from the conversation.

@@ -112,7 +112,9 @@ class ChatClient:
     def answer(
         self, body: Mapping[str, Any], reply: ChatReply
     ) -> Generator[tuple[str, str], None, None]:
-        """Yield pieces of an answer, ("reasoning" or "content", text), and add them to `reply`.
+        """Yield (kind, text) pieces of an answer, and add them to `reply`.
+
+        Kinds are "reasoning" and "content".
 
         Closing the generator, or an interrupt, cancels the request.
 

@@ -79,7 +79,7 @@ app.command()(show)
 
 @app.command()
 def path(config: ConfigOption = None) -> None:
-    """Print the path of the configuration file in use, or of the file that `init` would write."""
+    """Print the path of the configuration file in use, or of the file for `init`."""
     typer.echo(config or find_config() or default_configs()[0])
 
 
@@ -128,7 +128,7 @@ def to_json(value: Any) -> Any:
 
 
 def format_size(size: ByteSize) -> str | int:
-    """Format a size in the largest unit in which it is a whole number, as settings accept it."""
+    """Format a size for the settings, in the largest unit without a fraction."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size and size % factor == 0:
             return f"{size // factor}{unit}"

@@ -1,4 +1,4 @@
-"""`glmd doctor`: check that this machine can run glmd, and how to fix what is missing."""
+"""`glmd doctor`: check that this machine can run glmd."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def check_memory(budget: int | None) -> Finding:
 
 
 def wired_limit() -> int | None:
-    """Return the MB that the GPU may wire, 0 for the default; None: not macOS, or unknown."""
+    """Return the MB that the GPU may wire, 0 for the default; None: unknown."""
     if sys.platform != "darwin":
         return None
     done = subprocess.run(  # noqa: S603
@@ -237,7 +237,7 @@ def wired_limit() -> int | None:
 
 
 def check_model(name: str | None, budget: int | None) -> Finding:
-    """Check that the model is complete and fits the memory budget, without any download."""
+    """Check that the model is complete and fits the memory budget in bytes."""
     from huggingface_hub import constants
 
     from glmd.checkpoint.config import load_config
@@ -282,7 +282,7 @@ def check_model(name: str | None, budget: int | None) -> Finding:
 
 
 def local_folder(name: str) -> Path | None:
-    """Return the folder of a model on this machine; None: a repo id that is not downloaded."""
+    """Return the local folder of a model; None: a repo id that is not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     path = Path(name).expanduser()

@@ -37,7 +37,10 @@ def list_keys() -> None:
 
 @app.command()
 def revoke(name: Name) -> None:
-    """Revoke a key. A running server rejects it at once. Example: glmd key revoke laptop"""
+    """Revoke a key; a running server rejects it at once.
+
+    Example: glmd key revoke laptop
+    """
     from glmd.api.auth import default_store, revoke_key
 
     if not revoke_key(default_store(), name):

@@ -84,7 +84,7 @@ def start(wait: Wait = START_TIMEOUT) -> None:
 
 @app.command()
 def stop() -> None:
-    """Stop the service until the next login or start, after running requests have finished."""
+    """Stop the service, after its running requests, until the next login or start."""
     manager = find_manager()
     require_installed(manager)
     manager.stop()
@@ -105,7 +105,7 @@ def restart(wait: Wait = START_TIMEOUT) -> None:
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the state of the service and its model. Exit code 0 only if the model is ready."""
+    """Print the state of the service and its model; exit code 0 only if ready."""
     manager = find_manager()
     state = manager.state()
     report = build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
@@ -174,7 +174,7 @@ def build_report(
 
 
 def _lines(report: dict[str, Any]) -> str:
-    """Format the report as lines, which a narrow terminal does not truncate, unlike a table."""
+    """Format the report as lines, which a narrow terminal does not truncate."""
     shown = dict(report)
     if report["uptime"] is not None:
         shown["uptime"] = timedelta(seconds=int(report["uptime"]))

@@ -18,7 +18,7 @@ TOLERANCE = 1e-2
 
 
 def quantised_error(bits: int) -> float:
-    """Return the largest relative error of a quantised product against dequantised weights.
+    """Return the largest relative error of a product with quantised weights.
 
     Runs the kernels that every layer of the model uses, which MLX compiles on this machine.
     """
@@ -33,7 +33,7 @@ def quantised_error(bits: int) -> float:
 
 
 def main() -> None:
-    """Print the report: device, GPU or not, memory budget, bit widths with wrong products."""
+    """Print device, GPU or not, memory budget, and bit widths with wrong products."""
     errors = {bits: quantised_error(bits) for bits in (5, 8)}
     report = {
         "device": device_name(),

@@ -1,4 +1,4 @@
-"""Stand-in for `glmd serve`: serves `/health` until SIGTERM; fails at once with GLMD_FAIL."""
+"""Stand-in for `glmd serve`: serves `/health` until SIGTERM, or fails at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The background service: its service manager, and the server process that it runs."""
+"""The background service: its manager, and the server process that it runs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def listening_url(process: psutil.Process) -> str | None:
-    """Return the base URL of a process's listening socket; loopback for "all addresses"."""
+    """Return the base URL of a process's socket; loopback for "all addresses"."""
     for connection in process.net_connections(kind="inet"):
         if connection.status == psutil.CONN_LISTEN:
             address, port = connection.laddr

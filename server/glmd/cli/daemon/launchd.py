@@ -1,4 +1,4 @@
-"""The service as a LaunchAgent on macOS. Property list keys are those of launchd.plist(5)."""
+"""The service as a LaunchAgent on macOS; keys as in launchd.plist(5)."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def refusal(verb: str, status: int, text: str) -> ServiceError:
 
 
 def parse_fields(printed: str) -> dict[str, str]:
-    """Parse the `key = value` lines of `launchctl print`, without those of nested blocks.
+    """Parse the `key = value` lines of `launchctl print` outside nested blocks.
 
     The format is not documented; callers must not rely on any field.
     """

@@ -1,4 +1,4 @@
-"""The background service of one user: its command, and the interface to its service manager."""
+"""The command of the background service, and the interface to its manager."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def build_spec(
     config: Path | None = None,
     drain_timeout: float,
 ) -> ServiceSpec:
-    """Build the service that runs `glmd serve` with these arguments, from any working directory.
+    """Build the service of `glmd serve` with arguments, for any working directory.
 
     Args:
         model: folder or repo id; None, like `host` and `port`: from the service's other settings.
