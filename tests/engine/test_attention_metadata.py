@@ -18,7 +18,7 @@ from glmd.engine.attention_metadata import (
     sort_by_prefix,
     split_fused_levels,
 )
-from glmd.kv_cache.prefix_tree import Node, PathNode
+from glmd.kv_cache.node import Node, PathNode
 from glmd.model.batch import KVSpan, PaddedSpans
 
 KV_WIDTH = 1024

@@ -106,7 +106,7 @@ def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
     waiting, running = engine._scheduler.waiting, engine._scheduler.running
     tree, tails = engine._tree, engine._tails
     assert len(running) <= engine._config.max_running
-    assert tree._leases == {s.lease for s in running}
+    assert tree.leases == {s.lease for s in running}
     assert all(s.lease is None and s.slot == -1 for s in waiting)
     assert tails.used == sum(s.slot != -1 for s in running)
     known = [s for sequences in engine._requests.values() for s in sequences]

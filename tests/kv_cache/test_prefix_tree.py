@@ -1,9 +1,12 @@
-"""The prefix tree against a set of token prefixes, and its promises about cost."""
+"""The prefix tree against a set of token prefixes, and the cost of its operations."""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,7 +17,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from glmd.kv_cache import prefix_tree as tree_module
-from glmd.kv_cache.prefix_tree import Lease, Node, PrefixTree, common_prefix
+from glmd.kv_cache.node import Lease, Node, common_prefix
+from glmd.kv_cache.prefix_tree import PrefixTree
 
 Prefix = tuple[int, ...]
 
@@ -38,10 +42,10 @@ class Rows:
     def nbytes(self) -> int:
         return 100 * len(self.rows)
 
-    def part(self, start: int, stop: int) -> Rows:
-        return Rows(self.rows[start:stop].copy(), self.copied)
+    def slice(self, start: int, end: int) -> Rows:
+        return Rows(self.rows[start:end].copy(), self.copied)
 
-    def joined(self, *others: Rows) -> Rows:
+    def concat(self, *others: Rows) -> Rows:
         rows = np.concatenate([self.rows, *(other.rows for other in others)])
         self.copied[0] += len(rows)
         return Rows(rows, self.copied)
@@ -145,6 +149,14 @@ class TreeAgainstSet(RuleBasedStateMachine):
                     )
         self.stored = {prefix: self.stored[prefix] for prefix in left}
 
+    @precondition(lambda self: self.stored)
+    @rule()
+    def reset(self) -> None:
+        evicted_before = self.tree.evicted_tokens
+        self.tree.reset()
+        assert self.tree.evicted_tokens - evicted_before == len(self.stored)
+        self.stored, self.leases = {}, []
+
     @rule()
     def clear(self) -> None:
         self.tree.clear()
@@ -161,25 +173,24 @@ class TreeAgainstSet(RuleBasedStateMachine):
     def _walk(self) -> dict[tuple[str, Prefix], Node[Rows]]:
         """All prefixes that the tree stores, having checked that each is stored once."""
         found: dict[tuple[str, Prefix], Node[Rows]] = {}
-        for salt, root in self.tree._roots.items():
-            stack = list(root.children.values())
-            while stack:
-                node = stack.pop()
-                whole = _prefix_of(node)
-                start = len(whole) - len(node)
-                for end in range(start + 1, len(whole) + 1):
-                    assert (salt, whole[:end]) not in found, "stored twice"
-                    found[salt, whole[:end]] = node
-                assert node.kv is not None
-                expected = _rows(salt, whole[:start], whole[start:], [0])
-                assert (node.kv.rows == expected.rows).all()
-                stack += node.children.values()
+        for node in self.tree.nodes():
+            root = node
+            while root.parent is not None:
+                root = root.parent
+            whole, salt = _prefix_of(node), root.salt
+            start = len(whole) - len(node)
+            assert node.start == start
+            for end in range(start + 1, len(whole) + 1):
+                assert (salt, whole[:end]) not in found, "stored twice"
+                found[salt, whole[:end]] = node
+            assert node.kv is not None
+            expected = _rows(salt, whole[:start], whole[start:], [0])
+            assert (node.kv.rows == expected.rows).all()
         return found
 
     @invariant()
-    def shape_is_that_of_the_stored_prefixes(self) -> None:
+    def stats_describe_the_stored_prefixes(self) -> None:
         shape = self.tree.stats()
-        assert shape.segments == len(list(self.tree.nodes()))
         continued = {(salt, prefix[:-1]) for salt, prefix in self.stored}
         assert shape.branches == len(self.stored.keys() - continued)
         assert shape.longest == max((len(prefix) for _, prefix in self.stored), default=0)
@@ -203,35 +214,69 @@ class TreeAgainstSet(RuleBasedStateMachine):
         assert self.tree.evictable_tokens == len(self.stored) - len(held)
 
     @invariant()
+    def counters_equal_a_recount(self) -> None:
+        nodes = [*self.tree.nodes(), *self.tree._roots.values()]
+        assert self.tree.leases == {lease for lease, _, _ in self.leases}
+        assert self.tree.leases == {lease for node in nodes for lease in node.leases}
+        assert all(lease.node is node for node in nodes for lease in node.leases)
+        leased: dict[Node[Rows], set[int]] = {}
+        for lease in self.tree.leases:
+            for piece in self.tree.path(lease):
+                leased.setdefault(piece.node, set()).add(piece.length)
+        evictable = []
+        for node in nodes:
+            children = [c for siblings in node.children.values() for c in siblings.values()]
+            assert node.child_offsets == sorted({child.offset for child in children})
+            continued = leased.get(node, {0})
+            assert node.leased == sorted(
+                [lease.length for lease in node.leases]
+                + [child.offset for child in children if child in leased]
+            )
+            assert node.leased_len == max(continued)
+            pinned = max(continued | set(node.child_offsets))
+            assert node.pinned_len == pinned
+            assert node.evictable == (pinned < len(node))
+            if node.evictable:
+                evictable.append(node)
+            ends = not any(child.offset == len(node) for child in children) and len(node) > 0
+            assert node.branch_length == (len(_prefix_of(node)) if ends else 0)
+        assert self.tree._evictable == sorted(evictable, key=lambda node: node.last_used)
+        used = [node.last_used for node in self.tree.nodes()]
+        assert len(used) == len(set(used))
+        shape = self.tree.stats()
+        assert shape.segments == len(nodes) - len(self.tree._roots)
+        lengths = sorted(node.branch_length for node in nodes if node.branch_length)
+        assert self.tree._branch_lengths == lengths
+        assert shape.branches == len(lengths)
+        assert shape.longest == max(lengths, default=0)
+
+    @invariant()
     def is_well_formed(self) -> None:
-        assert len(self.tree._leases) == len(self.leases)
-        assert sum(len(node.leases) for node in self.tree.nodes()) + sum(
-            len(root.leases) for root in self.tree._roots.values()
-        ) == len(self.leases)
         for node in self.tree.nodes():
             assert 0 < len(node) <= tree_module.MAX_SEGMENT
             assert node.parent is not None
-            assert node.parent.children[node.offset, int(node.keys[0])] is node
+            assert node.parent.children[node.offset][int(node.keys[0])] is node
             assert 0 <= node.offset <= len(node.parent)
-            for offset, token in node.children:
+            for offset, siblings in node.children.items():
                 assert 0 < offset <= len(node)
-                assert offset == len(node) or int(node.keys[offset]) != token
+                assert offset == len(node) or int(node.keys[offset]) not in siblings
         salts = {salt for salt, _ in self.stored} | {salt for _, salt, _ in self.leases}
         assert self.tree._roots.keys() == salts
 
 
-@pytest.mark.parametrize("max_segment", [8192, 9])
+@pytest.mark.parametrize(("max_segment", "max_moved"), [(8192, 64), (9, 64), (8192, 0)])
 def test_tree_behaves_as_a_set_of_prefixes(
-    max_segment: int, monkeypatch: pytest.MonkeyPatch
+    max_segment: int, max_moved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tree_module, "MAX_SEGMENT", max_segment)
+    monkeypatch.setattr(tree_module, "MAX_MOVED_CHILDREN", max_moved)
     TreeAgainstSet.TestCase.settings = settings(
         max_examples=60, stateful_step_count=50, deadline=None
     )
     TreeAgainstSet.TestCase().runTest()
 
 
-# -- single promises ------------------------------------------------------------------------
+# -- single cases ---------------------------------------------------------------------------
 
 
 def _sealed(tree: PrefixTree[Rows], tokens: Any, salt: str = "", step: int | None = None) -> int:
@@ -378,3 +423,68 @@ def test_early_divergence_from_a_long_entry_compares_few_tokens(shared: int) -> 
     lease = tree.acquire()
     assert tree.match_prefix(lease, asked) == shared
     assert _Counted.compared <= 512 + 5 * shared
+
+
+# -- work at many branches ------------------------------------------------------------------
+
+
+def _instructions(call: Callable[[], object]) -> int:
+    """Python instructions that `call` executes, in all functions."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def _work(branches: int) -> dict[str, int]:
+    """Instructions per operation on a tree of `branches` branches."""
+    tree: PrefixTree[Rows] = PrefixTree()
+    common = [*range(1000)]
+    _sealed(tree, common)
+    for i in range(branches // 4):
+        _sealed(tree, [*common[: 1 + i % 999], 10_000 + i, 1])  # at offsets of a long node
+        _sealed(tree, [*common, 20_000 + i, 1])  # at its end
+        _sealed(tree, [30_000 + i, 1])  # at the root
+        _sealed(tree, [0, 1], salt=f"user {i}")
+    fork = [50_000, *range(3500)]
+    _sealed(tree, fork[:2500])
+    _sealed(tree, fork)  # a node of 1,001 tokens behind one of 2,500
+    for i in range(branches // 4):
+        _sealed(tree, [*fork, 60_000 + i, 1])
+    held = tree.acquire()
+    tree.match_prefix(held, _array(common))
+    work = {
+        "stats": _instructions(tree.stats),
+        "evictable tokens": _instructions(lambda: tree.evictable_tokens),
+        "divergence": _instructions(lambda: tree.divergence(held, 7)),
+        "other salts": _instructions(lambda: tree.stored_elsewhere("", _array(common))),
+        "match and release": _instructions(lambda: _matched(tree, [*common, 20_000, 1])),
+        "insert at the end": _instructions(lambda: _sealed(tree, [*common, 7, 8])),
+        "insert as long as the node": _instructions(
+            lambda: _sealed(tree, [*common, *range(40_000, 41_000)])
+        ),
+        "insert behind a fork": _instructions(
+            lambda: _sealed(tree, [*fork, *range(70_000, 70_700)])
+        ),
+        "insert under a new salt": _instructions(lambda: _sealed(tree, [1, 2], salt="new")),
+    }
+    tree.release(held)
+    work["evict ten ends"] = _instructions(lambda: tree.evict(20 * 100))
+    return work
+
+
+def test_work_does_not_grow_with_the_number_of_branches() -> None:
+    few, many = _work(400), _work(8000)
+    for operation, count in few.items():
+        assert many[operation] <= 1.2 * count + 50, operation

@@ -144,9 +144,9 @@ def test_a_segment_owns_its_memory_and_no_more() -> None:
         Segment.copy_of([whole], 0, 10),
         Segment.copy_of([whole], 100, 110),
         Segment.copy_of([whole[100:200]], 0, 10),
-        Segment.copy_of([whole], 0, 1000).part(0, 10),
-        Segment.copy_of([whole * 2], 0, 1000).part(990, 1000),
-        Segment.copy_of([whole], 0, 4).joined(Segment.copy_of([whole], 4, 10)),
+        Segment.copy_of([whole], 0, 1000).slice(0, 10),
+        Segment.copy_of([whole * 2], 0, 1000).slice(990, 1000),
+        Segment.copy_of([whole], 0, 4).concat(Segment.copy_of([whole], 4, 10)),
     ]
     mx.eval([segment.layers for segment in segments])
     del whole
@@ -159,8 +159,8 @@ def test_a_segment_owns_its_memory_and_no_more() -> None:
 def test_parts_and_joins_keep_the_rows() -> None:
     layers = [mx.arange(60).reshape(20, 3) + 100 * layer for layer in range(2)]
     segment = Segment.copy_of(layers, 0, 20)
-    assert segment.part(0, 20) is segment
-    joined = segment.part(0, 7).joined(segment.part(7, 20))
+    assert segment.slice(0, 20) is segment
+    joined = segment.slice(0, 7).concat(segment.slice(7, 20))
     assert len(joined) == 20
     for array, expected in zip(joined.layers, layers, strict=True):
         assert (np.array(array) == np.array(expected)).all()

@@ -22,7 +22,7 @@ from glmd.engine.attention_metadata import (
     sort_by_prefix,
     split_fused_levels,
 )
-from glmd.kv_cache.prefix_tree import Node, PathNode
+from glmd.kv_cache.node import Node, PathNode
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model import mla

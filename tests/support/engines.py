@@ -306,7 +306,7 @@ def assert_at_rest(engine: Engine) -> None:
     tree, tails = engine._tree, engine._tails
     assert (stats.running, stats.waiting) == (0, 0)
     assert (tails.used, tails.nbytes) == (0, 0)
-    assert not tree._leases
+    assert not tree.leases
     nodes = list(tree.nodes())
     assert not any(node.leases for node in nodes)
     assert tree.tokens == sum(len(node) for node in nodes)

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.engine.sequence import Sequence
-from glmd.kv_cache.prefix_tree import PathNode, PrefixTree
+from glmd.kv_cache.node import PathNode
+from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import KVSpan, PaddedSpans, SegmentSlice, SlotPermutation, SpanLevel

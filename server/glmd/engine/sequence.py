@@ -8,7 +8,7 @@ import numpy.typing as npt
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.structured_output import GrammarState
 from glmd.ipc import CacheMatch, EngineRequest, TokenArray, unpack_tokens
-from glmd.kv_cache.prefix_tree import Keys, Lease
+from glmd.kv_cache.node import Keys, Lease
 from glmd.kv_cache.segment import Segment
 from glmd.model.sampler import History, RowSampling
 

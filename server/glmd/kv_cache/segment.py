@@ -10,8 +10,8 @@ import mlx.core as mx
 class Segment:
     """KV of `len(self)` consecutive tokens, immutable: one [tokens, width] array per layer.
 
-    The arrays own their memory (no views of larger buffers), so that `nbytes` is what
-    dropping the segment frees.
+    The arrays own their memory (no views of larger buffers), so dropping the segment frees
+    `nbytes`.
     """
 
     __slots__ = ("layers",)
@@ -27,26 +27,26 @@ class Segment:
         return sum(layer.nbytes for layer in self.layers)
 
     @classmethod
-    def copy_of(cls, layers: Sequence[mx.array], start: int, stop: int) -> Segment:
-        """Rows `start` to `stop` of each layer, [rows, width], as a segment of its own memory.
+    def copy_of(cls, layers: Sequence[mx.array], start: int, end: int) -> Segment:
+        """Copy rows `start` to `end` of each layer, [rows, width], into a segment.
 
-        Taken by index, because a slice would be a view that keeps the larger buffer alive. The
-        evaluation is started here: a lazy array would keep the whole step's graph alive.
+        Taken by index, as a slice would be a view that keeps the larger buffer alive. Evaluation
+        is started here, as a lazy array would keep the whole step's graph alive.
         """
-        rows = mx.arange(start, stop)
+        rows = mx.arange(start, end)
         copies = [mx.take(layer, rows, axis=0) for layer in layers]
         mx.async_eval(*copies)
         return cls(copies)
 
-    def part(self, start: int, stop: int) -> Segment:
-        """Tokens `start` to `stop` as a segment of its own memory."""
-        if start == 0 and stop == len(self):
+    def slice(self, start: int, end: int) -> Segment:
+        """Tokens `start` to `end` as a segment with its own memory."""
+        if start == 0 and end == len(self):
             return self
-        return Segment.copy_of(self.layers, start, stop)
+        return Segment.copy_of(self.layers, start, end)
 
-    def joined(self, *others: Segment) -> Segment:
-        """This segment followed by `others`, copied into one."""
+    def concat(self, *others: Segment) -> Segment:
+        """Copy this segment and `others` into one."""
         parts = [self.layers, *(other.layers for other in others)]
-        layers = [mx.concatenate(list(pieces)) for pieces in zip(*parts, strict=True)]
+        layers = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
         mx.async_eval(*layers)
         return Segment(layers)

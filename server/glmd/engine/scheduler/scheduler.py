@@ -29,10 +29,6 @@ ADMISSION_RESERVE = 256
 """Output tokens that admission counts on, beside the prompt, unless `max_tokens` is smaller.
 More would leave memory idle, fewer would preempt sooner."""
 
-EVICTION_SHARE = 128
-"""Evicting looks at every node, a millisecond per thousand, so one part in this many of the
-budget goes at a time: else a full cache would be searched in every step."""
-
 SHORT_PROMPT = 512
 """Tokens left to compute, up to which a prompt is of the crowd for which streams wait longer. That
 is over soon; several long prompts would slow them for minutes, and hardly come sooner for it."""
@@ -406,7 +402,7 @@ class Scheduler:
         over = self.kv_bytes + nbytes - self.kv_budget
         if over <= 0:
             return True
-        return self._tree.evict(max(over, self.kv_budget // EVICTION_SHARE)) >= over
+        return self._tree.evict(over) >= over
 
 
 def priority_demotion(sequence: Sequence) -> int:
