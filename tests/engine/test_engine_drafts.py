@@ -11,16 +11,16 @@ import pytest
 from engines import Run, assert_true, request, run, tiny_engine, tiny_model
 from mlx_lm.models.base import create_attention_mask
 
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.loader import LoadedModel
 
 PROMPT = np.random.default_rng(2).integers(0, 500, 70).tolist()
 
 
-def _model(**config: Any) -> Glm4MoeLiteModel:
+def _model(**config: Any) -> LoadedModel:
     return tiny_model(num_nextn_predict_layers=1, **config)
 
 
-def _reference_drafts(model: Glm4MoeLiteModel, tokens: list[int]) -> npt.NDArray[np.float32]:
+def _reference_drafts(model: LoadedModel, tokens: list[int]) -> npt.NDArray[np.float32]:
     """Logits [n - 1, vocabulary]: row i, from tokens 0 to i + 1, is for the token at i + 2."""
     assert model.mtp is not None
     weights, inner = model.mtp._weights, model._model.model

@@ -24,13 +24,13 @@ from glmd.checkpoint.hub import DEMO
 from glmd.engine.core import Engine
 from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
 from glmd.llm import LLM
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.loader import LoadedModel
 from glmd.structured_output import OutputSpec, Regex
 from glmd.structured_output.build import build
 
 
 @cache
-def model_of(name: str) -> Glm4MoeLiteModel:
+def model_of(name: str) -> LoadedModel:
     return load(DEMO) if name == "demo" else tiny_model(num_nextn_predict_layers=1)
 
 
@@ -92,9 +92,7 @@ def answers(name: str, mtp: int) -> Run:
     return done
 
 
-def is_tie(
-    model: Glm4MoeLiteModel, asked: EngineRequest, tokens: list[int], others: list[int]
-) -> bool:
+def is_tie(model: LoadedModel, asked: EngineRequest, tokens: list[int], others: list[int]) -> bool:
     """Whether two answers part where two tokens are all but equally likely; says where."""
     at = next(i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b)
     whole = [*unpack_tokens(asked.prompt).tolist(), *tokens[:at]]
@@ -169,7 +167,7 @@ def test_three_tokens_are_distributed_as_the_model_has_them(mtp: int) -> None:
     assert deviation(observed, draws * np.array([*expected.values()])) < 3.5
 
 
-def _of_three(model: Glm4MoeLiteModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
+def _of_three(model: LoadedModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
     """The probability of every continuation by three tokens."""
     ways: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):

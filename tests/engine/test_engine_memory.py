@@ -22,17 +22,17 @@ from engines import (
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
 from glmd.kv_cache.segment import Segment
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.loader import LoadedModel
 
 CONTEXT = 400
 PROMPTS = [np.random.default_rng(i).integers(0, 500, 100).tolist() for i in range(8)]
 
 
-def _model(**config: Any) -> Glm4MoeLiteModel:
+def _model(**config: Any) -> LoadedModel:
     return tiny_model(max_position_embeddings=CONTEXT, **config)
 
 
-def _small(model: Glm4MoeLiteModel | None = None, **config: Any) -> Engine:
+def _small(model: LoadedModel | None = None, **config: Any) -> Engine:
     """Room for one sequence of full length."""
     return tiny_engine(model or _model(), kv_tokens=CONTEXT + 256, **config)
 

@@ -30,13 +30,13 @@ from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
 from glmd.ipc import EngineRequest
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.loader import LoadedModel
 
 CONTEXT, VOCABULARY = 192, 96
 BASES = [np.random.default_rng(k).integers(3, VOCABULARY, 130).tolist() for k in range(3)]
 
 
-def _model() -> Glm4MoeLiteModel:
+def _model() -> LoadedModel:
     return tiny_model(
         vocab_size=VOCABULARY,
         eos_token_id=[1, 2],

@@ -25,7 +25,7 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from glmd.checkpoint.random import write_random_checkpoint
 from glmd.errors import SettingsError
-from glmd.model.block import COMPILED_ROWS, _moe
+from glmd.model.glm4_moe_lite import COMPILED_ROWS, _moe
 from glmd.model.loader import load_model
 from golden import make as golden
 

@@ -31,8 +31,7 @@ from glmd.ipc import (
 )
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
-from glmd.model.loader import load_model
+from glmd.model.loader import LoadedModel, load_model
 from glmd.model.sampler import History, RowSampling, SamplingRow, noise_key, sample
 
 TINY: dict[str, Any] = {
@@ -59,24 +58,24 @@ def fresh_folder() -> Path:
     return Path(_folders[-1].name)
 
 
-def load(folder: Path, **options: Any) -> Glm4MoeLiteModel:
+def load(folder: Path, **options: Any) -> LoadedModel:
     """The checkpoint in float32, whatever the device."""
     return load_model(folder, "float32", lambda done, total: None, **options)
 
 
 @cache
-def _tiny_model(config: str) -> Glm4MoeLiteModel:
+def _tiny_model(config: str) -> LoadedModel:
     folder = fresh_folder()
     write_random_checkpoint(folder, dtype="F32", **TINY | json.loads(config))
     return load(folder)
 
 
-def tiny_model(**config: Any) -> Glm4MoeLiteModel:
+def tiny_model(**config: Any) -> LoadedModel:
     """A random model, the same object for the same config."""
     return _tiny_model(json.dumps(config, sort_keys=True))
 
 
-def one_shot_logits(model: Glm4MoeLiteModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
+def one_shot_logits(model: LoadedModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
     """glmd's forward over all tokens as one chunk: [tokens, vocabulary]."""
     ids = mx.array(np.array(list(tokens), np.int32))
     count = ids.shape[0]
@@ -86,7 +85,7 @@ def one_shot_logits(model: Glm4MoeLiteModel, tokens: Iterable[int], *, expanded:
     return np.array(model.logits(hidden))
 
 
-def reference_logits(model: Glm4MoeLiteModel, tokens: Iterable[int]) -> Logits:
+def reference_logits(model: LoadedModel, tokens: Iterable[int]) -> Logits:
     """mlx-lm's own forward over the same weights: [tokens, vocabulary].
 
     Loading has set the epsilon of the latent norms to transformers'; the router's dtype is that
@@ -98,7 +97,7 @@ def reference_logits(model: Glm4MoeLiteModel, tokens: Iterable[int]) -> Logits:
 
 
 def tiny_engine(
-    model: Glm4MoeLiteModel | None = None, *, kv_tokens: int | None = None, **config: Any
+    model: LoadedModel | None = None, *, kv_tokens: int | None = None, **config: Any
 ) -> Engine:
     """An engine with room for `kv_tokens` tokens of KV; None: plenty."""
     model = model or tiny_model()
@@ -218,7 +217,7 @@ def run(engine: Engine, *requests: EngineRequest) -> Run:
 
 
 def assert_true(
-    model: Glm4MoeLiteModel,
+    model: LoadedModel,
     asked: EngineRequest,
     answer: Answer,
     index: int = 0,
@@ -274,9 +273,7 @@ def _forced(asked: EngineRequest, tokens: list[int]) -> dict[int, int]:
     return {asked.thinking_budget + i: token for i, token in enumerate(asked.thinking_close)}
 
 
-def assert_whole(
-    model: Glm4MoeLiteModel, asked: EngineRequest, answer: Answer, context: int
-) -> None:
+def assert_whole(model: LoadedModel, asked: EngineRequest, answer: Answer, context: int) -> None:
     """An answer has ended for the reason that it gives, and not earlier or later."""
     stops = set(asked.stop_token_ids)
     if not asked.ignore_eos:

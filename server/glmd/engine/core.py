@@ -38,8 +38,7 @@ from glmd.ipc import (
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
-from glmd.model.loader import load_model
+from glmd.model.loader import LoadedModel, load_model
 from glmd.model.mla import select_form
 from glmd.model.sampler import RowSampling, noise_key
 from glmd.utils.memory import process_memory_bytes
@@ -89,7 +88,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Glm4MoeLiteModel,
+        model: LoadedModel,
         config: EngineConfig,
         memory_budget: int,
         constraints: StructuredOutputManager | None = None,

@@ -24,7 +24,7 @@ from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.loader import LoadedModel
 from glmd.model.mla import select_form
 from glmd.model.sampler import History, SamplerOutput, SamplingRow, TokenMasks, sample
 
@@ -38,7 +38,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Glm4MoeLiteModel,
+        model: LoadedModel,
         scheduler: Scheduler,
         tree: PrefixTree[Segment],
         tails: TailPool,

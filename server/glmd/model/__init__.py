@@ -1,1 +1,1 @@
-"""GLM-4.7-Flash over flattened token rows: loading, attention, forward pass."""
+"""GLM-4.7-Flash over flattened token rows: loading, attention, sampling."""

@@ -1,8 +1,8 @@
-"""How the rows of one step are laid out: who is whose, and which rows see which keys.
+"""Layout of the rows of one step.
 
-A step is N token rows. They are divided into groups of consecutive rows: decode groups (a few
-rows of each of many sequences, writing to tails) and chunks (many rows of one sequence, about
-to be sealed). Only attention looks at groups; everything else sees N rows.
+A step is N token rows. Consecutive rows form groups: decode groups (a few rows of each of many
+sequences, written to tails) and prefill chunks (many rows of one sequence, sealed after the step).
+Only attention looks at groups; all else runs over N rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glmd.kv_cache.segment import Segment
 
 @dataclass(frozen=True, slots=True)
 class SegmentSlice:
-    """The keys from `start` to `stop` of a segment."""
+    """Keys `start` to `end` of a segment."""
 
     segment: Segment
     start: int
@@ -34,7 +34,7 @@ class SegmentSlice:
 
 @dataclass(frozen=True, slots=True)
 class KVSpan:
-    """Rows `start` to `last` of a group see all keys of some stretches."""
+    """Rows `start` to `end` of a group see all keys of `slices`."""
 
     slices: tuple[SegmentSlice, ...]
     start: int
@@ -45,25 +45,24 @@ class KVSpan:
         return sum(map(len, self.slices))
 
     def keys(self, layer: int) -> list[mx.array]:
-        """One after the other, each [keys, kv_width]."""
-        return [stretch.keys(layer) for stretch in self.slices]
+        """One array per slice, each [keys, kv_width]."""
+        return [piece.keys(layer) for piece in self.slices]
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedSpans:
-    """Spans of as many rows each, met in one batched product.
+    """Spans over equal numbers of rows, padded to equal lengths for one batched product.
 
-    Their keys are copied for it, so they are short: then a product of its own for each would
-    cost more in its dozen operations than in reading keys.
+    For short spans: copying their keys costs less than the dozen operations of a product for each.
     """
 
     spans: list[KVSpan]
     padding: list[mx.array]
-    """For each span [longest - its own, kv_width]: it makes them equally long, end to end."""
+    """For each span [longest - length, kv_width], appended to its keys."""
     visible: mx.array | None
-    """[spans, 1, longest] bool: which keys are none of that; None: all."""
+    """[spans, 1, longest] bool, False for padding; None: there is no padding."""
     rows: mx.array | None
-    """[spans * rows each] int32; None: all from `start` to `last`."""
+    """[spans * rows per span] int32: rows of the group; None: rows `start` to `end`."""
 
     @property
     def start(self) -> int:
@@ -74,7 +73,7 @@ class PaddedSpans:
         return self.spans[-1].end
 
     def __len__(self) -> int:
-        """Number of keys that each row meets, with padding."""
+        """Number of keys per row, with padding."""
         return len(self.spans[0]) + self.padding[0].shape[0]
 
     def keys(self, layer: int) -> list[mx.array]:
@@ -90,51 +89,52 @@ class PaddedSpans:
 
 @dataclass(frozen=True, slots=True)
 class SpanLevel:
-    """Spans over disjoint rows of a decode group. A row meets at most one span in each level."""
+    """Spans over disjoint rows of a decode group: at most one span per row."""
 
     parts: list[KVSpan | PaddedSpans]
     order: mx.array | None
-    """[rows] int32: where each row is among those of `parts`, one behind the other; one behind the
-    last for rows that no span names. None: just there, with none unnamed."""
+    """[rows] int32: gather index into the concatenated outputs of `parts`; their number (a zero
+    row) for rows without span. None: identity."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPermutation:
-    """How sequences and slots of tails correspond, where they are not one and the same order."""
+    """Mapping between the sequences of a decode group and the slots of the tail pool."""
 
     sequences: mx.array
-    """[slots] int32; unused slots name sequence 0."""
+    """[slots] int32: the sequence of each slot; 0 for unused slots."""
     slots: mx.array
-    """[sequences] int32."""
+    """[sequences] int32: the slot of each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """`sequences` × `width` rows; row i belongs to sequence i // width.
 
-    Tail keys of all sequences are met in one batched product over the pool's slots, so the
-    queries are brought into slot order (they are smaller than the keys) and the result back, unless
-    sequences are in that order already.
+    Tail keys of all sequences are multiplied in one batched product over the pool's slots. Unless
+    the sequences are in slot order, the queries are gathered into slot order, as they are smaller
+    than the keys, and the result is gathered back.
     """
 
     start: int
     sequences: int
     width: int
-    """Rows per sequence: 1, or 1 + number of drafts."""
+    """Rows per sequence: 1 + number of drafts."""
     fused_levels: list[SpanLevel]
-    """What shares a softmax with the tails, which is less to do than merging. All but the last
-    have one part, which all rows see; the last has no order."""
+    """Levels fused into the tails' softmax, which is cheaper than merging partial results.
+    Invariant: all but the last have exactly one part covering all rows; the last has `order` None.
+    """
     levels: list[SpanLevel]
-    """What rows see beside that."""
+    """The other levels."""
     slots: mx.array
     """[rows] int32: the tail that each row writes to."""
     tail_positions: mx.array
-    """[rows] int32: where in the tail."""
+    """[rows] int32: the position in that tail."""
     order: SlotPermutation | None
-    """None: sequence i has slot i, and there are no others."""
+    """None: sequence i has slot i, and there are no other slots."""
     visible: mx.array
-    """The tail keys that a row sees: bool, [sequences, width * heads, capacity], or 1 in place of
-    the rows where there is one of each sequence."""
+    """[sequences, width * heads, capacity] bool: the tail keys that each row sees. With `width` 1
+    the middle axis may be 1."""
 
     @property
     def end(self) -> int:
@@ -143,23 +143,24 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Consecutive rows of one sequence: they see `spans`, then each other causally."""
+    """Consecutive rows of one sequence, which see `spans` and, causally, each other."""
 
     start: int
     end: int
     spans: list[KVSpan]
     expanded: bool
-    """Which form of MLA to take; see `glmd.model.mla`."""
+    """Whether to use the expanded form of MLA; see `glmd.model.mla`."""
     logits_rows: int
-    """How many of the last rows' hidden states are asked for; of the others the last layer computes
-    nothing but cache vectors."""
+    """Number of rows, the last ones, whose final hidden states are needed. For other rows the last
+    layer computes only cache vectors."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's rows.
+    """The rows of one step.
 
-    Shapes: tokens [N] int32, positions [N] int32. The groups partition rows 0 to N in order.
+    Shapes: tokens [N] int32, positions [N] int32. The groups partition rows 0 to N in order,
+    decode groups first.
     """
 
     tokens: mx.array
@@ -169,7 +170,7 @@ class ForwardBatch:
 
     @property
     def logits_rows(self) -> list[int]:
-        """The rows whose hidden states are asked for: all that decode, and some of each chunk."""
+        """Rows whose final hidden states are needed: all decode rows, and some of each chunk."""
         decoding = self.decode[-1].end if self.decode else 0
         rows = list(range(decoding))
         for chunk in self.chunks:

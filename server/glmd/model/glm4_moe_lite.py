@@ -1,60 +1,151 @@
-"""The forward pass of GLM-4.7-Flash over the rows of one step.
+"""Forward pass of GLM-4.7-Flash over the flattened rows of one step.
 
-Layer definitions and weights are mlx-lm's (`mlx_lm.models.glm4_moe_lite`); this module runs
-them over flattened rows, with glmd's attention. Where mlx-lm and transformers differ it follows
-transformers, the reference of the checkpoint's authors: router logits in float32
-(`glmd.model.block`), and epsilon 1e-6 in the norms of the query and key-value latents.
+Layer definitions and weights are mlx-lm's (`mlx_lm.models.glm4_moe_lite`); this module runs them
+over rows, with glmd's attention. Two details differ from mlx-lm and follow transformers, the
+reference of the checkpoint's authors: router logits in float32, and an epsilon of 1e-6 in the
+norms of the query and key-value latents.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models.glm4_moe_lite import Model, ModelArgs
+from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, Model, ModelArgs, group_expert_select
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.block import DecoderBlock
-from glmd.model.mla import MLAShape
-from glmd.model.weights import named_arrays
-
-if TYPE_CHECKING:
-    from glmd.model.mtp import MTPLayer
+from glmd.model.batch import ForwardBatch
+from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project_qkv
 
 LATENT_NORM_EPS = 1e-6
 
+COMPILED_ROWS = 32
+"""Number of rows up to which a layer runs compiled. MLX keeps a compiled graph for each number of
+rows as long as the model exists, and with more rows the host is not the bottleneck."""
+
+Result = TypeVar("Result")
+
+
+def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Compile a function of arrays with rows as first axis, for up to `COMPILED_ROWS` rows.
+
+    A layer has some sixty operations besides attention. With few rows the host needs longer to
+    build their graph than the device to compute it; `mx.compile` records the graph once and fuses
+    operations.
+    """
+    fast: Callable[..., Result] = mx.compile(function)
+
+    def run(*arrays: mx.array) -> Result:
+        return (fast if arrays[0].shape[0] <= COMPILED_ROWS else function)(*arrays)
+
+    return run
+
+
+class DecoderBlock:
+    """One decoder layer.
+
+    Args:
+        layer: mlx-lm's decoder layer, whose weights must not change any more.
+        shape: dimensions of its attention.
+    """
+
+    def __init__(self, layer: Any, shape: MLAShape) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        attn.kv_a_layernorm.eps = LATENT_NORM_EPS
+        if attn.q_lora_rank is not None:
+            attn.q_a_layernorm.eps = LATENT_NORM_EPS
+        run_mlp = _moe if isinstance(mlp, Glm4MoeLiteMoE) else _dense
+
+        def pre_attention(h: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions)
+            return q.nope, q.rope, kv
+
+        def post_attention(h: mx.array, attended: mx.array) -> mx.array:
+            h = h + attn.o_proj(attended)
+            return h + run_mlp(mlp, layer.post_attention_layernorm(h))
+
+        def compute_kv(h: mx.array, positions: mx.array) -> mx.array:
+            return cache_vectors(attn, shape, layer.input_layernorm(h), positions)
+
+        self._attn = attn
+        self._compute_kv = compiled(compute_kv)
+        self._pre_attention = compiled(pre_attention)
+        self._post_attention = compiled(post_attention)
+
+    def forward(
+        self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
+    ) -> tuple[mx.array, mx.array]:
+        """Run the layer.
+
+        Args:
+            shape: with the current memory limits.
+            index: of the layer in tails and segments.
+            h: [N, hidden].
+
+        Returns:
+            new hidden states [N, hidden]; cache vectors [N, kv_width].
+        """
+        q_nope, q_rope, kv = self._pre_attention(h, batch.positions)
+        attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
+        return self._post_attention(h, attended), kv
+
+    def forward_last(
+        self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
+    ) -> tuple[mx.array, mx.array]:
+        """Run the layer as the model's last: only cache vectors for rows without logits.
+
+        Returns:
+            new hidden states [logits rows, hidden]; cache vectors [N, kv_width].
+        """
+        logits_rows = batch.logits_rows
+        if len(logits_rows) == h.shape[0]:
+            return self.forward(shape, index, h, batch, tails)
+        kv = self._compute_kv(h, batch.positions)
+        if not logits_rows:
+            return h[:0], kv
+        rows = mx.array(logits_rows)
+        h = h[rows]
+        q_nope, q_rope, _ = self._pre_attention(h, batch.positions[rows])
+        attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
+        return self._post_attention(h, attended), kv
+
+
+def _dense(mlp: Any, x: mx.array) -> mx.array:
+    y: mx.array = mlp(x)
+    return y
+
+
+def _moe(mlp: Any, x: mx.array) -> mx.array:
+    """Weighted sum of the routed experts plus the shared expert: [N, hidden] → [N, hidden]."""
+    gate = mlp.gate
+    experts, scores = group_expert_select(
+        x.astype(mx.float32) @ gate.weight.T,
+        gate.e_score_correction_bias,
+        gate.top_k,
+        gate.n_group,
+        gate.topk_group,
+        gate.routed_scaling_factor,
+        gate.norm_topk_prob,
+    )
+    y: mx.array = mlp.switch_mlp(x, experts)  # [N, experts per token, hidden]
+    y = (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
+    y += mlp.shared_experts(x)
+    return y
+
 
 class Glm4MoeLiteModel:
-    """The main model, ready to run.
+    """The main model, without MTP layer.
 
     Attributes:
         args: mlx-lm's model arguments.
-        shape: dimensions of the attention.
-        mtp: the MTP layer, if the checkpoint has it and it was asked for.
+        shape: dimensions and memory limits of the attention.
         dtype: of activations and cached KV.
-        folder: where the checkpoint lies.
-        eos_token_ids: ids that end a sequence.
-        bits_per_weight: of the files.
-        weight_bytes: in memory.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        dtype: mx.Dtype,
-        *,
-        folder: Path,
-        eos_token_ids: tuple[int, ...],
-        bits_per_weight: float,
-    ) -> None:
+    def __init__(self, model: Model, dtype: mx.Dtype) -> None:
         self.args: ModelArgs = model.args
         self.dtype = dtype
-        self.folder = folder
-        self.eos_token_ids = eos_token_ids
-        self.bits_per_weight = bits_per_weight
-        self.weight_bytes = sum(array.nbytes for _, array in named_arrays(model))
         self.shape = MLAShape(
             heads=self.args.num_attention_heads,
             latent=self.args.kv_lora_rank,
@@ -63,71 +154,27 @@ class Glm4MoeLiteModel:
             value=self.args.v_head_dim,
             slices_copied=mx.default_device().type == mx.DeviceType.cpu,
         )
-        self.mtp: MTPLayer | None = None
         self._model = model
-        for layer in model.layers:
-            use_transformers_eps(layer)
         self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 
-    @property
-    def embed_tokens(self) -> Any:
-        """The embedding, which an MTP layer may share."""
-        return self._model.model.embed_tokens
-
-    @property
-    def kv_layers(self) -> int:
-        """Layers that cache keys and values, the MTP layer included."""
-        return int(self.args.num_hidden_layers) + (self.mtp is not None)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.kv_layers * self.shape.kv_width * self.dtype.size
-
     def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
-        """Run all layers over the rows of a step.
+        """Run all layers over the rows of a step, and write decode rows' KV to their tails.
 
         Returns:
-            hidden states of `batch.wanted` after the final norm, [wanted, hidden]; cache vectors
-            of all rows per layer, each [N, kv_width] (those of decode rows are in their tails
-            already).
+            hidden states of `batch.logits_rows` after the final norm, [logits rows, hidden];
+            cache vectors of all rows per layer, each [N, kv_width].
         """
         inner = self._model.model
-        h = inner.embed_tokens(batch.tokens)
+        h = inner.embed_tokens(batch.tokens)  # [N, hidden]
         caches = []
-        last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks):
-            run = block.forward_last if index == last else block
+            last = index == len(self._blocks) - 1
+            run = block.forward_last if last else block.forward
             h, kv = run(self.shape, index, h, batch, tails)
             caches.append(kv)
         return inner.norm(h), caches
-
-    def warm_up(self) -> None:
-        """Run a row, then two, so that it is no request that waits for kernels to be compiled.
-
-        Other numbers of rows take the kernels of two.
-        """
-        tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
-        for rows in (1, 2):
-            tokens, positions = mx.zeros(rows, mx.int32), mx.arange(rows, dtype=mx.int32)
-            batch = ForwardBatch(
-                tokens, positions, [], [PrefillChunk(0, rows, [], expanded=False, logits_rows=rows)]
-            )
-            hidden, _ = self.forward(batch, tails)
-            outcome = [self.logits(hidden)]
-            if self.mtp is not None:
-                outcome.append(self.mtp.compute_kv(tokens, hidden, batch, tails))
-                outcome.append(self.mtp.forward(tokens, hidden, batch, tails))
-            mx.eval(outcome)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[rows, hidden] after the final norm → [rows, vocabulary] float32."""
         logits: mx.array = self._model.lm_head(hidden)
         return logits.astype(mx.float32)
-
-
-def use_transformers_eps(layer: Any) -> None:
-    """Set the epsilon of a layer's latent norms to transformers'."""
-    attn = layer.self_attn
-    attn.kv_a_layernorm.eps = LATENT_NORM_EPS
-    if attn.q_lora_rank is not None:
-        attn.q_a_layernorm.eps = LATENT_NORM_EPS

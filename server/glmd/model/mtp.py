@@ -1,11 +1,13 @@
-"""The multi-token-prediction layer: from a token's hidden state and its successor, a draft.
+"""The multi-token-prediction layer: drafts the token after next from a hidden state.
 
-DeepSeek-V3's form (https://arxiv.org/abs/2412.19437, section 2.2), as GLM-4.7-Flash uses it:
-the successor's embedding and the main model's hidden state after its final norm are normalised,
-joined (embedding first), projected, and run through one decoder layer that keeps KV of its own.
+DeepSeek-V3's form (https://arxiv.org/abs/2412.19437, section 2.2), as GLM-4.7-Flash uses it: the
+next token's embedding and the main model's hidden state after its final norm are normalised,
+concatenated (embedding first), projected, and run through one decoder layer with its own KV.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -16,13 +18,12 @@ from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
-from glmd.model.block import DecoderBlock, compiled
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel, use_transformers_eps
-from glmd.model.mla import cache_vectors
+from glmd.model.glm4_moe_lite import DecoderBlock, compiled
+from glmd.model.mla import MLAShape, cache_vectors
 
 
 class SharedHead(Module):
-    """The norm before the head, and the head where it is not the main model's."""
+    """The norm before the head, and the head unless it is the main model's."""
 
     def __init__(self, args: ModelArgs, *, own_head: bool) -> None:
         Module.__init__(self)
@@ -45,25 +46,41 @@ class MTPWeights(Glm4MoeLiteDecoderLayer):
 
 
 class MTPLayer:
-    """The MTP layer of a loaded model, ready to run.
+    """The MTP layer of a loaded model.
 
-    Its KV is cached beside the main layers', under the index that follows theirs. As it is one
-    layer, a row's KV depends on no attention: rows that draft nothing need no more than their KV.
+    Its KV is cached with the main layers', under the next index. Since the model has one MTP
+    layer, a row's KV depends on no attention, so rows without drafts need only their KV.
+
+    Args:
+        index: of the layer in tails and segments.
+        shape: dimensions of its attention.
+        embed_tokens: the main model's embedding, used unless the layer has its own.
+        lm_head: the main model's head, likewise.
     """
 
-    def __init__(self, weights: MTPWeights, model: Glm4MoeLiteModel) -> None:
+    def __init__(
+        self,
+        weights: MTPWeights,
+        *,
+        index: int,
+        shape: MLAShape,
+        embed_tokens: Callable[[mx.array], mx.array],
+        lm_head: Callable[[mx.array], mx.array],
+    ) -> None:
         self._weights = weights
-        self._model = model
-        self._index = model.args.num_hidden_layers
-        use_transformers_eps(weights)
-        self._block = DecoderBlock(weights, model.shape)
-        self._joined = compiled(self._combine_inputs)
+        self._index = index
+        self._shape = shape
+        self._embed_tokens = weights.embed_tokens if "embed_tokens" in weights else embed_tokens
+        head = weights.shared_head
+        self._lm_head = head.head if "head" in head else lm_head
+        self._block = DecoderBlock(weights, shape)
+        self._combine = compiled(self._combine_inputs)
         self._vectors = compiled(self._compute_vectors)
 
     def compute_kv(
         self, successors: mx.array, hidden: mx.array, batch: ForwardBatch, tails: TailPool
     ) -> mx.array:
-        """Compute the KV of a step's rows, and write that of decode rows to their tails.
+        """Compute the KV of a step's rows, and write decode rows' KV to their tails.
 
         Args:
             successors, hidden: as for `forward`.
@@ -83,17 +100,28 @@ class MTPLayer:
         """Run the layer over rows that draft.
 
         Args:
-            successors: [N] int32, the token that follows each row's.
-            hidden: [N, hidden], from the main model after its final norm, or from this layer
-                when it drafts further.
+            successors: [N] int32, the token after each row's.
+            hidden: [N, hidden], the main model's after its final norm, or this layer's for a
+                further draft.
 
         Returns:
             hidden states after the shared head's norm, [N, hidden].
         """
-        x = self._joined(successors, hidden)
-        h, _ = self._block(self._model.shape, self._index, x, batch, tails)
+        x = self._combine(successors, hidden)
+        h, _ = self._block.forward(self._shape, self._index, x, batch, tails)
         normed: mx.array = self._weights.shared_head.norm(h)
         return normed
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[rows, hidden] from `forward` → [rows, vocabulary] float32."""
+        return self._lm_head(hidden).astype(mx.float32)
+
+    def _combine_inputs(self, successors: mx.array, hidden: mx.array) -> mx.array:
+        """The layer's input: [N, hidden]."""
+        weights = self._weights
+        normed = [weights.enorm(self._embed_tokens(successors)), weights.hnorm(hidden)]
+        projected: mx.array = weights.eh_proj(mx.concatenate(normed, axis=-1))
+        return projected
 
     def _compute_vectors(
         self, successors: mx.array, hidden: mx.array, positions: mx.array
@@ -101,20 +129,4 @@ class MTPLayer:
         """Cache vectors [N, kv_width]."""
         layer = self._weights
         x = layer.input_layernorm(self._combine_inputs(successors, hidden))
-        return cache_vectors(layer.self_attn, self._model.shape, x, positions)
-
-    def _combine_inputs(self, successors: mx.array, hidden: mx.array) -> mx.array:
-        """The layer's input: [N, hidden]."""
-        weights = self._weights
-        embed = weights.embed_tokens if "embed_tokens" in weights else self._model.embed_tokens
-        x = mx.concatenate([weights.enorm(embed(successors)), weights.hnorm(hidden)], axis=-1)
-        projected: mx.array = weights.eh_proj(x)
-        return projected
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """[rows, hidden] from `forward` → [rows, vocabulary] float32."""
-        head = self._weights.shared_head
-        if "head" not in head:
-            return self._model.logits(hidden)
-        logits: mx.array = head.head(hidden)
-        return logits.astype(mx.float32)
+        return cache_vectors(layer.self_attn, self._shape, x, positions)

@@ -1,9 +1,9 @@
-"""Choosing the next tokens of many rows at once, each with parameters of its own.
+"""Batched sampling with per-row parameters.
 
-The noise of a row is a hash of (seed, position, token id), not a stream: a request's tokens
-do not depend on which rows it shares its steps with, nor on whether they were drafted, and
-resume unchanged after preemption. Adding Gumbel noise to log-probabilities and taking the
-maximum samples from the distribution (https://arxiv.org/abs/1611.01144, eq. 1).
+A row's noise is a hash of (seed, position, token id), not a stream. So a request's tokens do not
+depend on the other rows of a step or on drafting, and continue unchanged after preemption. Adding
+Gumbel noise to log-probabilities and taking the maximum samples from the distribution
+(https://arxiv.org/abs/1611.01144, eq. 1).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from glmd.ipc import SamplingParams, TokenArray
 
-_FEW = 256
-"""top_k up to which candidates are selected rather than the whole vocabulary sorted."""
+_MAX_CANDIDATES = 256
+"""top_k up to which candidates are selected instead of sorting the whole vocabulary."""
 
 GREEDY_BELOW = 1e-5
-"""A temperature under which logits would leave the range of float32 when divided by it."""
+"""Lower temperatures are greedy: logits divided by them would leave the range of float32."""
 
 _BLOCK = 128
 """Tokens per block in `top_candidates`."""
@@ -32,12 +32,12 @@ _WORD = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """One sequence's sampling, prepared for use at every step.
+    """Sampling parameters of one sequence, prepared for use at every step.
 
     Attributes:
-        key: two 32-bit words that name the sequence's noise; see `noise_key`.
-        banned_at_first: ids that may not be chosen before `min_tokens` tokens exist.
-        bias: [vocabulary] float32, or None.
+        key: two 32-bit words, the key of the sequence's noise; see `noise_key`.
+        banned_at_first: ids that are not allowed in the first `min_tokens` tokens.
+        bias: [vocabulary] float32; None: no bias.
     """
 
     params: SamplingParams
@@ -52,7 +52,7 @@ class RowSampling:
         return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def for_drafts(self) -> RowSampling:
-        """The same without what needs a history or logprobs: drafts are guesses."""
+        """These parameters without penalties and logprobs, which drafts do not need."""
         params = msgspec.structs.replace(
             self.params,
             repetition_penalty=1.0,
@@ -64,11 +64,11 @@ class RowSampling:
 
 
 class History:
-    """Which tokens a sequence has seen, on the device, for penalties.
+    """Token counts of a sequence on the device, for penalties.
 
     Attributes:
-        seen: [vocabulary] bool, prompt and output.
-        counts: [vocabulary] float32, occurrences in the output.
+        seen: [vocabulary] bool: the token occurs in prompt or output.
+        counts: [vocabulary] float32: occurrences in the output.
     """
 
     def __init__(self, vocabulary: int, prompt: TokenArray, output: TokenArray) -> None:
@@ -79,11 +79,11 @@ class History:
         self.counts = mx.array(np.bincount(output, minlength=vocabulary).astype(np.float32))
 
     def with_token(self, token: mx.array, weight: mx.array | float = 1.0) -> History:
-        """This history and one more output token.
+        """Return a history with one more output token.
 
         Args:
-            token: scalar, need not be evaluated yet.
-            weight: 1, or 0 to leave things as they are.
+            token: scalar, possibly not evaluated.
+            weight: 1, or 0 for a token that does not count.
         """
         after = copy(self)
         after.counts = self.counts.at[token].add(weight)
@@ -100,25 +100,26 @@ class SamplingRow:
 
     sampling: RowSampling
     generated: int
-    """Output tokens before this one, as far as they are known."""
+    """Number of known output tokens before this one."""
     history: History | None
+    """None: no penalties."""
     forced: int | None = None
-    """The token to choose, whatever the logits and parameters."""
+    """The token to choose, regardless of logits and parameters."""
 
     @property
     def banned(self) -> tuple[int, ...]:
-        """Ids that may not be chosen."""
+        """Ids that are not allowed in this row."""
         early = self.generated < self.sampling.min_tokens
         return self.sampling.banned_at_first if early else ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Which tokens some of the rows may choose.
+    """Allowed tokens of some rows.
 
     Attributes:
-        rows: their indices, ascending.
-        words: [len(rows), ceil(vocabulary / 32)] uint32, a bit per token, lowest first.
+        rows: indices of the rows, ascending.
+        words: [len(rows), ceil(vocabulary / 32)] uint32, one bit per token, lowest first.
     """
 
     rows: list[int]
@@ -127,12 +128,12 @@ class TokenMasks:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """What a step sampled, not necessarily evaluated yet.
+    """Sampled tokens of a step, possibly not evaluated.
 
     Attributes:
         tokens: [rows] int32.
-        logprobs: by row index, for the rows that asked: the chosen token's log-probability
-            (scalar), the most likely ids [k] and their log-probabilities [k].
+        logprobs: by row index, for rows with `logprobs`: the token's log-probability (scalar),
+            the most likely ids [k] and their log-probabilities [k].
     """
 
     tokens: mx.array
@@ -148,23 +149,23 @@ def sample(
     """Sample one token per row.
 
     Args:
-        logits: [rows, vocabulary] float32, as the model gives them.
-        positions: [rows] int32, those that the sampled tokens will take.
-        masks: stand in for the bans of the rows that they are for.
+        logits: [rows, vocabulary] float32, from the model.
+        positions: [rows] int32, the positions of the sampled tokens.
+        masks: replace `banned` in the rows that they name.
     """
     adjusted = _adjust(logits, rows, masks.rows if masks is not None else ())
     if masks is not None and masks.rows:
         adjusted = _mask(adjusted, masks, copy=adjusted is logits)
     tokens = _dispatch(adjusted, rows, positions)
-    wanted = [i for i, row in enumerate(rows) if row.sampling.params.logprobs is not None]
-    return SamplerOutput(tokens, {i: _logprobs(logits[i], tokens[i], rows[i]) for i in wanted})
+    counts = {i: row.sampling.params.logprobs for i, row in enumerate(rows)}
+    return SamplerOutput(
+        tokens,
+        {i: _logprobs(logits[i], tokens[i], k) for i, k in counts.items() if k is not None},
+    )
 
 
-def _logprobs(
-    logits: mx.array, token: mx.array, row: SamplingRow
-) -> tuple[mx.array, mx.array, mx.array]:
+def _logprobs(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
     logprobs = logits - mx.logsumexp(logits)
-    count = row.sampling.params.logprobs or 0
     if count == 0:
         empty = mx.zeros((0,))
         return logprobs[token], empty.astype(mx.int32), empty
@@ -176,10 +177,10 @@ def _logprobs(
 
 
 def _adjust(logits: mx.array, rows: list[SamplingRow], masked: Sequence[int]) -> mx.array:
-    """Penalties, bias, bans and forced tokens, on copies of the rows that have any.
+    """Apply penalties, bias, bans and forced tokens to copies of the rows that have any.
 
     Args:
-        masked: rows whose bans are in their masks.
+        masked: rows whose bans are part of their masks.
     """
     unbanned = frozenset(masked)
     touched: list[int] = []
@@ -207,26 +208,26 @@ def _adjust(logits: mx.array, rows: list[SamplingRow], masked: Sequence[int]) ->
         return logits
     if len(touched) == len(rows):
         return mx.stack(adjusted)
-    # Out of place: the caller still needs the model's own logits for logprobs.
+    # On a copy: logprobs are computed from the model's logits.
     result = mx.array(logits)
     result[mx.array(touched)] = mx.stack(adjusted)
     return result
 
 
 def _mask(logits: mx.array, masks: TokenMasks, *, copy: bool) -> mx.array:
-    """Logits of minus infinity for what the masks leave out.
+    """Set the logits of tokens that the masks exclude to -inf.
 
     Args:
-        copy: leave `logits` as they are.
+        copy: do not change `logits` in place.
     """
     vocabulary = logits.shape[1]
     bits = (masks.words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     allowed = bits.reshape(len(masks.rows), -1)[:, :vocabulary].astype(mx.bool_)
     if len(masks.rows) == logits.shape[0]:
         return mx.where(allowed, logits, -mx.inf)
-    at = mx.array(masks.rows)
+    indices = mx.array(masks.rows)
     result = mx.array(logits) if copy else logits
-    result[at] = mx.where(allowed, logits[at], -mx.inf)
+    result[indices] = mx.where(allowed, logits[indices], -mx.inf)
     return result
 
 
@@ -242,30 +243,30 @@ def _penalise(logits: mx.array, params: SamplingParams, history: History) -> mx.
     return logits
 
 
-# -- choosing -----------------------------------------------------------------------------
+# -- sampling -----------------------------------------------------------------------------
 
 
 def _dispatch(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
-    """Rows are split by how much work their parameters ask for, so none pays for another."""
+    """Split rows by the work that their parameters require, and sample each part."""
     vocabulary = logits.shape[1]
     kinds: dict[Callable[[mx.array, list[SamplingRow], mx.array], mx.array], list[int]] = {}
     for i, row in enumerate(rows):
         p = row.sampling.params
         if p.temperature < GREEDY_BELOW or p.top_k == 1:
             kind = _greedy
-        elif 0 < p.top_k <= min(_FEW, vocabulary):
+        elif 0 < p.top_k <= min(_MAX_CANDIDATES, vocabulary):
             kind = _sample_top_candidates
         elif p.top_p >= 1 and p.min_p <= 0 and not 0 < p.top_k < vocabulary:
             kind = _sample_full_vocab
         else:
-            kind = _sorted
+            kind = _sample_sorted
         kinds.setdefault(kind, []).append(i)
     if len(kinds) == 1:
         return next(iter(kinds))(logits, rows, positions).astype(mx.int32)
     parts, order = [], []
     for choose, members in kinds.items():
-        at = mx.array(members)
-        part = choose(logits[at], [rows[i] for i in members], positions[at])
+        indices = mx.array(members)
+        part = choose(logits[indices], [rows[i] for i in members], positions[indices])
         parts.append(part.astype(mx.int32))
         order += members
     return mx.concatenate(parts)[mx.array(np.argsort(order).astype(np.int32))]
@@ -279,12 +280,12 @@ def _sample_top_candidates(
     logits: mx.array, rows: list[SamplingRow], positions: mx.array
 ) -> mx.array:
     count = max(row.sampling.params.top_k for row in rows)
-    return _filtered(*top_candidates(logits, count), rows, positions)
+    return _sample_filtered(*top_candidates(logits, count), rows, positions)
 
 
-def _sorted(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
+def _sample_sorted(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     ids = mx.argsort(-logits, axis=-1)
-    return _filtered(ids, mx.take_along_axis(logits, ids, axis=-1), rows, positions)
+    return _sample_filtered(ids, mx.take_along_axis(logits, ids, axis=-1), rows, positions)
 
 
 def _sample_full_vocab(logits: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
@@ -293,10 +294,10 @@ def _sample_full_vocab(logits: mx.array, rows: list[SamplingRow], positions: mx.
     return mx.argmax(logits / temperature + _gumbel(ids, rows, positions), axis=-1)
 
 
-def _filtered(
+def _sample_filtered(
     ids: mx.array, logits: mx.array, rows: list[SamplingRow], positions: mx.array
 ) -> mx.array:
-    """Temperature, then top_k, top_p, min_p, over candidates in descending order.
+    """Sample after temperature, top_k, top_p and min_p from candidates in descending order.
 
     Args:
         ids, logits: [rows, candidates].
@@ -312,7 +313,7 @@ def _filtered(
     scaled = mx.where(rank < top_k, scaled, -mx.inf)
     probs = mx.softmax(scaled, axis=-1, precise=True)
     before = mx.cumsum(probs, axis=-1) - probs
-    # The running sum may reach 1 before the end by rounding; at top_p = 1 nothing is cut.
+    # By rounding the cumulative sum may reach 1 before the end; top_p = 1 must not cut anything.
     keep = before < _column([p.top_p if p.top_p < 1 else 2.0 for p in params])
     keep = keep & (probs >= _column([p.min_p for p in params]) * probs[:, :1])
     scaled = mx.where(keep | (rank == 0), scaled, -mx.inf)
@@ -323,9 +324,9 @@ def _filtered(
 def top_candidates(values: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """The `count` largest values of each row, in descending order, with their ids.
 
-    The largest `count` values lie in the `count` blocks with the largest maxima, so only those
-    are searched: one pass over the vocabulary and two small partitions, where a partition of
-    all of it would cost a full sort on a GPU.
+    The largest `count` values are in the `count` blocks with the largest maxima, so only these
+    blocks are searched: one pass over the vocabulary and two small partitions. A partition of the
+    whole vocabulary would cost a full sort on a GPU.
 
     Args:
         values: [rows, vocabulary].
@@ -348,7 +349,7 @@ def top_candidates(values: mx.array, count: int) -> tuple[mx.array, mx.array]:
         places = _largest(inside, count)
         found = mx.take_along_axis(inside, places, axis=-1)
         ids = mx.take_along_axis(best, places // _BLOCK, axis=-1) * _BLOCK + places % _BLOCK
-        ids = mx.minimum(ids, vocabulary - 1)  # Padding, where fewer than `count` are finite.
+        ids = mx.minimum(ids, vocabulary - 1)  # Padding, if fewer than `count` are finite.
     order = mx.argsort(-found, axis=-1)
     ids = mx.take_along_axis(ids, order, axis=-1)
     return ids.astype(mx.int32), mx.take_along_axis(found, order, axis=-1)
@@ -368,8 +369,10 @@ def _column(values: list[float] | list[int]) -> mx.array:
 
 
 def noise_key(seed: int, index: int) -> tuple[int, int]:
-    """The key of continuation `index` of a request with `seed`, by SplitMix64
-    (https://doi.org/10.1145/2714064.2660195)."""
+    """Noise key of continuation `index` of a request with `seed`.
+
+    By SplitMix64 (https://doi.org/10.1145/2714064.2660195).
+    """
     word = _split_mix(_split_mix(seed) + index)
     return word & 0xFFFFFFFF, word >> 32
 
@@ -384,24 +387,21 @@ def _split_mix(word: int) -> int:
 def _gumbel(ids: mx.array, rows: list[SamplingRow], positions: mx.array) -> mx.array:
     """Standard Gumbel noise for each (row, id): [rows, candidates] float32."""
     keys = mx.array(np.array([row.sampling.key for row in rows], np.uint32))
-    first = _mix(positions.astype(mx.uint32)[:, None] ^ keys[:, :1])
-    second = _mix(first ^ keys[:, 1:])
-    return gumbel_of(_mix(_mix(ids.astype(mx.uint32) ^ first) ^ second))
+    by_position = _mix(positions.astype(mx.uint32)[:, None] ^ keys[:, :1])
+    by_row = _mix(by_position ^ keys[:, 1:])
+    return gumbel_of(_mix(_mix(ids.astype(mx.uint32) ^ by_position) ^ by_row))
 
 
 def gumbel_of(word: mx.array) -> mx.array:
     """Standard Gumbel noise, float32 and finite, from uniform 32-bit words."""
-    # Small numbers are finely spaced in floating point, so the upper tail, which decides, comes
-    # from uniforms near 0. None may be 1: with infinite noise a token's logit counts for nothing.
+    # The upper tail, which decides, is computed from uniforms near 0, where floating-point numbers
+    # are finely spaced. Uniforms stay below 1, as infinite noise would outweigh any logit.
     uniform = mx.minimum((word.astype(mx.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -mx.log(-mx.log1p(-uniform))
 
 
 def _mix(word: mx.array) -> mx.array:
-    """A bijection of 32-bit words in which every input bit moves every output bit.
-
-    The constants are those of lowbias32 (https://nullprogram.com/blog/2018/07/31/).
-    """
+    """Mix 32-bit words bijectively: lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
     word = (word ^ (word >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     word = (word ^ (word >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return word ^ (word >> 16)
