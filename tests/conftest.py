@@ -13,8 +13,8 @@ from hypothesis import settings
 from live import CHECKPOINT, LiveServer, live_server
 from paths import ROOT, TESTS
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.chat.tokenizer import Tokenizer
-from glmd.checkpoint.random import write_random_checkpoint
 
 # Processes that tests start find glmd and the fake engine where the tests found them.
 os.environ["PYTHONPATH"] = os.pathsep.join(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live import CHECKPOINT, live_server
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 
 
 @pytest.mark.parametrize("layers", [0, 1])

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.files import INDEX_NAME, check_tensors, list_tensors
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.checkpoint.tensorfile import TensorFileWriter, TensorSpec, read_header
 from glmd.errors import CheckpointError
 

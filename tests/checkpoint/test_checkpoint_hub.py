@@ -20,10 +20,10 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
 from glmd.checkpoint.files import list_tensors
 from glmd.checkpoint.hub import resolve_model
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.errors import CheckpointError, ModelNotFound
 
 REPO = "someone/glm-tiny"

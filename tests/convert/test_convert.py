@@ -17,11 +17,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from paths import ROOT
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import QuantizedAs, load_config
 from glmd.checkpoint.files import INDEX_NAME, list_mtp_tensors, list_tensors
 from glmd.checkpoint.generation_config import RECOMMENDED, sampling_defaults
 from glmd.checkpoint.layout import mtp_weights, source_shapes
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.convert.add_mtp import add_mtp
 from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect

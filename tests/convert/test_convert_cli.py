@@ -13,8 +13,8 @@ import typer
 from paths import ROOT, TESTS
 from typer.testing import CliRunner
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.cli.convert import convert
 from glmd.cli.inspect import inspect
 from glmd.errors import CheckpointError, ModelNotFound, SettingsError

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.files import list_tensors
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.checkpoint.tensorfile import TensorFileWriter, TensorSpec
 from glmd.convert.add_mtp import add_mtp
 from glmd.convert.convert import convert

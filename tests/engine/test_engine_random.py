@@ -26,7 +26,7 @@ from engines import (
 from hypothesis import Phase, event, given, settings
 from mlx_lm.convert import convert
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
 from glmd.ipc import EngineRequest

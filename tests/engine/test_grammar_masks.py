@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from grammars import CONTROLS, END_IDS, TAGS, allowed, matcher_of
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.engine.structured_output import GrammarState, MaskRequest, StructuredOutputManager
 from glmd.errors import CheckpointError
 from glmd.ipc import GrammarSpec, SamplingParams

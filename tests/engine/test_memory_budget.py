@@ -23,9 +23,9 @@ from engines import (
 )
 from paths import TESTS
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
 from glmd.checkpoint.hub import DEMO
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine

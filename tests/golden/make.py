@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 
 FILE = Path(__file__).with_name("logits.npz")
 

@@ -23,7 +23,7 @@ from mlx_lm.convert import convert
 from mlx_lm.models.glm4_moe_lite import group_expert_select
 from mlx_lm.utils import load_model as load_mlx_model
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.errors import SettingsError
 from glmd.model.glm4_moe_lite import COMPILED_ROWS, _moe
 from glmd.model.loader import load_model

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from glmd.checkpoint.random import write_random_checkpoint
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine

@@ -9,8 +9,8 @@ import numpy as np
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 
+from glmd.bench.random_checkpoint import ADDED_TOKENS, SPECIAL_TOKENS
 from glmd.chat.special_tokens import SpecialTokens
-from glmd.checkpoint.random import ADDED_TOKENS, SPECIAL_TOKENS
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
 from glmd.structured_output.build import build
 from glmd.structured_output.spec import AnswerFormat, JsonSchema, OutputSpec

@@ -13,8 +13,8 @@ import mlx.core as mx
 import platformdirs
 from tokenizers import Tokenizer
 
+from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.hub import DEMO
-from glmd.checkpoint.random import write_random_checkpoint
 from glmd.checkpoint.tensorfile import read_header
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from glmd.bench.random_checkpoint import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS,
+    to_bf16,
+    write_random_checkpoint,
+)
 from glmd.checkpoint.files import check_tensors, list_tensors
 from glmd.checkpoint.layout import main_weights, mtp_weights, source_shapes
-from glmd.checkpoint.random import ADDED_TOKENS, SPECIAL_TOKENS, to_bf16, write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
