@@ -23,9 +23,8 @@ from itertools import chain
 from pathlib import Path
 
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.files import INDEX_NAME
 from glmd.checkpoint.layout import Weight, main_weights, mtp_weights
-from glmd.checkpoint.tensorfile import TensorSpec, header_bytes
+from glmd.checkpoint.weights import INDEX_NAME, TensorSpec, header_bytes
 from glmd.convert.convert import convert
 from glmd.convert.plan import plan_recipe, total
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Recipe

@@ -15,8 +15,8 @@ from glmd.bench.random_checkpoint import (
     to_bf16,
     write_random_checkpoint,
 )
-from glmd.checkpoint.files import check_tensors, list_tensors
 from glmd.checkpoint.layout import main_weights, mtp_weights, source_shapes
+from glmd.checkpoint.weights import check_tensors, list_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -22,8 +22,8 @@ from huggingface_hub.utils import (
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
-from glmd.checkpoint.files import list_tensors
 from glmd.checkpoint.hub import resolve_model
+from glmd.checkpoint.weights import list_tensors
 from glmd.errors import CheckpointError, ModelNotFound
 
 REPO = "someone/glm-tiny"
@@ -184,8 +184,8 @@ def test_another_kind_of_model_is_refused_before_its_weights_come(published: Hub
     ("status", "code", "message"),
     [
         (403, "GatedRepo", f"{REPO} is gated: accept its terms at http://127"),
-        (404, "RepoNotFound", "no repository of that name"),
-        (401, "", "no repository of that name"),
+        (404, "RepoNotFound", "no accessible repository of that name"),
+        (401, "", "no accessible repository of that name"),
     ],
 )
 def test_a_repository_that_cannot_be_had_is_explained(
@@ -223,7 +223,7 @@ def test_a_download_that_broke_off_is_explained_and_then_completed(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     published.cut = "model-00002-of-00002.safetensors"
-    with pytest.raises(ModelNotFound, match="broke off"):
+    with pytest.raises(ModelNotFound, match="was interrupted"):
         resolve_model(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFound, match=r"not completely, and HF_HUB_OFFLINE is set"):
@@ -242,5 +242,5 @@ def test_what_is_neither_folder_nor_repository_is_explained(name: str) -> None:
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.touch()
-    with pytest.raises(ModelNotFound, match="is a file, not a model's folder"):
+    with pytest.raises(ModelNotFound, match="is a file, not the folder of a model"):
         resolve_model(str(file))

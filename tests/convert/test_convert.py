@@ -19,9 +19,9 @@ from paths import ROOT
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import QuantizedAs, load_config
-from glmd.checkpoint.files import INDEX_NAME, list_mtp_tensors, list_tensors
 from glmd.checkpoint.generation_config import RECOMMENDED, sampling_defaults
 from glmd.checkpoint.layout import mtp_weights, source_shapes
+from glmd.checkpoint.weights import INDEX_NAME, list_mtp_tensors, list_tensors
 from glmd.convert.add_mtp import add_mtp
 from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect

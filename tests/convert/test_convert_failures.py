@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
-from glmd.checkpoint.files import list_tensors
-from glmd.checkpoint.tensorfile import TensorFileWriter, TensorSpec
+from glmd.checkpoint.weights import TensorFileWriter, TensorSpec, list_tensors
 from glmd.convert.add_mtp import add_mtp
 from glmd.convert.convert import convert
 from glmd.convert.recipes import RECIPES

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.hub import DEMO
-from glmd.checkpoint.tensorfile import read_header
+from glmd.checkpoint.weights import read_header
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

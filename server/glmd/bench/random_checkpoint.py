@@ -18,9 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.checkpoint.config import MODEL_TYPE, ModelConfig, load_config
-from glmd.checkpoint.files import INDEX_NAME
-from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_prefix, mtp_weights
-from glmd.checkpoint.tensorfile import Shape, TensorFileWriter, TensorSpec
+from glmd.checkpoint.layout import (
+    Component,
+    Shape,
+    Weight,
+    main_weights,
+    mtp_prefix,
+    mtp_weights,
+)
+from glmd.checkpoint.weights import INDEX_NAME, TensorFileWriter, TensorSpec
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",

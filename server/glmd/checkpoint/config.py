@@ -1,8 +1,8 @@
-"""What config.json says about a model, read once into one typed, immutable value.
+"""Reading and checking config.json.
 
-The key names are those of Hugging Face's `Glm4MoeLiteConfig` (transformers 5) and of zai-org's
-own files, which differ in places: `load_config` accepts both. Whatever this server would compute
-wrongly is refused here, by name, before a weight is read.
+Key names are those of Hugging Face's `Glm4MoeLiteConfig` (transformers 5) or of zai-org's own
+files; `load_config` accepts both. Settings that glmd would compute wrongly are refused by name,
+before any weight is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLES = ("rope_parameters", "rope_scaling", "quantization", "quantization_conf
 Count = Annotated[int, msgspec.Meta(gt=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
-_ONLY: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "hidden_act": ("silu",),
     "moe_layer_freq": (1,),
@@ -36,15 +36,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "topk_group": (1,),
     "topk_method": ("noaux_tc",),
 }
-"""Settings that the family's config may spell out but whose other values would need other code.
+"""Supported values of settings of the model family; other values would need other code.
 
-Absent or null means the value given here: `scoring_func` is missing from the published file and
-means sigmoid.
+Absent or null means the value here: the published file has no `scoring_func`, which means sigmoid.
 """
 
 
 class QuantizedAs(msgspec.Struct, frozen=True):
-    """MLX's affine quantisation of one weight matrix along its last dimension."""
+    """Parameters of MLX's affine quantisation along a matrix's last dimension."""
 
     bits: Bits
     group_size: Literal[32, 64, 128] = 64
@@ -52,41 +51,41 @@ class QuantizedAs(msgspec.Struct, frozen=True):
 
 
 class Quantization(msgspec.Struct, frozen=True):
-    """The `quantization` table of an MLX checkpoint: a default and the modules that differ."""
+    """The `quantization` table of an MLX checkpoint: a default and exceptions."""
 
     default: QuantizedAs
     modules: dict[str, QuantizedAs | None]
-    """By module path (`model.layers.0.mlp.up_proj`); None: stored unquantised."""
+    """Exceptions by module path (`model.layers.0.mlp.up_proj`); None: stored unquantised."""
 
     def of(self, path: str) -> QuantizedAs | None:
-        """How module `path` is stored, if it is of a kind that gets quantised at all."""
+        """Quantisation of a module, provided its kind is quantised at all."""
         return self.modules.get(path, self.default)
 
 
 class MtpFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the multi-token-prediction layer of an MLX checkpoint lies (`glmd.mtp`).
+    """File of the multi-token-prediction layer of an MLX checkpoint (`glmd.mtp`).
 
-    Its arrays are named as they were in the source, `model.layers.N.…` with N the number of main
-    layers, experts stacked and `kv_b_proj` split as in the main files. Plain mlx-lm reads only
-    `model*.safetensors`, and so never sees it.
+    Its arrays are named as in the source, `model.layers.N.…` with N the number of main layers,
+    with stacked experts and split `kv_b_proj` as in the main files. Plain mlx-lm does not read
+    it, as it reads only `model*.safetensors`.
     """
 
     file: str
-    """Beside config.json, never elsewhere."""
+    """File name, in the folder of config.json."""
     shares_embedding: bool
-    """No `embed_tokens` of its own: the main model's serves, being equal to the bit."""
+    """The layer uses the main model's embedding, which is bit-equal to its own."""
     shares_head: bool
-    """No `shared_head.head` of its own: the main model's `lm_head` serves."""
+    """The layer uses the main model's `lm_head`, likewise."""
     quantization: dict[str, QuantizedAs]
-    """By module path; a module that is not named is not quantised."""
+    """By module path; other modules are not quantised."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The dimensions and constants of one GLM-4.7-Flash checkpoint.
+    """Dimensions and constants of a GLM-4.7-Flash checkpoint.
 
     Field names equal those of mlx-lm's `ModelArgs`, so that
-    `ModelArgs.from_dict(msgspec.structs.asdict(config))` builds the same model; what `ModelArgs`
-    has beyond them is fixed for everything that `load_config` accepts.
+    `ModelArgs.from_dict(msgspec.structs.asdict(config))` builds the same model. The other fields
+    of `ModelArgs` have fixed values in all configurations that `load_config` accepts.
     """
 
     vocab_size: Count
@@ -106,33 +105,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     routed_scaling_factor: Positive
     norm_topk_prob: bool = True
     first_k_dense_replace: Annotated[int, msgspec.Meta(ge=0)]
-    """So many layers at the front have a dense MLP, the others experts."""
+    """Number of layers at the front with a dense MLP; the others have experts."""
     max_position_embeddings: Count
     rms_norm_eps: Positive
     rope_theta: Positive
-    """From `rope_theta` or `rope_parameters.rope_theta`, wherever the file keeps it."""
+    """From `rope_theta` or `rope_parameters.rope_theta`."""
     num_nextn_predict_layers: Literal[0, 1] = 0
-    """MTP layers the file announces. Whether the weights are there, the files say."""
+    """MTP layers according to config.json; the weight files may lack them."""
     eos_token_ids: tuple[int, ...] = ()
-    """From config.json and generation_config.json together, in this order, without repeats."""
+    """From config.json, then generation_config.json, without duplicates."""
     pad_token_id: int | None = None
     quantization: Quantization | None = None
-    """None: the weights are as trained."""
+    """None: unquantised."""
     mtp: MtpFile | None = None
-    """None: no MTP file of glmd's; an unquantised checkpoint may still hold the layer."""
+    """None: no MTP file by glmd; the published layout may hold the layer in its main files."""
 
     @property
     def num_key_value_heads(self) -> int:
-        """MLA expands one latent for all heads, so there are as many as query heads."""
+        """Equal to the query heads: MLA expands one latent for all heads."""
         return self.num_attention_heads
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one query or key head: the part without and the part with RoPE."""
+        """Width of a query or key head, without and with RoPE."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_dense(self, layer: int) -> bool:
-        """Whether main layer `layer` has a dense MLP. The MTP layer never has."""
+        """Whether a main layer has a dense MLP. The MTP layer has experts."""
         return layer < self.first_k_dense_replace
 
 
@@ -140,40 +139,37 @@ def load_config(path: Path) -> ModelConfig:
     """Read a checkpoint's configuration.
 
     Args:
-        path: the checkpoint's folder, or a config.json alone. A generation_config.json beside it
-            contributes its EOS ids.
+        path: a checkpoint's folder, or a config.json. EOS ids are also read from a
+            generation_config.json in the same folder.
 
     Raises:
-        CheckpointError: the file is missing or malformed, or asks for what glmd cannot compute.
+        CheckpointError: the file is missing, malformed or has unsupported settings.
     """
     file = path / "config.json" if path.is_dir() else path
     raw = read_json_object(file)
     generation = file.parent / "generation_config.json"
-    also = read_json_object(generation) if generation.exists() else {}
     try:
-        return _parse(raw, also)
+        return _parse(raw, read_json_object(generation) if generation.exists() else {})
     except _RefusedError as refused:
         raise CheckpointError(f"{file}: {refused}", file=str(file)) from None
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"{file}: {_plain(error)}", file=str(file)) from None
+        raise CheckpointError(f"{file}: {_message(error)}", file=str(file)) from None
 
 
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config.json's content with what readers look up in other places filled in.
+    """Copy a config.json's content, with `rope_theta` and `first_k_dense_replace` filled in.
 
-    transformers 5 saves theta as `rope_parameters.rope_theta` and the dense layers as
-    `mlp_layer_types`; mlx-lm reads `rope_theta` and `first_k_dense_replace` at the top level and
-    silently takes 1e6 and 1 when they are not there. Nothing is removed.
+    transformers 5 saves them as `rope_parameters.rope_theta` and `mlp_layer_types`; mlx-lm reads
+    them at the top level and silently assumes 1e6 and 1 if they are missing.
 
     Raises:
-        ValueError: `mlp_layer_types` is not some dense layers followed by sparse ones, or theta is
-            nowhere.
+        ValueError: `mlp_layer_types` has a dense layer behind a sparse one, or there is no theta.
     """
     out = dict(raw)
     rope = raw.get("rope_parameters") or {}
     if out.get("rope_theta") is None:
         if "rope_theta" not in rope:
-            raise ValueError("neither rope_theta nor rope_parameters.rope_theta is there")
+            raise ValueError("neither rope_theta nor rope_parameters.rope_theta is set")
         out["rope_theta"] = rope["rope_theta"]
     if out.get("first_k_dense_replace") is None:
         out["first_k_dense_replace"] = _dense_layers(raw.get("mlp_layer_types"))
@@ -184,7 +180,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Read one JSON object.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else.
+        CheckpointError: the file is missing, not readable or not a JSON object.
     """
     try:
         value = json.loads(file.read_bytes())
@@ -200,18 +196,18 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name` can only be a file of the checkpoint's own folder, as a checkpoint's must."""
+    """Whether `name` names a file in the checkpoint's own folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 class _RefusedError(Exception):
-    """The rest of a sentence that begins with the file's name."""
+    """A problem, to be reported with the file's name."""
 
 
 def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     if raw.get("model_type") != MODEL_TYPE:
         raise _RefusedError(
-            f"model_type is {json.dumps(raw.get('model_type'))}, but glmd serves only"
+            f"model_type is {json.dumps(raw.get('model_type'))}, but glmd supports only"
             f' "{MODEL_TYPE}" (GLM-4.7-Flash)'
         )
     for key in _TABLES:
@@ -219,8 +215,7 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
             raise _RefusedError(f"{key} is not an object")
     if raw.get("model_file") is not None:
         raise _RefusedError(
-            f"model_file is {json.dumps(raw['model_file'])}, but glmd runs no code that comes with"
-            " a checkpoint"
+            f"model_file is {json.dumps(raw['model_file'])}, but glmd runs no code from checkpoints"
         )
     _refuse_unsupported(raw)
     try:
@@ -234,13 +229,13 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     known["quantization"] = _quantization(raw.get("quantization"))
     known["mtp"] = (raw.get("glmd") or {}).get("mtp")
     config = msgspec.convert(known, ModelConfig)
-    _check_sense(config)
+    _check_consistency(config)
     return config
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     rope = raw.get("rope_parameters") or {}
-    for key, supported in _ONLY.items():
+    for key, supported in _SUPPORTED.items():
         for where, table in (("", raw), ("rope_parameters.", rope)):
             value = table.get(key)
             if value is not None and value not in supported:
@@ -256,8 +251,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     if raw.get("quantization") is None and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise _RefusedError(
-            f"the weights are quantised by {json.dumps(method)}; glmd reads BF16, F16 or F32"
-            " weights and MLX's affine quantisation"
+            f"quantization_config.quant_method is {json.dumps(method)}, but only BF16, F16 and F32"
+            " weights and MLX's affine quantisation are supported"
         )
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
@@ -269,11 +264,11 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _dense_layers(types: list[str] | None) -> int:
     if types is None:
-        return 1  # as both transformers and mlx-lm assume
+        return 1  # The default of transformers and mlx-lm.
     dense = types.count("dense")
     if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
         raise ValueError(
-            "mlp_layer_types is not a run of dense layers followed by a run of sparse ones"
+            "mlp_layer_types has a dense layer behind a sparse one, or another kind of layer"
         )
     return dense
 
@@ -285,7 +280,7 @@ def _ids(value: Any) -> list[Any]:
 
 
 def _quantization(table: dict[str, Any] | None) -> dict[str, Any] | None:
-    """mlx-lm keeps the default's keys and the modules' paths in one object; part them."""
+    """Split mlx-lm's table, which has the default's keys and the module paths in one object."""
     if table is None:
         return None
     default = {k: v for k, v in table.items() if k in QuantizedAs.__struct_fields__}
@@ -299,18 +294,18 @@ def _quantization(table: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _check_sense(config: ModelConfig) -> None:
+def _check_consistency(config: ModelConfig) -> None:
     if config.num_experts_per_tok > config.n_routed_experts:
         raise _RefusedError(
-            f"num_experts_per_tok is {config.num_experts_per_tok}, more than the"
-            f" {config.n_routed_experts} of n_routed_experts"
+            f"num_experts_per_tok is {config.num_experts_per_tok}, more than n_routed_experts,"
+            f" {config.n_routed_experts}"
         )
     if config.qk_rope_head_dim % 2:
         raise _RefusedError(f"qk_rope_head_dim is {config.qk_rope_head_dim}, but must be even")
     if config.mtp is not None and not is_file_name(config.mtp.file):
         raise _RefusedError(
-            f"glmd.mtp.file is {json.dumps(config.mtp.file)}, but must be a file's name beside"
-            " config.json"
+            f"glmd.mtp.file is {json.dumps(config.mtp.file)}, but must name a file in the folder"
+            " of config.json"
         )
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
@@ -319,9 +314,9 @@ def _check_sense(config: ModelConfig) -> None:
             )
 
 
-def _plain(error: msgspec.ValidationError) -> str:
-    """msgspec's message with the field's name in front: `hidden_size: expected …`."""
-    what, _, where = str(error).partition(" - at `$")
-    what = what.replace("Object missing required field", "missing")
-    field = where.strip("`").lstrip(".")
-    return f"{field}: {what[0].lower()}{what[1:]}" if field else what
+def _message(error: msgspec.ValidationError) -> str:
+    """Put the field's name in front of msgspec's message: `hidden_size: expected …`."""
+    problem, _, path = str(error).partition(" - at `$")
+    problem = problem.replace("Object missing required field", "missing")
+    field = path.strip("`").lstrip(".")
+    return f"{field}: {problem[0].lower()}{problem[1:]}" if field else problem

@@ -1,4 +1,4 @@
-"""How a checkpoint is meant to be sampled: its generation_config.json, or the recommendation."""
+"""Default sampling parameters: from generation_config.json, or recommended values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from glmd.ipc import SamplingParams
 FILE_NAME = "generation_config.json"
 
 RECOMMENDED = SamplingParams(temperature=0.2, top_k=50, top_p=0.95, min_p=0.01)
-"""From the model card of the mixed 8/5-bit GLM-4.7-Flash, which also wants no repeat penalty
+"""From the model card of the mixed 8/5-bit GLM-4.7-Flash, which also recommends no repeat penalty
 (https://huggingface.co/leonsarmiento/GLM-4.7-Flash-5bit-mlx)."""
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""The keys of generation_config.json that glmd samples by."""
+"""The keys of generation_config.json that glmd uses."""
 
 
 class _Sampling(msgspec.Struct):
-    """transformers' `GenerationConfig`, as far as it says how to sample; null means not said."""
+    """The sampling fields of transformers' `GenerationConfig`; null means absent."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -33,26 +33,26 @@ class _Sampling(msgspec.Struct):
 
 
 def sampling_defaults(folder: Path) -> SamplingParams:
-    """The sampling parameters of requests that name none.
+    """The sampling parameters of requests that set none.
 
-    What generation_config.json says; a parameter it leaves out is off, as long as it says
-    anything about sampling. `do_sample: false` means greedy. Without the file, or when it says
-    nothing of the kind, `RECOMMENDED`.
+    Read from generation_config.json: parameters that it leaves out are off, and
+    `do_sample: false` means greedy. Without the file, or without any sampling field in it,
+    `RECOMMENDED`.
 
     Raises:
-        CheckpointError: the file is malformed, or a value of the wrong type or out of range.
+        CheckpointError: the file is malformed, or a value has the wrong type or is out of range.
     """
     file = folder / FILE_NAME
     if not file.exists():
         return RECOMMENDED
     try:
-        said = msgspec.convert(read_json_object(file), _Sampling)
+        fields = msgspec.convert(read_json_object(file), _Sampling)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{file}: {error}", file=str(file)) from None
-    values = {key: getattr(said, key) for key in SAMPLING_FIELDS}
+    values = {key: getattr(fields, key) for key in SAMPLING_FIELDS}
     given = {key: value for key, value in values.items() if value is not None}
     _check_ranges(file, given)
-    if said.do_sample is False:
+    if fields.do_sample is False:
         return SamplingParams(temperature=0.0)
     return SamplingParams(**given) if given else RECOMMENDED
 
@@ -71,7 +71,7 @@ def _check_ranges(file: Path, given: dict[str, float]) -> None:
         )
 
     for key in ("temperature", "top_k"):
-        if not given.get(key, 0) >= 0:  # NaN is refused too
+        if not given.get(key, 0) >= 0:  # Also refuses NaN.
             raise refuse(key, "at least 0")
     for key in ("top_p", "min_p"):
         if not 0 <= given.get(key, 0) <= 1:

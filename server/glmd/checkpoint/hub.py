@@ -1,4 +1,4 @@
-"""From what a user calls a model, to a folder on this machine."""
+"""Resolving a model's name to a local folder, downloading it if needed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-# HTTPError, the base of all transport errors, is httpx's in huggingface_hub 1 and httpx2's in 2:
-# only from there does one import serve both.
+# HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; imported from here, it is either.
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from glmd.checkpoint.config import load_config
-from glmd.checkpoint.files import list_tensors
+from glmd.checkpoint.weights import list_tensors
 from glmd.errors import CheckpointError, ModelNotFound
 
 log = logging.getLogger(__name__)
@@ -32,57 +31,54 @@ ALLOW = (
     "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", "LICENSE*",
     "model*.safetensors", "mtp.safetensors",
 )  # fmt: skip
-"""What of a repository is downloaded. mlx-lm's own list has no mtp.safetensors."""
+"""Files of a repository to download. mlx-lm's list lacks mtp.safetensors."""
 
 IGNORE = ("*/*",)
-"""Other formats of the same weights often lie in subfolders."""
-
+"""Subfolders often hold other formats of the same weights."""
 
 DEMO = Path(__file__).parents[1] / "demo"
-"""The demo checkpoint that comes with the package."""
+"""The demo checkpoint in the package."""
 
 
 def resolve_model(model: str) -> Path:
-    """The local folder of `model`: itself, or the hub repository of that name, downloaded.
+    """Return the local folder of a model, after downloading it if needed.
 
-    A repository that is whole in the local cache is taken from there without asking the hub, so
-    that a start needs no connection and an update comes only when wanted (`hf download`). Else the
-    download shows a progress bar, resumes where an earlier one stopped, and fetches config.json
-    first, so that a repository of another kind is refused before its weights come.
+    A repository that is complete in the local cache is used without a request to the hub, so a
+    start needs no connection; `hf download` updates it. A download shows a progress bar and
+    resumes an earlier one. config.json is downloaded and checked before the weights.
 
     Args:
         model: a folder, or a Hugging Face repository id (`owner/name`).
 
     Raises:
-        ModelNotFound: there is neither, or the repository cannot be had; the message says why.
-        CheckpointError: it is not a model that glmd serves.
+        ModelNotFound: there is neither, or the download fails.
+        CheckpointError: the model is not supported.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelNotFound(f"{model} is a file, not a model's folder.")
+        raise ModelNotFound(f"{model} is a file, not the folder of a model.")
     _check_id(model)
     cached = _cached(model)
     if cached is not None:
         return cached
     _fetch_config(model)
-    with _explained(model):
+    with _explain_errors(model):
         return Path(_snapshot(model))
 
 
 def resolve_config(model: str) -> Path:
-    """Where to read the configuration of `model`, without downloading weights.
+    """Return the path of a model's configuration, without downloading weights.
 
     Args:
         model: a folder, a config.json, or a Hugging Face repository id.
 
     Returns:
-        A folder that holds all of the model, or a config.json alone.
+        a folder with the complete model, or a config.json.
 
     Raises:
-        ModelNotFound: as `resolve_model`.
-        CheckpointError: likewise.
+        ModelNotFound, CheckpointError: as `resolve_model`.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -92,18 +88,15 @@ def resolve_config(model: str) -> Path:
 
 
 def _check_id(model: str) -> None:
-    if not _may_be_repository(model):
+    try:
+        validate_repo_id(model)
+        valid = model.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
         raise ModelNotFound(
             f"There is no folder {model}, and it is not a Hugging Face repository id (owner/name)."
         )
-
-
-def _may_be_repository(model: str) -> bool:
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return model.count("/") == 1
 
 
 def _cached(repo: str) -> Path | None:
@@ -111,7 +104,7 @@ def _cached(repo: str) -> Path | None:
         folder = Path(_snapshot(repo, local_files_only=True))
         list_tensors(folder)
     except (LocalEntryNotFoundError, CheckpointError):
-        return None  # not there, or not whole: the download completes it
+        return None  # Missing or incomplete; a download completes it.
     return folder
 
 
@@ -125,15 +118,15 @@ def _snapshot(repo: str, *, local_files_only: bool = False) -> str:
 
 
 def _fetch_config(repo: str) -> Path:
-    with _explained(repo):
+    with _explain_errors(repo):
         config = Path(hf_hub_download(repo, "config.json"))
     load_config(config)
     return config
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence."""
+def _explain_errors(repo: str) -> Iterator[None]:
+    """Turn errors of huggingface_hub into `ModelNotFound`."""
     host = constants.ENDPOINT.removeprefix("https://")
     try:
         yield
@@ -145,19 +138,19 @@ def _explained(repo: str) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise _no_repository(repo, host) from None
     except RemoteEntryNotFoundError:
-        raise ModelNotFound(f"{repo} on {host} has no config.json: it holds no model.") from None
+        raise ModelNotFound(f"{repo} on {host} has no config.json, so it is no model.") from None
     except LocalEntryNotFoundError as error:
-        log.debug("no cached files of %s", repo, exc_info=error)
+        log.debug("model not cached: repo=%s", repo, exc_info=error)
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{host} cannot be reached"
         raise ModelNotFound(f"{repo} is not downloaded, or not completely, and {why}.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 401:  # what the hub answers to a bad token, and to names it will not confirm
+        if status == 401:  # The hub's answer to a bad token, and for a private repository.
             raise _no_repository(repo, host) from None
         raise ModelNotFound(f"{repo} cannot be downloaded: {host} answered {status}.") from error
     except HTTPError as error:
         raise ModelNotFound(
-            f"The download of {repo} from {host} broke off ({error}); run it again to resume."
+            f"The download of {repo} from {host} was interrupted ({error}). Run it again to resume."
         ) from error
     except OSError as error:
         raise ModelNotFound(f"{repo} cannot be downloaded: {error.strerror or error}.") from error
@@ -165,6 +158,6 @@ def _explained(repo: str) -> Iterator[None]:
 
 def _no_repository(repo: str, host: str) -> ModelNotFound:
     return ModelNotFound(
-        f"There is no folder {repo}, and no repository of that name on {host} that you may see (if"
-        " it is private, log in with `hf auth login` or set HF_TOKEN)."
+        f"There is no folder {repo}, and no accessible repository of that name on {host}. If it is"
+        " private, log in with `hf auth login` or set HF_TOKEN."
     )

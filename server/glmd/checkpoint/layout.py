@@ -1,10 +1,10 @@
-"""Every array of a checkpoint: its name and shape in MLX's layout, and what it is made of.
+"""Names and shapes of a checkpoint's arrays, in MLX's layout and in Hugging Face's.
 
-Hugging Face's layout keeps each expert's matrices apart and the two halves of MLA's up-projection
-together in `kv_b_proj`. MLX's stacks the experts (`switch_mlp`) and parts `kv_b_proj` by head into
-`embed_q` (queries into the latent space) and `unembed_out` (latents into values). The
-correspondence is that of `sanitize` in mlx-lm's `glm4_moe_lite.py`; the names of the MTP layer
-follow the published checkpoint, `model.layers.N.*` with N the number of main layers.
+Hugging Face's layout has a matrix per expert, and both halves of MLA's up-projection in
+`kv_b_proj`. MLX's layout stacks the experts (`switch_mlp`) and splits `kv_b_proj` by head into
+`embed_q` (queries into the latent space) and `unembed_out` (latents into values), as `sanitize` in
+mlx-lm's `glm4_moe_lite.py` does. The MTP layer is named as in the published checkpoint,
+`model.layers.N.*` with N the number of main layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 class Component(StrEnum):
-    """The part of the model that an array belongs to, as plans and recipes name it."""
+    """Part of the model that an array belongs to."""
 
     EMBEDDING = "embedding"
     ATTENTION = "attention"
@@ -33,11 +33,11 @@ class Component(StrEnum):
 
 
 class Fold(Enum):
-    """How an MLX array comes of its Hugging Face tensors."""
+    """Conversion of Hugging Face tensors into an MLX array."""
 
     COPY = "copy"
     STACK = "stack"
-    """[E, …] of E tensors […]."""
+    """[E, …] from E tensors […]."""
     EMBED_Q = "embed_q"
     """[heads, kv_lora, nope], from `kv_b_proj` [heads × (nope + v), kv_lora]."""
     UNEMBED_OUT = "unembed_out"
@@ -49,12 +49,9 @@ class Weight:
     """One array before quantisation.
 
     Attributes:
-        name: in MLX's layout.
-        shape: in MLX's layout, unquantised.
-        component: the part of the model it belongs to.
-        sources: the Hugging Face tensors it is made of, in order.
-        source_shape: the shape of each of them.
-        fold: how.
+        name, shape: in MLX's layout.
+        sources: the Hugging Face tensors that it is made of, in order.
+        source_shape: the shape of each source.
     """
 
     name: str
@@ -66,22 +63,22 @@ class Weight:
 
     @property
     def path(self) -> str:
-        """The module that holds the array, as quantisation tables name it."""
+        """Path of the array's module, as in quantisation tables."""
         return self.name.removesuffix(".weight")
 
     @property
     def is_matrix(self) -> bool:
-        """Whether MLX has a quantised form of the module; a norm or a router has none."""
+        """Whether MLX can quantise the array's module: all but norms and routers."""
         return self.component not in (Component.NORM, Component.ROUTER)
 
     @property
     def keeps_float32(self) -> bool:
-        """The router's correction bias, whose small differences choose experts."""
+        """Whether this is the router's correction bias, whose small differences select experts."""
         return self.name.endswith("e_score_correction_bias")
 
 
 def main_weights(config: ModelConfig) -> Iterator[Weight]:
-    """The arrays of the main model, in the order in which data flows through it."""
+    """The arrays of the main model, in the order of computation."""
     vocab, hidden = config.vocab_size, config.hidden_size
     yield _copy("model.embed_tokens.weight", (vocab, hidden), Component.EMBEDDING)
     for layer in range(config.num_hidden_layers):
@@ -108,17 +105,17 @@ def mtp_weights(
 
 
 def mtp_prefix(config: ModelConfig) -> str:
-    """What the names of the MTP layer's arrays begin with, without the dot."""
+    """Common prefix of the names of the MTP layer's arrays, without the dot."""
     return f"model.layers.{config.num_hidden_layers}"
 
 
 def in_mlx_layout(names: Container[str]) -> bool:
-    """Whether tensors of these names are in MLX's layout rather than the published one."""
+    """Whether tensors of these names are in MLX's layout, not in Hugging Face's."""
     return "model.layers.0.self_attn.embed_q.weight" in names
 
 
 def source_shapes(weights: Iterable[Weight]) -> dict[str, Shape]:
-    """The Hugging Face tensors that `weights` are made of, and their shapes."""
+    """Shapes of the Hugging Face tensors that `weights` are made of, by name."""
     return {source: weight.source_shape for weight in weights for source in weight.sources}
 
 
@@ -147,23 +144,12 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Weight]:
     yield _copy(f"{prefix}.q_b_proj.weight", (heads * (nope + rope), q_rank), part)
     yield _copy(f"{prefix}.kv_a_proj_with_mqa.weight", (kv_rank + rope, hidden), part)
     yield _copy(f"{prefix}.kv_a_layernorm.weight", (kv_rank,), Component.NORM)
-    source, source_shape = (f"{prefix}.kv_b_proj.weight",), (heads * (nope + v), kv_rank)
-    yield Weight(
-        f"{prefix}.embed_q.weight",
-        (heads, kv_rank, nope),
-        part,
-        source,
-        source_shape,
-        Fold.EMBED_Q,
-    )
-    yield Weight(
-        f"{prefix}.unembed_out.weight",
-        (heads, v, kv_rank),
-        part,
-        source,
-        source_shape,
-        Fold.UNEMBED_OUT,
-    )
+    kv_b = (f"{prefix}.kv_b_proj.weight",), (heads * (nope + v), kv_rank)
+    for name, shape, fold in (
+        ("embed_q", (heads, kv_rank, nope), Fold.EMBED_Q),
+        ("unembed_out", (heads, v, kv_rank), Fold.UNEMBED_OUT),
+    ):
+        yield Weight(f"{prefix}.{name}.weight", shape, part, *kv_b, fold)
     yield _copy(f"{prefix}.o_proj.weight", (hidden, heads * v), part)
 
 

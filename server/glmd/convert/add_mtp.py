@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from glmd.checkpoint.config import ModelConfig, load_config, read_json_object
-from glmd.checkpoint.files import list_tensors
 from glmd.checkpoint.layout import Component, main_weights
+from glmd.checkpoint.weights import list_tensors
 from glmd.convert.atomic_dir import check_room, sync, write_error
 from glmd.convert.hf_checkpoint import MTP_FILE, Source, open_source
 from glmd.convert.plan import Plan, total

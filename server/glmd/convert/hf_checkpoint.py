@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from glmd.checkpoint.config import ModelConfig, MtpFile, load_config, normalise, read_json_object
-from glmd.checkpoint.files import check_tensors, list_tensors
 from glmd.checkpoint.layout import (
     in_mlx_layout,
     main_weights,
@@ -18,6 +17,7 @@ from glmd.checkpoint.layout import (
     mtp_weights,
     source_shapes,
 )
+from glmd.checkpoint.weights import check_tensors, list_tensors
 from glmd.convert.plan import Plan, plan_recipe
 from glmd.convert.recipes import Recipe
 from glmd.convert.weights import FLOATS, WeightReader, equal_bits

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.files import check_tensors, list_mtp_tensors, list_tensors
 from glmd.checkpoint.layout import Shape, in_mlx_layout, main_weights, mtp_weights, source_shapes
+from glmd.checkpoint.weights import check_tensors, list_mtp_tensors, list_tensors
 from glmd.convert.plan import Line, Plan, PlannedWeight, lines, plan_recipe, plan_stored, total
 from glmd.convert.recipes import DEFAULT_RECIPE, find_recipe
 from glmd.errors import SettingsError

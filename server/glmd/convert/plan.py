@@ -12,7 +12,7 @@ from math import prod
 
 from glmd.checkpoint.config import ModelConfig, QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_weights
-from glmd.checkpoint.tensorfile import TensorSpec
+from glmd.checkpoint.weights import TensorSpec
 from glmd.convert.recipes import Recipe
 
 Choice = Callable[[Weight], QuantizedAs | None]

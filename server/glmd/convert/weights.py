@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from glmd.checkpoint.config import ModelConfig
 from glmd.checkpoint.layout import Fold, Weight
-from glmd.checkpoint.tensorfile import StoredTensor
+from glmd.checkpoint.weights import StoredTensor
 from glmd.convert.plan import PlannedWeight
 from glmd.errors import CheckpointError
 

@@ -9,8 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glmd.checkpoint.files import INDEX_NAME
-from glmd.checkpoint.tensorfile import TensorFileWriter
+from glmd.checkpoint.weights import INDEX_NAME, TensorFileWriter
 from glmd.convert.plan import Plan, PlannedWeight, total
 from glmd.convert.weights import WeightReader, bounded_cache, encode
 

@@ -19,9 +19,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model as load_mlx_model
 
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.files import list_mtp_tensors, list_tensors
 from glmd.checkpoint.layout import main_weights, mtp_prefix
-from glmd.checkpoint.tensorfile import StoredTensor
+from glmd.checkpoint.weights import StoredTensor, list_mtp_tensors, list_tensors
 from glmd.errors import CheckpointError, SettingsError
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
-from glmd.checkpoint.files import INDEX_NAME, check_tensors, list_tensors
-from glmd.checkpoint.tensorfile import TensorFileWriter, TensorSpec, read_header
+from glmd.checkpoint.weights import (
+    INDEX_NAME,
+    TensorFileWriter,
+    TensorSpec,
+    check_tensors,
+    list_tensors,
+    read_header,
+)
 from glmd.errors import CheckpointError
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -113,9 +119,9 @@ def test_a_file_cut_in_its_data_is_named_with_the_tensor(file: Path) -> None:
         (lambda h: h["b"].update(dtype="X7"), "b has the unknown dtype X7"),
         (lambda h: h["b"].update(shape=[-4]), "b has the shape [-4]"),
         (lambda h: h["b"].update(data_offsets=[20, 28]), "b overlaps its neighbour"),
-        (lambda h: h["b"].update(data_offsets=[28, 36]), "leaves a hole"),
-        (lambda h: h["b"].pop("dtype") and None, "b has no proper dtype"),
-        (lambda h: h.update(b=3), "b has no proper dtype"),
+        (lambda h: h["b"].update(data_offsets=[28, 36]), "leaves a gap"),
+        (lambda h: h["b"].pop("dtype") and None, "b has no valid dtype"),
+        (lambda h: h.update(b=3), "b has no valid dtype"),
     ],
 )
 def test_a_damaged_header_is_named_with_file_and_tensor(
@@ -141,13 +147,15 @@ def test_a_shard_without_the_tensor_that_the_index_promises_is_named(tmp_path: P
     index["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
     message = _message(lambda: list_tensors(tmp_path))
-    assert "model-00001-of-00002.safetensors: lm_head.weight is not in it" in message
+    assert "model-00001-of-00002.safetensors: lm_head.weight is not in the file" in message
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "..", "", "a\0", 3, ["a"]])
 def test_an_index_cannot_point_out_of_the_folder(tmp_path: Path, name: Any) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": name}}))
-    assert f"{json.dumps(name)} is no file's name" in _message(lambda: list_tensors(tmp_path))
+    assert f"{json.dumps(name)} is not the name of a file" in _message(
+        lambda: list_tensors(tmp_path)
+    )
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
@@ -172,7 +180,7 @@ def test_tensors_are_held_against_the_config(file: Path) -> None:
     shapes = {"a": (2, 3), "b": (4,)}
     check_tensors(tensors, shapes, folder=file.parent)
     assert f"{file.parent}: c is missing" in check(shapes | {"c": (1,)})
-    assert f"{file}: b has the shape [4], but config.json asks for [5]" in check(
+    assert f"{file}: b has the shape [4], but config.json requires [5]" in check(
         {**shapes, "b": (5,)}
     )
     assert f"{file}: b does not belong to the model" in check({"a": (2, 3)})
