@@ -23,11 +23,9 @@ from glmd.checkpoint.generation_config import RECOMMENDED, sampling_defaults
 from glmd.checkpoint.layout import mtp_weights, source_shapes
 from glmd.checkpoint.weights import INDEX_NAME, list_mtp_tensors, list_tensors
 from glmd.convert.add_mtp import add_mtp
-from glmd.convert.convert import convert
+from glmd.convert.convert import THINKING_DEFAULTS, convert, with_thinking_defaults
 from glmd.convert.inspect import inspect
-from glmd.convert.plan import plan_stored, total
-from glmd.convert.recipes import RECIPES
-from glmd.convert.template import HEAD, with_thinking_defaults
+from glmd.convert.recipes import RECIPES, plan_stored, total
 from glmd.errors import CheckpointError
 from glmd.model.loader import load_model as load_for_serving
 
@@ -435,7 +433,7 @@ def test_template_renders_otherwise_as_before(body: str, trim: bool) -> None:
 def test_defaults_are_put_in_once() -> None:
     once = with_thinking_defaults(TEMPLATE)
     assert with_thinking_defaults(once) == once
-    assert once.count(HEAD) == 1
+    assert once.count(THINKING_DEFAULTS) == 1
 
 
 def test_transformers_applies_the_defaults_and_kwargs_win(converted: Path) -> None:

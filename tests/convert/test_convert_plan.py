@@ -7,8 +7,15 @@ from paths import TESTS
 
 from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.checkpoint.layout import Component
-from glmd.convert.plan import lines, plan_recipe, shard, total
-from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
+from glmd.convert.recipes import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    find_recipe,
+    lines,
+    plan_recipe,
+    shard,
+    total,
+)
 from glmd.errors import SettingsError
 
 GIB = 2**30

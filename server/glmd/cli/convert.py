@@ -17,8 +17,7 @@ from rich.progress import (
 )
 
 from glmd.convert.atomic_dir import check_new
-from glmd.convert.plan import total
-from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, find_recipe
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, find_recipe, total
 from glmd.utils.units import gb, gib
 
 

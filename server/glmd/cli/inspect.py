@@ -13,8 +13,7 @@ from rich.table import Table
 
 from glmd.convert.inspect import Inspection
 from glmd.convert.inspect import inspect as run
-from glmd.convert.plan import Line
-from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Line
 from glmd.utils.units import gib
 
 

@@ -1,4 +1,4 @@
-"""Adding the MTP layer to MLX files that were made without it, as plain mlx-lm makes them."""
+"""Adding the MTP layer to MLX files without it, such as plain mlx-lm's."""
 
 from __future__ import annotations
 
@@ -10,37 +10,33 @@ from glmd.checkpoint.config import ModelConfig, load_config, read_json_object
 from glmd.checkpoint.layout import Component, main_weights
 from glmd.checkpoint.weights import list_tensors
 from glmd.convert.atomic_dir import check_room, sync, write_error
-from glmd.convert.hf_checkpoint import MTP_FILE, Source, open_source
-from glmd.convert.plan import Plan, total
-from glmd.convert.recipes import Recipe
-from glmd.convert.weights import WeightReader
-from glmd.convert.writer import Conversion, Progress, Report, write_json, write_weights
+from glmd.convert.convert import MTP_FILE, Conversion, Source, open_source
+from glmd.convert.recipes import Plan, Recipe, total
+from glmd.convert.weights import Progress, WeightReader, WeightWriter, write_json
 from glmd.errors import CheckpointError
 
 _MAY_DIFFER = {
     "eos_token_ids", "max_position_embeddings", "mtp", "num_nextn_predict_layers", "pad_token_id",
     "quantization",
 }  # fmt: skip
-"""What of a configuration says nothing of the weights' shapes or use."""
+"""Configuration fields that do not determine the weights' shapes or use."""
 
 
 def add_mtp(
     source: Path, folder: Path, recipe: Recipe, *, progress: Progress | None = None
 ) -> Conversion:
-    """Add the MTP layer of the checkpoint in `source` to an MLX folder made from it without.
+    """Add a checkpoint's MTP layer to MLX files made from the checkpoint without it.
 
-    Writes `mtp.safetensors`, then describes it in config.json; each takes its name only when it
-    is whole.
+    Writes `mtp.safetensors`, then its description in config.json, each under a temporary name
+    first.
 
     Args:
         source: a folder in Hugging Face's layout that holds the layer.
         folder: MLX files of the same model, quantised or not.
-        recipe: which bits the layer's arrays get.
-        progress: told how far it is.
 
     Raises:
-        CheckpointError: the source holds no MTP layer, the folder has one already or is of another
-            model, or cannot be written.
+        CheckpointError: the source holds no MTP layer, or the folder has one already, is of
+            another model, or cannot be written.
     """
     opened = open_source(source, mtp=True)
     if not opened.has_mtp:
@@ -53,20 +49,20 @@ def add_mtp(
     raw = read_json_object(folder / "config.json")
     raw["num_nextn_predict_layers"] = 1
     raw["glmd"] = {**(raw.get("glmd") or {}), "mtp": opened.describe_mtp(plan)}
-    report = Report(progress, total(plan.mtp, "").nbytes)
+    writer = WeightWriter(opened.reader, total(plan.mtp).nbytes, progress)
     partial = folder / f".{MTP_FILE}.partial"
     config_partial = folder / ".config.json.partial"
-    check_room(partial, report.total)
+    check_room(partial, writer.nbytes)
     try:
         partial.unlink(missing_ok=True)
-        write_weights(partial, plan.mtp, opened.reader, report)
+        writer.write(partial, plan.mtp)
         write_json(config_partial, raw)
         sync(config_partial)
         partial.replace(folder / MTP_FILE)
         config_partial.replace(folder / "config.json")
         sync(folder)
     except OSError as error:
-        raise write_error(folder, error, need=report.total) from error
+        raise write_error(folder, error, need=writer.nbytes) from error
     finally:
         partial.unlink(missing_ok=True)
         config_partial.unlink(missing_ok=True)
@@ -74,28 +70,25 @@ def add_mtp(
 
 
 def _check_same_model(opened: Source, folder: Path, config: ModelConfig) -> None:
-    """Compare the dimensions, and what stays unquantised under one name: norms and routers."""
+    """Compare dimensions, and the arrays that are never quantised: norms and routers."""
+
+    def differs(problem: str, tensor: str | None = None) -> CheckpointError:
+        message = f"{folder} is not of the model in {opened.folder}: {problem}."
+        return CheckpointError(message, file=str(folder), tensor=tensor)
+
     for field in config.__struct_fields__:
         ours, theirs = getattr(opened.config, field), getattr(config, field)
         if field not in _MAY_DIFFER and ours != theirs:
-            raise _other_model(opened, folder, f"{field} is {theirs}, not {ours}")
+            raise differs(f"{field} is {theirs}, not {ours}")
     tensors = list_tensors(folder)
     reader = WeightReader(config, tensors)
     for weight in main_weights(opened.config):
         if weight.component not in (Component.NORM, Component.ROUTER):
             continue
         if weight.name not in tensors:
-            raise _other_model(opened, folder, f"{weight.name} is missing", weight.name)
-        # Both in bfloat16, to which other converters round the router's bias too.
+            raise differs(f"{weight.name} is missing", weight.name)
+        # In bfloat16, to which other converters also round the router's bias.
         ours = opened.reader.read(weight).astype(mx.bfloat16)
         theirs = reader.read(weight).astype(mx.bfloat16)
         if not mx.array_equal(ours, theirs).item():
-            raise _other_model(opened, folder, f"{weight.name} differs", weight.name)
-
-
-def _other_model(
-    opened: Source, folder: Path, how: str, tensor: str | None = None
-) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} is not of the model in {opened.folder}: {how}.", file=str(folder), tensor=tensor
-    )
+            raise differs(f"{weight.name} differs", weight.name)

@@ -1,9 +1,8 @@
-"""A folder that appears whole or not at all.
+"""A folder that appears only when it is complete.
 
-Its files are written into a hidden sibling, `.NAME.glmd-partial`, which takes the real name in the
-end. A run that is killed leaves the sibling; the next run starts clean, since files that were
-written before a crash are not worth trusting and a conversion takes minutes. Two runs cannot write
-the same folder: the sibling is locked (flock).
+Files are written into a hidden sibling, `.NAME.glmd-partial`, which is renamed at the end. A killed
+run leaves the sibling behind, and the next run empties it: files written before a crash may be
+damaged. The sibling is locked (flock), so two runs cannot write the same folder.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from glmd.utils.units import gb
 
 
 def check_new(out: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to overwrite `out`.
 
     Raises:
         CheckpointError: `out` exists.
@@ -31,14 +30,13 @@ def check_new(out: Path) -> None:
 
 
 def check_room(target: Path, need: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Check the free space on the disk of `target`, whose parent exists.
 
     Args:
-        target: will be written, in a folder that exists.
-        need: the bytes it takes.
+        need: bytes.
 
     Raises:
-        CheckpointError: there are not so many free.
+        CheckpointError: there is too little.
     """
     free = shutil.disk_usage(target.parent).free
     if need > free:
@@ -50,18 +48,17 @@ def check_room(target: Path, need: int) -> None:
 
 @contextmanager
 def staged_folder(out: Path, *, need: int) -> Iterator[Path]:
-    """Yield a new, empty folder to fill; when the block ends well it becomes `out`.
+    """Yield an empty folder that is synced and renamed to `out` when the block succeeds.
 
-    When the block fails, whatever the reason, nothing is left of it. Everything in the folder has
-    reached the disk before `out` appears.
+    If the block fails, the folder is removed.
 
     Args:
-        out: must not exist; the folders above it are made.
-        need: bytes that will be written, which must be free.
+        out: must not exist; its parents are created.
+        need: bytes to be written.
 
     Raises:
-        CheckpointError: `out` exists, is being written by another process, or there is no room
-            for it, or a write failed.
+        CheckpointError: `out` exists, is being written by another process, there is too little
+            free space, or a write failed.
     """
     check_new(out)
     try:
@@ -72,7 +69,12 @@ def staged_folder(out: Path, *, need: int) -> Iterator[Path]:
             _clear(partial)
             try:
                 yield partial
-                _settle(partial, out)
+                for file in partial.iterdir():
+                    sync(file)
+                sync(partial)
+                check_new(out)  # The rename would replace an empty folder.
+                partial.rename(out)
+                sync(out.parent)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -81,7 +83,7 @@ def staged_folder(out: Path, *, need: int) -> Iterator[Path]:
 
 
 def write_error(target: Path, error: OSError, *, need: int) -> CheckpointError:
-    """`error`, met while writing `target`, as one sentence."""
+    """Explain an error met while writing `target`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(
             f"{target}: the disk is full; {gb(need)} GB are needed.", file=str(target)
@@ -93,7 +95,7 @@ def write_error(target: Path, error: OSError, *, need: int) -> CheckpointError:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's entries, reach the disk."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -123,12 +125,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _settle(partial: Path, out: Path) -> None:
-    for file in partial.iterdir():
-        sync(file)
-    sync(partial)
-    check_new(out)  # rename would replace an empty folder that came up meanwhile
-    partial.rename(out)
-    sync(out.parent)

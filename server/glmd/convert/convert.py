@@ -1,42 +1,82 @@
-"""From a BF16 checkpoint in Hugging Face's layout to MLX files by a recipe.
+"""Conversion of a BF16 checkpoint in Hugging Face's layout to MLX files.
 
-The plan is made first, from the headers; then weight after weight is read, quantised and written
-to the place that the plan gave it. Memory holds one weight at a time (see `glmd.convert.weights`),
-the source is only read, and the output appears whole or not at all (see `glmd.convert.atomic_dir`).
+The files are planned from the headers of the source; then each weight is read, quantised and
+written. The source is only read, and the output folder appears when it is complete
+(`glmd.convert.atomic_dir`).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from glmd.checkpoint.config import read_json_object
+import msgspec
+
+from glmd.checkpoint.config import ModelConfig, MtpFile, load_config, normalise, read_json_object
 from glmd.checkpoint.generation_config import FILE_NAME as GENERATION_CONFIG
 from glmd.checkpoint.generation_config import SAMPLING_FIELDS, recommended_fields
+from glmd.checkpoint.layout import (
+    in_mlx_layout,
+    main_weights,
+    mtp_prefix,
+    mtp_weights,
+    source_shapes,
+)
+from glmd.checkpoint.weights import check_tensors, list_tensors
 from glmd.convert.atomic_dir import check_new, staged_folder
-from glmd.convert.hf_checkpoint import MTP_FILE, open_source
 from glmd.convert.model_card import model_card
-from glmd.convert.plan import SHARD_BYTES, shard, total
-from glmd.convert.recipes import RECIPES, Recipe
-from glmd.convert.template import templates_with_defaults
-from glmd.convert.writer import (
-    Conversion,
+from glmd.convert.recipes import RECIPES, SHARD_BYTES, Plan, Recipe, plan_recipe, shard, total
+from glmd.convert.weights import (
+    FLOATS,
     Progress,
-    Report,
-    shard_names,
+    WeightReader,
+    WeightWriter,
+    equal_bits,
+    name_shards,
     write_index,
     write_json,
-    write_weights,
 )
 from glmd.errors import CheckpointError
+
+MTP_FILE = "mtp.safetensors"
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE",
     "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
-"""What a checkpoint holds beside weights and configuration, as far as it is there."""
+"""Files copied from the source, if present."""
+
+THINKING_DEFAULTS = (
+    "{#- Defaults that the model card recommends; a caller's own values win. -#}\n"
+    "{%- if enable_thinking is not defined or enable_thinking is none -%}"
+    "{%- set enable_thinking = true -%}{%- endif -%}\n"
+    "{%- if clear_thinking is not defined or clear_thinking is none -%}"
+    "{%- set clear_thinking = false -%}{%- endif %}"
+)
+"""Template code that sets the model card's defaults for thinking and renders to nothing.
+
+The published template has other defaults. Set in the template, the defaults also hold in LM Studio,
+oMLX and plain mlx-lm. An `if` at the top level of a Jinja template opens no scope, so the values
+hold for the rest of the template.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Result of a conversion.
+
+    Attributes:
+        plan: the arrays written.
+        notes: sentences for the user.
+    """
+
+    plan: Plan
+    notes: tuple[str, ...]
 
 
 def convert(
@@ -53,52 +93,208 @@ def convert(
 
     Args:
         source: a folder in Hugging Face's layout, in BF16, F16 or F32.
-        out: must not exist, nor lie in `source`.
-        recipe: which bits go where.
+        out: must not exist, nor be inside `source`.
         mtp: keep the MTP layer, if there is one.
-        name: what the model card calls the source, such as its hub id; None: its folder's name.
-        progress: told how far it is.
-        shard_bytes: the most tensor bytes in one file.
+        name: the source's name in the model card, such as its hub id; None: its folder's name.
+        shard_bytes: maximum tensor bytes per file.
 
     Raises:
-        CheckpointError: the source is not what it should be, or `out` cannot be written.
+        CheckpointError: the source is not supported or damaged, or `out` cannot be written.
     """
     check_new(out)
     if source.resolve() in out.resolve().parents:
-        raise CheckpointError(f"{out} lies in {source}, which must not change.", file=str(out))
+        raise CheckpointError(f"{out} is inside {source}, which must not change.", file=str(out))
     opened = open_source(source, mtp=mtp)
-    plan = opened.plan(recipe)
-    whole = opened.plan(RECIPES["bf16"])
-    every = plan.main + plan.mtp
-    parts = shard(plan.main, shard_bytes)
-    extra = [file for file in COPIED if (source / file).is_file()]
-    need = total(every, "").nbytes + sum((source / file).stat().st_size for file in extra)
-    report = Report(progress, total(every, "").nbytes)
+    plan, unquantized = opened.plan(recipe), opened.plan(RECIPES["bf16"])
+    copied = [file for file in COPIED if (source / file).is_file()]
+    writer = WeightWriter(opened.reader, total(plan.all).nbytes, progress)
+    need = writer.nbytes + sum((source / file).stat().st_size for file in copied)
     notes = opened.notes(plan)
     generation, templates = _generation_config(source), templates_with_defaults(source)
     if not templates:
         notes.append(f"{source} has no chat template; the output has none either.")
     with staged_folder(out, need=need) as folder:
-        for file, part in shard_names(parts):
-            write_weights(folder / file, part, opened.reader, report)
+        files = name_shards(shard(plan.main, shard_bytes))
+        for file, weights in files.items():
+            writer.write(folder / file, weights)
         if plan.mtp:
-            write_weights(folder / MTP_FILE, plan.mtp, opened.reader, report)
-        write_index(folder, parts)
-        for file in extra:
+            writer.write(folder / MTP_FILE, plan.mtp)
+        write_index(folder, files)
+        for file in copied:
             shutil.copyfile(source / file, folder / file)
         for file, text in templates.items():
             (folder / file).write_bytes(text.encode())
         write_json(folder / GENERATION_CONFIG, generation)
-        card = model_card(source=name or source.resolve().name, recipe=recipe, plan=plan,
-                          whole=whole)  # fmt: skip
+        card = model_card(name or source.resolve().name, recipe, plan, unquantized)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "config.json", opened.config_json(recipe, plan))
     return Conversion(plan, tuple(notes))
 
 
+# -- source ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A BF16 checkpoint whose headers agree with its config.
+
+    Attributes:
+        has_mtp: it holds the MTP layer, which is requested.
+        dropped_mtp: it holds the MTP layer, which is not requested.
+        own_embedding, own_head: the MTP layer's embedding or head differs from the main model's.
+    """
+
+    folder: Path
+    config: ModelConfig
+    reader: WeightReader
+    has_mtp: bool
+    dropped_mtp: bool
+    own_embedding: bool
+    own_head: bool
+
+    def plan(self, recipe: Recipe) -> Plan:
+        return plan_recipe(
+            self.config,
+            recipe,
+            mtp=self.has_mtp,
+            own_embedding=self.own_embedding,
+            own_head=self.own_head,
+        )
+
+    def notes(self, plan: Plan) -> list[str]:
+        """Sentences for the user about `plan`."""
+        notes = []
+        if not self.has_mtp and not self.dropped_mtp:
+            notes.append(f"{self.folder} holds no MTP layer, so the output has none.")
+        left = [p for p in plan.all if p.weight.is_matrix and p.quantized is None]
+        if left and any(p.quantized for p in plan.all):
+            notes.append(
+                f"{len(left)} matrices, such as {left[0].weight.path}, stay in bfloat16: their last"
+                " dimension is not a multiple of 64."
+            )
+        return notes
+
+    def describe_mtp(self, plan: Plan) -> dict[str, Any]:
+        """The entry `glmd.mtp` of config.json; see `MtpFile`."""
+        described = MtpFile(
+            file=MTP_FILE,
+            shares_embedding=not self.own_embedding,
+            shares_head=not self.own_head,
+            quantization={p.weight.path: p.quantized for p in plan.mtp if p.quantized is not None},
+        )
+        built: dict[str, Any] = msgspec.to_builtins(described)
+        return built
+
+    def config_json(self, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+        """The source's config.json, with the quantisation of the weights."""
+        raw = normalise(read_json_object(self.folder / "config.json"))
+        raw |= {"dtype": "bfloat16", "num_nextn_predict_layers": int(self.has_mtp)}
+        raw.pop("torch_dtype", None)  # The name of "dtype" before transformers 5.
+        glmd: dict[str, Any] = {"recipe": recipe.name}
+        if plan.mtp:
+            glmd["mtp"] = self.describe_mtp(plan)
+        raw["glmd"] = glmd
+        if recipe.default is not None:
+            table = msgspec.to_builtins(recipe.default) | {
+                p.weight.path: msgspec.to_builtins(p.quantized)
+                for p in plan.main
+                if p.quantized is not None and p.quantized != recipe.default
+            }
+            # mlx-lm reads the first key; the hub's model tree the second.
+            raw |= {"quantization": table, "quantization_config": table}
+        return raw
+
+
+def open_source(source: Path, *, mtp: bool) -> Source:
+    """Open a checkpoint: read its headers and, with `mtp`, compare its vocabulary matrices.
+
+    Args:
+        mtp: the MTP layer is requested, if there is one.
+
+    Raises:
+        CheckpointError: not a complete, unquantised checkpoint in Hugging Face's layout.
+    """
+    config = load_config(source)
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{source} is quantised already; glmd converts BF16, F16 or F32 checkpoints.",
+            file=str(source),
+        )
+    tensors = list_tensors(source)
+    if in_mlx_layout(tensors):
+        raise CheckpointError(f"{source} is in MLX's layout already.", file=str(source))
+    prefix = f"{mtp_prefix(config)}."
+    stored = any(name.startswith(prefix) for name in tensors)
+    has_mtp = stored and mtp
+    expected = source_shapes(chain(main_weights(config), mtp_weights(config) if has_mtp else ()))
+    requested = {n: t for n, t in tensors.items() if mtp or not n.startswith(prefix)}
+    check_tensors(requested, expected, folder=source, dtypes=frozenset(FLOATS))
+    own_embedding = own_head = False
+    if has_mtp:
+        embedding, head = f"{prefix}embed_tokens.weight", f"{prefix}shared_head.head.weight"
+        own_embedding = not equal_bits(tensors[embedding], tensors["model.embed_tokens.weight"])
+        own_head = not equal_bits(tensors[head], tensors["lm_head.weight"])
+    return Source(
+        folder=source,
+        config=config,
+        reader=WeightReader(config, tensors),
+        has_mtp=has_mtp,
+        dropped_mtp=stored and not mtp,
+        own_embedding=own_embedding,
+        own_head=own_head,
+    )
+
+
+# -- other files ----------------------------------------------------------------------------
+
+
 def _generation_config(source: Path) -> dict[str, Any]:
-    """The source's, sampling replaced by the recommendation for these quantised files."""
+    """The source's file, with the sampling recommended for quantised weights."""
     file = source / GENERATION_CONFIG
     raw = read_json_object(file) if file.exists() else {}
     kept = {key: value for key, value in raw.items() if key not in SAMPLING_FIELDS}
     return kept | recommended_fields()
+
+
+def with_thinking_defaults(template: str) -> str:
+    """Put `THINKING_DEFAULTS` in front of a template, unless they are there."""
+    if template.startswith(THINKING_DEFAULTS):
+        return template
+    # Renderers with trim_blocks (transformers) drop a newline after the last tag.
+    guard = '{{ "" }}' if template.startswith("\n") else ""
+    return THINKING_DEFAULTS + guard + template
+
+
+def templates_with_defaults(folder: Path) -> dict[str, str]:
+    """Add `THINKING_DEFAULTS` to the files of a checkpoint that hold chat templates.
+
+    Templates are in `chat_template.jinja`, or in `tokenizer_config.json` under `chat_template`: a
+    string, or a list of named templates.
+
+    Returns:
+        the new text by file name; empty: there is no template.
+
+    Raises:
+        CheckpointError: tokenizer_config.json is malformed.
+    """
+    texts = {}
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        texts[file.name] = with_thinking_defaults(file.read_bytes().decode())
+    tokenizer = folder / "tokenizer_config.json"
+    config = read_json_object(tokenizer) if tokenizer.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = with_thinking_defaults(template)
+    elif isinstance(template, list) and all(_is_named(entry) for entry in template):
+        config["chat_template"] = [
+            entry | {"template": with_thinking_defaults(entry["template"])} for entry in template
+        ]
+    else:
+        return texts
+    texts[tokenizer.name] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("template"), str)

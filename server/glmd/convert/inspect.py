@@ -1,6 +1,6 @@
-"""What a checkpoint holds, or would hold after conversion: `glmd inspect` without its printing.
+"""Contents and sizes of a checkpoint, as stored or after conversion, for `glmd inspect`.
 
-Reads config.json and file headers only; imports no mlx.
+Reads only config.json and file headers; does not import mlx.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ from pathlib import Path
 from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.checkpoint.layout import Shape, in_mlx_layout, main_weights, mtp_weights, source_shapes
 from glmd.checkpoint.weights import check_tensors, list_mtp_tensors, list_tensors
-from glmd.convert.plan import Line, Plan, PlannedWeight, lines, plan_recipe, plan_stored, total
-from glmd.convert.recipes import DEFAULT_RECIPE, find_recipe
+from glmd.convert.recipes import (
+    DEFAULT_RECIPE,
+    Line,
+    Plan,
+    PlannedWeight,
+    find_recipe,
+    lines,
+    plan_recipe,
+    plan_stored,
+    total,
+)
 from glmd.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The real bytes of a checkpoint's arrays beside those that its config.json implies.
+    """Bytes of a checkpoint's arrays in the files, and as computed from its config.json.
 
-    Attributes:
-        main_bytes: of the main model's arrays, in the files.
-        main_planned: of the same, computed.
-        mtp_bytes: of the MTP layer's arrays, in the files; 0: there is none.
-        mtp_planned: of the same, computed.
+    `mtp_bytes` is 0 if there is no MTP layer.
     """
 
     main_bytes: int
@@ -36,17 +41,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A plan in lines, and how the files compare.
+    """A plan as a table, and the bytes in the files.
 
     Attributes:
-        recipe: the recipe that the plan follows; None: the checkpoint is quantised, and the plan
-            is its own.
-        components: of the main model.
+        recipe: of the plan; None: the plan is that of a quantised checkpoint.
+        components: lines of the main model.
         main: their sum.
-        mtp: the MTP layer; None: there is none.
-        mtp_vocabulary: what the layer takes more if its embedding and head are not those of the
-            main model, which only the files can tell; None: known to be in `mtp` already.
-        stored: the comparison; None: only a config.json was given.
+        mtp: the MTP layer; None: no MTP layer.
+        mtp_vocabulary: the layer's embedding and head, stored only if they differ from the main
+            model's; None: included in `mtp`.
+        stored: None: only a config.json was given.
     """
 
     recipe: str | None
@@ -58,31 +62,32 @@ class Inspection:
 
 
 def inspect(path: Path, recipe: str | None = None) -> Inspection:
-    """Plan the checkpoint in folder `path`, or the one that the config.json `path` describes.
+    """Plan a checkpoint.
 
     Args:
-        recipe: by which recipe to plan an unquantised one; None: the default recipe.
+        path: its folder, or its config.json.
+        recipe: for an unquantised checkpoint; None: the default recipe.
 
     Raises:
-        CheckpointError: the configuration or the files are not what they should be.
+        CheckpointError: the configuration or the files are damaged or not supported.
         SettingsError: there is no such recipe, or the checkpoint is quantised already.
     """
     config = load_config(path)
     stored = _compare(path, config) if path.is_dir() and any(path.glob("*.safetensors")) else None
     if config.quantization is not None:
         if recipe is not None:
-            raise SettingsError(f"{path} is quantised already, so --recipe says nothing of it.")
-        return _in_lines(None, plan_stored(config), None, stored)
+            raise SettingsError(f"{path} is quantised already, so --recipe cannot be used.")
+        return _tabulate(None, plan_stored(config), None, stored)
     chosen = find_recipe(recipe or DEFAULT_RECIPE)
     has_mtp = stored.mtp_bytes > 0 if stored else config.num_nextn_predict_layers > 0
     plan = plan_recipe(config, chosen, mtp=has_mtp)
     own = plan_recipe(config, chosen, mtp=has_mtp, own_embedding=True, own_head=True)
     vocabulary = [planned for planned in own.mtp if planned not in plan.mtp]
     extra = total(vocabulary, "MTP vocabulary") if vocabulary else None
-    return _in_lines(chosen.name, plan, extra, stored)
+    return _tabulate(chosen.name, plan, extra, stored)
 
 
-def _in_lines(
+def _tabulate(
     recipe: str | None, plan: Plan, vocabulary: Line | None, stored: Stored | None
 ) -> Inspection:
     return Inspection(
@@ -109,9 +114,9 @@ def _compare(folder: Path, config: ModelConfig) -> Stored:
     check_tensors(mtp, mtp_shapes, folder=folder)
     return Stored(
         main_bytes=sum(tensor.nbytes for tensor in main.values()),
-        main_planned=total(plan.main, "").nbytes,
+        main_planned=total(plan.main).nbytes,
         mtp_bytes=sum(tensor.nbytes for tensor in mtp.values()),
-        mtp_planned=sum(planned.nbytes for planned in plan.mtp),
+        mtp_planned=total(plan.mtp).nbytes,
     )
 
 

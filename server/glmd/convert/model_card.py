@@ -1,56 +1,52 @@
-"""The model card of a converted checkpoint: what is in it, in true figures with units."""
+"""The model card of a converted checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from glmd.checkpoint.generation_config import RECOMMENDED
-from glmd.convert.plan import Line, Plan, PlannedWeight, lines, total
-from glmd.convert.recipes import Recipe
+from glmd.convert.recipes import Line, Plan, PlannedWeight, Recipe, lines, total
 from glmd.utils.units import gb, gib
 
 _HEADER = ("Component", "Parameters", "Bits", "Bytes", "GB", "GiB", "Bits per weight")
 
 
-def model_card(*, source: str, recipe: Recipe, plan: Plan, whole: Plan) -> str:
+def model_card(source: str, recipe: Recipe, plan: Plan, unquantized: Plan) -> str:
     """The text of README.md.
 
     Args:
-        source: the hub id, or the name of the folder, that was converted.
-        recipe: by which.
-        plan: of what was written.
-        whole: of the same weights, unquantised.
+        source: the hub id or folder name of the converted checkpoint.
+        plan: of the weights written.
+        unquantized: plan of the same weights, unquantised.
     """
     main = total(plan.main, "main model")
     rows = [*lines(plan.main), _bold(main)]
-    ratios = [f"Main model: {_ratio(whole.main, plan.main)}."]
+    ratios = [f"Main model: {_ratio(unquantized.main, plan.main)}."]
     if plan.mtp:
-        rows += [_bold(total(plan.mtp, "MTP layer")), _bold(total(plan.main + plan.mtp, "all"))]
-        both = _ratio(whole.main + whole.mtp, plan.main + plan.mtp)
-        ratios.append(f"With the MTP layer: {both}.")
+        rows += [_bold(total(plan.mtp, "MTP layer")), _bold(total(plan.all, "all"))]
+        ratios.append(f"With the MTP layer: {_ratio(unquantized.all, plan.all)}.")
     return "\n".join(
         [
             *_front_matter(source),
             f"# {source}, {recipe.name}",
             "",
-            f"Made by `glmd convert` from {source} by the recipe `{recipe.name}`"
+            f"Made by `glmd convert` from {source} with the recipe `{recipe.name}`"
             f" ({_describe(recipe)}): {main.bits_per_weight:.3f} bits per weight.",
             "",
             *_table(rows),
             "",
-            "Bytes are of all arrays, scales and biases included; GB are 10^9 bytes, GiB 2^30. Bits"
-            " per weight are 8 × bytes ÷ parameters. Against the same parameters in BF16:",
+            "Bytes include scales and biases; 1 GB is 10^9 bytes, 1 GiB 2^30. Bits per weight are"
+            " 8 × bytes ÷ parameters. Compared with BF16:",
             "",
             *(f"- {ratio}" for ratio in ratios),
             "",
             *_mtp_section(plan),
             "## Use",
             "",
-            "Sampling as recommended, which `generation_config.json` holds too:"
+            "Recommended sampling, also in `generation_config.json`:"
             f" temperature {RECOMMENDED.temperature}, top_k {RECOMMENDED.top_k},"
             f" top_p {RECOMMENDED.top_p}, min_p {RECOMMENDED.min_p}, no repeat penalty. The chat"
-            " template defaults to `enable_thinking = true` and `clear_thinking = false`, where the"
-            " caller sets neither.",
+            " template defaults to `enable_thinking = true` and `clear_thinking = false`.",
             "",
             "The main files load in plain mlx-lm. `glmd serve` serves this folder through the"
             " OpenAI and Anthropic APIs.",
@@ -80,7 +76,7 @@ def _describe(recipe: Recipe) -> str:
         return f"every matrix in {recipe.experts} bits, affine, groups of 64"
     return (
         f"routed experts in {recipe.experts} bits, other matrices in {recipe.others}, affine,"
-        " groups of 64; router and norms as they were"
+        " groups of 64; router and norms unquantised"
     )
 
 
@@ -94,10 +90,9 @@ def _mtp_section(plan: Plan) -> list[str]:
     ]
 
 
-def _ratio(whole: Iterable[PlannedWeight], parts: Iterable[PlannedWeight]) -> str:
-    before, after = total(whole, "").nbytes, total(parts, "").nbytes
-    sizes = f"{gb(before)} GB → {gb(after)} GB"
-    return f"{sizes}, {before / after:.2f}×"
+def _ratio(unquantized: Iterable[PlannedWeight], written: Iterable[PlannedWeight]) -> str:
+    before, after = total(unquantized).nbytes, total(written).nbytes
+    return f"{gb(before)} GB → {gb(after)} GB, {before / after:.2f}×"
 
 
 def _table(rows: Sequence[Line]) -> list[str]:

@@ -1,30 +1,38 @@
-"""Which bits each weight gets: the recipes, by name."""
+"""Recipes: the bits of each weight, and the resulting arrays and sizes.
+
+Plans are computed from the shapes in config.json. The converter writes exactly what a plan says,
+file headers first, so a plan's numbers are those of the files.
+"""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Final
 
-from glmd.checkpoint.config import Bits, QuantizedAs
-from glmd.checkpoint.layout import Component, Weight
+from glmd.checkpoint.config import Bits, ModelConfig, QuantizedAs
+from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_weights
+from glmd.checkpoint.weights import TensorSpec
 from glmd.errors import SettingsError
+from glmd.utils.suggest import did_you_mean
 
 GROUP_SIZE: Final = 64
-"""Affine quantisation at group 64 costs half a bit per weight: a bf16 scale and bias per group."""
+"""Affine quantisation in groups of 64 costs half a bit per weight: a bf16 scale and bias each."""
+
+SHARD_BYTES = 5_000_000_000
+"""Maximum tensor bytes per file: 5 GB, as on the hub and in mlx-lm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bits for the routed experts, and for every other matrix.
+    """Bits of the routed experts and of all other matrices.
 
-    The experts are nine tenths of the parameters, and each token reads four of sixty-four: their
-    bits decide the size of the model, the other matrices' its quality. The router and the norms
-    stay bfloat16 (MLX's router gate has no quantised form) and the router's correction bias
-    float32.
+    The experts are nine tenths of the parameters, and each token uses four of sixty-four: their
+    bits determine the model's size, the other matrices' bits its quality. The router and the norms
+    stay in bfloat16 (MLX cannot quantise the router), the router's correction bias in float32.
 
     Attributes:
-        name: as the command line knows it.
         experts: bits of the routed experts; None: bfloat16.
         others: bits of attention, embedding, head, shared experts, dense MLP and `eh_proj`.
     """
@@ -34,10 +42,10 @@ class Recipe:
     others: Bits | None
 
     def quantization(self, weight: Weight) -> QuantizedAs | None:
-        """How `weight` is stored; None: as it is.
+        """Quantisation of a weight; None: unquantised.
 
-        A matrix whose last dimension is not a multiple of the group stays unquantised, as in
-        mlx-lm.
+        As in mlx-lm, a matrix stays unquantised if its last dimension is not a multiple of the
+        group size.
         """
         bits = self.experts if weight.component is Component.ROUTED_EXPERTS else self.others
         if bits is None or not weight.is_matrix or weight.shape[-1] % GROUP_SIZE:
@@ -46,7 +54,7 @@ class Recipe:
 
     @property
     def default(self) -> QuantizedAs | None:
-        """What most parameters get: the top level of MLX's quantisation table."""
+        """Quantisation of most parameters: the top level of MLX's quantisation table."""
         if self.experts is None:
             return None
         return QuantizedAs(bits=self.experts, group_size=GROUP_SIZE)
@@ -70,13 +78,176 @@ DEFAULT_RECIPE = "mixed-8-5"
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return a recipe by name.
 
     Raises:
-        SettingsError: there is none; the message has the nearest name and all of them.
+        SettingsError: there is no such recipe; the message lists all.
     """
     if name in RECIPES:
         return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    hint = did_you_mean(name, RECIPES)
     raise SettingsError(f'no recipe "{name}"{hint} There are {", ".join(RECIPES)}.')
+
+
+# -- plans ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """A weight and its quantisation; None: bfloat16, or float32 for the correction bias."""
+
+    weight: Weight
+    quantized: QuantizedAs | None
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that store it: one, or `mx.quantize`'s weight, scales and biases."""
+        name, path, shape = self.weight.name, self.weight.path, self.weight.shape
+        if self.quantized is None:
+            return (TensorSpec(name, "F32" if self.weight.keeps_float32 else "BF16", shape),)
+        rows, columns = shape[:-1], shape[-1]
+        groups = columns // self.quantized.group_size
+        return (
+            TensorSpec(name, "U32", (*rows, columns * self.quantized.bits // 32)),
+            TensorSpec(f"{path}.scales", "BF16", (*rows, groups)),
+            TensorSpec(f"{path}.biases", "BF16", (*rows, groups)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def bits(self) -> str:
+        """Such as "8", "bf16" or "f32"."""
+        if self.quantized is not None:
+            return str(self.quantized.bits)
+        return "f32" if self.weight.keeps_float32 else "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row of a plan's table.
+
+    Attributes:
+        bits: of the weights, such as "8" or "bf16, f32".
+        parameters: number of weights before quantisation.
+        nbytes: of all arrays, including scales and biases.
+    """
+
+    component: str
+    bits: str
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All weights of a model as stored, in the order of the files.
+
+    Attributes:
+        mtp: weights of the MTP layer; empty: no MTP layer.
+    """
+
+    main: tuple[PlannedWeight, ...]
+    mtp: tuple[PlannedWeight, ...] = ()
+
+    @property
+    def all(self) -> tuple[PlannedWeight, ...]:
+        return self.main + self.mtp
+
+
+def plan_recipe(
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    mtp: bool,
+    own_embedding: bool = False,
+    own_head: bool = False,
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        config: of the source.
+        mtp: include the MTP layer.
+        own_embedding, own_head: the MTP layer's embedding or head differs from the main model's,
+            so it is stored too.
+    """
+    layer = mtp_weights(config, own_embedding=own_embedding, own_head=own_head) if mtp else ()
+    return Plan(
+        _planned(main_weights(config), recipe.quantization), _planned(layer, recipe.quantization)
+    )
+
+
+def plan_stored(config: ModelConfig, *, unquantized_mtp: bool = False) -> Plan:
+    """Compute the plan of an existing checkpoint from its config.json.
+
+    Args:
+        unquantized_mtp: the checkpoint is in Hugging Face's layout and holds the MTP layer.
+    """
+
+    def quantization(weight: Weight) -> QuantizedAs | None:
+        if config.quantization is None or not weight.is_matrix:
+            return None
+        stored = config.quantization.of(weight.path)
+        return None if stored is None or weight.shape[-1] % stored.group_size else stored
+
+    main = _planned(main_weights(config), quantization)
+    if config.mtp is not None:
+        table = config.mtp.quantization
+        layer = mtp_weights(
+            config,
+            own_embedding=not config.mtp.shares_embedding,
+            own_head=not config.mtp.shares_head,
+        )
+        return Plan(main, _planned(layer, lambda weight: table.get(weight.path)))
+    if unquantized_mtp:
+        return Plan(main, _planned(mtp_weights(config), lambda _: None))
+    return Plan(main)
+
+
+def _planned(
+    weights: Iterable[Weight], quantization: Callable[[Weight], QuantizedAs | None]
+) -> tuple[PlannedWeight, ...]:
+    return tuple(PlannedWeight(weight, quantization(weight)) for weight in weights)
+
+
+def lines(weights: Iterable[PlannedWeight]) -> list[Line]:
+    """Sum up by component, in the order of `Component`."""
+    by_component: dict[Component, list[PlannedWeight]] = {}
+    for planned in weights:
+        by_component.setdefault(planned.weight.component, []).append(planned)
+    return [total(by_component[c], c.value) for c in Component if c in by_component]
+
+
+def total(weights: Iterable[PlannedWeight], name: str = "") -> Line:
+    """Sum up all of `weights` in one line."""
+    weights = list(weights)
+    return Line(
+        component=name,
+        bits=", ".join(sorted({planned.bits for planned in weights})),
+        parameters=sum(prod(planned.weight.shape) for planned in weights),
+        nbytes=sum(planned.nbytes for planned in weights),
+    )
+
+
+def shard(
+    weights: Iterable[PlannedWeight], limit: int = SHARD_BYTES
+) -> list[tuple[PlannedWeight, ...]]:
+    """Divide `weights`, in order, into files of at most `limit` tensor bytes.
+
+    A weight's tensors stay together; a weight larger than the limit has its own file.
+    """
+    shards: list[list[PlannedWeight]] = [[]]
+    filled = 0
+    for planned in weights:
+        if shards[-1] and filled + planned.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(planned)
+        filled += planned.nbytes
+    return [tuple(part) for part in shards]

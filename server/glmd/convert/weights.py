@@ -1,13 +1,16 @@
-"""From a checkpoint's tensors to the arrays of a plan: read, fold, quantise. One at a time.
+"""Reading, quantising and writing weights, one at a time.
 
-Nothing outlives its turn, so memory holds one stacked projection of one layer (0.4 GB in the
-published model), its copies, and no more, however large the model is.
+Memory holds one stacked projection of one layer (0.4 GB in the published model) and its copies,
+whatever the model's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +19,8 @@ import numpy.typing as npt
 
 from glmd.checkpoint.config import ModelConfig
 from glmd.checkpoint.layout import Fold, Weight
-from glmd.checkpoint.weights import StoredTensor
-from glmd.convert.plan import PlannedWeight
+from glmd.checkpoint.weights import INDEX_NAME, StoredTensor, TensorFileWriter
+from glmd.convert.recipes import PlannedWeight, total
 from glmd.errors import CheckpointError
 
 FLOATS: dict[str, tuple[type[np.unsignedinteger[Any]], int, mx.Dtype]] = {
@@ -25,22 +28,28 @@ FLOATS: dict[str, tuple[type[np.unsignedinteger[Any]], int, mx.Dtype]] = {
     "F16": (np.uint16, 0x7C00, mx.float16),
     "F32": (np.uint32, 0x7F80_0000, mx.float32),
 }
-"""What weights may be stored in: an integer of its width, the bits of its exponent (all of them
-set: infinity or NaN), and the type itself."""
+"""Source dtypes: an integer type of equal width, the exponent bits (all set: infinity or NaN), and
+MLX's dtype."""
 
 CACHE_BYTES = 1 << 30
-"""Freed buffers that MLX keeps for the next weight: asking the system for fresh pages for each
-took as long as quantising it."""
+"""Freed buffers that MLX keeps. Fresh pages from the system for each weight took as long as
+quantising it."""
 
 _CHUNK = 16 << 20
 
+Progress = Callable[[int, int], None]
+"""Called after each weight with the bytes written and the total."""
+
+
+# -- reading --------------------------------------------------------------------------------
+
 
 class WeightReader:
-    """Reads the weights of a checkpoint in Hugging Face's layout, in MLX's shapes.
+    """Reads weights from Hugging Face's layout into MLX's shapes.
 
     Args:
-        config: the checkpoint's.
-        tensors: its tensors, already checked against the config, of the dtypes in `FLOATS`.
+        config: of the checkpoint.
+        tensors: checked against the config, with dtypes of `FLOATS`.
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
@@ -49,27 +58,25 @@ class WeightReader:
         self._buffer = np.empty(0, np.uint8)
 
     def read(self, weight: Weight) -> mx.array:
-        """`weight` in the shape `weight.shape`; bfloat16, or float32 where it stays so.
+        """Read a weight as bfloat16, or float32 for the correction bias: [*weight.shape].
 
         Raises:
             CheckpointError: a file cannot be read, or holds infinities or NaN.
         """
-        array = self._fold(weight, mx.array(self._stack(weight)).view(self._kind(weight)))
+        dtype = FLOATS[self._tensors[weight.sources[0]].dtype][2]
+        array = self._fold(weight, mx.array(self._stack(weight)).view(dtype))
         return array.astype(mx.float32 if weight.keeps_float32 else mx.bfloat16)
 
-    def _kind(self, weight: Weight) -> mx.Dtype:
-        return FLOATS[self._tensors[weight.sources[0]].dtype][2]
-
     def _stack(self, weight: Weight) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """The bits of the weight's tensors, [sources, *source_shape], until the next call."""
+        """Bits of the weight's tensors, [sources, *source_shape], valid until the next call."""
         tensors = [self._tensors[name] for name in weight.sources]
-        kinds = {tensor.dtype for tensor in tensors}
-        if len(kinds) > 1:
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
             raise CheckpointError(
-                f"{weight.name} would be stacked of {' and '.join(sorted(kinds))} tensors",
+                f"{weight.name}: its tensors have different dtypes, {', '.join(sorted(dtypes))}",
                 tensor=weight.name,
             )
-        bits, exponent, _ = FLOATS[kinds.pop()]
+        bits, exponent, _ = FLOATS[dtypes.pop()]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if nbytes > self._buffer.nbytes:
             self._buffer = np.empty(nbytes, np.uint8)
@@ -77,19 +84,14 @@ class WeightReader:
         for row, tensor in zip(stack, tensors, strict=True):
             _read_into(tensor, row.data.cast("B"))
             if np.bitwise_and(row, exponent).max() == exponent:
-                raise CheckpointError(
-                    f"{tensor.file}: {tensor.name} holds infinities or NaN",
-                    file=str(tensor.file),
-                    tensor=tensor.name,
-                )
+                raise _bad(tensor, "holds infinities or NaN")
         return stack
 
     def _fold(self, weight: Weight, array: mx.array) -> mx.array:
-        match weight.fold:
-            case Fold.STACK:
-                return array
-            case Fold.COPY:
-                return array[0]
+        if weight.fold is Fold.STACK:
+            return array
+        if weight.fold is Fold.COPY:
+            return array[0]
         config = self._config
         nope, v = config.qk_nope_head_dim, config.v_head_dim
         by_head = array.reshape(config.num_attention_heads, nope + v, config.kv_lora_rank)
@@ -98,31 +100,8 @@ class WeightReader:
         return by_head[:, nope:]
 
 
-@contextmanager
-def bounded_cache() -> Iterator[None]:
-    """Have MLX keep at most `CACHE_BYTES` of freed memory; afterwards none, and its old limit."""
-    before = mx.set_cache_limit(CACHE_BYTES)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
-        mx.clear_cache()
-
-
-def encode(planned: PlannedWeight, array: mx.array) -> Iterator[tuple[str, memoryview]]:
-    """The bytes of each of `planned.specs`, in order, as they are to be written."""
-    how = planned.quantized
-    parts: tuple[mx.array, ...] = (array,)
-    if how is not None:
-        parts = tuple(mx.quantize(array, group_size=how.group_size, bits=how.bits, mode=how.mode))
-    for spec, part in zip(planned.specs, parts, strict=True):
-        # numpy knows no bfloat16; it sees the bits, without copying them.
-        bits = mx.contiguous(part.view(mx.uint16) if part.dtype == mx.bfloat16 else part)
-        yield spec.name, np.asarray(bits).data
-
-
 def equal_bits(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes."""
+    """Whether two tensors have the same dtype, shape and bytes."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     for start in range(0, a.nbytes, _CHUNK):
@@ -136,7 +115,7 @@ def equal_bits(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _read_into(tensor: StoredTensor, out: memoryview, start: int = 0) -> None:
-    """Fill `out` with the tensor's bytes from byte `start` of it."""
+    """Fill `out` with the tensor's bytes from byte `start`."""
     try:
         with tensor.file.open("rb", buffering=0) as stream:
             stream.seek(tensor.offset + start)
@@ -144,15 +123,104 @@ def _read_into(tensor: StoredTensor, out: memoryview, start: int = 0) -> None:
             while filled < len(out):
                 count = stream.readinto(out[filled : filled + (1 << 30)])
                 if not count:
-                    raise _unreadable(tensor, "ends before it does")
+                    raise _bad(tensor, "cannot be read: the file is truncated")
                 filled += count
     except OSError as error:
-        raise _unreadable(tensor, error.strerror or str(error)) from None
+        raise _bad(tensor, f"cannot be read: {error.strerror or error}") from None
 
 
-def _unreadable(tensor: StoredTensor, why: str) -> CheckpointError:
+def _bad(tensor: StoredTensor, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{tensor.file}: {tensor.name} cannot be read: {why}",
-        file=str(tensor.file),
-        tensor=tensor.name,
+        f"{tensor.file}: {tensor.name} {problem}", file=str(tensor.file), tensor=tensor.name
     )
+
+
+# -- writing --------------------------------------------------------------------------------
+
+
+class WeightWriter:
+    """Writes planned weights to files and reports progress.
+
+    Attributes:
+        nbytes: total bytes to write.
+    """
+
+    def __init__(self, reader: WeightReader, nbytes: int, progress: Progress | None) -> None:
+        self.nbytes = nbytes
+        self._reader = reader
+        self._progress = progress
+        self._written = 0
+
+    def write(self, file: Path, weights: Sequence[PlannedWeight]) -> None:
+        """Write one safetensors file.
+
+        Raises:
+            CheckpointError: a weight cannot be read.
+            OSError: the file cannot be written.
+        """
+        specs = [spec for planned in weights for spec in planned.specs]
+        with _bounded_cache(), TensorFileWriter(file, specs, {"format": "mlx"}) as writer:
+            for planned in weights:
+                for name, data in _encode(planned, self._reader.read(planned.weight)):
+                    writer.write(name, data)
+                self._written += planned.nbytes
+                if self._progress is not None:
+                    self._progress(self._written, self.nbytes)
+
+
+@contextmanager
+def _bounded_cache() -> Iterator[None]:
+    """Limit MLX's cache to `CACHE_BYTES`; afterwards empty it and restore the limit."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+def _encode(planned: PlannedWeight, array: mx.array) -> Iterator[tuple[str, memoryview]]:
+    """Quantise a weight; yield name and bytes of each of `planned.specs`."""
+    quantized = planned.quantized
+    parts: tuple[mx.array, ...] = (array,)
+    if quantized is not None:
+        parts = tuple(
+            mx.quantize(
+                array, group_size=quantized.group_size, bits=quantized.bits, mode=quantized.mode
+            )
+        )
+    for spec, part in zip(planned.specs, parts, strict=True):
+        # numpy has no bfloat16, so its bits are viewed as integers, without a copy.
+        bits = mx.contiguous(part.view(mx.uint16) if part.dtype == mx.bfloat16 else part)
+        yield spec.name, np.asarray(bits).data
+
+
+def name_shards(
+    parts: Sequence[tuple[PlannedWeight, ...]],
+) -> dict[str, tuple[PlannedWeight, ...]]:
+    """The main model's files by name, named as by Hugging Face and mlx-lm."""
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {
+        f"model-{number:05d}-of-{len(parts):05d}.safetensors": part
+        for number, part in enumerate(parts, start=1)
+    }
+
+
+def write_index(folder: Path, files: Mapping[str, tuple[PlannedWeight, ...]]) -> None:
+    """Write model.safetensors.index.json: the file of each tensor, and the total size."""
+    main = total(chain(*files.values()))
+    weight_map = {
+        spec.name: file
+        for file, part in files.items()
+        for planned in part
+        for spec in planned.specs
+    }
+    metadata = {"total_size": main.nbytes, "total_parameters": main.parameters}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_NAME, index)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")

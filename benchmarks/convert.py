@@ -1,6 +1,6 @@
 """How much memory and time the conversion of the full-size model takes.
 
-    python bench/convert.py [--layers N] [--recipe mixed-8-5] [--dir FOLDER]
+    python benchmarks/convert.py [--layers N] [--recipe mixed-8-5] [--dir FOLDER]
 
 Makes a checkpoint of the published shape out of sparse files (62 GB that take no room: headers are
 real, the data is holes, so every weight is zero), converts it, and prints peak resident memory,
@@ -26,8 +26,7 @@ from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.checkpoint.layout import Weight, main_weights, mtp_weights
 from glmd.checkpoint.weights import INDEX_NAME, TensorSpec, header_bytes
 from glmd.convert.convert import convert
-from glmd.convert.plan import plan_recipe, total
-from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Recipe, plan_recipe, total
 
 CONFIG = Path(__file__).parents[1] / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
 
