@@ -1,11 +1,10 @@
-"""How much memory and time the conversion of the full-size model takes.
+"""Measure memory and time of converting the full-size model.
 
     python benchmarks/convert.py [--layers N] [--recipe mixed-8-5] [--dir FOLDER]
 
-Makes a checkpoint of the published shape out of sparse files (62 GB that take no room: headers are
-real, the data is holes, so every weight is zero), converts it, and prints peak resident memory,
-throughput and sizes. Where the disk cannot hold the output, as many layers as fit. Everything is
-deleted in the end.
+Writes a checkpoint of the published shape as sparse files (62 GB that take no space: real headers,
+and zeros for data), converts it, and prints peak resident memory, throughput and sizes. If the disk
+cannot hold the output, fewer layers are converted. All files are deleted at the end.
 """
 
 from __future__ import annotations
@@ -65,9 +64,9 @@ def main() -> None:
 
 
 def write_sparse_checkpoint(folder: Path, layers: int) -> ModelConfig:
-    """Write a checkpoint of the published shape with `layers` layers, all of whose data is holes.
+    """Write a checkpoint of the published shape with `layers` layers as sparse files.
 
-    The MTP layer is there, with its own copy of the vocabulary, as published.
+    The MTP layer has its own copy of the vocabulary, as published.
     """
     folder.mkdir()
     raw = json.loads(CONFIG.read_text()) | {"num_hidden_layers": layers}
@@ -88,7 +87,7 @@ def write_sparse_checkpoint(folder: Path, layers: int) -> ModelConfig:
 
 def output_bytes(config: ModelConfig, recipe: Recipe) -> int:
     plan = plan_recipe(config, recipe, mtp=True)
-    return total(plan.main + plan.mtp, "").nbytes
+    return total(plan.all).nbytes
 
 
 def _shards(weights: Iterable[Weight]) -> Iterator[list[TensorSpec]]:
@@ -123,7 +122,7 @@ def _show(done: int, total: int) -> None:
 
 
 def _peak() -> int:
-    """The most memory this process has held, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
 

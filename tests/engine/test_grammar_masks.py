@@ -14,7 +14,7 @@ from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.engine.structured_output import GrammarState, MaskRequest, StructuredOutputManager
 from glmd.errors import CheckpointError
 from glmd.ipc import GrammarSpec, SamplingParams
-from glmd.model.sampler import RowSampling, SamplingRow, TokenMasks, noise_key, sample
+from glmd.model.sampler import SamplingRow, SequenceSampling, TokenMasks, noise_key, sample
 from glmd.structured_output import Choice, Grammar, JsonSchema, Regex
 from glmd.structured_output.backend import GrammarError
 from glmd.structured_output.build import build
@@ -213,7 +213,7 @@ def test_without_a_tokenizer_grammars_fail_and_nothing_else(tmp_path: Path) -> N
 
 
 def rows(count: int, **sampling: object) -> list[SamplingRow]:
-    spec = RowSampling(SamplingParams(temperature=0), noise_key(1, 0), **sampling)  # type: ignore[arg-type]
+    spec = SequenceSampling(SamplingParams(temperature=0), noise_key(1, 0), **sampling)  # type: ignore[arg-type]
     return [SamplingRow(spec, 0, None) for _ in range(count)]
 
 

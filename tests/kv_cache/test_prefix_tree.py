@@ -29,11 +29,11 @@ def _array(tokens: Any) -> npt.NDArray[np.int32]:
 
 @dataclass
 class Rows:
-    """A segment whose row for each token is a hash of the salt and all tokens up to it."""
+    """A segment with a row per token: the hash of the salt and all tokens up to it."""
 
     rows: npt.NDArray[np.int64]
     copied: list[int]
-    """Tokens copied by joins, shared by all segments of a test."""
+    """Tokens copied by merges, shared by all segments of a test."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,7 +67,7 @@ def _prefix_of(node: Node[Rows]) -> Prefix:
 
 
 class TreeAgainstSet(RuleBasedStateMachine):
-    """What is stored is a set of (salt, prefix); leases are (salt, prefix) too."""
+    """The tree behaves as a set of (salt, prefix); leases are (salt, prefix), too."""
 
     tokens = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
     which = st.integers(0, 10**6)
@@ -76,7 +76,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
         super().__init__()
         self.tree: PrefixTree[Rows] = PrefixTree()
         self.stored: dict[tuple[str, Prefix], int] = {}
-        """When each stored prefix was last used."""
+        """Time of the last use of each stored prefix."""
         self.leases: list[tuple[Lease[Rows], str, Prefix]] = []
         self.copied = [0]
 
@@ -89,7 +89,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(which=which, tokens=tokens)
-    def advance(self, which: int, tokens: Prefix) -> None:
+    def match(self, which: int, tokens: Prefix) -> None:
         at = which % len(self.leases)
         lease, salt, before = self.leases[at]
         known = 0
@@ -102,7 +102,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(which=which, tokens=tokens)
-    def seal(self, which: int, tokens: Prefix) -> None:
+    def insert(self, which: int, tokens: Prefix) -> None:
         at = which % len(self.leases)
         lease, salt, before = self.leases[at]
         self.tree.insert(lease, _array(tokens), _rows(salt, before, tokens, self.copied))
@@ -118,7 +118,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.stored)
     @rule(which=which, cut=st.integers(0, 3), tokens=tokens | st.just(()))
-    def come_and_go(self, which: int, cut: int, tokens: Prefix) -> None:
+    def match_insert_release(self, which: int, cut: int, tokens: Prefix) -> None:
         """A request that shares the beginning of an earlier one."""
         salt, prefix = sorted(self.stored)[which % len(self.stored)]
         prefix = prefix[: len(prefix) - cut]
@@ -168,10 +168,10 @@ class TreeAgainstSet(RuleBasedStateMachine):
         for end in range(1, len(prefix) + 1):
             self.stored[salt, prefix[:end]] = self.tree._clock
 
-    # -- what always holds ----------------------------------------------------------------
+    # -- invariants -----------------------------------------------------------------------
 
     def _walk(self) -> dict[tuple[str, Prefix], Node[Rows]]:
-        """All prefixes that the tree stores, having checked that each is stored once."""
+        """All stored prefixes, after a check that each is stored once."""
         found: dict[tuple[str, Prefix], Node[Rows]] = {}
         for node in self.tree.nodes():
             root = node
@@ -196,7 +196,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
         assert shape.longest == max((len(prefix) for _, prefix in self.stored), default=0)
 
     @invariant()
-    def holds_exactly_what_was_sealed_and_not_evicted(self) -> None:
+    def holds_exactly_what_was_inserted_and_not_evicted(self) -> None:
         found = self._walk()
         assert found.keys() == self.stored.keys()
         assert self.tree.tokens == len(found)
@@ -279,8 +279,8 @@ def test_tree_behaves_as_a_set_of_prefixes(
 # -- single cases ---------------------------------------------------------------------------
 
 
-def _sealed(tree: PrefixTree[Rows], tokens: Any, salt: str = "", step: int | None = None) -> int:
-    """Seal `tokens` in steps of `step` tokens and let go; returns the tokens copied by joins."""
+def _store(tree: PrefixTree[Rows], tokens: Any, salt: str = "", step: int | None = None) -> int:
+    """Insert `tokens` in steps of `step` tokens and release; return the tokens copied by merges."""
     tokens = tuple(int(token) for token in tokens)
     copied = [0]
     lease = tree.acquire(salt)
@@ -299,31 +299,31 @@ def _matched(tree: PrefixTree[Rows], tokens: Any, salt: str = "") -> int:
     return count
 
 
-def test_a_hit_may_end_at_any_token() -> None:
+def test_a_match_may_end_at_any_token() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
-    _sealed(tree, range(300))
+    _store(tree, range(300))
     for length in range(301):
         assert _matched(tree, [*range(length), 999]) == length
 
 
 def test_salts_share_nothing() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
-    _sealed(tree, range(50), salt="a")
+    _store(tree, range(50), salt="a")
     assert _matched(tree, range(50), salt="b") == 0
     assert _matched(tree, range(50), salt="") == 0
     assert _matched(tree, range(50), salt="a") == 50
 
 
-def test_a_salt_leaves_nothing_behind_once_evicted() -> None:
+def test_an_evicted_salt_uses_no_memory() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
     for i in range(50):
-        _sealed(tree, range(3), salt=f"user {i}")
+        _store(tree, range(3), salt=f"user {i}")
     assert tree.tokens == 150
     tree.clear()
     assert (tree.tokens, tree.nbytes, tree._roots) == (0, 0, {})
 
 
-def test_sealing_with_kv_of_another_length_is_refused() -> None:
+def test_inserting_kv_of_another_length_is_refused() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
     lease = tree.acquire()
     with pytest.raises(ValueError, match="3 tokens with KV of 2"):
@@ -332,10 +332,10 @@ def test_sealing_with_kv_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 7, 128, 1000])
-def test_growing_prefixes_stay_in_few_pieces_at_little_copying(step: int) -> None:
+def test_growing_prefixes_stay_in_few_nodes_at_little_copying(step: int) -> None:
     total = 20_000
     tree: PrefixTree[Rows] = PrefixTree()
-    copied = _sealed(tree, np.arange(total), step=step)
+    copied = _store(tree, np.arange(total), step=step)
     lease = tree.acquire()
     assert tree.match_prefix(lease, np.arange(total, dtype=np.int32)) == total
     rounds = math.log2(tree_module.MAX_SEGMENT / step)
@@ -346,17 +346,17 @@ def test_growing_prefixes_stay_in_few_pieces_at_little_copying(step: int) -> Non
 def test_least_recently_used_prefix_goes_first() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
     for first in range(5):
-        _sealed(tree, [first, *range(100, 110)])
+        _store(tree, [first, *range(100, 110)])
     assert _matched(tree, [0, *range(100, 110)]) == 11  # used again: now the youngest
     tree.evict(11 * 100)
     assert [_matched(tree, [first, *range(100, 110)]) for first in range(5)] == [11, 0, 11, 11, 11]
 
 
-def test_use_of_a_beginning_keeps_it_longer_than_what_was_used_before() -> None:
+def test_use_of_a_beginning_keeps_it_longer_than_prefixes_used_before() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
-    _sealed(tree, range(20))  # a conversation …
-    _sealed(tree, [*range(10), 77])  # … and another that forks from it
-    _sealed(tree, range(1000, 1020))
+    _store(tree, range(20))  # a conversation …
+    _store(tree, [*range(10), 77])  # … and another that forks from it
+    _store(tree, range(1000, 1020))
     assert _matched(tree, range(5)) == 5  # the common beginning, used last of all
     tree.evict(12 * 100)
     assert _matched(tree, range(5)) == 5
@@ -365,9 +365,9 @@ def test_use_of_a_beginning_keeps_it_longer_than_what_was_used_before() -> None:
 
 def test_use_of_a_beginning_does_not_keep_the_end() -> None:
     tree: PrefixTree[Rows] = PrefixTree()
-    _sealed(tree, range(20))
-    _sealed(tree, [*range(10), 77])
-    _sealed(tree, range(1000, 1020))
+    _store(tree, range(20))
+    _store(tree, [*range(10), 77])
+    _store(tree, range(1000, 1020))
     assert _matched(tree, range(10)) == 10
     tree.evict(100)
     assert _matched(tree, range(20)) == 10
@@ -414,7 +414,7 @@ class _Counted(np.ndarray[Any, np.dtype[np.int32]]):
 def test_early_divergence_from_a_long_entry_compares_few_tokens(shared: int) -> None:
     tree: PrefixTree[Rows] = PrefixTree()
     stored = np.arange(100_000, dtype=np.int32)
-    _sealed(tree, stored)
+    _store(tree, stored)
     asked = stored.copy()
     asked[shared] = -1
     for node in tree.nodes():
@@ -451,17 +451,17 @@ def _work(branches: int) -> dict[str, int]:
     """Instructions per operation on a tree of `branches` branches."""
     tree: PrefixTree[Rows] = PrefixTree()
     common = [*range(1000)]
-    _sealed(tree, common)
+    _store(tree, common)
     for i in range(branches // 4):
-        _sealed(tree, [*common[: 1 + i % 999], 10_000 + i, 1])  # at offsets of a long node
-        _sealed(tree, [*common, 20_000 + i, 1])  # at its end
-        _sealed(tree, [30_000 + i, 1])  # at the root
-        _sealed(tree, [0, 1], salt=f"user {i}")
+        _store(tree, [*common[: 1 + i % 999], 10_000 + i, 1])  # at offsets of a long node
+        _store(tree, [*common, 20_000 + i, 1])  # at its end
+        _store(tree, [30_000 + i, 1])  # at the root
+        _store(tree, [0, 1], salt=f"user {i}")
     fork = [50_000, *range(3500)]
-    _sealed(tree, fork[:2500])
-    _sealed(tree, fork)  # a node of 1,001 tokens behind one of 2,500
+    _store(tree, fork[:2500])
+    _store(tree, fork)  # a node of 1,001 tokens behind one of 2,500
     for i in range(branches // 4):
-        _sealed(tree, [*fork, 60_000 + i, 1])
+        _store(tree, [*fork, 60_000 + i, 1])
     held = tree.acquire()
     tree.match_prefix(held, _array(common))
     work = {
@@ -470,14 +470,14 @@ def _work(branches: int) -> dict[str, int]:
         "divergence": _instructions(lambda: tree.divergence(held, 7)),
         "other salts": _instructions(lambda: tree.stored_elsewhere("", _array(common))),
         "match and release": _instructions(lambda: _matched(tree, [*common, 20_000, 1])),
-        "insert at the end": _instructions(lambda: _sealed(tree, [*common, 7, 8])),
+        "insert at the end": _instructions(lambda: _store(tree, [*common, 7, 8])),
         "insert as long as the node": _instructions(
-            lambda: _sealed(tree, [*common, *range(40_000, 41_000)])
+            lambda: _store(tree, [*common, *range(40_000, 41_000)])
         ),
         "insert behind a fork": _instructions(
-            lambda: _sealed(tree, [*fork, *range(70_000, 70_700)])
+            lambda: _store(tree, [*fork, *range(70_000, 70_700)])
         ),
-        "insert under a new salt": _instructions(lambda: _sealed(tree, [1, 2], salt="new")),
+        "insert under a new salt": _instructions(lambda: _store(tree, [1, 2], salt="new")),
     }
     tree.release(held)
     work["evict ten ends"] = _instructions(lambda: tree.evict(20 * 100))

@@ -21,7 +21,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
         super().__init__()
         self.pool = TailPool(LAYERS, WIDTH, mx.float32)
         self.tails: dict[int, list[int]] = {}
-        """What was written to each slot in use: a number per token."""
+        """Numbers written to each slot in use, one per token."""
         self.written = 0
 
     @rule()
@@ -70,7 +70,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
     @precondition(lambda self: any(self.tails.values()))
     @rule(which=st.integers(0, 10**6), kept=st.integers(0, 3))
     def seal(self, which: int, kept: int) -> None:
-        """Copy a tail out and begin it anew, with what stands behind the sealed tokens."""
+        """Copy a tail out, and move the tokens behind the sealed ones to its beginning."""
         slot = sorted(s for s in self.tails if self.tails[s])[
             which % sum(bool(tail) for tail in self.tails.values())
         ]
@@ -86,7 +86,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
         self.tails[slot] = tail[len(tail) - kept :]
 
     @invariant()
-    def what_was_written_is_there(self) -> None:
+    def slots_hold_the_written_numbers(self) -> None:
         assert self.pool.used == len(self.tails)
         if not self.tails:
             assert self.pool.nbytes == self.pool.slots == self.pool.capacity == 0

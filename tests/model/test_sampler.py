@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from glmd.ipc import SamplingParams
 from glmd.model.sampler import (
     History,
-    RowSampling,
     SamplingRow,
+    SequenceSampling,
     gumbel_of,
     noise_key,
     sample,
@@ -47,7 +47,7 @@ def _draw(
             for token, value in p.logit_bias.items():
                 dense[token] = value
             bias = mx.array(dense)
-        sampling = RowSampling(
+        sampling = SequenceSampling(
             params=p,
             key=noise_key(seed, index),
             bias=bias,
@@ -101,7 +101,7 @@ def test_draws_follow_the_documented_distribution(params: dict[str, Any]) -> Non
 
 
 def _adjusts(p: SamplingParams) -> bool:
-    return bool(p.logit_bias) or RowSampling(params=p, key=(0, 0)).penalised
+    return bool(p.logit_bias) or SequenceSampling(params=p, key=(0, 0)).penalised
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 8}, {"top_p": 0.999}])
@@ -224,9 +224,9 @@ def test_a_forced_token_is_chosen_whatever_the_parameters() -> None:
     worst = int(LOGITS.argmin())
     rows = [
         SamplingRow(
-            RowSampling(params=params, key=(i, 0)), 0, None, forced=worst if i % 2 else None
+            SequenceSampling(params=params, key=(i, 0)), 0, None, forced=worst if i % 2 else None
         )
-        for i, params in enumerate(p for p in KINDS if not RowSampling(p, (0, 0)).penalised)
+        for i, params in enumerate(p for p in KINDS if not SequenceSampling(p, (0, 0)).penalised)
     ]
     logits = mx.array(np.stack([LOGITS] * len(rows)))
     tokens = np.array(sample(logits, rows, mx.zeros(len(rows), mx.int32)).tokens)
@@ -243,11 +243,11 @@ def test_logprobs_are_those_of_the_models_own_distribution(count: int) -> None:
         {"repetition_penalty": 1.9, "logit_bias": {9: 30.0}, "temperature": 0.5},
     ):
         p = SamplingParams(logprobs=count, **params)  # type: ignore[arg-type]
-        spec = RowSampling(
+        spec = SequenceSampling(
             params=p, key=(3, 0), bias=mx.array(np.eye(VOCABULARY, dtype=np.float32)[9])
         )
         history = History(VOCABULARY, PROMPT, OUTPUT) if spec.penalised else None
-        silent = SamplingRow(RowSampling(params=SamplingParams(), key=(1, 1)), 0, None)
+        silent = SamplingRow(SequenceSampling(params=SamplingParams(), key=(1, 1)), 0, None)
         sampled = sample(
             mx.array(np.stack([LOGITS] * 2)),
             [silent, SamplingRow(spec, 5, history)],

@@ -32,7 +32,7 @@ from glmd.ipc import (
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel, load_model
-from glmd.model.sampler import History, RowSampling, SamplingRow, noise_key, sample
+from glmd.model.sampler import History, SamplingRow, SequenceSampling, noise_key, sample
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -240,7 +240,7 @@ def assert_true(
     bias = np.zeros(vocabulary, np.float32)
     for token, value in params.logit_bias.items():
         bias[token] = value
-    sampling = RowSampling(
+    sampling = SequenceSampling(
         params=params,
         key=noise_key(params.seed or 0, index),
         min_tokens=asked.min_tokens,

@@ -1,9 +1,8 @@
-"""Checkpoints of random weights, in the layout in which the model is published.
+"""Small checkpoints of random weights in the published layout, for tests and benchmarks.
 
-For tests and benchmarks: small, quick to make, the same for the same seed, and behaving like a
-model. Activations keep their size from layer to layer, the router's choices and the logits are
-well apart, and every constant that a wrong implementation may forget (norm weights, correction
-bias, theta) differs from the value at which it would not matter.
+Equal seeds give equal weights. Activations keep their size from layer to layer, router scores and
+logits are well separated, and constants that an implementation may forget (norm weights, correction
+bias, theta) have values that change the result.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ SPECIAL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
     "<|assistant|>", "<|observation|>",
 )  # fmt: skip
-"""Tokens of the published tokenizer that decoding with skip_special_tokens leaves out."""
+"""Tokens of the published tokenizer that skip_special_tokens skips."""
 
 ADDED_TOKENS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
 )  # fmt: skip
-"""Tokens that are added, but not special."""
+"""Added tokens that are not special."""
 
 _EOS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _BYTES = 256
@@ -78,7 +77,7 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": _BYTES + SPECIAL_TOKENS.index("<|endoftext|>"),
     "eos_token_id": [_BYTES + SPECIAL_TOKENS.index(token) for token in _EOS],
 }
-"""Every last dimension is a multiple of 64, so that every matrix can be quantised."""
+"""All last dimensions are multiples of 64, so that all matrices can be quantised."""
 
 
 def write_random_checkpoint(
@@ -90,24 +89,23 @@ def write_random_checkpoint(
     mtp_shares_vocabulary: bool = True,
     **config: Any,
 ) -> ModelConfig:
-    """Write a Hugging Face-layout checkpoint of random weights, with a byte-level tokenizer.
+    """Write a checkpoint of random weights in Hugging Face's layout, with a byte-level tokenizer.
 
-    Per-expert weights, `kv_b_proj` whole, the MTP layer under `model.layers.N` if
-    `num_nextn_predict_layers` is 1, and `e_score_correction_bias` in F32, as published.
+    As published: weights per expert, unsplit `kv_b_proj`, the MTP layer under `model.layers.N` if
+    `num_nextn_predict_layers` is 1, and `e_score_correction_bias` in F32.
 
     Args:
-        folder: is made; must not exist or be empty.
-        seed: equal seeds give equal weights; dtype and sharding do not change them (but for
-            rounding).
-        dtype: of all weights but the correction bias.
-        shards: the number of weight files; with more than one there is an index.
-        mtp_shares_vocabulary: the MTP layer's embedding and head equal the main model's to the
-            bit, as in the published model; else they are drawn anew.
-        config: entries of config.json instead of the small defaults; None removes one. The
-            tokenizer is left out when the vocabulary has no room for its 277 tokens.
+        folder: created; must not exist or be empty.
+        seed: determines the weights, up to rounding to `dtype`.
+        dtype: of all weights except the correction bias.
+        shards: number of weight files; more than one have an index.
+        mtp_shares_vocabulary: the MTP layer's embedding and head are bit-equal to the main
+            model's, as published; else they have values of their own.
+        config: entries of config.json that replace the defaults; None removes an entry. The
+            tokenizer is omitted if the vocabulary has no room for its 277 tokens.
 
     Returns:
-        The configuration, as read back.
+        the configuration, as read back.
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw = {k: v for k, v in {**_SMALL, "dtype": _DTYPE_NAMES[dtype], **config}.items()
@@ -135,10 +133,7 @@ def write_random_checkpoint(
 
 
 def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round float32 to the nearest bfloat16, ties to even; the bits, since numpy has no such type.
-
-    For finite values.
-    """
+    """Round finite float32 to the nearest bfloat16, ties to even; return its bits."""
     bits = values.view(np.uint32)
     return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
 
@@ -155,13 +150,13 @@ def _write_weights(
     dtype: str,
     shards: int,
 ) -> None:
-    """Write `weights`; a tensor named in `twins` gets the values of the other."""
+    """Write `weights`; `twins` maps tensors to those whose values they share."""
     specs: list[TensorSpec] = []
     makers: dict[str, Weight] = {}
     for weight in weights:
         for source in dict.fromkeys(weight.sources):
             if source in makers:
-                continue  # kv_b_proj, of which two arrays are made
+                continue  # kv_b_proj, the source of two arrays.
             makers[source] = weight
             kind = "F32" if weight.keeps_float32 else dtype
             specs.append(TensorSpec(source, kind, weight.source_shape))
@@ -184,7 +179,7 @@ def _write_weights(
 
 
 def _draw(weight: Weight, shape: Shape, name: str, seed: int) -> npt.NDArray[np.float32]:
-    """The values of one tensor depend on the seed and its name alone."""
+    """Draw the values of one tensor from the seed and its name."""
     rng = np.random.default_rng([seed, *name.encode()])
     values = rng.standard_normal(prod(shape), dtype=np.float32).reshape(shape)
     if weight.keeps_float32:
@@ -193,7 +188,7 @@ def _draw(weight: Weight, shape: Shape, name: str, seed: int) -> npt.NDArray[np.
         return 1 + values * np.float32(0.1)
     if weight.component is Component.EMBEDDING:
         return values
-    # Wider where a choice is made of the result, so that float errors do not turn it.
+    # Wider where the result selects something, so that rounding does not change the selection.
     gain = {Component.HEAD: 3.0, Component.ROUTER: 2.0}.get(weight.component, 1.0)
     return values * np.float32(gain / np.sqrt(shape[-1]))
 
@@ -205,7 +200,7 @@ def _split(specs: list[TensorSpec], parts: int) -> Iterator[list[TensorSpec]]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges: any text round-trips, one token per UTF-8 byte."""
+    """Write a byte-level BPE tokenizer without merges: one token per UTF-8 byte."""
     added = [
         {
             "id": _BYTES + i,
@@ -246,7 +241,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _byte_chars() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes, as tokenizers' ByteLevel uses them."""
+    """GPT-2's printable characters for the 256 bytes, as in tokenizers' ByteLevel."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(_BYTES) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

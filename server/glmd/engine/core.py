@@ -40,7 +40,7 @@ from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
 from glmd.model.mla import select_form
-from glmd.model.sampler import RowSampling, noise_key
+from glmd.model.sampler import SequenceSampling, noise_key
 from glmd.utils.memory import process_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -231,14 +231,14 @@ class Engine:
             for index in range(request.n)
         ]
 
-    def _row_sampling(self, request: EngineRequest, key: tuple[int, int]) -> RowSampling:
+    def _row_sampling(self, request: EngineRequest, key: tuple[int, int]) -> SequenceSampling:
         bias = None
         if request.sampling.logit_bias:
             dense = np.zeros(self.info.vocab_size, np.float32)
             for token, value in request.sampling.logit_bias.items():
                 dense[token] = value
             bias = mx.array(dense)
-        return RowSampling(
+        return SequenceSampling(
             params=request.sampling,
             key=key,
             min_tokens=request.min_tokens,

@@ -10,7 +10,7 @@ from glmd.engine.structured_output import GrammarState
 from glmd.ipc import CacheMatch, EngineRequest, TokenArray, unpack_tokens
 from glmd.kv_cache.node import Keys, Lease
 from glmd.kv_cache.segment import Segment
-from glmd.model.sampler import History, RowSampling
+from glmd.model.sampler import History, SequenceSampling
 
 NO_SLOT = -1
 
@@ -36,7 +36,7 @@ class Sequence:
         self,
         request: EngineRequest,
         index: int,
-        sampling: RowSampling,
+        sampling: SequenceSampling,
         limit: int,
         *,
         paired: bool = False,

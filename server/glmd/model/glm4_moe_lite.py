@@ -9,6 +9,7 @@ norms of the query and key-value latents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ class DecoderBlock:
         attn.kv_a_layernorm.eps = LATENT_NORM_EPS
         if attn.q_lora_rank is not None:
             attn.q_a_layernorm.eps = LATENT_NORM_EPS
-        run_mlp = _moe if isinstance(mlp, Glm4MoeLiteMoE) else _dense
+        run_mlp = partial(moe, mlp) if isinstance(mlp, Glm4MoeLiteMoE) else mlp
 
         def pre_attention(h: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions)
@@ -63,7 +64,7 @@ class DecoderBlock:
 
         def post_attention(h: mx.array, attended: mx.array) -> mx.array:
             h = h + attn.o_proj(attended)
-            return h + run_mlp(mlp, layer.post_attention_layernorm(h))
+            return h + run_mlp(layer.post_attention_layernorm(h))
 
         def compute_kv(h: mx.array, positions: mx.array) -> mx.array:
             return cache_vectors(attn, shape, layer.input_layernorm(h), positions)
@@ -111,12 +112,7 @@ class DecoderBlock:
         return self._post_attention(h, attended), kv
 
 
-def _dense(mlp: Any, x: mx.array) -> mx.array:
-    y: mx.array = mlp(x)
-    return y
-
-
-def _moe(mlp: Any, x: mx.array) -> mx.array:
+def moe(mlp: Any, x: mx.array) -> mx.array:
     """Weighted sum of the routed experts plus the shared expert: [N, hidden] → [N, hidden]."""
     gate = mlp.gate
     experts, scores = group_expert_select(

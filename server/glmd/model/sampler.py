@@ -31,7 +31,7 @@ _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class RowSampling:
+class SequenceSampling:
     """Sampling parameters of one sequence, prepared for use at every step.
 
     Attributes:
@@ -51,7 +51,7 @@ class RowSampling:
         p = self.params
         return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
-    def for_drafts(self) -> RowSampling:
+    def for_drafts(self) -> SequenceSampling:
         """These parameters without penalties and logprobs, which drafts do not need."""
         params = msgspec.structs.replace(
             self.params,
@@ -98,7 +98,7 @@ class History:
 class SamplingRow:
     """One row to sample."""
 
-    sampling: RowSampling
+    sampling: SequenceSampling
     generated: int
     """Number of known output tokens before this one."""
     history: History | None
