@@ -44,7 +44,6 @@ def test_published_config_is_read_from_file_or_folder() -> None:
     assert config.rope_theta == 1e6
     assert config.eos_token_ids == (154820, 154827, 154829)
     assert config.num_nextn_predict_layers == 1
-    assert config.qk_head_dim == 256
     assert config.quantization is None
     assert [config.is_dense(layer) for layer in (0, 1, 46)] == [True, False, False]
 

@@ -120,16 +120,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     mtp: MtpFile | None = None
     """None: no MTP file by glmd; the published layout may hold the layer in its main files."""
 
-    @property
-    def num_key_value_heads(self) -> int:
-        """Equal to the query heads: MLA expands one latent for all heads."""
-        return self.num_attention_heads
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query or key head, without and with RoPE."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
     def is_dense(self, layer: int) -> bool:
         """Whether a main layer has a dense MLP. The MTP layer has experts."""
         return layer < self.first_k_dense_replace
