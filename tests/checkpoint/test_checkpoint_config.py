@@ -1,4 +1,4 @@
-"""What config.json and generation_config.json are taken to say, and what is refused."""
+"""Reading config.json and generation_config.json, and refusing unsupported values."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_dense_layers_are_counted_from_mlp_layer_types(tmp_path: Path) -> None:
     )
 
 
-def test_normalise_fills_in_what_mlx_lm_reads_and_removes_nothing() -> None:
+def test_normalise_adds_the_keys_that_mlx_lm_reads_and_removes_none() -> None:
     raw = {"rope_parameters": {"rope_theta": 7.0}, "mlp_layer_types": ["dense", "dense", "sparse"]}
     assert normalise(raw) == raw | {"rope_theta": 7.0, "first_k_dense_replace": 2}
     assert normalise(REAL) == REAL
@@ -97,7 +97,7 @@ def test_eos_ids_of_both_files_are_joined(tmp_path: Path) -> None:
     assert "eos_token_id 154880 is outside" in _refusal(tmp_path, eos_token_id=154880)
 
 
-def test_other_model_types_are_named_beside_what_is_supported(tmp_path: Path) -> None:
+def test_an_unsupported_model_type_is_named_with_the_supported_one(tmp_path: Path) -> None:
     message = _refusal(tmp_path, model_type="glm4_moe")
     assert 'model_type is "glm4_moe"' in message
     assert "glm4_moe_lite" in message
@@ -126,9 +126,7 @@ def test_other_model_types_are_named_beside_what_is_supported(tmp_path: Path) ->
         ("quantization", {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(
-    tmp_path: Path, key: str, value: Any
-) -> None:
+def test_unsupported_settings_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     message = _refusal(tmp_path, **{key: value})
     said = {
         "quantization_config": "quantization_config.quant_method",
@@ -207,14 +205,14 @@ def _sampling(folder: Path, **said: Any) -> SamplingParams:
     return sampling_defaults(folder)
 
 
-def test_sampling_is_what_generation_config_says(tmp_path: Path) -> None:
+def test_sampling_defaults_come_from_generation_config(tmp_path: Path) -> None:
     said = _sampling(tmp_path, temperature=0.7, top_p=0.9, eos_token_id=3)
     assert said == SamplingParams(temperature=0.7, top_p=0.9)
     assert _sampling(tmp_path, **recommended_fields()) == RECOMMENDED
     assert _sampling(tmp_path, do_sample=False, temperature=0.7).temperature == 0
 
 
-def test_sampling_is_the_recommended_one_where_nothing_is_said(tmp_path: Path) -> None:
+def test_sampling_defaults_without_generation_config_are_the_recommended(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == RECOMMENDED
     assert _sampling(tmp_path, eos_token_id=3, top_p=None) == RECOMMENDED
     assert SamplingParams(temperature=0.2, top_k=50, top_p=0.95, min_p=0.01) == RECOMMENDED
@@ -230,6 +228,6 @@ def test_sampling_is_the_recommended_one_where_nothing_is_said(tmp_path: Path) -
         {"repetition_penalty": 0},
     ],
 )
-def test_senseless_sampling_is_refused_by_name(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_sampling_out_of_range_is_refused_by_name(tmp_path: Path, said: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=next(iter(said))):
         _sampling(tmp_path, **said)

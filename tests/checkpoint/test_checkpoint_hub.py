@@ -32,12 +32,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the hub serves, and which files it was asked for."""
+    """A stand-in for the hub, with the files that were requested."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     refuse: tuple[int, str] | None = None
     cut: str | None = None
-    """A file whose body breaks off half-way."""
+    """Send half of a file's body, then close the connection."""
     served: list[str] = field(default_factory=list)
 
 
@@ -148,7 +148,7 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
-def test_a_repository_comes_whole_with_its_mtp_file_and_template(published: Hub) -> None:
+def test_a_download_includes_the_mtp_file_and_the_template(published: Hub) -> None:
     folder = resolve_model(REPO)
     assert load_config(folder).num_hidden_layers == 3
     assert list_tensors(folder)
@@ -167,7 +167,7 @@ def test_a_downloaded_repository_serves_without_connection(
     assert resolve_model(REPO) == folder
 
 
-def test_a_whole_download_is_used_without_asking_the_hub_again(published: Hub) -> None:
+def test_a_complete_download_is_used_without_a_request_to_the_hub(published: Hub) -> None:
     folder = resolve_model(REPO)
     published.refuse = (500, "")
     assert resolve_model(REPO) == folder
@@ -188,7 +188,7 @@ def test_another_kind_of_model_is_refused_before_its_weights_come(published: Hub
         (401, "", "no accessible repository of that name"),
     ],
 )
-def test_a_repository_that_cannot_be_had_is_explained(
+def test_an_inaccessible_repository_is_explained(
     hub: Hub, status: int, code: str, message: str
 ) -> None:
     hub.refuse = (status, code)
@@ -234,7 +234,7 @@ def test_a_download_that_broke_off_is_explained_and_then_completed(
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "glm", "a/b/c", "bad id/x"])
-def test_what_is_neither_folder_nor_repository_is_explained(name: str) -> None:
+def test_a_name_of_neither_folder_nor_repository_is_explained(name: str) -> None:
     with pytest.raises(ModelNotFound, match="There is no folder"):
         resolve_model(name)
 

@@ -51,7 +51,7 @@ def _message(call: Callable[[], Any]) -> str:
     return error.value.message
 
 
-def test_the_reference_library_reads_what_is_written(file: Path) -> None:
+def test_the_reference_library_reads_written_files(file: Path) -> None:
     numpy = pytest.importorskip("safetensors.numpy")
     arrays = numpy.load_file(file)
     assert (arrays["a"] == A).all()
@@ -77,7 +77,7 @@ def test_headers_of_the_reference_library_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_writer_holds_the_caller_to_the_plan(tmp_path: Path) -> None:
+def test_writer_refuses_other_tensors_than_planned(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="expected a of 24 bytes, got b of 8"),
         TensorFileWriter(tmp_path / "1", SPECS) as writer,
@@ -141,7 +141,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert f"{gone}: missing" in _message(lambda: list_tensors(tmp_path))
 
 
-def test_a_shard_without_the_tensor_that_the_index_promises_is_named(tmp_path: Path) -> None:
+def test_a_shard_without_a_tensor_of_the_index_is_named(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, shards=2)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     index["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
@@ -171,7 +171,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     assert "no model*.safetensors (only pytorch_model.bin, which glmd does not read)" in message
 
 
-def test_tensors_are_held_against_the_config(file: Path) -> None:
+def test_tensors_are_compared_with_the_config(file: Path) -> None:
     tensors = read_header(file)
 
     def check(expected: dict[str, tuple[int, ...]], dtypes: frozenset[str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Conversion: what is written, and that others read it as meant."""
+"""Converted files, as mlx-lm, transformers and glmd read them."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def _by_recipe(path: str, module: nn.Module) -> dict[str, Any]:
     return {"group_size": 64, "bits": 5 if "switch_mlp" in path else 8, "mode": "affine"}
 
 
-def test_every_array_is_bit_for_bit_what_mlx_lm_would_make_of_the_source(
-    source: Path, converted: Path
-) -> None:
+def test_every_array_is_bit_equal_to_mlx_lms_conversion(source: Path, converted: Path) -> None:
     model, config = load_model(source)  # mlx-lm's own stacking, splitting and quantising
     quantized, _ = quantize_model(model, config, 64, 5, quant_predicate=_by_recipe)
     theirs = dict(tree_flatten(quantized.parameters()))
@@ -232,7 +230,7 @@ def test_mtp_layer_is_kept_in_a_file_that_plain_mlx_lm_ignores(converted: Path) 
     assert config.mtp.quantization["model.layers.3.mlp.switch_mlp.up_proj"] == QuantizedAs(5)
 
 
-def test_mtp_arrays_are_those_of_the_source(source: Path, converted: Path) -> None:
+def test_mtp_arrays_equal_the_source(source: Path, converted: Path) -> None:
     arrays = mx.load(str(converted / "mtp.safetensors"))
     theirs = _arrays(source)
     prefix = "model.layers.3"
@@ -254,7 +252,7 @@ def test_mtp_arrays_are_those_of_the_source(source: Path, converted: Path) -> No
     assert mx.allclose(whole(f"{prefix}.self_attn.unembed_out", 8), by_head[:, 64:], **close)
 
 
-def test_mtp_vocabulary_is_left_out_only_where_it_equals_the_main_one(
+def test_mtp_vocabulary_is_omitted_only_if_it_equals_the_main_models(
     converted: Path, tmp_path: Path
 ) -> None:
     mtp = load_config(converted).mtp
@@ -302,7 +300,7 @@ def test_mtp_layer_can_be_added_to_files_made_without(
         add_mtp(source, tmp_path / "out", MIXED)
 
 
-def test_mtp_layer_can_be_added_to_what_mlx_lm_converted(source: Path, tmp_path: Path) -> None:
+def test_mtp_layer_can_be_added_to_files_of_mlx_lm(source: Path, tmp_path: Path) -> None:
     model, config = load_model(source)
     model, config = quantize_model(model, config, 64, 5, quant_predicate=_by_recipe)
     save_model(tmp_path, model)

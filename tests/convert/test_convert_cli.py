@@ -75,12 +75,12 @@ def test_convert_then_inspect_agree_on_the_bytes(source: Path, tmp_path: Path) -
     assert "exactly what config.json implies" in _glmd("inspect", tmp_path / "out")
 
 
-def test_inspect_tells_when_files_and_config_disagree(tmp_path: Path) -> None:
+def test_inspect_reports_a_difference_between_files_and_config(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "in", dtype="F32")
     assert "where config.json implies 2,013,760" in _glmd("inspect", tmp_path / "in")
 
 
-def test_recipe_and_mtp_flags_are_honoured(source: Path, tmp_path: Path) -> None:
+def test_recipe_and_mtp_flags_take_effect(source: Path, tmp_path: Path) -> None:
     _glmd("convert", source, tmp_path / "out", "--recipe", "uniform-4", "--no-mtp")
     config = load_config(tmp_path / "out")
     assert config.quantization is not None
@@ -91,7 +91,7 @@ def test_recipe_and_mtp_flags_are_honoured(source: Path, tmp_path: Path) -> None
     assert load_config(tmp_path / "out").mtp is not None
 
 
-def test_mistakes_are_answered_before_anything_is_fetched_or_written(
+def test_wrong_arguments_are_refused_before_anything_is_downloaded_or_written(
     source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match="did you mean mixed-8-5"):

@@ -159,7 +159,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight is I16, not BF16 or F16 or F32" in message
 
 
-def test_what_is_converted_already_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_is_refused_as_source(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "mlx", MIXED)
     message = _refusal(tmp_path / "mlx", tmp_path / "out").message
     assert "is quantised already" in message
@@ -167,7 +167,7 @@ def test_what_is_converted_already_is_refused(source: Path, tmp_path: Path) -> N
     assert "in MLX's layout already" in _refusal(tmp_path / "plain", tmp_path / "out").message
 
 
-def test_a_shard_that_shrinks_meanwhile_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_truncated_during_conversion_is_named(source: Path, tmp_path: Path) -> None:
     def cut(done: int, total: int) -> None:
         os.truncate(source / SECOND, 5000)
 
@@ -196,7 +196,7 @@ def test_an_out_inside_the_source_is_refused(source: Path, tmp_path: Path) -> No
     assert "must not change" in _refusal(source, tmp_path / "link" / "out").message
 
 
-def test_a_disk_without_room_is_told_beforehand(
+def test_too_little_disk_space_is_reported_before_conversion(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_told_beforehand(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_disk_that_fills_up_meanwhile_is_told(
+def test_a_disk_that_fills_up_during_conversion_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.open

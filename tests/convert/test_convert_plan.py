@@ -104,7 +104,7 @@ def test_shards_keep_order_and_stay_below_the_limit(real: ModelConfig) -> None:
     assert tuple(p for part in shards for p in part) == plan.main
 
 
-def test_unknown_recipe_is_answered_with_the_nearest_name() -> None:
+def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(SettingsError, match=r'no recipe "mixed-5-8"; did you mean mixed-8-\d'):
         find_recipe("mixed-5-8")
     with pytest.raises(SettingsError, match="did you mean bf16"):

@@ -52,7 +52,7 @@ def golden_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @BOTH_FORMS
-def test_logits_are_those_that_transformers_gave(golden_folder: Path, expanded: bool) -> None:
+def test_logits_equal_those_stored_from_transformers(golden_folder: Path, expanded: bool) -> None:
     stored = np.load(golden.FILE)
     logits = one_shot_logits(load(golden_folder), stored["tokens"], expanded=expanded)
     assert stored["logits"].std() > 2

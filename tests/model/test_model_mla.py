@@ -65,7 +65,7 @@ def _reference(attn: Any, q: Floats, keys: Floats) -> Floats:
 
 @dataclass
 class Case:
-    """A step: what `attend` gets, and per row the keys that it must see."""
+    """A step: arguments of `attend`, and the keys that each row must see."""
 
     batch: ForwardBatch
     tails: TailPool

@@ -1,4 +1,4 @@
-"""Sampling: what is drawn follows the documented distribution, and depends on nothing else."""
+"""Sampled tokens follow the documented distribution and depend only on the row's own inputs."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_tokens_that_end_are_banned_before_min_tokens_and_only_then(params: dict
     assert np.isin(later, best).any()
 
 
-def test_a_forced_token_is_chosen_whatever_the_parameters() -> None:
+def test_a_forced_token_is_chosen_with_any_parameters() -> None:
     worst = int(LOGITS.argmin())
     rows = [
         SamplingRow(
@@ -235,7 +235,7 @@ def test_a_forced_token_is_chosen_whatever_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
-def test_logprobs_are_those_of_the_models_own_distribution(count: int) -> None:
+def test_logprobs_describe_the_models_distribution(count: int) -> None:
     exact = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum())
     for params in (
         {"temperature": 0.0},
@@ -281,7 +281,7 @@ def test_a_history_counts_the_output_and_sees_the_prompt() -> None:
     st.sampled_from([3, 50, 10**6]),
     st.sampled_from([0.0, 0.5, 0.999]),
 )
-def test_top_candidates_are_those_of_a_full_sort(
+def test_top_candidates_equal_a_full_sort(
     vocabulary: int, count: int, seed: int, distinct: int, masked: float
 ) -> None:
     rng = np.random.default_rng(seed)

@@ -75,7 +75,7 @@ class MtpFile(msgspec.Struct, frozen=True, kw_only=True):
     shares_embedding: bool
     """The layer uses the main model's embedding, which is bit-equal to its own."""
     shares_head: bool
-    """The layer uses the main model's `lm_head`, likewise."""
+    """The layer uses the main model's `lm_head`, which is bit-equal to its own."""
     quantization: dict[str, QuantizedAs]
     """By module path; other modules are not quantised."""
 

@@ -25,7 +25,7 @@ _COMPARE_WINDOW = 256
 
 
 class SegmentLike(Protocol):
-    """What the tree requires of a segment; see `glmd.kv_cache.segment.Segment`."""
+    """A segment as the tree uses it; see `glmd.kv_cache.segment.Segment`."""
 
     def __len__(self) -> int: ...
     @property

@@ -47,7 +47,7 @@ class DecoderBlock:
     """One decoder layer.
 
     Args:
-        layer: mlx-lm's decoder layer, whose weights must not change any more.
+        layer: mlx-lm's decoder layer. Its weights must not change afterwards.
         shape: dimensions of its attention.
     """
 

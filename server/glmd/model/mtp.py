@@ -55,7 +55,7 @@ class MTPLayer:
         index: of the layer in tails and segments.
         shape: dimensions of its attention.
         embed_tokens: the main model's embedding, used unless the layer has its own.
-        lm_head: the main model's head, likewise.
+        lm_head: the main model's head, used unless the layer has its own.
     """
 
     def __init__(
