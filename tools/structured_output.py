@@ -1,9 +1,9 @@
-"""Write the tables of docs/structured-output.md from a run: what of JSON schema is enforced.
+"""Write the keyword table of docs/structured-output.md from measurements.
 
-    python tools/structured_output.py            rewrite the tables
-    python tools/structured_output.py --check    fail if they are not current
+    python tools/structured_output.py            rewrite the table
+    python tools/structured_output.py --check    fail if the table is outdated
 
-Each example is compiled and followed blindly 30 times; what comes of it is checked by jsonschema.
+Each example is compiled, and jsonschema validates 30 random answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "server"), str(ROOT / "tests")]
 from grammars import answers, schema_matcher, validate  # noqa: E402
 
 from glmd.errors import InvalidRequest  # noqa: E402
-from glmd.structured_output.formats import ENFORCED, UNSUPPORTED  # noqa: E402
+from glmd.structured_output.scalars import FORMATS, UNSUPPORTED_FORMATS  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "structured-output.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -103,7 +103,7 @@ EXAMPLES: dict[str, list[Schema]] = {
 
 
 def outcome(schema: Schema) -> str:
-    """What becomes of a schema where strictness is asked for."""
+    """Return whether a strict schema is enforced, or its error."""
     try:
         matcher = schema_matcher(schema)
     except InvalidRequest as error:
@@ -123,11 +123,11 @@ def rows(examples: dict[str, list[Schema]]) -> Iterable[str]:
 
 
 def tables() -> str:
-    formats = [f"`{name}`" for name in ENFORCED]
-    for name in ENFORCED:
+    formats = [f"`{name}`" for name in FORMATS]
+    for name in FORMATS:
         assert outcome({"type": "string", "format": name}) == "enforced", name
-    refused = [f"`{name}`" for name in sorted(UNSUPPORTED)]
-    for name in UNSUPPORTED:
+    refused = [f"`{name}`" for name in sorted(UNSUPPORTED_FORMATS)]
+    for name in UNSUPPORTED_FORMATS:
         assert outcome({"type": "string", "format": name}).startswith("400"), name
     lines = [
         "",

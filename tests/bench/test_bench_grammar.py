@@ -14,7 +14,7 @@ from glmd.bench.checkpoints import write_talkative_checkpoint
 from glmd.bench.forms import RECORD, agent_tools, forms
 from glmd.bench.grammar import ROWS, bench_grammar
 from glmd.bench.report import compiling_table, grammar_table
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_form_is_followed_to_the_length_asked_for(checkpoint: Path) -> Non
 def test_all_of_the_agents_tools_can_be_enforced_strictly() -> None:
     structure = agent_tools("_x")
     assert len({rule.name for rule in structure.tools}) == 20
-    assert build(structure, TAGS).relaxed == ()
+    assert build_grammar(structure, TAGS).relaxed == ()
 
 
 def test_the_record_is_one_that_a_validator_knows() -> None:

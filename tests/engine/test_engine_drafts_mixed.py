@@ -26,7 +26,7 @@ from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
 from glmd.llm import LLM
 from glmd.model.loader import LoadedModel
 from glmd.structured_output import OutputSpec, Regex
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 
 
 @cache
@@ -56,7 +56,9 @@ def company(name: str) -> list[EngineRequest]:
         controls, prompt = CONTROLS, rng.integers(0, 250, 30).tolist()
     long = rng.integers(0, 250, 300).tolist()
     form = OutputSpec(Regex("[a-c]{2}( [0-9]+,){4,}", "p"))
-    guidance = GrammarSpec(grammar=build(form, SpecialTokens.find(controls, "tokenizer.json")).text)
+    guidance = GrammarSpec(
+        grammar=build_grammar(form, SpecialTokens.find(controls, "tokenizer.json")).text
+    )
     kinds: dict[str, dict[str, Any]] = {
         "greedy": {},
         "sampled": {"temperature": 2.0},

@@ -16,7 +16,7 @@ from tool_calls import PARAMETERS, calls_of, tool
 from glmd.chat.tokenizer import Tokenizer
 from glmd.ipc import EngineRequest, GrammarSpec
 from glmd.structured_output import JsonSchema, OutputSpec, Regex, make_structure
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 
 PROMPT = [CONTROLS["[gMASK]"], *b"Write something."]
 
@@ -28,7 +28,7 @@ CLOSING |= {ord(","): -1.0, TAGS.end_think: 4.0}
 @cache
 def guidance(structure_json: str, strict: bool = True) -> GrammarSpec:
     structure = OutputSpec(JsonSchema(json.loads(structure_json), "schema", strict=strict))
-    return GrammarSpec(grammar=build(structure, TAGS).text)
+    return GrammarSpec(grammar=build_grammar(structure, TAGS).text)
 
 
 def guided(schema: Any, *, after: tuple[int, ...] = ()) -> GrammarSpec:
@@ -37,7 +37,7 @@ def guided(schema: Any, *, after: tuple[int, ...] = ()) -> GrammarSpec:
 
 
 def regex(pattern: str, **fields: Any) -> GrammarSpec:
-    return GrammarSpec(grammar=build(OutputSpec(Regex(pattern, "p")), TAGS).text, **fields)
+    return GrammarSpec(grammar=build_grammar(OutputSpec(Regex(pattern, "p")), TAGS).text, **fields)
 
 
 def request(id: str, guidance: GrammarSpec | None, seed: int = 0, **fields: Any) -> EngineRequest:
@@ -95,7 +95,7 @@ def test_200_answers_hold_valid_calls_required_named_or_begun(
         ][number % 4]
         free = structure.calls == "free"
         each = GrammarSpec(
-            grammar=build(structure, TAGS).text,
+            grammar=build_grammar(structure, TAGS).text,
             after=(TAGS.tool_call,) if free else (TAGS.end_think,) if number % 8 < 4 else (),
             required=not free,
         )

@@ -17,7 +17,7 @@ from glmd.ipc import GrammarSpec, SamplingParams
 from glmd.model.sampler import SamplingRow, SequenceSampling, TokenMasks, noise_key, sample
 from glmd.structured_output import Choice, Grammar, JsonSchema, Regex
 from glmd.structured_output.backend import GrammarError
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 from glmd.structured_output.spec import AnswerFormat, OutputSpec
 
 VOCABULARY = 512
@@ -41,7 +41,7 @@ def start(
     required: bool = True,
 ) -> GrammarState:
     guidance = GrammarSpec(
-        grammar=build(OutputSpec(form), TAGS).text, after=after, required=required
+        grammar=build_grammar(OutputSpec(form), TAGS).text, after=after, required=required
     )
     return constraints.start(guidance, constraints.prepare(guidance).result())
 

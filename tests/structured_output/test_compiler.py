@@ -1,4 +1,4 @@
-"""Compiling on demand: cached, in a process of its own, and never longer than it may take."""
+"""GrammarCompiler: cached, in a worker process, and limited in time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psutil
 import pytest
 from grammars import CONTROLS, TAGS
 
@@ -13,6 +14,7 @@ from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
 from glmd.structured_output import (
+    Grammar,
     GrammarCompiler,
     JsonSchema,
     OutputSpec,
@@ -22,7 +24,10 @@ from glmd.structured_output import (
 )
 
 SLOW = {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}
-"""Within all limits but that of time: minutes."""
+"""Within all limits but that of time: takes minutes."""
+
+CHAIN = "start: r0\n" + "".join(f'r{i}: r{i + 1} "a"\n' for i in range(20_000)) + 'r20000: "b"'
+"""Overflows llguidance's stack and ends the process."""
 
 
 def run(task: Callable[[GrammarCompiler], Awaitable[None]], **options: Any) -> None:
@@ -40,11 +45,11 @@ def json_schema(schema: Any) -> OutputSpec:
     return OutputSpec(JsonSchema(schema, "guided_json"))
 
 
-def test_a_grammar_is_compiled_once_for_all_who_ask() -> None:
+def test_a_grammar_is_compiled_once_for_concurrent_and_later_requests() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         async def compile(name: str, *, in_reasoning: bool) -> GrammarSpec:
-            structure = json_schema({"type": "object", "properties": {name: {}}})
-            found = await compiler.compile(structure, in_reasoning=in_reasoning)
+            spec = json_schema({"type": "object", "properties": {name: {}}})
+            found = await compiler.compile(spec, in_reasoning=in_reasoning)
             assert found is not None
             return found
 
@@ -63,16 +68,16 @@ def test_a_grammar_is_compiled_once_for_all_who_ask() -> None:
     run(task)
 
 
-def test_where_anything_goes_there_is_no_grammar() -> None:
+def test_an_unconstrained_answer_has_no_grammar() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         loose = Tool("f", {}, {"type": "function", "function": {"name": "f"}})
-        for structure in (OutputSpec(), make_structure(None, [loose]), make_structure(None, [])):
-            assert await compiler.compile(structure, in_reasoning=True) is None
+        for spec in (OutputSpec(), make_structure(None, [loose]), make_structure(None, [])):
+            assert await compiler.compile(spec, in_reasoning=True) is None
 
     run(task)
 
 
-def test_calls_of_strict_tools_are_guided_from_where_they_begin() -> None:
+def test_the_grammar_of_free_calls_starts_after_the_first_tool_call_tag() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         strict = Tool("f", {}, {"type": "function", "function": {"name": "f"}}, strict=True)
         found = await compiler.compile(make_structure(None, [strict]), in_reasoning=True)
@@ -83,7 +88,7 @@ def test_calls_of_strict_tools_are_guided_from_where_they_begin() -> None:
     run(task)
 
 
-def test_what_takes_too_long_is_refused_and_harms_nobody_else() -> None:
+def test_a_grammar_over_the_time_limit_is_refused_and_others_compile() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         async def refused() -> str:
             with pytest.raises(InvalidRequest) as caught:
@@ -96,46 +101,42 @@ def test_what_takes_too_long_is_refused_and_harms_nobody_else() -> None:
         quick = await compiler.compile(json_schema({"type": "null"}), in_reasoning=False)
         assert quick is not None
         assert await slow == "guided_json takes more than 0.5 s to compile."
-        began = asyncio.get_running_loop().time()
+        start = asyncio.get_running_loop().time()
         await refused()
-        assert asyncio.get_running_loop().time() - began < 0.5, "the refusal was not remembered"
+        assert asyncio.get_running_loop().time() - start < 0.5, "the refusal is not cached"
 
     run(task, max_seconds=0.5)
 
 
-def test_a_worker_that_died_is_replaced() -> None:
+def test_a_dead_worker_is_replaced() -> None:
     async def task(compiler: GrammarCompiler) -> None:
         await compiler.compile(json_schema({"type": "null"}), in_reasoning=False)
-        worker = compiler._worker
-        assert worker is not None
+        (worker,) = (
+            child for child in psutil.Process().children() if "run_worker" in child.cmdline()[-1]
+        )
         worker.kill()
-        await worker.wait()
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.01)
         assert await compiler.compile(json_schema({"type": "string"}), in_reasoning=False)
 
     run(task)
 
 
-def test_a_structure_that_kills_the_worker_is_refused_and_the_next_one_is_not() -> None:
+def test_a_grammar_that_crashes_the_worker_is_refused_and_others_compile() -> None:
     async def task(compiler: GrammarCompiler) -> None:
-        await compiler.compile(json_schema({"type": "null"}), in_reasoning=False)
-        worker = compiler._worker
-        assert worker is not None
-        deadly = asyncio.create_task(compiler.compile(json_schema(SLOW), in_reasoning=False))
-        while not compiler._turn.locked():
-            await asyncio.sleep(0)
-        worker.kill()
+        crashing = OutputSpec(Grammar(CHAIN, "guided_grammar"))
         with pytest.raises(InvalidRequest, match="more than the grammar compiler can take"):
-            await deadly
+            await compiler.compile(crashing, in_reasoning=False)
         assert await compiler.compile(json_schema({"type": "string"}), in_reasoning=False)
 
     run(task, max_seconds=60)
 
 
-def test_a_client_that_leaves_does_not_take_the_grammar_from_another() -> None:
+def test_a_client_that_disconnects_does_not_cancel_the_grammar_of_another() -> None:
     async def task(compiler: GrammarCompiler) -> None:
-        structure = json_schema({"type": "boolean"})
-        leaving = asyncio.create_task(compiler.compile(structure, in_reasoning=False))
-        staying = asyncio.create_task(compiler.compile(structure, in_reasoning=False))
+        spec = json_schema({"type": "boolean"})
+        leaving = asyncio.create_task(compiler.compile(spec, in_reasoning=False))
+        staying = asyncio.create_task(compiler.compile(spec, in_reasoning=False))
         await asyncio.sleep(0)
         leaving.cancel()
         assert await staying is not None
@@ -144,10 +145,12 @@ def test_a_client_that_leaves_does_not_take_the_grammar_from_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("structure", "param", "words"),
+    ("spec", "param", "words"),
     [
         (json_schema({"not": {}}), "guided_json.not", "cannot be enforced"),
         (json_schema({"x": "\ud800"}), "guided_json", "surrogate"),
+        (json_schema({"const": float("nan")}), "guided_json", "NaN"),
+        (json_schema({"const": 10**30}), "guided_json.const", "doubles cannot hold"),
         (json_schema({"x": "y" * (2 << 20)}), "guided_json", "larger than 1 MiB"),
         (
             json_schema({"allOf": [{"type": "null"}, {"type": "string"}]}),
@@ -168,10 +171,10 @@ def test_a_client_that_leaves_does_not_take_the_grammar_from_another() -> None:
         ),
     ],
 )
-def test_refusals_name_the_field(structure: OutputSpec, param: str, words: str) -> None:
+def test_refusals_name_the_field(spec: OutputSpec, param: str, words: str) -> None:
     async def task(compiler: GrammarCompiler) -> None:
         with pytest.raises(InvalidRequest, match=words) as caught:
-            await compiler.compile(structure, in_reasoning=False)
+            await compiler.compile(spec, in_reasoning=False)
         assert caught.value.param == param
 
     run(task)

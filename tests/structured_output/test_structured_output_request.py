@@ -1,4 +1,4 @@
-"""What clients write to have structure enforced, and how they are told what is wrong with it."""
+"""Output constraints in requests: how they are read, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_response_formats_are_read(raw: Any, expected: Any) -> None:
     assert read_response_format(raw) == expected
 
 
-def test_other_apis_have_the_schema_in_the_format_itself() -> None:
+def test_a_flat_format_contains_the_schema_itself() -> None:
     raw = {"type": "json_schema", "name": "n", "schema": SCHEMA}
     for strict in (True, False):
         found = read_response_format(raw, "format", flat=True, strict=strict)
@@ -66,7 +66,7 @@ def test_other_apis_have_the_schema_in_the_format_itself() -> None:
         ),
     ],
 )
-def test_a_malformed_response_format_is_refused_by_field(raw: Any, param: str) -> None:
+def test_a_malformed_response_format_is_refused_with_its_path(raw: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_response_format(raw)
     assert caught.value.param == param
@@ -113,23 +113,25 @@ def test_guided_fields_are_read(fields: dict[str, Any], expected: Any) -> None:
         ({"guided_json": SCHEMA, "guided_regex": "x"}, "guided_regex"),
     ],
 )
-def test_malformed_guided_fields_are_refused_by_field(fields: dict[str, Any], param: str) -> None:
+def test_malformed_guided_fields_are_refused_with_their_path(
+    fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_guided(fields)
     assert caught.value.param == param
 
 
-def test_one_answer_cannot_have_two_forms() -> None:
+def test_two_formats_are_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         only_format(JsonObject(), None, Regex("x", "guided_regex"))
     assert caught.value.param == "guided_regex"
     assert only_format(None, JsonObject()) == JsonObject()
 
 
-def test_tools_that_may_be_called_but_are_not_strict_constrain_nothing() -> None:
-    structure = make_structure(None, [Tool("f", {}, {"function": {"name": "f"}})])
-    assert structure.calls == "free"
-    assert not any(tool.enforced for tool in structure.tools)
+def test_optional_calls_of_tools_that_are_not_strict_are_not_enforced() -> None:
+    spec = make_structure(None, [Tool("f", {}, {"function": {"name": "f"}})])
+    assert spec.calls == "free"
+    assert not any(tool.enforced for tool in spec.tools)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,9 @@ def test_tools_that_may_be_called_but_are_not_strict_constrain_nothing() -> None
         (JsonObject(), ["{}", '{"a": [1, null]}'], ["[]", "1", '{"a": }']),
     ],
 )
-def test_forms_mean_what_they_say(form: Any, right: list[str], wrong: list[str]) -> None:
+def test_grammars_accept_exactly_their_format(
+    form: Any, right: list[str], wrong: list[str]
+) -> None:
     matcher = matcher_of(form)
     for text in right:
         assert accepts(matcher, text), text
@@ -151,7 +155,7 @@ def test_forms_mean_what_they_say(form: Any, right: list[str], wrong: list[str])
         assert not accepts(matcher, text), text
 
 
-def test_a_grammar_that_drafts_would_break_is_refused() -> None:
+def test_lexeme_options_that_drafts_would_break_are_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         matcher_of(Grammar("start: a\na[max_tokens=3]: /x*/", "guided_grammar"))
     assert caught.value.param == "guided_grammar"

@@ -1,4 +1,4 @@
-"""Tool calls: what the grammar lets through, the parser reads as valid arguments."""
+"""Grammars of tool calls: the tool parser reads all accepted calls as valid arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tool_calls import PARAMETERS, Calls, calls_of, tool
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 from glmd.structured_output.request import make_structure
 from glmd.structured_output.spec import JsonSchema, OutputSpec
 
@@ -28,16 +28,16 @@ OBSERVATION, USER = CONTROLS["<|observation|>"], CONTROLS["<|user|>"]
 
 
 def walked_calls(
-    tokenizer: Tokenizer, structure: OutputSpec, tools: Sequence[Tool], count: int, seed: int = 0
+    tokenizer: Tokenizer, spec: OutputSpec, tools: Sequence[Tool], count: int, seed: int = 0
 ) -> list[Calls]:
-    matcher = matcher_of(structure)
+    matcher = matcher_of(spec)
     rng = np.random.default_rng(seed)
     walks = (walk(matcher, rng) for _ in range(count))
     return [calls_of(tokenizer, tokens, tools) for tokens in walks if tokens is not None]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_arguments_written_blindly_are_valid(tokenizer: Tokenizer, name: str) -> None:
+def test_random_arguments_are_valid(tokenizer: Tokenizer, name: str) -> None:
     tools = [tool(name, PARAMETERS[name], strict=True)]
     found = walked_calls(tokenizer, make_structure(None, tools, required=True), tools, 12)
     assert found
@@ -48,12 +48,10 @@ def test_arguments_written_blindly_are_valid(tokenizer: Tokenizer, name: str) ->
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_200_answers_of_many_tools_hold_valid_calls_only(
-    tokenizer: Tokenizer, parallel: bool
-) -> None:
+def test_200_random_answers_contain_only_valid_calls(tokenizer: Tokenizer, parallel: bool) -> None:
     tools = [tool(name, schema) for name, schema in PARAMETERS.items()]
-    structure = make_structure(None, tools, required=True, parallel=parallel)
-    found = walked_calls(tokenizer, structure, tools, 100)
+    spec = make_structure(None, tools, required=True, parallel=parallel)
+    found = walked_calls(tokenizer, spec, tools, 100)
     assert len(found) == 100
     assert parallel == any(len(calls) > 1 for calls in found)
     for calls in found:
@@ -61,14 +59,14 @@ def test_200_answers_of_many_tools_hold_valid_calls_only(
             validate(arguments, PARAMETERS[name])
 
 
-def test_a_named_tool_is_the_only_one_called(tokenizer: Tokenizer) -> None:
+def test_only_a_named_tool_is_called(tokenizer: Tokenizer) -> None:
     tools = [tool("get", obj({"a": INTEGER})), tool("get_all", obj({"b": INTEGER}))]
-    structure = make_structure(None, tools, named="get")
-    names = {name for calls in walked_calls(tokenizer, structure, tools, 20) for name, _ in calls}
+    spec = make_structure(None, tools, named="get")
+    names = {name for calls in walked_calls(tokenizer, spec, tools, 20) for name, _ in calls}
     assert names == {"get"}
 
 
-def test_a_tool_that_is_not_offered_cannot_be_named() -> None:
+def test_a_named_tool_must_be_offered() -> None:
     with pytest.raises(InvalidRequest) as caught:
         make_structure(None, [tool("get", {})], named="put")
     assert caught.value.param == "tool_choice"
@@ -85,7 +83,7 @@ def argument(name: str, value: str) -> tuple[int | str, ...]:
     return KEY, name, END_KEY, VALUE, value, END_VALUE
 
 
-def test_arguments_come_in_any_order_once_and_the_required_ones_all() -> None:
+def test_arguments_come_in_any_order_each_once_and_all_required_ones() -> None:
     matcher = matcher_of(structure_of(f=obj({"a": STRING, "b": INTEGER, "c": INTEGER}, "a", "c")))
     a, b, c = argument("a", "x"), argument("b", "1"), argument("c", "2")
     for body in ((*a, *b, *c), (*c, *a), (*b, *c, *a)):
@@ -109,12 +107,12 @@ def test_arguments_come_in_any_order_once_and_the_required_ones_all() -> None:
         "\x00\x7f",
     ],
 )
-def test_a_string_may_hold_any_text(text: str) -> None:
+def test_a_string_may_contain_any_text(text: str) -> None:
     matcher = matcher_of(structure_of(f=obj({"s": STRING})))
     assert accepts(matcher, CALL, "f", *argument("s", text), END_CALL, OBSERVATION)
 
 
-def test_no_control_token_can_stand_inside_a_string() -> None:
+def test_a_string_contains_no_control_token() -> None:
     matcher = matcher_of(structure_of(f=obj({"s": STRING})))
     for id in set(CONTROLS.values()) - {END_VALUE}:
         assert not accepts(
@@ -152,7 +150,7 @@ def test_no_control_token_can_stand_inside_a_string() -> None:
         ({"enum": ["1", 2]}, ["1", "2"], ["3"]),
     ],
 )
-def test_text_that_would_be_read_as_another_type_is_left_out(
+def test_strings_exclude_text_that_is_read_as_another_type(
     schema: Schema, possible: list[str], impossible: list[str]
 ) -> None:
     matcher = matcher_of(structure_of(f=obj({"v": schema})))
@@ -162,7 +160,7 @@ def test_text_that_would_be_read_as_another_type_is_left_out(
         assert not accepts(matcher, CALL, "f", *argument("v", text), END_CALL, OBSERVATION), text
 
 
-def test_undeclared_arguments_need_to_be_allowed() -> None:
+def test_undeclared_arguments_must_be_allowed() -> None:
     opened = obj({"a": INTEGER}) | {"additionalProperties": True}
     extra = (CALL, "f", *argument("a", "1"), *argument("b", "x"), END_CALL, OBSERVATION)
     again = (CALL, "f", *argument("a", "1"), *argument("a", "x"), END_CALL, OBSERVATION)
@@ -177,7 +175,7 @@ def test_undeclared_arguments_need_to_be_allowed() -> None:
     assert not accepts(matcher({"type": "object", "properties": {"a": INTEGER}}), *extra)
 
 
-def test_an_answer_after_calls_ends_with_observation_only() -> None:
+def test_calls_end_with_the_observation_token() -> None:
     matcher = matcher_of(structure_of(f=obj({})))
     call = (CALL, "f", END_CALL)
     assert accepts(matcher, *call, OBSERVATION)
@@ -187,11 +185,11 @@ def test_an_answer_after_calls_ends_with_observation_only() -> None:
     assert not accepts(matcher, *call, "text")
 
 
-def test_a_strict_tool_is_held_to_its_schema_once_a_call_begins_others_are_free() -> None:
+def test_free_calls_of_strict_tools_follow_their_schema_and_others_do_not() -> None:
     tools = [tool("strict", obj({"n": INTEGER}), strict=True), tool("loose", obj({"n": INTEGER}))]
-    structure = make_structure(None, tools)
-    assert structure.calls == "free"
-    matcher = matcher_of(structure)
+    spec = make_structure(None, tools)
+    assert spec.calls == "free"
+    matcher = matcher_of(spec)
     assert accepts(matcher, "strict", *argument("n", "1"), END_CALL, OBSERVATION)
     assert not accepts(matcher, "strict", *argument("n", "x"), END_CALL, OBSERVATION)
     assert accepts(
@@ -203,7 +201,7 @@ def test_a_strict_tool_is_held_to_its_schema_once_a_call_begins_others_are_free(
     assert not accepts(matcher, "other", END_CALL, OBSERVATION)
 
 
-def test_with_a_format_the_answer_is_the_one_or_calls() -> None:
+def test_an_answer_with_format_and_tools_is_content_or_calls() -> None:
     form = JsonSchema(obj({"a": INTEGER}), "schema")
     matcher = matcher_of(make_structure(form, [tool("f", obj({"n": INTEGER}))]))
     assert accepts(matcher, '{"a": 1}')
@@ -213,7 +211,7 @@ def test_with_a_format_the_answer_is_the_one_or_calls() -> None:
     assert not accepts(matcher, "text")
 
 
-TOO_INVOLVED = {
+TOO_COMPLEX = {
     "allOf": [
         {"anyOf": [{"type": "string", "pattern": f"{letter}{digit}"} for digit in range(5)]}
         for letter in "abc"
@@ -226,23 +224,23 @@ TOO_INVOLVED = {
     [
         (obj({"a": {"not": {}}}), ".properties.a.not"),
         (obj({"a": INTEGER}) | {"minProperties": 1, "required": []}, ".minProperties"),
-        (obj({"a": TOO_INVOLVED}), ".properties.a"),
+        (obj({"a": TOO_COMPLEX}), ".properties.a"),
         (obj({" a": INTEGER}), ""),
     ],
 )
-def test_a_strict_tool_with_what_cannot_be_enforced_is_refused_another_is_not(
+def test_unsupported_keywords_are_refused_for_strict_tools_and_dropped_for_others(
     parameters: Schema, keyword: str
 ) -> None:
     param = f"tools[0].function.parameters{keyword}"
 
-    def structure(*, strict: bool) -> OutputSpec:
+    def spec(*, strict: bool) -> OutputSpec:
         return make_structure(None, [tool("f", parameters, strict=strict)], required=True)
 
     with pytest.raises(InvalidRequest) as caught:
-        build(structure(strict=True), TAGS)
+        build_grammar(spec(strict=True), TAGS)
     assert caught.value.param == param
-    assert build(structure(strict=False), TAGS).relaxed == (param,)
-    matcher_of(structure(strict=False))
+    assert build_grammar(spec(strict=False), TAGS).relaxed == (param,)
+    matcher_of(spec(strict=False))
 
 
 # -- random unions ------------------------------------------------------------------------
@@ -275,19 +273,19 @@ values = st.one_of(
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from("abc"), values, min_size=1), branches, st.integers(0, 2**32))
-def test_random_tools_are_refused_or_called_validly(
+def test_random_tools_are_refused_or_called_with_valid_arguments(
     tokenizer: Tokenizer, properties: Schema, shared: Schema, seed: int
 ) -> None:
     if "$ref" in shared:
         shared = {"type": ["null", "string"]}
     parameters = obj(properties) | {"$defs": {"shared": shared}}
     tools = [tool("f", parameters, strict=True)]
-    structure = make_structure(None, tools, required=True, parallel=False)
+    spec = make_structure(None, tools, required=True, parallel=False)
     try:
-        build(structure, TAGS)
+        build_grammar(spec, TAGS)
     except InvalidRequest:
         return
-    for calls in walked_calls(tokenizer, structure, tools, 4, seed):
+    for calls in walked_calls(tokenizer, spec, tools, 4, seed):
         for _, arguments in calls:
             assert json.loads(arguments).keys() == properties.keys()
             validate(arguments, parameters)

@@ -1,4 +1,4 @@
-"""Random walks through grammars, for tests: a model that knows nothing and chooses blindly."""
+"""Random answers from grammars, for tests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llguidance import LLMatcher
 from glmd.bench.random_checkpoint import ADDED_TOKENS, SPECIAL_TOKENS
 from glmd.chat.special_tokens import SpecialTokens
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 from glmd.structured_output.spec import AnswerFormat, JsonSchema, OutputSpec
 
 CONTROLS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
-"""The ids that random checkpoints have."""
+"""Ids of control tokens in random checkpoints."""
 NAMES = {id: name for name, id in CONTROLS.items()}
 END_IDS = [CONTROLS[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")]
 TAGS = SpecialTokens.find(CONTROLS, "tokenizer.json")
@@ -25,7 +25,7 @@ WORDS = -(-TOKENIZER.vocab_size // 32)
 
 
 def _weights() -> np.ndarray:
-    """Likelihoods that make strings, numbers and arrays end."""
+    """Return likelihoods of tokens, such that strings, numbers and arrays end soon."""
     weights = np.full(TOKENIZER.vocab_size, 0.15)
     for characters, weight in ((b"0123456789,", 2), (b" \n\t", 0.3), (b'"]}', 8), (b"\\", 1)):
         weights[list(characters)] = weight
@@ -37,9 +37,10 @@ def _weights() -> np.ndarray:
 WEIGHTS = _weights()
 
 
-def matcher_of(structure: OutputSpec | AnswerFormat) -> LLMatcher:
-    whole = structure if isinstance(structure, OutputSpec) else OutputSpec(structure)
-    return make_matcher(TOKENIZER, build(whole, TAGS).text)
+def matcher_of(spec: OutputSpec | AnswerFormat) -> LLMatcher:
+    if not isinstance(spec, OutputSpec):
+        spec = OutputSpec(spec)
+    return make_matcher(TOKENIZER, build_grammar(spec, TAGS).text)
 
 
 def schema_matcher(schema: dict | bool, *, strict: bool = True) -> LLMatcher:
@@ -47,7 +48,7 @@ def schema_matcher(schema: dict | bool, *, strict: bool = True) -> LLMatcher:
 
 
 def allowed(matcher: LLMatcher) -> np.ndarray:
-    """The ids that may come next."""
+    """Return the ids that may come next."""
     mask = np.zeros(WORDS, np.uint32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     assert not matcher.is_error(), matcher.get_error()
@@ -55,7 +56,7 @@ def allowed(matcher: LLMatcher) -> np.ndarray:
 
 
 def walk(matcher: LLMatcher, rng: np.random.Generator, limit: int = 3000) -> list[int] | None:
-    """Tokens from the grammar's beginning to an end token; None if it goes on beyond `limit`."""
+    """Return random tokens up to an end token; None if there is no end within `limit` tokens."""
     matcher = matcher.deep_copy()
     tokens: list[int] = []
     while len(tokens) < limit:
@@ -72,13 +73,13 @@ def walk(matcher: LLMatcher, rng: np.random.Generator, limit: int = 3000) -> lis
 
 
 def text_of(tokens: list[int]) -> str:
-    """The text of an answer: all its tokens are text but the last, an end token."""
+    """Return the text of tokens that are bytes, except for the last, an end token."""
     assert tokens[-1] in END_IDS
     return bytes(tokens[:-1]).decode()
 
 
 def answers(matcher: LLMatcher, count: int, seed: int = 0) -> Iterator[str]:
-    """Up to `count` answers: those of the walks that come to an end."""
+    """Yield the answers of `count` walks that reach an end."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         tokens = walk(matcher, rng)
@@ -92,7 +93,7 @@ def validate(text: str, schema: dict | bool) -> None:
 
 
 def accepts(matcher: LLMatcher, *tokens: str | int) -> bool:
-    """Whether the texts and ids, one after the other, are a whole answer."""
+    """Return whether texts and token ids, concatenated, are a complete answer."""
     copy = matcher.deep_copy()
     ids = [id for each in tokens for id in ([each] if isinstance(each, int) else each.encode())]
     return all(map(copy.consume_token, ids)) and copy.is_accepting()

@@ -1,4 +1,4 @@
-"""Schemas of growing difficulty, in the manner of JSONSchemaBench."""
+"""JSON schemas of growing difficulty, in the manner of JSONSchemaBench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Schema = dict[str, Any]
 
 
 def obj(properties: Schema, *required: str, **more: Any) -> Schema:
-    """An object; all properties are required if none is named."""
+    """Return an object schema; all properties are required if none is named."""
     return {
         "type": "object",
         "properties": properties,

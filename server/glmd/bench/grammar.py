@@ -28,7 +28,7 @@ from glmd.checkpoint.config import load_config
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words
 from glmd.ipc import GrammarSpec
-from glmd.structured_output.build import build
+from glmd.structured_output.compiler import build_grammar
 
 ROWS = 16
 TARGET = 0.9
@@ -156,7 +156,7 @@ def bench_grammar(
     speeds = []
     for name, structure in forms().items():
         if only in name:
-            held = _Held(glmd, folder, GrammarSpec(grammar=build(structure, tags).text))
+            held = _Held(glmd, folder, GrammarSpec(grammar=build_grammar(structure, tags).text))
             speeds.append(_speed(name, free, held, workload, repeat, on_progress))
     on_progress("compiling an agent's 20 tools")
     return GrammarReport(ROWS, tokens, speeds, compile_times(folder, agent_tools, repeat))

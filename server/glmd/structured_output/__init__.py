@@ -1,7 +1,7 @@
-"""Guaranteed structure: what an answer has to be, as a grammar for the engine.
+"""Structured output: constraints on answers, and their grammars.
 
-`read` maps what clients write to an `OutputSpec`; `GrammarCompiler` turns that into the
-`GrammarSpec` of a request to the engine. docs/structured-output.md says what is enforced.
+`request` reads what clients write into an `OutputSpec`; `GrammarCompiler` compiles the spec to the
+`GrammarSpec` of an engine request. docs/structured-output.md says what is enforced.
 """
 
 from glmd.structured_output.compiler import GrammarCompiler

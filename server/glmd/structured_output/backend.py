@@ -1,4 +1,4 @@
-"""llguidance as glmd uses it, the same in the process that checks grammars and in the engine."""
+"""llguidance tokenizers and matchers, the same in the grammar worker and in the engine."""
 
 from __future__ import annotations
 
@@ -14,39 +14,38 @@ LIMITS = LLParserLimits(
     # After `{` an object of 1,000 optional properties has 4,000 items; the default is 2,000.
     max_items_in_row=8_000,
     initial_lexer_fuel=1_000_000,
-    # What one mask may cost: about 14 ms of lexing and 5 ms of parsing.
+    # One mask: about 14 ms of lexing and 5 ms of parsing at most.
     step_lexer_fuel=200_000,
     step_max_items=100_000,
-    # 1 to 2 kB each.
+    # 1 kB to 2 kB each.
     max_lexer_states=50_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Per grammar, so that one request can slow down neither a step nor the machine."""
-
+"""Limits of one grammar, so that one request can slow down neither a step nor the machine."""
 
 _UNSPELLABLE = "\U0010fffe\U0010ffff"
-"""Before the names of control tokens, so that no text is one, not even text that must come next:
-llguidance has the tokenizer put that into tokens, and would find them in it."""
+"""Prefix of control tokens' names, so that no text spells one. llguidance tokenizes text that a
+grammar forces, and would otherwise find control tokens in such text."""
 
 
 class GrammarError(GlmdError):
-    """A grammar cannot be used: it is wrong, contradicts itself, or is beyond `LIMITS`."""
+    """A grammar is malformed, matches nothing, or exceeds `LIMITS`."""
 
 
 def load_tokenizer(folder: Path, vocab_size: int, end_ids: Sequence[int]) -> LLTokenizer:
-    """A checkpoint's vocabulary as grammars see it.
+    """Load a checkpoint's vocabulary for grammars.
 
-    Every added token is a control token there: a grammar reaches it by id alone (`<[154829]>`),
-    neither by name nor by text that spells the name. Where a grammar leaves but one text, masks
-    allow only the tokens into which the tokenizer itself would put it.
+    Every added token is a control token: a grammar names it by id (`<[154829]>`), and neither its
+    name nor text matches it. Where a grammar forces a text, masks allow only the tokens that the
+    tokenizer encodes the text to.
 
-    Takes a second or two, and 140 MB, for 150,000 tokens. Holds the GIL.
+    Takes 1 s to 2 s and 140 MB for 150,000 tokens, and holds the GIL.
 
     Args:
-        folder: holds tokenizer.json.
-        vocab_size: of the logits; ids beyond the tokenizer's are never allowed.
-        end_ids: ids that end a sequence, allowed where a grammar is fulfilled; at least one.
+        folder: contains tokenizer.json.
+        vocab_size: number of logits; ids beyond the tokenizer's are never allowed.
+        end_ids: ids that end a sequence, allowed where a grammar is complete; at least one.
 
     Raises:
         CheckpointError: the tokenizer is missing or damaged.
@@ -70,7 +69,7 @@ def load_tokenizer(folder: Path, vocab_size: int, end_ids: Sequence[int]) -> LLT
 
 
 class _Bytes:
-    """What `TokenizerWrapper` asks of a tokenizer; one token per byte of text."""
+    """Tokenizer for `TokenizerWrapper` with one token per byte of text."""
 
     bos_token_id = None
 
@@ -90,21 +89,21 @@ class _Bytes:
 
 
 def byte_tokenizer(controls: Mapping[str, int], end_ids: Sequence[int]) -> LLTokenizer:
-    """A stand-in to check grammars with: a checkpoint's control tokens, and single bytes.
+    """Return a tokenizer to check grammars with: control tokens and single bytes.
 
     Args:
-        controls: ids by name.
+        controls: ids of control tokens by name.
     """
     return LLTokenizer(TokenizerWrapper(_Bytes(controls, end_ids[0])), eos_token=list(end_ids))
 
 
 def make_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """Compile a grammar: milliseconds for common ones, seconds for some within `LIMITS`.
+    """Compile a grammar without holding the GIL.
 
-    Drops the GIL meanwhile.
+    Takes milliseconds for common grammars, and up to minutes for some within `LIMITS`.
 
     Raises:
-        GrammarError: says what is wrong, in llguidance's words.
+        GrammarError: with llguidance's message.
     """
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
     if matcher.is_error():

@@ -1,35 +1,92 @@
-"""Grammars on demand: off the event loop, within limits, and each compiled once."""
+"""Compile output specs to grammars, checked by llguidance in a process that can be killed.
+
+A process, because llguidance limits neither time nor stack: `multipleOf: 1000003` takes 5 s to
+18 s, and a Lark grammar of 4,000 chained rules (60 kB) overflows the stack, which ends the process.
+The engine compiles a grammar only after the worker has.
+
+Worker protocol, over stdin and stdout: JSON lines. The worker reads the tokenizer's control tokens,
+answers an empty line, and then answers each `OutputSpec` with `CompiledGrammar` or `Refusal`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import Any
+
+import msgspec
+from llguidance import LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from glmd.chat.special_tokens import SpecialTokens
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
-from glmd.structured_output.protocol import Answer, Compiled, Refused, Setup, decode_answer, encode
-from glmd.structured_output.spec import OutputSpec
+from glmd.structured_output.backend import GrammarError, byte_tokenizer, make_matcher
+from glmd.structured_output.json_schema import JsonSchemaCompiler
+from glmd.structured_output.spec import (
+    AnswerFormat,
+    Choice,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    OutputSpec,
+    Regex,
+)
+from glmd.structured_output.string_terminals import quote
+from glmd.structured_output.tool_grammar import CallGrammar
 from glmd.utils.lru import LRUCache
 
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 2.0
-"""For one grammar. An agent's 20 tools take 0.03 s."""
+"""Compile time of one grammar. An agent's 20 tools take 0.02 s."""
 MAX_BYTES = 1 << 20
-"""Of schemas and tools, as msgpack."""
+"""Size of an output spec (schemas and tools) as JSON."""
 CACHE_BYTES = 16 << 20
+
+_MAX_LINE = 64 << 20
+_WORKER_STACK = 4 << 20
+"""Half of a thread's stack in the engine, so that a grammar which the worker survives is safe
+there."""
+
+_LEXEME_OPTION = re.compile(r"\[[^\]\n]*\b(max_tokens|temperature|stop)\s*=")
+
+
+class CompiledGrammar(msgspec.Struct, tag="compiled", frozen=True):
+    """A grammar in llguidance's JSON form.
+
+    Attributes:
+        relaxed: paths of schema keywords that the grammar does not enforce.
+    """
+
+    text: str
+    relaxed: tuple[str, ...]
+
+
+class Refusal(msgspec.Struct, tag="refused", frozen=True):
+    """An `InvalidRequest` that the worker raised."""
+
+    message: str
+    param: str | None
+    code: str | None = None
+
+
+_decode_spec = msgspec.json.Decoder(OutputSpec).decode
+_decode_result = msgspec.json.Decoder(CompiledGrammar | Refusal).decode
 
 
 class GrammarCompiler:
-    """Turns what answers have to be into grammars for the engine.
+    """Compiles grammars for one event loop: one at a time, within limits, and cached.
 
-    The work is done one request after the other by a process that is started when it is first
-    needed. For one event loop.
+    The worker process starts with the first grammar. It is killed when a grammar exceeds its time.
     """
 
     def __init__(
@@ -41,120 +98,119 @@ class GrammarCompiler:
     ) -> None:
         """
         Args:
-            controls: the tokenizer's control tokens, ids by name (`Tokenizer.controls`).
+            controls: ids of the tokenizer's control tokens by name (`Tokenizer.controls`).
         """
+        self._controls = dict(controls)
         self._tags = SpecialTokens.find(controls, "the tokenizer")
-        self._setup = encode(Setup(dict(controls)))
         self._max_seconds = max_seconds
-        self._known: LRUCache[bytes, Answer] = LRUCache(cache_bytes)
-        self._under_way: dict[bytes, asyncio.Task[Answer]] = {}
-        self._turn = asyncio.Lock()
+        self._cache: LRUCache[bytes, CompiledGrammar | Refusal] = LRUCache(cache_bytes)
+        self._running: dict[bytes, asyncio.Task[CompiledGrammar | Refusal]] = {}
+        self._lock = asyncio.Lock()
         self._worker: asyncio.subprocess.Process | None = None
 
-    async def compile(self, structure: OutputSpec, *, in_reasoning: bool) -> GrammarSpec | None:
-        """The grammar of an answer, or None if anything goes.
+    async def compile(self, spec: OutputSpec, *, in_reasoning: bool) -> GrammarSpec | None:
+        """Return the grammar of an answer, or None if the spec constrains nothing.
 
         Args:
-            in_reasoning: the answer begins inside `<think>`, where nothing is required.
+            in_reasoning: the answer begins inside `<think>`, where the grammar does not apply.
 
         Raises:
-            InvalidRequest: names the field or the keyword that is malformed, cannot be enforced,
-                or takes too long to compile.
+            InvalidRequest: a field or keyword is malformed, cannot be enforced, or takes too long
+                to compile; names the field.
         """
-        free = structure.calls == "free"
-        if structure.format is None and structure.calls == "none":
+        free = spec.calls == "free"
+        if spec.format is None and spec.calls == "none":
             return None
-        if free and not any(tool.enforced for tool in structure.tools):
+        if free and not any(tool.enforced for tool in spec.tools):
             return None
-        answer = await self._answer(structure)
-        if isinstance(answer, Refused):
-            raise InvalidRequest(answer.message, param=answer.param, code=answer.code)
+        result = await self._compile_once(spec)
+        if isinstance(result, Refusal):
+            raise InvalidRequest(result.message, param=result.param, code=result.code)
         after: tuple[int, ...] = (self._tags.end_think,) if in_reasoning else ()
         if free:
             after = (self._tags.tool_call,)
-        return GrammarSpec(grammar=answer.grammar, after=after, required=not free)
+        return GrammarSpec(grammar=result.text, after=after, required=not free)
 
     async def close(self) -> None:
-        """End the worker."""
-        for task in list(self._under_way.values()):
+        """Stop the worker."""
+        for task in list(self._running.values()):
             task.cancel()
-        await self._end_worker()
+        await self._kill_worker()
 
-    async def _answer(self, structure: OutputSpec) -> Answer:
-        try:
-            data = encode(structure)
-        except UnicodeEncodeError:
-            raise InvalidRequest(
-                f"{_param(structure)} holds half of a surrogate pair, which is no text.",
-                param=_param(structure),
-            ) from None
-        if len(data) > MAX_BYTES:
-            raise InvalidRequest(
-                f"{_param(structure)} is larger than {MAX_BYTES >> 20} MiB.",
-                param=_param(structure),
-            )
+    async def _compile_once(self, spec: OutputSpec) -> CompiledGrammar | Refusal:
+        """Return a cached result, or join or start a compilation."""
+        data = _encode(spec)
         key = blake2b(data, digest_size=16).digest()
-        known = self._known.get(key)
-        if known is not None:
-            return known
-        task = self._under_way.get(key)
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
+        task = self._running.get(key)
         if task is None:
-            task = asyncio.create_task(self._compile(structure, data))
-            self._under_way[key] = task
-            task.add_done_callback(lambda done: self._keep(key, done))
-        # Others may wait for it too, and the next request may ask for the same.
+            task = self._running[key] = asyncio.create_task(self._compile(spec, data))
+            task.add_done_callback(lambda done: self._store(key, done))
+        # A client that disconnects does not cancel the task: other clients may wait for its result.
         return await asyncio.shield(task)
 
-    def _keep(self, key: bytes, task: asyncio.Task[Answer]) -> None:
-        del self._under_way[key]
+    def _store(self, key: bytes, task: asyncio.Task[CompiledGrammar | Refusal]) -> None:
+        del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
-        answer = task.result()
-        text = answer.grammar if isinstance(answer, Compiled) else answer.message
-        self._known.put(key, answer, len(text))
+        result = task.result()
+        text = result.text if isinstance(result, CompiledGrammar) else result.message
+        self._cache.put(key, result, len(text))
 
-    async def _compile(self, structure: OutputSpec, data: bytes) -> Answer:
-        async with self._turn:
-            try:
-                answer: Answer = decode_answer(await self._ask(data))
-            except TimeoutError:
-                answer = _refusal(structure, f"takes more than {self._max_seconds:g} s to compile")
-            except (asyncio.IncompleteReadError, ConnectionError):
-                log.warning("The grammar worker ended over %s.", _param(structure))
-                answer = _refusal(structure, "is more than the grammar compiler can take")
-        if isinstance(answer, Compiled) and answer.relaxed:
-            log.info("Keywords not enforced: %s.", _count(answer.relaxed))
-        return answer
+    async def _compile(self, spec: OutputSpec, data: bytes) -> CompiledGrammar | Refusal:
+        param = _param(spec)
+        try:
+            async with self._lock:
+                try:
+                    answer = await self._ask_worker(data)
+                except ConnectionError:  # it may have been dead before, so try a new one
+                    answer = await self._ask_worker(data)
+        except TimeoutError:
+            return Refusal(f"{param} takes more than {self._max_seconds:g} s to compile.", param)
+        except (ConnectionError, ValueError):
+            log.warning("grammar worker failed: field=%s", param)
+            return Refusal(f"{param} is more than the grammar compiler can take.", param)
+        result: CompiledGrammar | Refusal = _decode_result(answer)
+        if isinstance(result, CompiledGrammar) and result.relaxed:
+            log.info("schema keywords not enforced: %s", _count_by_field(result.relaxed))
+        return result
 
-    async def _ask(self, data: bytes) -> bytes:
-        """The worker's answer. If none comes, the worker ends."""
-        worker = await self._ready_worker()
+    async def _ask_worker(self, data: bytes) -> bytes:
+        """Return the worker's answer; kill the worker if there is none.
+
+        Raises:
+            TimeoutError: no answer came within `max_seconds`.
+            ConnectionError: the worker died.
+            ValueError: the answer is longer than `_MAX_LINE`.
+        """
+        worker = await self._start_worker()
         try:
             async with asyncio.timeout(self._max_seconds):
-                await _send(worker, data)
-                return await _receive(worker)
+                return await _ask(worker, data)
         except BaseException:
-            await self._end_worker()
+            await self._kill_worker()
             raise
 
-    async def _ready_worker(self) -> asyncio.subprocess.Process:
-        """The worker, started if there is none that lives."""
+    async def _start_worker(self) -> asyncio.subprocess.Process:
+        """Return the running worker; start one if there is none."""
         if self._worker is None or self._worker.returncode is not None:
             self._worker = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "glmd.structured_output.compiler_worker"),
+                *("-c", f"from {__name__} import run_worker; run_worker()"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                limit=_MAX_LINE,
             )
             try:
-                await _send(self._worker, self._setup)
-                await _receive(self._worker)
-            except (asyncio.IncompleteReadError, ConnectionError):
-                await self._end_worker()
+                await _ask(self._worker, msgspec.json.encode(self._controls))
+            except ConnectionError:
+                await self._kill_worker()
                 raise RuntimeError("The grammar worker does not start.") from None
         return self._worker
 
-    async def _end_worker(self) -> None:
+    async def _kill_worker(self) -> None:
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -163,31 +219,170 @@ class GrammarCompiler:
         await worker.wait()
 
 
-def _param(structure: OutputSpec) -> str:
-    """The client's name of what a structure was read from."""
-    param: str | None = getattr(structure.format, "param", None)
-    return param or "tools"
+def _encode(spec: OutputSpec) -> bytes:
+    """Encode a spec as one line of JSON.
+
+    Raises:
+        InvalidRequest: a value is not JSON, or the spec is too large.
+    """
+    param = _param(spec)
+    try:
+        # Unlike msgspec, json refuses NaN instead of writing null.
+        text = json.dumps(msgspec.to_builtins(spec), ensure_ascii=False, allow_nan=False)
+        data = text.encode()
+    except UnicodeEncodeError:
+        message = f"{param} contains an unpaired surrogate, which is not valid text."
+        raise InvalidRequest(message, param=param) from None
+    except ValueError:
+        message = f"{param} contains NaN or Infinity, which is not JSON."
+        raise InvalidRequest(message, param=param) from None
+    if len(data) > MAX_BYTES:
+        raise InvalidRequest(f"{param} is larger than {MAX_BYTES >> 20} MiB.", param=param)
+    return data
 
 
-def _count(params: Sequence[str]) -> str:
-    """How many keywords, and in which fields. What stands between a field and a keyword are names
-    and patterns of the client's, which are part of its prompt and so not for the log."""
-    counts = Counter(param.partition(".")[0] for param in params)
-    return ", ".join(f"{count} in {field}" for field, count in counts.items())
+async def _ask(worker: asyncio.subprocess.Process, line: bytes) -> bytes:
+    """Send a line to the worker and return its answer.
 
-
-def _refusal(structure: OutputSpec, why: str) -> Refused:
-    param = _param(structure)
-    return Refused(f"{param} {why}.", param, None)
-
-
-async def _send(worker: asyncio.subprocess.Process, data: bytes) -> None:
+    Raises:
+        ConnectionError: the worker died.
+        ValueError: the answer is longer than `_MAX_LINE`.
+    """
     assert worker.stdin is not None
-    worker.stdin.write(len(data).to_bytes(4, "little") + data)
-    await worker.stdin.drain()
-
-
-async def _receive(worker: asyncio.subprocess.Process) -> bytes:
     assert worker.stdout is not None
-    header = await worker.stdout.readexactly(4)
-    return await worker.stdout.readexactly(int.from_bytes(header, "little"))
+    worker.stdin.write(line + b"\n")
+    await worker.stdin.drain()
+    answer = await worker.stdout.readline()
+    if not answer.endswith(b"\n"):
+        raise ConnectionError("The grammar worker died.")
+    return answer
+
+
+def _param(spec: OutputSpec) -> str:
+    """Return the client's name of the field that a spec was read from."""
+    return getattr(spec.format, "param", None) or "tools"
+
+
+def _count_by_field(params: Sequence[str]) -> str:
+    """Count paths by request field. The rest of a path belongs to the prompt and is not logged."""
+    counts = Counter(param.partition(".")[0] for param in params)
+    return ", ".join(f"{field}={count}" for field, count in counts.items())
+
+
+# -- in the worker ------------------------------------------------------------------------
+
+
+def run_worker() -> None:
+    """Serve compilations on stdin and stdout until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the parent
+    threading.stack_size(_WORKER_STACK)
+    thread = threading.Thread(target=_serve)
+    thread.start()
+    thread.join()
+
+
+def _serve() -> None:
+    controls = msgspec.json.decode(sys.stdin.buffer.readline(), type=dict[str, int])
+    tags = SpecialTokens.find(controls, "the tokenizer")
+    # Which ids end a sequence does not matter for whether a grammar compiles.
+    tokenizer = byte_tokenizer(controls, (tags.user,))
+    _write_line(b"")
+    for line in sys.stdin.buffer:
+        _write_line(msgspec.json.encode(_compile_checked(_decode_spec(line), tags, tokenizer)))
+
+
+def _write_line(data: bytes) -> None:
+    sys.stdout.buffer.write(data + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _compile_checked(
+    spec: OutputSpec, tags: SpecialTokens, tokenizer: LLTokenizer
+) -> CompiledGrammar | Refusal:
+    """Build a grammar and have llguidance compile it once."""
+    try:
+        grammar = build_grammar(spec, tags)
+    except InvalidRequest as error:
+        return Refusal(error.message, error.param, error.code)
+    try:
+        matcher = make_matcher(tokenizer, grammar.text)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+    except GrammarError as error:
+        for part in _parts(spec):  # find the part of the spec that llguidance refuses
+            refusal = _compile_checked(part, tags, tokenizer)
+            if isinstance(refusal, Refusal):
+                return refusal
+        param = spec.tools[0].param if len(spec.tools) == 1 and not spec.format else _param(spec)
+        reason = error.message.partition("; following special tokens")[0]
+        reason = " ".join(reason.partition("\n<")[0].split())[:300]
+        return Refusal(f"{param} cannot be enforced: {reason}", param)
+    return grammar
+
+
+def _parts(spec: OutputSpec) -> list[OutputSpec]:
+    """Return smaller specs, one for each tool and the format; none if there is only one part."""
+    if not spec.tools or (len(spec.tools) == 1 and spec.format is None):
+        return []
+    return [msgspec.structs.replace(spec, format=None, tools=(tool,)) for tool in spec.tools]
+
+
+def build_grammar(spec: OutputSpec, tags: SpecialTokens) -> CompiledGrammar:
+    """Write the grammar of an answer.
+
+    The grammar starts at the first token of the content or, with `calls` "free", after the first
+    `<tool_call>`. llguidance may still refuse it.
+
+    Raises:
+        InvalidRequest: a field or keyword is malformed or cannot be enforced; names the field.
+    """
+    parts: list[dict[str, Any]] = []
+    relaxed: list[str] = []
+    rules: list[str] = []
+    starts: list[str] = []
+    if spec.format is not None:
+        answer = _format_grammar(spec.format, relaxed)
+        starts.append("@answer")
+        parts.append({"name": "answer", **answer})
+    if spec.calls != "none":
+        calls = CallGrammar(tags)
+        rules = calls.rules(spec.tools, parallel=spec.parallel, begun=spec.calls == "free")
+        starts.append("calls")
+        relaxed += calls.relaxed
+    lark = "\n".join([f"start: {' | '.join(starts)}", *rules])
+    text = json.dumps({"grammars": [{"lark_grammar": lark}, *parts]})
+    return CompiledGrammar(text, tuple(relaxed))
+
+
+def _format_grammar(form: AnswerFormat, relaxed: list[str]) -> dict[str, Any]:
+    """Return the grammar of the content; add the keywords that it does not enforce to `relaxed`."""
+    match form:
+        case JsonObject():
+            return {"json_schema": JsonSchemaCompiler({}, strict=True).document({"type": "object"})}
+        case JsonSchema():
+            compiler = JsonSchemaCompiler(form.schema, strict=form.strict)
+            schema = compiler.compile(form.schema, form.param)
+            relaxed += compiler.relaxed
+            return {"json_schema": compiler.document(schema, whitespace=form.whitespace)}
+        case Regex():
+            return {"lark_grammar": f"start: TEXT\nTEXT: /{regex_to_lark(form.pattern, '')}/"}
+        case Choice():
+            options = " | ".join(map(quote, form.options))
+            return {"lark_grammar": f"start: TEXT\nTEXT: {options}"}
+        case Grammar():
+            return {"lark_grammar": _to_lark(form)}
+
+
+def _to_lark(grammar: Grammar) -> str:
+    option = _LEXEME_OPTION.search(grammar.text)
+    if option is not None:
+        raise InvalidRequest(
+            f"{grammar.param} uses {option[1]}=, which is not supported because drafts are "
+            "verified several tokens at a time.",
+            param=grammar.param,
+        )
+    try:
+        return any_to_lark(grammar.text)
+    except Exception as error:  # the converter raises bare Exception
+        raise InvalidRequest(f"{grammar.param}: {error}", param=grammar.param) from error

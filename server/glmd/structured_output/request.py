@@ -1,4 +1,4 @@
-"""What clients write to have an answer's form enforced, read into neutral form."""
+"""Read output constraints from requests: `response_format`, `guided_…`, tools, `tool_choice`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from glmd.structured_output.spec import (
     JsonSchema,
     OutputSpec,
     Regex,
+    Schema,
     ToolRule,
 )
 
@@ -30,15 +31,18 @@ GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "str
 def read_response_format(
     raw: object, param: str = "response_format", *, flat: bool = False, strict: bool = False
 ) -> AnswerFormat | None:
-    """OpenAI's `response_format`, or what other APIs call format; None for plain text.
+    """Read OpenAI's `response_format` or its equivalent in another API.
 
     Args:
-        flat: the schema is in the format itself, as outside of the chat API.
-        strict: what is meant where `strict` is not said: whether keywords that cannot be enforced
-            are refused rather than left out.
+        param: name of the field.
+        flat: the schema is in the format itself, as in all APIs but chat completions.
+        strict: default of `strict`.
+
+    Returns:
+        None for free text.
 
     Raises:
-        InvalidRequest: names the field at fault.
+        InvalidRequest: the field is malformed.
     """
     if raw is None:
         return None
@@ -56,33 +60,45 @@ def read_response_format(
                 raise _malformed(where, "an object")
             if fields.get("strict") is not None:
                 strict = is_strict(fields, where)
-            schema = _schema(fields.get("schema"), f"{where}.schema")
+            schema = _read_schema(fields.get("schema"), f"{where}.schema")
             return JsonSchema(schema, f"{where}.schema", strict=strict)
     raise _malformed(f"{param}.type", "text, json_object or json_schema")
 
 
 def read_guided(fields: Mapping[str, Any]) -> AnswerFormat | None:
-    """The `guided_…` fields and `structured_outputs` of a request; None if there are none.
+    """Read a request's `guided_…` fields and `structured_outputs`.
+
+    Returns:
+        None if none is set.
 
     Raises:
-        InvalidRequest: names the field at fault; there is more than one.
+        InvalidRequest: a field is malformed, or more than one is set.
     """
-    found = [_read_guided(name, fields[name]) for name in GUIDED if fields.get(name) is not None]
+    found: list[AnswerFormat] = []
+    for name in GUIDED:
+        value = fields.get(name)
+        if value is None:
+            continue
+        if name == "structured_outputs":
+            found.append(_read_structured_outputs(value, name))
+        else:
+            found.append(_read_format(name.removeprefix("guided_"), value, name))
     return only_format(*found)
 
 
 def only_format(*formats: AnswerFormat | None) -> AnswerFormat | None:
-    """The one format among what several fields say.
+    """Return the one format that is not None, if any.
 
     Raises:
         InvalidRequest: there is more than one.
     """
     found = [form for form in formats if form is not None]
     if len(found) > 1:
-        names = ", ".join(getattr(form, "param", "response_format") for form in found)
+        params = [getattr(form, "param", "response_format") for form in found]
         raise InvalidRequest(
-            f"An answer can have one form only, but there are several: {names}.",
-            param=getattr(found[1], "param", "response_format"),
+            f"{params[1]}: an answer can have only one format, but several are set: "
+            f"{', '.join(params)}.",
+            param=params[1],
         )
     return found[0] if found else None
 
@@ -96,22 +112,22 @@ def make_structure(
     parallel: bool = True,
     param: str = "tool_choice",
 ) -> OutputSpec:
-    """What `response_format`, `tools` and `tool_choice` say together.
+    """Combine a format, tools and `tool_choice`.
 
-    Where the model may choose, calls of strict tools follow their schemas. Where calls are
-    required, or are what there may be instead of a form, all follow them; keywords that cannot be
-    enforced are refused for strict tools and left out for others.
+    If the model may choose freely, calls of strict tools follow their schemas. If calls are
+    required, or are the alternative to a format, calls of all tools do; keywords that cannot be
+    enforced are then refused for strict tools and dropped for others.
 
     Args:
-        form: of the content, unless calls are required.
-        tools: that may be called; none with `tool_choice` "none".
+        form: format of the content; ignored if calls are required.
+        tools: tools that may be called; empty with `tool_choice` "none".
         required: the answer must call a tool (`tool_choice` "required").
-        named: ... this tool.
-        parallel: ... or several (`parallel_tool_calls`).
-        param: the client's name of what asks for calls.
+        named: name of the tool that must be called; None for any.
+        parallel: allow more than one call (`parallel_tool_calls`).
+        param: name of the field that requires calls, for errors.
 
     Raises:
-        InvalidRequest: a call is required but there is no such tool.
+        InvalidRequest: a call is required of a tool that is not offered.
     """
     required = required or named is not None
     rules = tuple(
@@ -126,8 +142,8 @@ def make_structure(
         if named in (None, tool.name)
     )
     if required and not rules:
-        what = f"the tool {named!r}, which is not among the tools" if named else "a call of a tool"
-        raise InvalidRequest(f"{param} asks for {what}.", param=param)
+        problem = f"the tool {named!r} is not among the tools" if named else "there are no tools"
+        raise InvalidRequest(f"{param} requires a tool call, but {problem}.", param=param)
     if required:
         return OutputSpec(None, "required", rules, parallel)
     if not rules:
@@ -135,37 +151,27 @@ def make_structure(
     return OutputSpec(form, "free" if form is None else "allowed", rules, parallel)
 
 
-def _read_guided(name: str, value: object) -> AnswerFormat:
-    match name:
-        case "guided_json":
-            return JsonSchema(_schema(value, name), name)
-        case "structured_outputs":
-            return _read_structured(value, name)
-    return _read_text(name.removeprefix("guided_"), value, name)
-
-
-def _read_structured(raw: object, param: str) -> AnswerFormat:
-    """vLLM's `structured_outputs`."""
+def _read_structured_outputs(raw: object, param: str) -> AnswerFormat:
+    """Read vLLM's `structured_outputs`."""
     if not isinstance(raw, Mapping):
         raise _malformed(param, "an object")
     given = {key: value for key, value in raw.items() if value is not None and value is not False}
     compact = given.pop("disable_any_whitespace", False) is True
-    given.pop("disable_fallback", None)  # there is nothing to fall back to
+    given.pop("disable_fallback", None)  # selects between vLLM's backends; glmd has only one
     if len(given) != 1:
         raise _malformed(param, "one of json, json_object, regex, choice and grammar")
     kind, value = next(iter(given.items()))
     where = f"{param}.{kind}"
-    match kind:
-        case "json":
-            return JsonSchema(_schema(value, where), where, whitespace=not compact)
-        case "json_object" if value is True:
-            return JsonObject()
-        case "regex" | "choice" | "grammar":
-            return _read_text(kind, value, where)
+    if kind == "json_object" and value is True:
+        return JsonObject()
+    if kind in ("json", "regex", "choice", "grammar"):
+        return _read_format(kind, value, where, whitespace=not compact)
     raise InvalidRequest(f"{where} is not supported.", param=where)
 
 
-def _read_text(kind: str, value: object, param: str) -> AnswerFormat:
+def _read_format(kind: str, value: object, param: str, *, whitespace: bool = True) -> AnswerFormat:
+    if kind == "json":
+        return JsonSchema(_read_schema(value, param), param, whitespace=whitespace)
     if kind == "choice":
         if (
             not isinstance(value, Sequence)
@@ -177,13 +183,14 @@ def _read_text(kind: str, value: object, param: str) -> AnswerFormat:
         return Choice(tuple(value), param)
     if not isinstance(value, str) or not value:
         raise _malformed(param, "a string that is not empty")
-    if kind == "regex":
-        check_length(value, MAX_PATTERN, param)
-    return Regex(value, param) if kind == "regex" else Grammar(value, param)
+    if kind == "grammar":
+        return Grammar(value, param)
+    check_length(value, MAX_PATTERN, param)
+    return Regex(value, param)
 
 
-def _schema(value: object, param: str) -> dict[str, Any] | bool:
-    """A schema sent as JSON or as a string of JSON."""
+def _read_schema(value: object, param: str) -> Schema:
+    """Read a schema sent as JSON or as a string of JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

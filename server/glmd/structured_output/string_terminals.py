@@ -1,4 +1,4 @@
-"""Raw strings, as tool calls carry them: which ones a schema allows, as terminals of a grammar."""
+"""Terminals for strings in tool calls, which are raw text without JSON's quotes and escapes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
 from glmd.chat.tool_args import ArgType, type_of
+from glmd.structured_output.alternatives import TooManyAlternatives, alternatives
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
-
-Node = dict[str, Any]
+from glmd.structured_output.spec import Schema
 
 MAX_ALTERNATIVES = 64
-"""Of one argument, all its `anyOf`s and `allOf`s multiplied out."""
-
-_MAX_STEPS = 32
+"""Alternatives of one argument's strings."""
 
 ANY_TEXT = "/(?s:.*)/"
 
 _SPACE = r"[ \t\r\n]*"
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _JSON_OF = {
     "null": "null",
     "boolean": "true|false",
-    "integer": r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
-    "number": r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
+    "integer": _NUMBER,
+    "number": _NUMBER,
     "array": r"\[(?s:.*)",
     "object": r"\{(?s:.*)",
 }
-"""Text that is JSON of a type, or may be where that takes more than a regular expression."""
+"""Regular expressions that match all JSON texts of a type, and more for arrays and objects."""
 
 
 class UnknownText(Exception):
@@ -41,7 +40,13 @@ class UnknownText(Exception):
 
 @dataclass(frozen=True)
 class Text:
-    """Strings that fulfil all of this."""
+    """Strings that fulfil all attributes.
+
+    Attributes:
+        patterns: regular expressions that are found in the string.
+        max_length: in characters; None for no limit.
+        values: the only possible strings; None for any.
+    """
 
     patterns: tuple[str, ...] = ()
     min_length: int = 0
@@ -62,16 +67,16 @@ class Text:
         )
 
     def terminal(self, kind: ArgType) -> str | None:
-        """The body of a terminal: these strings, as far as they are read as strings again.
+        """Return the body of a terminal for the strings that the tool parser reads as strings.
 
         Args:
-            kind: what the reader of calls takes the argument for.
+            kind: type of the argument in the tool parser.
 
         Returns:
-            None if there are none.
+            None if there are no such strings.
 
         Raises:
-            UnknownText: a pattern cannot be matched as a whole.
+            UnknownText: a pattern cannot be rewritten to match a whole text.
         """
         parts = [f"/{regex_to_lark(whole(pattern), 'dw')}/" for pattern in self.patterns]
         if self.min_length or self.max_length is not None:
@@ -83,15 +88,55 @@ class Text:
                 return None
             parts.append("(" + " | ".join(map(quote, values)) + ")")
         else:
-            parts = parts or [ANY_TEXT]  # a negation alone would match what is no UTF-8
-            parts += [f"~/{_SPACE}(?:{other}){_SPACE}/" for other in _others(kind)]
+            parts = parts or [ANY_TEXT]  # a negation alone would match invalid UTF-8
+            parts += [f"~/{_SPACE}(?:{other}){_SPACE}/" for other in _texts_of_other_types(kind)]
         body = " & ".join(parts)
         return None if len(parts) > 1 and _is_empty(body) else body
 
 
+def texts(schema: Schema, definitions: Mapping[str, Schema]) -> list[Text]:
+    """Return alternatives that together describe the strings under a compiled schema.
+
+    Args:
+        definitions: targets of the schema's references.
+
+    Raises:
+        UnknownText: there are too many alternatives.
+    """
+    try:
+        found = alternatives(schema, definitions, _read_text, MAX_ALTERNATIVES)
+    except TooManyAlternatives:
+        raise UnknownText from None
+    return [text for text in dict.fromkeys(found) if text.values != ()]
+
+
+def _read_text(schema: Mapping[str, Any]) -> Text:
+    values: tuple[str, ...] | None = None
+    if "string" not in schema.get("type", ("string",)):
+        values = ()
+    elif "enum" in schema:
+        values = tuple(value for value in schema["enum"] if isinstance(value, str))
+    patterns = (schema["pattern"],) if "pattern" in schema else ()
+    return Text(patterns, schema.get("minLength", 0), schema.get("maxLength"), values)
+
+
+def _texts_of_other_types(kind: ArgType) -> Iterable[str]:
+    """Return regular expressions of the texts that the tool parser does not read as strings."""
+    if kind.only_string:
+        return []
+    names = kind.types | {type_of(value) for value in kind.values}
+    found = list(dict.fromkeys(_JSON_OF[name] for name in sorted(names) if name in _JSON_OF))
+    return [*found, '"(?s:.*)'] if kind.free else found
+
+
+def quote(text: str) -> str:
+    """Return a literal of the grammar language."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 @lru_cache(maxsize=1024)
 def _is_empty(body: str) -> bool:
-    """Whether a terminal matches no text at all, which llguidance finds out by the way only."""
+    """Return whether a terminal matches no text, which llguidance reports only with a mask."""
     grammar = LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {body}")
     matcher = make_matcher(_single_bytes(), grammar)
     matcher.compute_bitmask()
@@ -103,89 +148,33 @@ def _single_bytes() -> LLTokenizer:
     return byte_tokenizer({"<end>": 256}, [256])
 
 
-def quote(text: str) -> str:
-    """A literal of the grammar language."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def texts(node: Node | bool, definitions: Mapping[str, Node]) -> list[Text]:
-    """The strings that are valid under a schema: those of any of the returned alternatives.
-
-    Args:
-        node: in normal form; `definitions` are what its references point to.
-
-    Raises:
-        UnknownText: there are too many alternatives.
-    """
-    return _texts(node, definitions, 0)
-
-
-def _texts(node: Node | bool, definitions: Mapping[str, Node], step: int) -> list[Text]:
-    if step > _MAX_STEPS:
-        raise UnknownText
-    if isinstance(node, bool):
-        return [Text()] if node else []
-    kind = node.get("type", "string")
-    if "string" not in ([kind] if isinstance(kind, str) else kind):
-        return []
-    values = None
-    if "enum" in node:
-        values = tuple(value for value in node["enum"] if isinstance(value, str))
-    patterns = (node["pattern"],) if "pattern" in node else ()
-    found = [Text(patterns, node.get("minLength", 0), node.get("maxLength"), values)]
-    if "$ref" in node:
-        target = definitions[node["$ref"].rpartition("/")[2]]
-        found = _meet(found, _texts(target, definitions, step + 1))
-    for branch in node.get("allOf", ()):
-        found = _meet(found, _texts(branch, definitions, step + 1))
-    if "anyOf" in node:
-        either = [one for each in node["anyOf"] for one in _texts(each, definitions, step + 1)]
-        found = _meet(found, either)
-    return found
-
-
-def _meet(some: Iterable[Text], others: list[Text]) -> list[Text]:
-    found = list(dict.fromkeys(one & other for one in some for other in others))
-    if len(found) > MAX_ALTERNATIVES:
-        raise UnknownText
-    return [one for one in found if one.values is None or one.values]
-
-
-def _others(kind: ArgType) -> list[str]:
-    """Regular expressions of the texts that the reader of calls takes for something else."""
-    if kind.only_string:
-        return []
-    names = kind.types | {type_of(value) for value in kind.values}
-    found = list(dict.fromkeys(_JSON_OF[name] for name in sorted(names) if name in _JSON_OF))
-    return [*found, '"(?s:.*)'] if kind.free else found
-
-
 # -- patterns -----------------------------------------------------------------------------
 
+
 _ITEM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
-"""An escape, a class, or one character."""
+"""An escape, a character class, or one character."""
 _QUANTIFIER = re.compile(r"[*+?]|\{[0-9]+(?:,[0-9]*)?\}")
 _REST = "(?s:.*)"
 
 
 def whole(pattern: str) -> str:
-    """A regular expression that matches the texts in which `pattern` is found.
+    """Return a regular expression that matches the whole of each text that contains a match.
 
-    Anchors may stand where a text begins or ends, also in groups: `^a|b$`, `(^a|b)c`.
+    Anchors are understood at the start and end of a pattern, also in groups: `^a|b$`, `(^a|b)c`.
 
     Raises:
-        UnknownText: there are others.
+        UnknownText: there are other anchors.
     """
     return _whole(pattern, left=True, right=True)
 
 
 def _whole(pattern: str, *, left: bool, right: bool) -> str:
-    """As `whole`, but anchors and free text only at the given ends."""
+    """Do as `whole`, with anchors and free text at the given ends only."""
     return "|".join(_whole_branch(items, left, right) for items in _branches(pattern))
 
 
 def _branches(pattern: str) -> list[list[str]]:
-    """The alternatives of a pattern, each a list of items; a group is one item."""
+    """Split a pattern into its alternatives, each a list of items; a group is one item."""
     branches: list[list[str]] = [[]]
     depth = 0
     for item in _ITEM.findall(pattern):
