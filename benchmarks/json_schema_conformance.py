@@ -60,6 +60,10 @@ EDGE_CASES: dict[str, tuple[Any, str]] = {
         {"properties": {"A": {}}, "propertyNames": {"pattern": "^[a-z]$"}},
         '{"A":1}',
     ),
+    "undeclared required name": (
+        {"properties": {}, "required": ["z"], "unevaluatedProperties": False},
+        '{"z":1}',
+    ),
     "oneOf with an implied type": ({"oneOf": [{"minLength": 3}, {"type": "integer"}]}, "5"),
     "leap day": ({"type": "string", "format": "date"}, '"2023-02-29"'),
     "leap second": ({"type": "string", "format": "time"}, '"12:59:60Z"'),

@@ -214,6 +214,13 @@ def test_keywords_that_constrain_nothing_are_accepted(schema: Any) -> None:
     schema_matcher(schema)
 
 
+def test_a_required_name_is_not_declared_where_unevaluated_properties_are_forbidden() -> None:
+    schema = {"properties": {"a": INTEGER}, "required": ["z"], "unevaluatedProperties": False}
+    with pytest.raises(GrammarError, match="required property 'z'"):
+        schema_matcher(schema)
+    assert accepts(schema_matcher(schema | {"unevaluatedProperties": True}), '{"z": 1}')
+
+
 def test_an_optional_tag_that_separates_branches_becomes_required() -> None:
     matcher = schema_matcher(SCHEMAS["oneOf of references"])
     assert accepts(matcher, '{"pet": "dog", "tricks": "sits"}')
@@ -257,6 +264,7 @@ scalars = st.one_of(
     st.lists(st.one_of(st.integers(-3, 3), names, st.none(), st.booleans()), min_size=1).map(
         lambda values: {"enum": values}
     ),
+    st.sampled_from([{"minLength": 1, "maxLength": 4}, {"minimum": 3}, {"multipleOf": 2}]),
     st.just({"$ref": "#/$defs/shared"}),
 )
 
@@ -265,17 +273,22 @@ def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     properties = st.dictionaries(names, inner, max_size=3)
     return st.one_of(
         st.fixed_dictionaries(
-            {"type": st.just("object"), "properties": properties},
+            {"properties": properties},
             optional={
+                "type": st.just("object"),
                 "required": st.lists(names, unique=True, max_size=2),
                 "additionalProperties": st.one_of(st.booleans(), inner),
+                "unevaluatedProperties": st.booleans(),
+                "patternProperties": st.fixed_dictionaries({"^[a-c]": inner}),
+                "propertyNames": st.just({"pattern": "^[a-z]$"}),
                 "minProperties": st.integers(0, 1),
                 "maxProperties": st.integers(3, 5),
             },
         ),
         st.fixed_dictionaries(
-            {"type": st.just("array"), "maxItems": small},
+            {"maxItems": small},
             optional={
+                "type": st.just("array"),
                 "items": inner,
                 "minItems": st.integers(0, 2),
                 "prefixItems": st.lists(inner, min_size=1, max_size=2),

@@ -364,7 +364,8 @@ class _SchemaReader:
             else:
                 patterns[pattern] = schema
         others = self._read_others(bool(properties or patterns))
-        if others is False and "additionalProperties" not in self.schema:
+        forbidden = self.schema.get("unevaluatedProperties") is False
+        if others is False and not forbidden and "additionalProperties" not in self.schema:
             properties |= {name: True for name in required if name not in properties}
         others = self._read_names(properties, patterns, others)
         if others is not False and (properties or patterns):
