@@ -169,7 +169,7 @@ def whole(pattern: str) -> str:
 
 
 def _whole(pattern: str, *, left: bool, right: bool) -> str:
-    """Do as `whole`, with anchors and free text at the given ends only."""
+    """Rewrite a pattern as `whole` does, with anchors and free text only at the given ends."""
     return "|".join(_whole_branch(items, left, right) for items in _branches(pattern))
 
 
