@@ -1,8 +1,10 @@
-"""When the device refuses memory that the budget had promised, as it may where other programs
-want it too: all KV is given up, and what ran is computed anew, with less at once.
+"""Recovery from memory that the device refuses, although the budget allows for it.
 
-Only what MLX raises can be survived. Metal ends the process where memory runs out in the midst of
-a kernel; then the supervisor starts another one.
+Other programs may use the device's memory, too. After a refusal all KV is dropped, and the running
+sequences are computed again under tighter limits.
+
+Only errors that MLX raises can be handled. MLX's CPU allocator does not check for refusals: the
+process ends with a segmentation fault, and the API process starts another.
 """
 
 from __future__ import annotations
@@ -15,38 +17,51 @@ from glmd.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-CALM = 256
-"""Steps without another failure after which the limits are lifted: enough for a long prompt to be
+CALM_STEPS = 256
+"""Steps without a failure after which the limits are lifted: enough for a long prompt to be
 computed alone, in chunks of a quarter."""
 
-ALONE_FROM, END_FROM = 2, 3
-"""Failures from which on sequences run alone, and from which on even that is given up."""
+RUN_ALONE_AFTER, DROP_AFTER = 2, 3
+"""Recent failures from which on one sequence runs at a time, and from which on it is dropped."""
 
 KV_SHARE = 7 / 8
-"""Of the KV that was held at a failure, so much may be held from then on."""
+"""KV budget after a failure, as a share of the KV held at the failure."""
 
-_WORDS = re.compile(r"malloc|allocat|out of memory|insufficient memory|resource limit", re.I)
+_MESSAGES = re.compile(
+    # mlx/backend/metal/allocator.cpp and mlx/backend/cuda/allocator.cpp
+    r"\[(metal::malloc|malloc_or_wait|malloc)\] Unable to allocate \d+ bytes"
+    r"|\[metal::malloc\] Attempting to allocate \d+ bytes which is greater than the maximum"
+    r"|\[metal::malloc\] Resource limit \(\d+\) exceeded"
+    # mlx/backend/metal/device.cpp, with Metal's description of the error
+    r"|\[METAL\] Command buffer execution failed: .*"
+    r"(Insufficient Memory|kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+    # mlx/backend/cuda/utils.cpp: the failed call, with CUDA's description of the error
+    r"|cu\w+\(.*\) failed: out of memory"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX says with this error that it was refused memory."""
+    """Whether MLX raised this error because it was refused memory.
+
+    MLX raises RuntimeError with one of a few messages for device memory (checked with MLX 0.32),
+    and MemoryError for its own C++ objects.
+    """
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
+        isinstance(error, RuntimeError) and _MESSAGES.match(str(error)) is not None
     )
 
 
 class OOMRecovery:
-    """Counts failures, and tightens and lifts the scheduler's limits accordingly.
+    """Tightens the scheduler's limits after failures, and lifts them later.
+
+    Args:
+        least_kv: bytes of KV that the longest sequence needs, the least KV budget.
 
     Attributes:
-        failures: of all times.
+        failures: number of failures since the start.
     """
 
     def __init__(self, scheduler: Scheduler, *, least_kv: int) -> None:
-        """
-        Args:
-            least_kv: bytes that the longest sequence needs, below which the KV budget stays not.
-        """
         self.failures = 0
         self._scheduler = scheduler
         self._least_kv = least_kv
@@ -56,38 +71,39 @@ class OOMRecovery:
         self._calm = 0
 
     def step_succeeded(self) -> None:
+        """Count a calm step; after `CALM_STEPS` lift the limits."""
         if not self._recent:
             return
         self._calm += 1
-        if self._calm == CALM:
+        if self._calm == CALM_STEPS:
             self._recent = 0
             self._scheduler.max_running = self._max_running
             self._scheduler.prefill_budget.max_rows = self._max_rows
 
     def step_failed(self, error: BaseException) -> list[Sequence]:
-        """Give up all KV and tighten the limits; what ran waits, and no step may be in flight.
+        """Drop all KV, send the running sequences back to wait, and tighten the limits.
+
+        No step may be in flight.
 
         Returns:
-            the sequences that are beyond help.
+            sequences to end with an error, since they failed even with the device to themselves.
         """
         scheduler = self._scheduler
-        held = scheduler.kv_bytes
-        scheduler.kv_budget = max(
-            self._least_kv, int(min(scheduler.kv_budget, KV_SHARE * max(held, self._least_kv)))
-        )
+        held = max(scheduler.kv_bytes, self._least_kv)
+        scheduler.kv_budget = max(self._least_kv, min(scheduler.kv_budget, int(KV_SHARE * held)))
         dropped = scheduler.reset_kv()
         self.failures += 1
         self._recent += 1
         self._calm = 0
         scheduler.prefill_budget.max_rows = max(1, scheduler.prefill_budget.max_rows // 2)
-        if self._recent >= ALONE_FROM:
+        if self._recent >= RUN_ALONE_AFTER:
             scheduler.max_running = 1
         log.warning(
-            "The device refused memory (%s). %d sequences are computed anew, with up to %d rows"
-            " per step, and KV is limited to %.2f GiB from now on.",
-            error,
+            "Out of memory: KV dropped, sequences=%d max_prefill_rows=%d kv_budget_gib=%.2f"
+            " error=%s",
             len(dropped),
             scheduler.prefill_budget.max_rows,
             scheduler.kv_budget / 2**30,
+            error,
         )
-        return dropped if self._recent >= END_FROM else []
+        return dropped if self._recent >= DROP_AFTER else []
