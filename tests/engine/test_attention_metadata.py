@@ -1,4 +1,4 @@
-"""Spans of decode groups: every row meets every key of its path in exactly one place."""
+"""Spans of decode groups: each row sees each key of its path exactly once."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from glmd.kv_cache.node import Node, PathNode
 from glmd.model.batch import KVSpan, PaddedSpans
 
 KV_WIDTH = 1024
-GATHERED = MAX_PADDED_SPAN_BYTES // (4 * KV_WIDTH)
+PADDED = MAX_PADDED_SPAN_BYTES // (4 * KV_WIDTH)
 
 
 @dataclass
 class Keys:
-    """A segment of which only the identity matters."""
+    """Stand-in for a segment, compared by identity."""
 
     length: int
 
 
 @dataclass
 class Row:
-    """What `sort_by_prefix` asks of a sequence."""
+    """Stand-in for a sequence, as `sort_by_prefix` uses it."""
 
     slot: int
 
 
 @dataclass
 class Branch:
-    """A node in the making: children hang at offsets in it."""
+    """Description of a node, with children at offsets."""
 
     length: int
     children: list[tuple[int, Branch]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def _branches(depth: int) -> st.SearchStrategy[Branch]:
 
 
 def _paths(branch: Branch, before: list[PathNode[Keys]]) -> list[list[PathNode[Keys]]]:
-    """All prefixes that end in a tree of branches."""
+    """All paths from the root into a tree of branches."""
     node: Node[Keys] = Node(np.zeros(branch.length, np.int32), Keys(branch.length), None, 0)
     found = [[*before, PathNode(node, end)] for end in range(1, branch.length + 1)]
     for offset, child in branch.children:
@@ -88,12 +88,12 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
         for span in level:
             assert last <= span.start < span.end <= len(seen), "spans of a level overlap"
             last = span.end
-            for stretch in span.slices:
-                assert 0 <= stretch.start < stretch.end
-                assert stretch.end <= stretch.segment.length  # type: ignore[attr-defined]
+            for part in span.slices:
+                assert 0 <= part.start < part.end
+                assert part.end <= part.segment.length  # type: ignore[attr-defined]
                 for row in range(span.start, span.end):
-                    keys = range(stretch.start, stretch.end)
-                    seen[row] += [(id(stretch.segment), at) for at in keys]
+                    keys = range(part.start, part.end)
+                    seen[row] += [(id(part.segment), at) for at in keys]
     for row, keys in enumerate(seen):
         expected = [
             (id(piece.node.kv), at) for piece in paths[row // width] for at in range(piece.length)
@@ -103,31 +103,31 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
 
 @settings(max_examples=300, deadline=None)
 @given(_rows())
-def test_a_stretch_is_read_once_for_all_rows_that_share_it(
+def test_a_slice_is_read_once_for_all_rows_that_share_it(
     paths: list[list[PathNode[Keys]]],
 ) -> None:
     order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
     read: dict[int, int] = {}
     for level in build_levels([paths[i] for i in order], 1):  # type: ignore[arg-type]
-        for stretch in (stretch for span in level for stretch in span.slices):
-            read[id(stretch.segment)] = read.get(id(stretch.segment), 0) + len(stretch)
+        for part in (part for span in level for part in span.slices):
+            read[id(part.segment)] = read.get(id(part.segment), 0) + len(part)
     for path in paths:
         for piece in path:
             longest = max(p.length for other in paths for p in other if p.node is piece.node)
             assert read[id(piece.node.kv)] == longest
 
 
-def _piece(length: int, used: int) -> PathNode[Keys]:
+def _part(length: int, used: int) -> PathNode[Keys]:
     return PathNode(Node(np.zeros(length, np.int32), Keys(length), None, 0), used)
 
 
-def test_a_lone_row_gets_one_span_of_its_short_pieces_and_an_empty_path_none() -> None:
+def test_short_slices_of_one_path_are_joined_and_an_empty_path_has_no_span() -> None:
     path = [
-        _piece(9, 5),
-        _piece(3, 3),
-        _piece(MAX_JOINED_SPAN, MAX_JOINED_SPAN - 8),
-        _piece(2, 2),
-        _piece(2, 1),
+        _part(9, 5),
+        _part(3, 3),
+        _part(MAX_JOINED_SPAN, MAX_JOINED_SPAN - 8),
+        _part(2, 2),
+        _part(2, 1),
     ]
     joined, rest = build_levels([path], 3)  # type: ignore[list-item]
     ((span,), (other,)) = joined, rest
@@ -138,23 +138,23 @@ def test_a_lone_row_gets_one_span_of_its_short_pieces_and_an_empty_path_none() -
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([0, 1, 2, GATHERED, GATHERED + 1]), max_size=8), st.integers(1, 3))
-def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
+@given(st.lists(st.sampled_from([0, 1, 2, PADDED, PADDED + 1]), max_size=8), st.integers(1, 3))
+def test_short_spans_of_single_sequences_are_padded_together_in_row_order(
     lengths: list[int], width: int
 ) -> None:
-    paths = [[_piece(length, length)] if length else [] for length in lengths]
+    paths = [[_part(length, length)] if length else [] for length in lengths]
     for spans in build_levels(paths, width):  # type: ignore[arg-type]
         level = pad_short_spans(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
-        short = [s for s in spans if len(s) <= GATHERED]
-        gathered = [part for part in level.parts if isinstance(part, PaddedSpans)]
-        assert len(gathered) == (len(short) > 1)
+        short = [s for s in spans if len(s) <= PADDED]
+        padded = [part for part in level.parts if isinstance(part, PaddedSpans)]
+        assert len(padded) == (len(short) > 1)
         found: list[int] = []
         for part in level.parts:
             if isinstance(part, KVSpan) or part.rows is None:
                 found += range(part.start, part.end)
             else:
                 found += np.array(part.rows).tolist()
-        for part in gathered:
+        for part in padded:
             assert part.spans == short
             longest = max(map(len, short))
             assert len(part) == longest
@@ -166,7 +166,7 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
                 assert not any(padding)
             else:
                 assert np.array(part.visible).sum(axis=(1, 2)).tolist() == [*map(len, short)]
-        found += [-1]  # rows that no span names
+        found += [-1]  # rows without a span
         order = range(len(found) - 1) if level.order is None else np.array(level.order).tolist()
         assert [found[at] for at in order] == [
             i * width + j if length else -1
@@ -177,7 +177,7 @@ def test_short_spans_of_single_sequences_are_gathered_and_rows_stay_in_order(
 
 @settings(max_examples=300, deadline=None)
 @given(_rows(), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, MAX_FUSED_SCORES // 50]))
-def test_one_softmax_takes_levels_that_are_in_row_order_and_fit(
+def test_fused_levels_are_in_row_order_and_within_the_score_limit(
     paths: list[list[PathNode[Keys]]], width: int, tail_keys: int, heads: int
 ) -> None:
     order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
@@ -186,17 +186,17 @@ def test_one_softmax_takes_levels_that_are_in_row_order_and_fit(
         pad_short_spans(spans, width, rows, KV_WIDTH, mx.float32)
         for spans in build_levels([paths[i] for i in order], width)  # type: ignore[arg-type]
     ]
-    chosen, others = split_fused_levels(found, tail_keys, rows, heads)
-    assert sorted([*map(id, chosen), *map(id, others)]) == sorted(map(id, found))
+    fused, others = split_fused_levels(found, tail_keys, heads)
+    assert sorted([*map(id, fused), *map(id, others)]) == sorted(map(id, found))
     scores = [tail_keys] * rows
-    for level in chosen:
+    for level in fused:
         assert level.order is None
         seen = [row for part in level.parts for row in range(part.start, part.end)]
         assert seen == list(range(rows))
         for part in level.parts:
             for row in range(part.start, part.end):
                 scores[row] += len(part)
-    assert all(len(level.parts) == 1 for level in chosen[:-1])
-    assert not chosen or sum(scores) * heads <= MAX_FUSED_SCORES
+    assert all(len(level.parts) == 1 for level in fused[:-1])
+    assert not fused or sum(scores) * heads <= MAX_FUSED_SCORES
     if heads == 1 and found and found[0].order is None:
-        assert found[0] in chosen
+        assert found[0] in fused

@@ -1,4 +1,4 @@
-"""Clients take turns: in admission, in prefill, and when something must give way."""
+"""Fairness among clients in admission, prefill and preemption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import Run, assert_at_rest, request, tiny_engine, tiny_model
+from engines import Run, assert_idle, request, tiny_engine, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ WORDS = np.random.default_rng(1).integers(0, 500, 4000).tolist()
 
 
 class Crowd(Run):
-    """A run that notes who was admitted, in order."""
+    """A run that records the order of admissions."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(tiny_engine(**config))
@@ -27,7 +27,7 @@ class Crowd(Run):
         self.number = 0
 
     def ask(self, client: str, length: int = 20, **fields: Any) -> str:
-        """Submit a request of `client`, with a prompt that no other shares."""
+        """Submit a request of `client` with a unique prompt."""
         self.number += 1
         id = f"{client}-{self.number}"
         prompt = [self.number % 500, *WORDS[self.number : self.number + length - 1]]
@@ -63,13 +63,13 @@ def test_a_hundred_requests_do_not_delay_another_clients_first_one() -> None:
     before = len(crowd.admitted)
     single = crowd.ask("single", 200)
     crowd.step_until_admitted(single)
-    assert crowd.admitted[before] == single, "another's request was let in before it"
+    assert crowd.admitted[before] == single, "another client's request was admitted before it"
     assert sum((id, 0) in crowd.answers for id in flood) < 10
     crowd.finish()
-    assert_at_rest(crowd.engine)
+    assert_idle(crowd.engine)
 
 
-def test_clients_take_turns_whatever_the_length_of_their_queues() -> None:
+def test_clients_are_admitted_equally_often_whatever_the_length_of_their_queues() -> None:
     crowd = Crowd(max_running=1)
     for _ in range(30):
         crowd.ask("a", 30)
@@ -78,11 +78,11 @@ def test_clients_take_turns_whatever_the_length_of_their_queues() -> None:
             crowd.ask(client, 30)
     while len(crowd.admitted) < 12:
         crowd.step()
-    turns = Counter(id[0] for id in crowd.admitted)
-    assert turns == {"a": 3, "b": 3, "c": 3, "d": 3}
+    admissions = Counter(id[0] for id in crowd.admitted)
+    assert admissions == {"a": 3, "b": 3, "c": 3, "d": 3}
 
 
-def test_a_short_prompt_of_another_client_passes_prompts_that_are_being_computed() -> None:
+def test_a_short_prompt_of_another_client_passes_prompts_in_prefill() -> None:
     crowd = Crowd(max_step_tokens=40)
     for _ in range(8):
         crowd.ask("flood", 400)
@@ -95,18 +95,18 @@ def test_a_short_prompt_of_another_client_passes_prompts_that_are_being_computed
     assert not any(answer.tokens for (other, _), answer in crowd.answers.items() if other != id)
 
 
-def test_nobody_passes_another_client_by_calling_itself_urgent() -> None:
+def test_a_high_priority_does_not_pass_other_clients() -> None:
     crowd = Crowd(max_running=1)
     crowd.ask("now")
     crowd.step()
     for _ in range(5):
-        crowd.ask("pushy", priority=1000)
+        crowd.ask("urgent", priority=1000)
     polite = crowd.ask("polite", 300)
     crowd.step_until_admitted(polite)
-    assert len([id for id in crowd.admitted if id.startswith("pushy")]) <= 1
+    assert len([id for id in crowd.admitted if id.startswith("urgent")]) <= 1
 
 
-def test_a_priority_orders_a_clients_own_requests_and_below_zero_gives_way_to_all() -> None:
+def test_priorities_order_a_clients_requests_and_negative_ones_yield_to_all() -> None:
     crowd = Crowd(max_running=1)
     crowd.ask("now", max_tokens=4)
     crowd.step()
@@ -121,10 +121,10 @@ def test_a_priority_orders_a_clients_own_requests_and_below_zero_gives_way_to_al
     assert set(order) == {last, usual, first, *others}
 
 
-def test_the_client_that_runs_most_gives_way_when_memory_is_short(
+def test_the_client_that_runs_most_is_preempted_when_memory_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The single one came last; by age alone it would be the one to be sent back."""
+    """Although its single request is the youngest, it is not preempted."""
     monkeypatch.setattr(scheduler, "ADMISSION_RESERVE", 8)
     crowd = Crowd(model=tiny_model(max_position_embeddings=512), kv_tokens=512 + 256)
     for _ in range(4):
@@ -135,13 +135,13 @@ def test_the_client_that_runs_most_gives_way_when_memory_is_short(
     crowd.finish()
     assert crowd.engine.stats().preemptions > 0
     steps = crowd.answer(single).steps
-    assert steps[-1] - steps[0] < 220, "it had to wait in between"
-    assert_at_rest(crowd.engine)
+    assert steps[-1] - steps[0] < 220, "it was preempted"
+    assert_idle(crowd.engine)
 
 
 @st.composite
 def traffic(draw: st.DrawFn) -> list[list[tuple[int, int, int]]]:
-    """For each step, the requests that arrive: (client, prompt length, priority from 0 on)."""
+    """Requests that arrive before each step: (client, prompt length, priority)."""
     arrival = st.tuples(st.integers(0, 3), st.integers(1, 60), st.integers(0, 2))
     return draw(st.lists(st.lists(arrival, max_size=4), min_size=20, max_size=40))
 
@@ -151,7 +151,7 @@ def traffic(draw: st.DrawFn) -> list[list[tuple[int, int, int]]]:
 def test_a_clients_first_request_is_passed_by_each_other_client_once_at_most(
     arrivals: list[list[tuple[int, int, int]]], places: int, at: int, length: int
 ) -> None:
-    """And whoever comes is served in the end, though others keep coming."""
+    """And every request is served in the end."""
     crowd = Crowd(max_running=places, max_step_tokens=64)
     before, mine = 0, ""
     for step, arrived in enumerate(arrivals):
@@ -167,14 +167,14 @@ def test_a_clients_first_request_is_passed_by_each_other_client_once_at_most(
     crowd.finish()
     assert len(crowd.admitted) == crowd.number
     assert all(answer.finish == "length" for answer in crowd.answers.values())
-    assert_at_rest(crowd.engine)
+    assert_idle(crowd.engine)
 
 
-def test_new_clients_without_end_do_not_starve_one_that_waits() -> None:
+def test_a_stream_of_new_clients_does_not_starve_a_waiting_one() -> None:
     crowd = Crowd(max_running=1, max_step_tokens=64)
     crowd.ask("now")
     crowd.step()
-    waiting = crowd.ask("patient", 60)
+    waiting = crowd.ask("waiting", 60)
     for number in range(300):
         crowd.ask(f"new{number}", 3, max_tokens=1)
         crowd.step()
@@ -184,38 +184,38 @@ def test_new_clients_without_end_do_not_starve_one_that_waits() -> None:
     crowd.finish()
 
 
-def test_a_client_that_comes_back_has_saved_nothing_up_and_is_forgiven_nothing() -> None:
-    shares = VirtualTokenCounter()
+def test_a_returning_client_has_neither_gained_credit_nor_lost_debt() -> None:
+    counter = VirtualTokenCounter()
     for client in ("busy", "light"):
-        shares.enter(client)
-    shares.charge("busy", 100)
-    shares.charge("light", 10)
-    shares.leave("light")
-    shares.enter("light")
-    assert shares.served("light") == 100
-    shares.charge("light", 50)
-    shares.leave("light")
-    shares.enter("light")
-    assert shares.served("light") == 150
+        counter.enter(client)
+    counter.charge("busy", 100)
+    counter.charge("light", 10)
+    counter.leave("light")
+    counter.enter("light")
+    assert counter.served("light") == 100
+    counter.charge("light", 50)
+    counter.leave("light")
+    counter.enter("light")
+    assert counter.served("light") == 150
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=200))
-def test_clients_that_are_gone_and_owe_nothing_are_forgotten(calls: list[tuple[int, int]]) -> None:
-    shares = VirtualTokenCounter()
-    shares.enter("always")
+def test_idle_clients_without_debt_are_forgotten(calls: list[tuple[int, int]]) -> None:
+    counter = VirtualTokenCounter()
+    counter.enter("always")
     for number, tokens in calls:
-        shares.enter(f"{number}")
-        shares.charge(f"{number}", tokens)
-        shares.leave(f"{number}")
-    shares.charge("always", 10_000)
-    shares.enter("last")
-    shares.leave("last")
-    assert len(shares) == 1
-    shares.leave("always")
-    assert len(shares) == 0
+        counter.enter(f"{number}")
+        counter.charge(f"{number}", tokens)
+        counter.leave(f"{number}")
+    counter.charge("always", 10_000)
+    counter.enter("last")
+    counter.leave("last")
+    assert len(counter) == 1
+    counter.leave("always")
+    assert len(counter) == 0
 
 
-def test_who_asks_and_how_urgently_changes_no_token() -> None:
+def test_client_and_priority_change_no_token() -> None:
     alone = Crowd()
     id = alone.ask("a", 30, seed=5, temperature=0.9, max_tokens=12)
     alone.finish()
@@ -226,4 +226,3 @@ def test_who_asks_and_how_urgently_changes_no_token() -> None:
             crowd.ask(client, 25, priority=1)
     crowd.finish()
     assert alone.answer(id).tokens == crowd.answer(same).tokens
-    assert tiny_model() is crowd.engine._model

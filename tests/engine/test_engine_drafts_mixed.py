@@ -1,4 +1,4 @@
-"""Drafts in mixed company change nothing: not what is said, nor how often, nor how well."""
+"""Drafts in mixed batches: same answers, same distribution, same acceptance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(name: str) -> LoadedModel:
 
 @cache
 def demo_prompt(text: str, *, with_tool: bool = False) -> list[int]:
-    """A conversation that begins, as the demo reads it."""
+    """The demo's prompt for a first user message."""
     tokenizer = Tokenizer.load(DEMO)
     tools = read_tools([WEATHER] if with_tool else None)
     conversation = Conversation(read_messages([{"role": "user", "content": text}]), tools=tools)
@@ -47,8 +47,8 @@ def demo_prompt(text: str, *, with_tool: bool = False) -> list[int]:
     return list(prompt.tokens)
 
 
-def company(name: str) -> list[EngineRequest]:
-    """Requests of every kind, for one batch."""
+def mixed_batch(name: str) -> list[EngineRequest]:
+    """One request of each kind."""
     rng = np.random.default_rng(2)
     if name == "demo":
         controls, prompt = Tokenizer.load(DEMO).controls, demo_prompt("Count from 3 to 30.")
@@ -56,7 +56,7 @@ def company(name: str) -> list[EngineRequest]:
         controls, prompt = CONTROLS, rng.integers(0, 250, 30).tolist()
     long = rng.integers(0, 250, 300).tolist()
     form = OutputSpec(Regex("[a-c]{2}( [0-9]+,){4,}", "p"))
-    guidance = GrammarSpec(
+    grammar = GrammarSpec(
         grammar=build_grammar(form, SpecialTokens.find(controls, "tokenizer.json")).text
     )
     kinds: dict[str, dict[str, Any]] = {
@@ -68,8 +68,8 @@ def company(name: str) -> list[EngineRequest]:
         "with logprobs": {"temperature": 1.5, "logprobs": 2},
         "biased": {"logit_bias": {prompt[5]: 3.0}},
         "stopped": {"stop_token_ids": tuple(range(30, 90)), "min_tokens": 4, "temperature": 2.0},
-        "held to a grammar": {"grammar": guidance, "temperature": 1.0},
-        "held and penalised": {"grammar": guidance, "frequency_penalty": 0.4, "n": 2},
+        "held to a grammar": {"grammar": grammar, "temperature": 1.0},
+        "held and penalised": {"grammar": grammar, "frequency_penalty": 0.4, "n": 2},
         "thinking": {"thinking_budget": 11, "thinking_close": (40, 41), "temperature": 2.0},
         "many": {"temperature": 2.0, "n": 3},
     }
@@ -80,22 +80,22 @@ def company(name: str) -> list[EngineRequest]:
             for seed, (kind, fields) in enumerate(kinds.items())
         ),
         request("long", long, **rest),
-        request("its beginning", long[:90], **rest),
+        request("prefix of long", long[:90], **rest),
     ]
 
 
 @cache
 def answers(name: str, mtp: int) -> Run:
-    """Of the whole company, long prompts in chunks beside those who decode already."""
+    """Answers to the mixed batch, with long prompts in chunks beside decoding sequences."""
     engine = tiny_engine(model_of(name), mtp=mtp, max_step_tokens=64, max_running=24)
-    done = run(engine, *company(name))
+    done = run(engine, *mixed_batch(name))
     stats = engine.stats()
     assert mtp == 0 or 0 < stats.accepted < stats.drafted
     return done
 
 
 def is_tie(model: LoadedModel, asked: EngineRequest, tokens: list[int], others: list[int]) -> bool:
-    """Whether two answers part where two tokens are all but equally likely; says where."""
+    """Whether two answers differ first at a tie of two tokens. Prints the place."""
     at = next(i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b)
     whole = [*unpack_tokens(asked.prompt).tolist(), *tokens[:at]]
     row = reference_logits(model, whole)[-1]
@@ -107,7 +107,7 @@ def is_tie(model: LoadedModel, asked: EngineRequest, tokens: list[int], others: 
 @pytest.mark.parametrize("mtp", [1, 2, 3])
 def test_every_kind_of_request_answers_as_without_drafts(name: str, mtp: int) -> None:
     model, drafted, undrafted = model_of(name), answers(name, mtp), answers(name, 0)
-    for asked in company(name):
+    for asked in mixed_batch(name):
         for index in range(asked.n):
             one, other = drafted.answer(asked.id, index), undrafted.answer(asked.id, index)
             if one.tokens != other.tokens:
@@ -119,7 +119,7 @@ def test_every_kind_of_request_answers_as_without_drafts(name: str, mtp: int) ->
 
 @pytest.mark.parametrize("mtp", [1, 3])
 def test_a_stop_string_that_ends_within_a_draft_ends_the_answer_there(mtp: int) -> None:
-    """Of several tokens that come at once, those behind the stop string are not said."""
+    """Tokens of the same step behind the stop string are not part of the answer."""
     asked: dict[str, Any] = {
         "conversations": [[{"role": "user", "content": "Count from 3 to 30."}]],
         "template": {"enable_thinking": False},
@@ -152,7 +152,7 @@ FILTERED = SamplingParams(
 
 @pytest.mark.parametrize("mtp", [1, 2])
 def test_three_tokens_are_distributed_as_the_model_has_them(mtp: int) -> None:
-    """All 216 ways to go on, with filters and penalties, where many drafts are refused."""
+    """All 216 continuations, with filters and penalties that refuse many drafts."""
     model = tiny_model(num_nextn_predict_layers=1, vocab_size=16, eos_token_id=[1])
     prompt = np.array([5, 9, 9, 3, 7, 11, 12, 5], np.int32)
     draws = 700
@@ -162,45 +162,45 @@ def test_three_tokens_are_distributed_as_the_model_has_them(mtp: int) -> None:
     done = run(engine, asked)
     stats = engine.stats()
     assert 0.1 * draws < stats.accepted < 0.9 * stats.drafted
-    expected = _of_three(model, prompt)
+    expected = _probabilities(model, prompt)
     drawn = [tuple(done.answer("r", index).tokens) for index in range(draws)]
     assert set(drawn) <= expected.keys()
-    observed = np.array([drawn.count(way) for way in expected])
+    observed = np.array([drawn.count(continuation) for continuation in expected])
     assert deviation(observed, draws * np.array([*expected.values()])) < 3.5
 
 
-def _of_three(model: LoadedModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation by three tokens."""
-    ways: dict[tuple[int, ...], float] = {(): 1.0}
+def _probabilities(model: LoadedModel, prompt: np.ndarray) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation by three tokens."""
+    continuations: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
         longer = {}
-        for way, probability in ways.items():
-            output = np.array(way, np.int32)
-            logits = reference_logits(model, [*prompt.tolist(), *way])[-1]
+        for continuation, probability in continuations.items():
+            output = np.array(continuation, np.int32)
+            logits = reference_logits(model, [*prompt.tolist(), *continuation])[-1]
             next_: Floats = exact(logits, FILTERED, prompt, output)
             for token in np.flatnonzero(next_).tolist():
-                longer[*way, token] = probability * float(next_[token])
-        ways = longer
-    return ways
+                longer[*continuation, token] = probability * float(next_[token])
+        continuations = longer
+    return continuations
 
 
 def count_drafts(engine: Engine, asked: EngineRequest) -> tuple[Answer, int, int]:
-    """An answer, the drafts verified for it, and those that became part of it."""
+    """An answer, its number of drafts, and of accepted drafts."""
     before = engine.stats()
     answer = run(engine, asked).answer(asked.id)
     after = engine.stats()
     return answer, after.drafted - before.drafted, after.accepted - before.accepted
 
 
-def forget_mtp_kv(engine: Engine) -> None:
-    for node in engine._tree.nodes():
+def clear_mtp_kv(engine: Engine) -> None:
+    for node in engine.scheduler.tree.nodes():
         assert node.kv is not None
         node.kv.layers[-1] = mx.zeros_like(node.kv.layers[-1])
 
 
-def test_a_prefix_hit_loses_no_acceptance() -> None:
-    """The MTP layer's KV comes back with the rest, within a conversation and when it is had again.
-    Without that KV drafts are worse, and answers are the same."""
+def test_a_prefix_hit_keeps_acceptance() -> None:
+    """The MTP layer's KV is cached like that of the others. With zeros in its place, acceptance
+    falls and answers stay the same."""
     model = model_of("demo")
     cached = tiny_engine(model, mtp=1)
     prompt = demo_prompt("Count from 4 to 20.", with_tool=True)
@@ -215,15 +215,14 @@ def test_a_prefix_hit_loses_no_acceptance() -> None:
         assert (again.tokens, counts) == (alone.tokens, cold)
         said = [token for token in first.tokens if token not in model.eos_token_ids]
         prompt = [*prompt, *said, *demo_prompt("Count from 7 to 30.")[2:]]
-    forget_mtp_kv(cached)
+    clear_mtp_kv(cached)
     without, drafted, accepted = count_drafts(cached, asked)
     assert without.tokens == alone.tokens
     assert accepted / drafted < cold[1] / cold[0]
 
 
-def test_where_prefixes_fork_no_acceptance_is_lost() -> None:
-    """The MTP layer's KV of a token is made of the one that follows, so what another prompt left
-    of the last common token is not taken."""
+def test_forked_prefixes_keep_acceptance() -> None:
+    """The MTP layer's KV of the last common token depends on the next one, and is not shared."""
     model, shared = model_of("demo"), tiny_engine(model_of("demo"), mtp=1)
     cities = ("Lisbon", "Turin", "Bergen", "Porto")
     asked = [
@@ -232,7 +231,7 @@ def test_where_prefixes_fork_no_acceptance_is_lost() -> None:
     ]
     cold = [count_drafts(tiny_engine(model, mtp=1), one) for one in asked]
     forked = [count_drafts(shared, one) for one in asked]
-    forget_mtp_kv(shared)
+    clear_mtp_kv(shared)
     without = [count_drafts(shared, one) for one in asked]
     assert min(answer.cached_tokens for answer, *_ in forked[1:]) > 100
     for (alone, *cold_counts), (answer, *counts) in zip(cold, forked, strict=True):

@@ -1,10 +1,10 @@
-"""Streams keep their pace beside prompts, and prompts theirs beside each other."""
+"""Streams and prompts progress beside each other."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from engines import Run, assert_true, request, tiny_engine, tiny_model
+from engines import Run, assert_reference_tokens, request, tiny_engine, tiny_model
 
 from glmd.engine.scheduler.prefill_budget import PrefillBudget
 
@@ -16,7 +16,7 @@ def _started(run: Run, id: str) -> bool:
 
 
 @pytest.mark.parametrize("max_step_tokens", [3, 64])
-def test_streams_advance_in_every_step_while_a_prompt_comes_in(max_step_tokens: int) -> None:
+def test_streams_advance_in_every_step_beside_prefill(max_step_tokens: int) -> None:
     run = Run(tiny_engine(max_step_tokens=max_step_tokens))
     streams = [f"{i}" for i in range(4)]
     run.submit(*(request(id, [int(id)], max_tokens=400, ignore_eos=True) for id in streams))
@@ -32,7 +32,7 @@ def test_streams_advance_in_every_step_while_a_prompt_comes_in(max_step_tokens: 
         assert steps == list(range(first, run.steps + 1))
 
 
-def test_a_prompt_gets_on_beside_as_many_streams_as_a_step_has_rows() -> None:
+def test_a_prompt_progresses_beside_streams_that_fill_the_step() -> None:
     run = Run(tiny_engine(max_step_tokens=4, max_running=8))
     run.submit(*(request(f"{i}", [i], max_tokens=300, ignore_eos=True) for i in range(4)))
     while not _started(run, "3"):
@@ -43,14 +43,14 @@ def test_a_prompt_gets_on_beside_as_many_streams_as_a_step_has_rows() -> None:
     assert run.answer("0").finish is None, "the prompt waited for a stream to end"
 
 
-def test_streams_wait_longer_for_a_crowd_of_short_prompts_only(
+def test_the_budget_counts_short_prompts_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    crowds: list[int] = []
+    counts: list[int] = []
     budget = PrefillBudget.prefill_budget
 
     def spy(self: PrefillBudget, decoding: int, prefilling: int) -> int:
-        crowds.append(prefilling)
+        counts.append(prefilling)
         return budget(self, decoding, prefilling)
 
     monkeypatch.setattr(PrefillBudget, "prefill_budget", spy)
@@ -61,14 +61,14 @@ def test_streams_wait_longer_for_a_crowd_of_short_prompts_only(
     run.submit(*(request(f"long {i}", [i, *LONG], max_tokens=1) for i in range(3)))
     for _ in range(3):
         run.step()
-    assert set(crowds) == {1}
+    assert set(counts) == {1}
     run.submit(*(request(f"short {i}", [9 + i, *LONG[:100]], max_tokens=1) for i in range(4)))
     run.step()
-    assert crowds[-1] == 4
+    assert counts[-1] == 4
 
 
 def test_a_short_prompt_overtakes_a_long_one_at_any_time() -> None:
-    """Also when the long one is nearly done, and has waited for long."""
+    """Also when the long one is nearly done."""
     run = Run(tiny_engine(max_step_tokens=40))
     run.submit(request("long", LONG, max_tokens=1, prompt_progress=True))
     for number, at in enumerate([0, 700, 1000]):
@@ -88,7 +88,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
     run.submit(request("long", LONG[:600], max_tokens=1))
     number = 0
     while not _started(run, "long"):
-        # More than a step's worth of short prompts arrive before every step.
+        # Short prompts for more than a step arrive before every step.
         for _ in range(2):
             number += 1
             run.submit(
@@ -101,7 +101,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 
 
 def test_short_prompts_are_served_beside_a_long_one_that_has_waited() -> None:
-    """While they keep coming, both kinds get on."""
+    """While short prompts keep arriving, both kinds progress."""
     run = Run(tiny_engine(max_step_tokens=40))
     run.submit(request("long", LONG, max_tokens=1, prompt_progress=True))
     waits = []
@@ -130,7 +130,7 @@ def test_higher_priority_goes_first() -> None:
     assert list(first.values()) == sorted(first.values())
 
 
-def test_waiting_requests_get_their_turn_with_one_place() -> None:
+def test_requests_run_one_after_another_with_max_running_1() -> None:
     run = Run(tiny_engine(max_running=1))
     asked = [request(f"{i}", LONG[i : i + 20 + i], max_tokens=4) for i in range(5)]
     run.submit(*asked)
@@ -138,4 +138,4 @@ def test_waiting_requests_get_their_turn_with_one_place() -> None:
         run.step()
         assert run.engine.stats().running <= 1
     for one in asked:
-        assert_true(tiny_model(), one, run.answer(one.id))
+        assert_reference_tokens(tiny_model(), one, run.answer(one.id))

@@ -1,4 +1,4 @@
-"""Why no more of a prompt was cached: what a request is told when its turn comes."""
+"""`cache_match`: how much of a prompt was cached at its admission, and why not more."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ OTHER = DRAW.integers(0, 500, 200).tolist()
 
 
 def match_of(engine: Engine, prompt: list[int], **fields: object) -> CacheMatch:
-    """What a request with this prompt is told, once, before it has a token."""
+    """The match reported for a prompt, exactly once and before any token."""
     running = Run(engine)
     running.submit(request("asked", prompt, max_tokens=1, **fields))
     outputs = [output for _ in range(50) if engine.has_work for output in running.step()]
-    told = [n for n, output in enumerate(outputs) if output.cache_match is not None]
-    (place,) = told
-    assert outputs[place].admitted
-    assert not any(output.tokens for output in outputs[:place])
-    match = outputs[place].cache_match
+    reported = [n for n, output in enumerate(outputs) if output.cache_match is not None]
+    (at,) = reported
+    assert outputs[at].admitted
+    assert not any(output.tokens for output in outputs[:at])
+    match = outputs[at].cache_match
     assert match is not None
     return match
 
 
-def test_a_prompt_is_told_where_it_parts_from_what_is_stored() -> None:
+def test_differs_reports_the_place_of_the_fork() -> None:
     engine = tiny_engine()
     assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="new")
     assert match_of(engine, LONG) == CacheMatch(tokens=199, reason="whole")
     assert match_of(engine, [*LONG, 1, 2, 3]) == CacheMatch(tokens=200, reason="new")
     fork = [*LONG[:60], (LONG[60] + 1) % 500, 4, 5]
     assert match_of(engine, fork) == CacheMatch(tokens=60, reason="differs", diverging_tokens=140)
-    # Where another conversation has gone on from the middle, too.
+    # At a place where two continuations are stored.
     third = [*LONG[:60], (LONG[60] + 2) % 500, 4, 5]
     match = match_of(engine, third)
     assert (match.tokens, match.reason) == (60, "differs")
 
 
-def test_a_prompt_is_told_that_another_salt_has_it() -> None:
+def test_salt_reports_a_prompt_stored_under_another_salt() -> None:
     engine = tiny_engine()
     match_of(engine, LONG, cache_salt="a")
     assert match_of(engine, LONG, cache_salt="b") == CacheMatch(tokens=0, reason="salt")
     assert match_of(engine, OTHER, cache_salt="c") == CacheMatch(tokens=0, reason="new")
 
 
-def test_a_prompt_is_told_that_its_prefix_was_evicted() -> None:
+def test_evicted_reports_a_prefix_that_was_evicted() -> None:
     engine = tiny_engine(tiny_model(max_position_embeddings=256), kv_tokens=600)
     run(engine, request("first", [*LONG[:50], *OTHER[:100]], max_tokens=1))
     run(engine, request("kept", LONG, max_tokens=1))
@@ -63,13 +63,13 @@ def test_a_prompt_is_told_that_its_prefix_was_evicted() -> None:
     assert match.tokens < 150
 
 
-def test_without_a_cache_a_prompt_is_told_so() -> None:
+def test_off_is_reported_without_a_prefix_cache() -> None:
     engine = tiny_engine(prefix_cache=False)
     assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="off")
     assert match_of(engine, LONG) == CacheMatch(tokens=0, reason="off")
 
 
-def test_a_conversation_that_grows_is_never_told_that_it_differs() -> None:
+def test_a_growing_conversation_never_differs() -> None:
     engine = tiny_engine()
     turns = [LONG[:end] for end in (40, 90, 91, 150)]
     assert all(len(a) < len(b) for a, b in pairwise(turns))

@@ -1,4 +1,4 @@
-"""Too little memory: evict, preempt, wait; never fail, never leak."""
+"""Short memory: evict, preempt, wait; never fail, never leak."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from engines import (
     Run,
-    assert_at_rest,
-    assert_true,
-    assert_whole,
+    assert_complete,
+    assert_idle,
+    assert_reference_tokens,
     request,
     run,
     tiny_engine,
@@ -37,7 +37,7 @@ def _small(model: LoadedModel | None = None, **config: Any) -> Engine:
     return tiny_engine(model or _model(), kv_tokens=CONTEXT + 256, **config)
 
 
-def test_sequences_that_outgrow_the_memory_give_way_and_resume_unchanged(
+def test_sequences_that_outgrow_the_memory_are_preempted_and_resume_unchanged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler, "ADMISSION_RESERVE", 8)
@@ -57,17 +57,19 @@ def test_sequences_that_outgrow_the_memory_give_way_and_resume_unchanged(
     assert engine.stats().preemptions > 0
     for one in asked:
         answer = running.answer(one.id)
-        assert_whole(_model(), one, answer, CONTEXT)
+        assert_complete(_model(), one, answer, CONTEXT)
         if one.sampling.seed is not None or one.sampling.temperature == 0:
-            assert_true(_model(), one, answer)
-    assert_at_rest(engine)
+            assert_reference_tokens(_model(), one, answer)
+    assert_idle(engine)
 
 
-def test_drafting_sequences_give_way_and_resume_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafting_sequences_are_preempted_and_resume_unchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(scheduler, "ADMISSION_RESERVE", 8)
     model = _model(num_nextn_predict_layers=1)
     engine = _small(model, mtp=3)
-    # Noise counts for as much as the logits: a part of the drafts is taken.
+    # Noise matters as much as the logits: a part of the drafts is accepted.
     asked = [
         request(f"{i}", PROMPTS[i], max_tokens=120, ignore_eos=True, temperature=8.0, seed=i)
         for i in range(5)
@@ -77,11 +79,11 @@ def test_drafting_sequences_give_way_and_resume_unchanged(monkeypatch: pytest.Mo
     assert stats.preemptions > 0
     assert stats.accepted > 0.2 * stats.drafted
     for one in asked:
-        assert_true(model, one, running.answer(one.id))
-    assert_at_rest(engine)
+        assert_reference_tokens(model, one, running.answer(one.id))
+    assert_idle(engine)
 
 
-def test_the_youngest_gives_way_and_the_eldest_is_never_held_up(
+def test_the_oldest_sequence_is_never_preempted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler, "ADMISSION_RESERVE", 8)
@@ -93,23 +95,23 @@ def test_the_youngest_gives_way_and_the_eldest_is_never_held_up(
     assert steps == list(range(steps[0], steps[0] + 120))
 
 
-def test_prompts_that_fill_the_memory_together_are_served_in_turn(
+def test_prompts_that_fill_the_memory_together_are_all_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Admitted without regard to each other, none could be finished beside the others."""
+    """Admitted regardless of each other, they fill the memory, and none can finish."""
     monkeypatch.setattr(scheduler.Scheduler, "_reserved_bytes", lambda self: 0)
-    # Whatever a step takes, prompts fill it: the clock has no say in who runs.
+    # Prompts fill every step: its duration has no influence.
     engine = _small(max_step_tokens=64, max_slowdown=1e9)
     prompts = [np.random.default_rng(i).integers(0, 500, 350).tolist() for i in range(4)]
     asked = [request(f"{i}", prompts[i], max_tokens=10, ignore_eos=True) for i in range(4)]
     running = run(engine, *asked)
     assert engine.stats().preemptions > 0
     for one in asked:
-        assert_true(_model(), one, running.answer(one.id))
-    assert_at_rest(engine)
+        assert_reference_tokens(_model(), one, running.answer(one.id))
+    assert_idle(engine)
 
 
-def test_what_does_not_fit_waits_and_nothing_is_preempted() -> None:
+def test_requests_that_do_not_fit_wait_and_none_is_preempted() -> None:
     engine = _small()
     prompts = [np.random.default_rng(i).integers(0, 500, 270).tolist() for i in range(5)]
     running = Run(engine)
@@ -131,16 +133,16 @@ def test_kept_prefixes_stay_within_the_budget_and_the_latest_survives() -> None:
     answer = run(engine, request("last", PROMPTS[15 % 8][:75], max_tokens=1)).answer("last")
     assert answer.cached_tokens == 74
     assert engine.stats().evicted_tokens > 0
-    assert_at_rest(engine)
+    assert_idle(engine)
 
 
-def test_the_longest_request_is_served_whole_whatever_was_kept() -> None:
+def test_the_longest_request_is_served_beside_cached_prefixes() -> None:
     engine = _small()
     run(engine, *(request(f"{i}", PROMPTS[i], max_tokens=20) for i in range(8)))
     asked = request("long", PROMPTS[0] + PROMPTS[3] + PROMPTS[5], ignore_eos=True)
     answer = run(engine, asked).answer("long")
     assert (answer.finish, len(answer.tokens)) == ("length", CONTEXT - 300)
-    assert_true(_model(), asked, answer)
+    assert_reference_tokens(_model(), asked, answer)
 
 
 @pytest.mark.parametrize(
@@ -151,16 +153,16 @@ def test_the_longest_request_is_served_whole_whatever_was_kept() -> None:
 def test_memory_of_a_running_request_grows_by_its_kv_alone(fields: dict[str, Any]) -> None:
     running = Run(tiny_engine())
     running.submit(request("a", PROMPTS[0], max_tokens=800, ignore_eos=True, **fields))
-    beside = []
+    overhead = []
     for step in range(230):
         running.step()
         if step in (30, 220):
             gc.collect()
             mx.synchronize()
-            beside.append(mx.get_active_memory() - running.engine.stats().kv_bytes)
+            overhead.append(mx.get_active_memory() - running.engine.stats().kv_bytes)
     running.engine.close()
     # 190 tokens later; an array of the vocabulary's size per token would be 390 KB.
-    assert beside[1] - beside[0] < 100_000
+    assert overhead[1] - overhead[0] < 100_000
 
 
 def test_memory_at_rest_is_weights_and_tree() -> None:
@@ -177,7 +179,7 @@ def test_memory_at_rest_is_weights_and_tree() -> None:
             if i % 7 == 0:
                 engine.cancel(f"{i}")
         running.finish()
-        assert_at_rest(engine)
+        assert_idle(engine)
         assert engine.stats().kv_tokens > 1000
 
     def active() -> int:
@@ -188,21 +190,21 @@ def test_memory_at_rest_is_weights_and_tree() -> None:
     load(0)
     before = active()
     kept = engine.stats().kv_bytes
-    assert engine._tree.clear() == kept
+    assert engine.scheduler.tree.clear() == kept
     # Buffers that the allocator reuses may be somewhat larger than what is put into them.
     assert kept <= before - active() <= 1.3 * kept
     assert engine.stats().kv_bytes == 0
     emptied = active()
     load(100)
-    engine._tree.clear()
+    engine.scheduler.tree.clear()
     assert abs(active() - emptied) < 4096
 
 
-def test_what_the_last_step_saw_is_freed_with_the_tree() -> None:
+def test_segments_of_the_last_step_are_freed_with_the_tree() -> None:
     engine = tiny_engine(_model())
     run(engine, *(request(f"{i}", PROMPTS[i], max_tokens=40, ignore_eos=True) for i in range(3)))
-    seen = {id(node.kv) for node in engine._tree.nodes()}
+    seen = {id(node.kv) for node in engine.scheduler.tree.nodes()}
     assert seen
-    engine._tree.clear()
+    engine.scheduler.tree.clear()
     alive = {id(found) for found in gc.get_objects() if type(found) is Segment}
     assert not seen & alive

@@ -1,4 +1,4 @@
-"""Random requests that come, go and crowd each other out: every answer is the reference's."""
+"""Random requests, cancellations and preemptions: every answer is the reference's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from engines import (
     TINY,
     Run,
-    assert_at_rest,
-    assert_true,
-    assert_whole,
+    assert_complete,
+    assert_idle,
+    assert_reference_tokens,
     load,
     refuse_memory,
     request,
@@ -29,6 +29,7 @@ from mlx_lm.convert import convert
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.engine.core import Engine
 from glmd.engine.scheduler import scheduler
+from glmd.engine.sequence import SequenceStatus
 from glmd.ipc import EngineRequest
 from glmd.model.loader import LoadedModel
 
@@ -49,7 +50,7 @@ SAMPLING: list[dict[str, Any]] = [
     {},
     {},
     {"temperature": 1.0},
-    # Noise counts for as much as the logits: a third of the MTP layer's drafts is taken.
+    # Noise matters as much as the logits: a third of the drafts is accepted.
     {"temperature": 5.0},
     {"temperature": 5.0},
     {"temperature": 8.0, "min_tokens": 12, "frequency_penalty": 0.5},
@@ -65,8 +66,8 @@ SAMPLING: list[dict[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Visit:
-    """A request, the step before which it comes, and the one before which it is cancelled."""
+class Arrival:
+    """A request, the step before which it arrives, and the step before which it is cancelled."""
 
     request: EngineRequest
     arrives: int
@@ -75,7 +76,7 @@ class Visit:
 
 
 @st.composite
-def visits(draw: st.DrawFn) -> list[Visit]:
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
     count = draw(st.integers(1, 7))
     found = []
     for number in range(count):
@@ -91,7 +92,7 @@ def visits(draw: st.DrawFn) -> list[Visit]:
         fields["cache_salt"] = draw(st.sampled_from(["", "", "", "x"]))
         fields["prompt_progress"] = draw(st.booleans())
         found.append(
-            Visit(
+            Arrival(
                 request(str(number), prompt, **fields),
                 draw(st.integers(0, 25)),
                 draw(st.none() | st.none() | st.integers(0, 50)),
@@ -102,12 +103,14 @@ def visits(draw: st.DrawFn) -> list[Visit]:
 
 
 def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
-    """What holds between any two steps."""
-    waiting, running = engine._scheduler.waiting, engine._scheduler.running
-    tree, tails = engine._tree, engine._tails
-    assert len(running) <= engine._config.max_running
+    """Invariants between steps."""
+    waiting, running = engine.scheduler.waiting, engine.scheduler.running
+    tree, tails = engine.scheduler.tree, engine.scheduler.tails
+    assert len(running) <= engine.config.max_running
     assert tree.leases == {s.lease for s in running}
     assert all(s.lease is None and s.slot == -1 for s in waiting)
+    assert all(s.status is SequenceStatus.RUNNING for s in running)
+    assert all(s.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED) for s in waiting)
     assert tails.used == sum(s.slot != -1 for s in running)
     known = [s for sequences in engine._requests.values() for s in sequences]
     assert {id(s) for s in known} == {id(s) for s in [*running, *waiting]}
@@ -115,23 +118,23 @@ def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
         prefix = [k for p in tree.path(sequence.lease) for k in p.node.keys[: p.length].tolist()]
         assert len(prefix) == sequence.num_cached_tokens
         assert prefix == sequence.cache_keys(0, sequence.num_cached_tokens).tolist()
-    # Tails for further drafts behind a prompt's end come unplanned; the next plan makes room.
-    planned = tree.nbytes + (tails.nbytes if engine._config.mtp in {0, 1, "auto"} else 0)
+    # Tails for further drafts behind a prompt's end exceed the budget until the next step.
+    planned = tree.nbytes + (tails.nbytes if engine.config.mtp in {0, 1, "auto"} else 0)
     over = planned - kv_tokens * engine.info.kv_bytes_per_token
     assert over <= 0 or tree.evictable_tokens == 0
-    # What cannot be evicted is over by no more than the pool's granularity.
+    # The excess is at most the pool's granularity.
     assert over <= 64 * engine.info.kv_bytes_per_token
 
 
-def _serve(engine: Engine, coming: list[Visit], kv_tokens: int) -> Run:
+def _serve(engine: Engine, coming: list[Arrival], kv_tokens: int) -> Run:
     running = Run(engine)
-    left = sorted(coming, key=lambda visit: visit.arrives)
+    left = sorted(coming, key=lambda arrival: arrival.arrives)
     for step in range(4000):
         while left and left[0].arrives <= step:
             running.submit(left.pop(0).request)
-        for visit in coming:
-            if visit.cancelled == step:
-                engine.cancel(visit.request.id, visit.cancelled_index)
+        for arrival in coming:
+            if arrival.cancelled == step:
+                engine.cancel(arrival.request.id, arrival.cancelled_index)
         if not left and not engine.has_work:
             return running
         running.step()
@@ -145,7 +148,7 @@ def _serve(engine: Engine, coming: list[Visit], kv_tokens: int) -> Run:
     phases=[Phase.explicit, Phase.generate],
 )
 @given(
-    visits(),
+    arrivals(),
     st.sampled_from([1, 2, 3, 8]),
     st.sampled_from([9, 48, 2048]),
     st.sampled_from([CONTEXT + 256, 600, 800, 5000]),
@@ -155,8 +158,8 @@ def _serve(engine: Engine, coming: list[Visit], kv_tokens: int) -> Run:
     st.sets(st.integers(0, 60), max_size=2),
     st.booleans(),
 )
-def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
-    coming: list[Visit],
+def test_every_answer_is_the_references_and_nothing_is_left(
+    coming: list[Arrival],
     max_running: int,
     max_step_tokens: int,
     kv_tokens: int,
@@ -166,8 +169,8 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
     refused: set[int],
     late: bool,
 ) -> None:
-    """With little reserve at admission, sequences crowd each other out. Twice the device may refuse
-    memory, and everything is computed anew."""
+    """With a small reserve at admission, sequences are preempted. Up to two steps fail for lack of
+    memory, and everything is computed again."""
     engine = tiny_engine(
         _model(),
         kv_tokens=kv_tokens,
@@ -179,21 +182,21 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
     refuse_memory(engine, refused, late=late)
     with patch.object(scheduler, "ADMISSION_RESERVE", reserve):
         served = _serve(engine, coming, kv_tokens)
-    assert_at_rest(engine)
+    assert_idle(engine)
     stats = engine.stats()
     event(f"preempted: {stats.preemptions > 0}")
     event(f"evicted: {stats.evicted_tokens > 0}")
     event(f"accepted: {stats.accepted > 0}")
-    event(f"refused memory: {engine._relief.failures}")
-    for visit in coming:
-        for index in range(visit.request.n):
-            if (visit.request.id, index) not in served.answers:
-                assert visit.cancelled is not None
-                assert visit.cancelled < visit.arrives
+    event(f"refused memory: {engine.stats().out_of_memory}")
+    for arrival in coming:
+        for index in range(arrival.request.n):
+            if (arrival.request.id, index) not in served.answers:
+                assert arrival.cancelled is not None
+                assert arrival.cancelled < arrival.arrives
                 continue
-            answer = served.answer(visit.request.id, index)
-            assert_whole(_model(), visit.request, answer, CONTEXT)
-            assert_true(_model(), visit.request, answer, index)
+            answer = served.answer(arrival.request.id, index)
+            assert_complete(_model(), arrival.request, answer, CONTEXT)
+            assert_reference_tokens(_model(), arrival.request, answer, index)
             if not prefix_cache:
                 assert answer.cached_tokens == 0
     if not prefix_cache:
@@ -202,7 +205,7 @@ def test_every_request_ends_with_the_references_tokens_and_leaves_nothing(
 
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_answers_alone_and_among_sixteen_are_the_same(mtp: Any) -> None:
-    """All of them are the reference's, which knows of no others."""
+    """And equal to the reference's."""
     rng = np.random.default_rng(6)
     asked = []
     for number in range(16):
@@ -214,15 +217,15 @@ def test_answers_alone_and_among_sixteen_are_the_same(mtp: Any) -> None:
     together = run(engine, *asked)
     for one in asked:
         answer = together.answer(one.id)
-        assert_whole(_model(), one, answer, CONTEXT)
-        assert_true(_model(), one, answer)
-    assert_at_rest(engine)
+        assert_complete(_model(), one, answer, CONTEXT)
+        assert_reference_tokens(_model(), one, answer)
+    assert_idle(engine)
     for one in asked[:11]:
         alone = run(tiny_engine(_model(), mtp=mtp), one).answer(one.id)
-        assert_true(_model(), one, alone)
+        assert_reference_tokens(_model(), one, alone)
 
 
-def test_quantised_files_are_served_true(tmp_path: Path) -> None:
+def test_answers_of_quantised_files_are_the_references(tmp_path: Path) -> None:
     config = TINY | {"qk_nope_head_dim": 64, "v_head_dim": 64}
     write_random_checkpoint(tmp_path / "a", **config)
     convert(str(tmp_path / "a"), str(tmp_path / "b"), quantize=True, q_group_size=64, q_bits=5)
@@ -230,4 +233,4 @@ def test_quantised_files_are_served_true(tmp_path: Path) -> None:
     asked = [request(str(i), BASES[0][: 30 * (i + 1)], max_tokens=20) for i in range(4)]
     together = run(tiny_engine(model, max_step_tokens=64), *asked)
     for one in asked:
-        assert_true(model, one, together.answer(one.id))
+        assert_reference_tokens(model, one, together.answer(one.id))

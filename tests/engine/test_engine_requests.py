@@ -1,4 +1,4 @@
-"""One request's life: what is refused, how it ends, what it says on the way."""
+"""Single requests: refusals, ends, progress and cancellation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from engines import (
     Run,
-    assert_at_rest,
-    assert_true,
-    assert_whole,
+    assert_complete,
+    assert_idle,
+    assert_reference_tokens,
     reference_logits,
     request,
     run,
@@ -58,9 +58,7 @@ PROMPT = np.random.default_rng(0).integers(0, 500, 50).tolist()
     ],
     ids=str,
 )
-def test_what_cannot_be_served_is_refused_by_the_name_of_its_field(
-    param: str, fields: dict[str, Any]
-) -> None:
+def test_an_invalid_field_is_refused_by_its_name(param: str, fields: dict[str, Any]) -> None:
     engine = tiny_engine()
     engine.submit(request("a", [1, 2], **fields))
     (output,) = engine.step()
@@ -72,14 +70,14 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_field(
 
 
 @pytest.mark.parametrize("prompt", [[], [512], [-1], [1, 2, 4000, 3]])
-def test_a_prompt_that_is_none_is_refused(prompt: list[int]) -> None:
+def test_an_invalid_prompt_is_refused(prompt: list[int]) -> None:
     answer = run(tiny_engine(), request("a", prompt)).answer("a")
     assert answer.finish == "error"
     assert answer.error is not None
     assert answer.error.startswith("The prompt ")
 
 
-def test_a_prompt_beyond_the_context_is_refused_with_both_numbers() -> None:
+def test_a_prompt_beyond_the_context_is_refused_with_both_lengths() -> None:
     engine = tiny_engine(max_context=40)
     answer = run(engine, request("a", range(40))).answer("a")
     assert answer.finish == "error"
@@ -109,12 +107,12 @@ def test_an_id_may_be_used_again_once_it_is_free() -> None:
         running.engine.cancel("a")
         running.finish()
         assert running.answers.pop(("a", 0)).finish == "cancelled"
-    assert_at_rest(running.engine)
+    assert_idle(running.engine)
 
 
 def test_a_budget_too_small_for_any_request_is_refused_at_start() -> None:
     model = tiny_model(max_position_embeddings=128)
-    # So few rows that working memory cannot be made smaller to fit.
+    # With so few rows, working memory cannot be reduced.
     with pytest.raises(CheckpointError, match="KV of 384 tokens"):
         tiny_engine(model, kv_tokens=383, max_step_tokens=128)
     engine = tiny_engine(model, kv_tokens=384, max_step_tokens=128)
@@ -124,8 +122,8 @@ def test_a_budget_too_small_for_any_request_is_refused_at_start() -> None:
 
 @pytest.mark.parametrize("name", ["max_running", "max_step_tokens", "max_slowdown"])
 @pytest.mark.parametrize("value", [0, -1, math.nan])
-def test_settings_under_which_nothing_could_run_are_refused(name: str, value: float) -> None:
-    with pytest.raises(SettingsError, match=f"{name} must be 1 or more"):
+def test_settings_below_1_are_refused(name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be at least 1"):
         EngineConfig(**{name: value})  # type: ignore[arg-type]
 
 
@@ -142,14 +140,14 @@ def test_answers_are_the_references_at_any_length(length: int, max_tokens: int) 
     engine = tiny_engine()
     for _ in range(2):  # the second time everything is cached
         answer = run(engine, asked).answer("a")
-        assert_whole(tiny_model(), asked, answer, 4096)
-        assert_true(tiny_model(), asked, answer)
+        assert_complete(tiny_model(), asked, answer, 4096)
+        assert_reference_tokens(tiny_model(), asked, answer)
     assert answer.cached_tokens == length - 1
-    assert_at_rest(engine)
+    assert_idle(engine)
 
 
 def _first_occurrences(tokens: list[int]) -> list[int]:
-    """Positions at which a token comes for the first time."""
+    """Positions of tokens that did not occur before."""
     return [i for i, token in enumerate(tokens) if token not in tokens[:i]]
 
 
@@ -182,10 +180,10 @@ def test_min_tokens_keeps_an_answer_from_ending() -> None:
     answer = run(tiny_engine(), asked).answer("a")
     assert len(answer.tokens) == 9
     assert not set(answer.tokens[:8]) & set(asked.stop_token_ids)
-    assert_true(tiny_model(), asked, answer)
+    assert_reference_tokens(tiny_model(), asked, answer)
 
 
-def test_logprobs_come_one_per_token() -> None:
+def test_there_is_one_logprob_per_token() -> None:
     asked = request("a", PROMPT, max_tokens=6, ignore_eos=True, logprobs=2, temperature=3.0, seed=1)
     answer = run(tiny_engine(), asked).answer("a")
     logits = reference_logits(tiny_model(), PROMPT + answer.tokens)[len(PROMPT) - 1 : -1]
@@ -210,7 +208,7 @@ def test_requests_without_a_seed_differ_and_with_one_do_not() -> None:
     assert (first, second) == (again, once_more)
 
 
-def test_a_thinking_budget_closes_the_reasoning_and_leaves_the_rest_free() -> None:
+def test_a_thinking_budget_closes_the_reasoning_and_forces_no_other_token() -> None:
     close = (7, 8, 9)
     for budget in (0, 1, 5, 20):
         asked = request(
@@ -248,10 +246,10 @@ def test_a_cancelled_request_is_gone_at_once_in_any_phase(after: int) -> None:
     running.engine.cancel("a")
     running.engine.cancel("waits")
     assert running.engine.stats().running == running.engine.stats().waiting == 0
-    assert_at_rest(running.engine)
+    assert_idle(running.engine)
     running.finish(limit=2)
     assert {answer.finish for answer in running.answers.values()} == {"cancelled"}
-    assert_at_rest(running.engine)
+    assert_idle(running.engine)
 
 
 def test_cancelling_one_continuation_leaves_the_others() -> None:
@@ -268,8 +266,8 @@ def test_cancelling_one_continuation_leaves_the_others() -> None:
     finishes = [running.answer("a", index).finish for index in range(3)]
     assert finishes == ["length", "cancelled", "length"]
     for index in range(3):
-        assert_true(tiny_model(), asked, running.answer("a", index), index)
-    assert_at_rest(running.engine)
+        assert_reference_tokens(tiny_model(), asked, running.answer("a", index), index)
+    assert_idle(running.engine)
 
 
 def test_closing_drops_everything() -> None:

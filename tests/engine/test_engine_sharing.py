@@ -1,4 +1,4 @@
-"""What one request computed, no other computes again, and cached_tokens says so."""
+"""Prefix sharing: no request computes again what another has computed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import itertools
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from engines import Run, assert_at_rest, assert_true, request, run, tiny_engine, tiny_model
+from engines import Run, assert_idle, assert_reference_tokens, request, run, tiny_engine, tiny_model
 from hypothesis import given, settings
 
 LONG = np.random.default_rng(0).integers(0, 500, 300).tolist()
 
 
 def _keys(tokens: list[int], mtp: int) -> list[object]:
-    """What tells computed tokens apart: with an MTP layer, what followed them, too."""
+    """Keys of computed tokens: with an MTP layer, pairs with the next token."""
     return [*itertools.pairwise(tokens)] if mtp else [*tokens[:-1]]
 
 
@@ -41,10 +41,10 @@ def _shared(a: list[object], b: list[object]) -> int:
     st.sampled_from([7, 64, 2048]),
     st.sampled_from([0, 1]),
 )
-def test_sequential_requests_compute_exactly_what_none_before_them_had(
+def test_sequential_requests_compute_exactly_the_tokens_not_computed_before(
     requests: list[tuple[int, int, int, int, str]], max_step_tokens: int, mtp: int
 ) -> None:
-    """Against a list of everything that was computed so far."""
+    """Compared with a list of everything computed so far."""
     model = tiny_model(num_nextn_predict_layers=mtp)
     engine = tiny_engine(model, max_step_tokens=max_step_tokens)
     done: list[tuple[str, list[int]]] = [("-", [])]
@@ -58,7 +58,7 @@ def test_sequential_requests_compute_exactly_what_none_before_them_had(
             str(number), prompt, max_tokens=max_tokens, ignore_eos=True, cache_salt=salt
         )
         answer = run(engine, asked).answer(asked.id)
-        assert_true(model, asked, answer)
+        assert_reference_tokens(model, asked, answer)
         assert answer.cached_tokens == cached
         computed += len(prompt) - cached
         assert engine.stats().prompt_tokens_computed == computed
@@ -67,7 +67,7 @@ def test_sequential_requests_compute_exactly_what_none_before_them_had(
         stored = [(its, _keys(tokens, mtp)) for its, tokens in done]
         unique = {(s, tuple(keys[:end])) for s, keys in stored for end in range(1, len(keys) + 1)}
         assert engine.stats().kv_tokens == len(unique)
-    assert_at_rest(engine)
+    assert_idle(engine)
 
 
 def test_eight_requests_with_one_prompt_compute_it_once() -> None:
@@ -79,12 +79,12 @@ def test_eight_requests_with_one_prompt_compute_it_once() -> None:
     assert engine.stats().prompt_tokens_computed == len(LONG) + 7
     assert engine.stats().prompt_tokens_cached == 7 * (len(LONG) - 1)
     for one in asked:
-        assert_true(tiny_model(), one, running.answer(one.id))
+        assert_reference_tokens(tiny_model(), one, running.answer(one.id))
 
 
 @pytest.mark.parametrize("mtp", [0, 1])
-def test_requests_with_own_ends_compute_the_common_beginning_once(mtp: int) -> None:
-    """With an MTP layer but for its last token, of which each has its own KV there."""
+def test_requests_with_different_ends_compute_the_common_prefix_once(mtp: int) -> None:
+    """With an MTP layer except for its last token, whose KV depends on the next one."""
     model = tiny_model(num_nextn_predict_layers=mtp)
     engine = tiny_engine(model, max_step_tokens=64)
     asked = [request(f"{i}", [*LONG[:250], 500 + i, 5, 5], max_tokens=3) for i in range(8)]
@@ -92,7 +92,7 @@ def test_requests_with_own_ends_compute_the_common_beginning_once(mtp: int) -> N
     computed = 250 - mtp + 8 * (3 + mtp)
     assert engine.stats().prompt_tokens_computed == computed
     assert sum(a.prompt_tokens - a.cached_tokens for a in running.answers.values()) == computed
-    assert_at_rest(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -102,10 +102,10 @@ def test_continuations_share_the_prompt(n: int) -> None:
     running = run(engine, asked)
     assert engine.stats().prompt_tokens_computed == len(LONG) + n - 1
     for index in range(n):
-        assert_true(tiny_model(), asked, running.answer("a", index), index)
+        assert_reference_tokens(tiny_model(), asked, running.answer("a", index), index)
 
 
-def test_a_prefill_cancelled_at_four_fifths_is_mostly_cached_when_sent_again() -> None:
+def test_chunks_of_a_cancelled_prefill_stay_cached() -> None:
     running = Run(tiny_engine(max_step_tokens=20))
     running.submit(request("a", LONG, max_tokens=4, prompt_progress=True))
     while not running.answers or running.answer("a").progress[-1] < 0.8 * len(LONG):
@@ -114,7 +114,7 @@ def test_a_prefill_cancelled_at_four_fifths_is_mostly_cached_when_sent_again() -
     running.submit(request("b", LONG, max_tokens=4))
     running.finish()
     assert running.answer("b").cached_tokens >= 0.8 * len(LONG)
-    assert_true(tiny_model(), request("b", LONG, max_tokens=4), running.answer("b"))
+    assert_reference_tokens(tiny_model(), request("b", LONG, max_tokens=4), running.answer("b"))
 
 
 def test_a_growing_conversation_computes_its_new_tokens_only() -> None:
@@ -123,9 +123,9 @@ def test_a_growing_conversation_computes_its_new_tokens_only() -> None:
     for turn in range(5):
         asked = request(f"{turn}", history, max_tokens=20, ignore_eos=True)
         answer = run(engine, asked).answer(f"{turn}")
-        assert_true(tiny_model(), asked, answer)
+        assert_reference_tokens(tiny_model(), asked, answer)
         if turn:
-            # All of the earlier turn, perhaps but the token that ended it.
+            # All of the earlier turn, except perhaps its last token.
             assert answer.cached_tokens >= len(history) - 6 - 1
         history = history + answer.tokens + [1, 2, 3, 4, 5]
 
@@ -140,7 +140,7 @@ def test_a_running_request_is_shared_before_it_ends() -> None:
     assert running.answer("b").cached_tokens == len(LONG) - 1
 
 
-def test_salts_are_told_apart() -> None:
+def test_requests_with_different_salts_share_nothing() -> None:
     engine = tiny_engine()
     for salt in ("", "a", "b"):
         asked = request(f"1{salt}", LONG, max_tokens=2, cache_salt=salt)
@@ -156,12 +156,12 @@ def test_without_a_prefix_cache_nothing_is_shared_nor_kept() -> None:
         running = run(engine, *asked)
         for one in asked:
             assert running.answer(one.id).cached_tokens == 0
-            assert_true(tiny_model(), one, running.answer(one.id))
+            assert_reference_tokens(tiny_model(), one, running.answer(one.id))
         assert engine.stats().kv_tokens == 0
-    assert_at_rest(engine)
+    assert_idle(engine)
 
 
-def test_what_is_computed_again_after_preemption_counts_once() -> None:
+def test_tokens_computed_again_after_preemption_count_once_as_uncached() -> None:
     running = Run(tiny_engine(max_step_tokens=20))
     engine = running.engine
     running.submit(request("other", LONG[:50] + LONG[200:260], max_tokens=1))
@@ -169,11 +169,11 @@ def test_what_is_computed_again_after_preemption_counts_once() -> None:
     running.submit(request("a", LONG[:200], max_tokens=1))
     for _ in range(3):
         running.step()
-    (sequence,) = engine._scheduler.running
+    (sequence,) = engine.scheduler.running
     assert 50 < sequence.num_computed_tokens < 200
-    engine._scheduler._preempt(sequence)
-    while engine._tree.tokens > 50:
-        engine._tree.evict(1)
+    engine.scheduler.preempt(sequence)
+    while engine.scheduler.tree.tokens > 50:
+        engine.scheduler.tree.evict(1)
     running.finish()
     assert running.answer("a").cached_tokens == 50
     assert engine.stats().prompt_tokens_computed > 110 + 150

@@ -1,4 +1,4 @@
-"""Masks for the rows of a step: behind each sequence's last token, and behind its drafts."""
+"""Grammar masks of rows: behind a sequence's last token, and behind its drafts."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from glmd.structured_output.spec import AnswerFormat, OutputSpec
 VOCABULARY = 512
 END_THINK, CALL = CONTROLS["</think>"], CONTROLS["<tool_call>"]
 TEXT = set(range(255))
-"""Single bytes. (255, which is in no UTF-8, marks control tokens inside of llguidance.)"""
+"""Single bytes. llguidance marks control tokens with 255, which UTF-8 does not contain."""
 
 
 @pytest.fixture(scope="module")
-def constraints(tmp_path_factory: pytest.TempPathFactory) -> StructuredOutputManager:
+def manager(tmp_path_factory: pytest.TempPathFactory) -> StructuredOutputManager:
     folder: Path = tmp_path_factory.mktemp("checkpoint")
     write_random_checkpoint(folder)
     return StructuredOutputManager(folder, VOCABULARY, END_IDS)
 
 
 def start(
-    constraints: StructuredOutputManager,
+    manager: StructuredOutputManager,
     form: AnswerFormat,
     *,
     after: tuple[int, ...] = (),
     required: bool = True,
 ) -> GrammarState:
-    guidance = GrammarSpec(
+    spec = GrammarSpec(
         grammar=build_grammar(OutputSpec(form), TAGS).text, after=after, required=required
     )
-    return constraints.start(guidance, constraints.prepare(guidance).result())
+    return manager.start(spec, manager.prepare(spec).result())
 
 
-def masks(constraints: StructuredOutputManager, *asks: MaskRequest) -> dict[int, set[int]]:
+def masks(manager: StructuredOutputManager, *requests: MaskRequest) -> dict[int, set[int]]:
     """Allowed tokens by row."""
-    rows, words = constraints.masks(asks)
+    rows, words = manager.masks(requests)
     assert words.shape == (len(rows), VOCABULARY // 32)
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     return {row: set(np.flatnonzero(mask).tolist()) for row, mask in zip(rows, bits, strict=True)}
@@ -58,155 +58,157 @@ def letters(text: str) -> set[int]:
     return set(text.encode())
 
 
-def test_each_row_is_masked_by_what_came_before_it(constraints: StructuredOutputManager) -> None:
-    first, second = (start(constraints, Regex(r"a[bc]{2}", "p")) for _ in range(2))
+def test_each_row_is_masked_by_what_came_before_it(manager: StructuredOutputManager) -> None:
+    first, second = (start(manager, Regex(r"a[bc]{2}", "p")) for _ in range(2))
     second.accept(ord("a"))
-    found = masks(constraints, MaskRequest(first), MaskRequest(second))
+    found = masks(manager, MaskRequest(first), MaskRequest(second))
     assert found == {0: letters("a"), 1: letters("bc")}
     second.accept(ord("b"))
     second.accept(ord("c"))
-    assert masks(constraints, MaskRequest(second)) == {0: set(END_IDS)}
+    assert masks(manager, MaskRequest(second)) == {0: set(END_IDS)}
     second.accept(END_IDS[1])
     assert second.error is None
 
 
-def test_masks_behind_drafts_follow_them_and_leave_no_trace(
-    constraints: StructuredOutputManager,
+def test_masks_behind_drafts_do_not_advance_the_state(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("a[bc]d", "p"))
-    ask = MaskRequest(constraint, list(b"abd"))
-    found = masks(constraints, ask)
+    state = start(manager, Regex("a[bc]d", "p"))
+    one = MaskRequest(state, list(b"abd"))
+    found = masks(manager, one)
     assert found == {0: letters("a"), 1: letters("bc"), 2: letters("d"), 3: set(END_IDS)}
-    assert masks(constraints, ask) == found
-    constraint.accept(ord("a"))
-    assert masks(constraints, MaskRequest(constraint))[0] == letters("bc")
+    assert masks(manager, one) == found
+    state.accept(ord("a"))
+    assert masks(manager, MaskRequest(state))[0] == letters("bc")
 
 
-def test_nothing_is_masked_behind_a_draft_that_the_grammar_refuses(
-    constraints: StructuredOutputManager,
+def test_rows_behind_a_refused_draft_have_no_mask(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("a[bc]d", "p"))
-    other = start(constraints, Regex("x", "p"))
-    found = masks(constraints, MaskRequest(constraint, list(b"axd")), MaskRequest(other))
+    state = start(manager, Regex("a[bc]d", "p"))
+    other = start(manager, Regex("x", "p"))
+    found = masks(manager, MaskRequest(state, list(b"axd")), MaskRequest(other))
     assert found == {0: letters("a"), 1: letters("bc"), 4: letters("x")}
-    assert constraint.error is None
+    assert state.error is None
 
 
-def test_nothing_is_masked_behind_the_end(constraints: StructuredOutputManager) -> None:
-    constraint = start(constraints, Regex("a", "p"))
+def test_rows_behind_the_end_have_no_mask(manager: StructuredOutputManager) -> None:
+    state = start(manager, Regex("a", "p"))
     drafts = [ord("a"), END_IDS[0], ord("a")]
-    assert masks(constraints, MaskRequest(constraint, drafts)) == {0: letters("a"), 1: set(END_IDS)}
-    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
+    assert masks(manager, MaskRequest(state, drafts)) == {0: letters("a"), 1: set(END_IDS)}
+    assert masks(manager, MaskRequest(state)) == {0: letters("a")}
 
 
-def test_before_a_required_grammar_only_text_may_come_or_what_begins_it(
-    constraints: StructuredOutputManager,
+def test_before_a_required_grammar_only_text_and_its_start_are_allowed(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("a", "p"), after=(END_THINK,))
+    state = start(manager, Regex("a", "p"), after=(END_THINK,))
     waiting = TEXT | {END_THINK}
     drafts = [ord("x"), END_THINK, ord("a")]
-    found = masks(constraints, MaskRequest(constraint, drafts))
+    found = masks(manager, MaskRequest(state, drafts))
     assert found == {0: waiting, 1: waiting, 2: letters("a"), 3: set(END_IDS)}
-    assert not constraint.active
-    constraint.accept(ord("x"))
-    assert not constraint.active
-    constraint.accept(END_THINK)
-    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
+    assert not state.active
+    state.accept(ord("x"))
+    assert not state.active
+    state.accept(END_THINK)
+    assert masks(manager, MaskRequest(state)) == {0: letters("a")}
 
 
-def test_before_a_grammar_that_may_begin_rows_pay_nothing(
-    constraints: StructuredOutputManager,
+def test_before_an_optional_grammar_rows_have_no_mask(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("a", "p"), after=(CALL,), required=False)
-    assert masks(constraints, MaskRequest(constraint)) == {}
-    assert masks(constraints, MaskRequest(constraint, [CALL])) == {1: letters("a")}
-    constraint.accept(CALL)
-    assert masks(constraints, MaskRequest(constraint)) == {0: letters("a")}
+    state = start(manager, Regex("a", "p"), after=(CALL,), required=False)
+    assert masks(manager, MaskRequest(state)) == {}
+    assert masks(manager, MaskRequest(state, [CALL])) == {1: letters("a")}
+    state.accept(CALL)
+    assert masks(manager, MaskRequest(state)) == {0: letters("a")}
 
 
-def test_bans_hold_unless_the_grammar_leaves_nothing_else(
-    constraints: StructuredOutputManager,
+def test_banned_tokens_are_masked_unless_nothing_else_is_allowed(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("a?", "p"))
+    state = start(manager, Regex("a?", "p"))
     ban = tuple(END_IDS)
-    assert masks(constraints, MaskRequest(constraint, banned=ban)) == {0: letters("a")}
-    constraint.accept(ord("a"))
-    assert masks(constraints, MaskRequest(constraint, banned=ban)) == {0: set(END_IDS)}
+    assert masks(manager, MaskRequest(state, banned=ban)) == {0: letters("a")}
+    state.accept(ord("a"))
+    assert masks(manager, MaskRequest(state, banned=ban)) == {0: set(END_IDS)}
 
 
-def test_no_grammar_text_reaches_a_control_token_nor_an_id_that_pads_the_vocabulary(
-    constraints: StructuredOutputManager,
+def test_text_allows_neither_control_tokens_nor_padding_ids(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("(?s:.*)", "p"))
-    found = masks(constraints, MaskRequest(constraint))[0]
+    state = start(manager, Regex("(?s:.*)", "p"))
+    found = masks(manager, MaskRequest(state))[0]
     assert found <= TEXT | set(END_IDS)
 
 
-def test_text_that_spells_a_control_token_stays_text_even_where_nothing_else_may_come(
-    constraints: StructuredOutputManager,
+def test_text_that_spells_a_control_token_is_generated_as_text(
+    manager: StructuredOutputManager,
 ) -> None:
     for name in CONTROLS:
-        constraint = start(constraints, Choice((name,), "p"))
+        state = start(manager, Choice((name,), "p"))
         for byte in name.encode():
-            assert masks(constraints, MaskRequest(constraint)) == {0: {byte}}
-            constraint.accept(byte)
-        assert constraint.error is None
+            assert masks(manager, MaskRequest(state)) == {0: {byte}}
+            state.accept(byte)
+        assert state.error is None
 
 
-def test_masks_are_those_of_the_grammar_alone(constraints: StructuredOutputManager) -> None:
+def test_masks_are_those_of_the_grammar_alone(manager: StructuredOutputManager) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"]}
     form = JsonSchema(schema, "p")
-    constraint, matcher = start(constraints, form), matcher_of(form)
+    state, matcher = start(manager, form), matcher_of(form)
     for token in b'{"a": "x"}':
-        found = masks(constraints, MaskRequest(constraint))[0]
+        found = masks(manager, MaskRequest(state))[0]
         assert found <= set(allowed(matcher).tolist())
         assert token in found or not found & TEXT
-        constraint.accept(token)
+        state.accept(token)
         matcher.consume_token(token)
-    assert constraint.error is None
+    assert state.error is None
 
 
-def test_one_sequence_does_not_move_another_of_the_same_grammar(
-    constraints: StructuredOutputManager,
+def test_sequences_of_the_same_grammar_are_independent(
+    manager: StructuredOutputManager,
 ) -> None:
-    one, other = (start(constraints, Regex("ab", "p")) for _ in range(2))
+    one, other = (start(manager, Regex("ab", "p")) for _ in range(2))
     one.accept(ord("a"))
-    assert masks(constraints, MaskRequest(one), MaskRequest(other)) == {
+    assert masks(manager, MaskRequest(one), MaskRequest(other)) == {
         0: letters("b"),
         1: letters("a"),
     }
 
 
-def test_a_token_against_the_grammar_is_noted_as_its_end(
-    constraints: StructuredOutputManager,
+def test_a_token_against_the_grammar_sets_the_error(
+    manager: StructuredOutputManager,
 ) -> None:
-    constraint = start(constraints, Regex("ab", "p"))
-    constraint.accept(ord("x"))
-    assert constraint.error is not None
-    assert "doesn't satisfy the grammar" in constraint.error
+    state = start(manager, Regex("ab", "p"))
+    state.accept(ord("x"))
+    assert state.error is not None
+    assert "doesn't satisfy the grammar" in state.error
 
 
-def test_a_grammar_that_outgrows_its_limits_is_noted(constraints: StructuredOutputManager) -> None:
+def test_a_grammar_beyond_limits_sets_the_error(
+    manager: StructuredOutputManager,
+) -> None:
     names = [f"r{i}" for i in range(5000)]
     start_rule = f'start: "a" {" ".join(f"{name}?" for name in names)}'
     rules = [f'{name}: "x"' for name in names]
-    constraint = start(constraints, Grammar("\n".join([start_rule, *rules]), "p"))
-    constraint.accept(ord("a"))
-    constraints.masks([MaskRequest(constraint)])
-    assert constraint.error is not None
-    assert "items; max is" in constraint.error
+    state = start(manager, Grammar("\n".join([start_rule, *rules]), "p"))
+    state.accept(ord("a"))
+    manager.masks([MaskRequest(state)])
+    assert state.error is not None
+    assert "items; max is" in state.error
 
 
-def test_a_wrong_grammar_fails_on_its_own(constraints: StructuredOutputManager) -> None:
+def test_an_invalid_grammar_fails(manager: StructuredOutputManager) -> None:
     wrong = GrammarSpec(grammar=json.dumps({"grammars": [{"lark_grammar": "start: nope"}]}))
     with pytest.raises(GrammarError, match="nope"):
-        constraints.prepare(wrong).result()
+        manager.prepare(wrong).result()
 
 
-def test_without_a_tokenizer_grammars_fail_and_nothing_else(tmp_path: Path) -> None:
-    constraints = StructuredOutputManager(tmp_path, VOCABULARY, END_IDS)
+def test_without_a_tokenizer_grammars_fail(tmp_path: Path) -> None:
+    manager = StructuredOutputManager(tmp_path, VOCABULARY, END_IDS)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        constraints.prepare(GrammarSpec(grammar="start: X")).result()
+        manager.prepare(GrammarSpec(grammar="start: X")).result()
 
 
 # -- on logits ----------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_masked_rows_choose_the_best_allowed_token_others_the_best(
     assert np.array_equal(np.array(given), logits), "the model's own logits were changed"
 
 
-def test_bias_is_added_before_the_mask_and_bans_are_left_to_it() -> None:
+def test_masks_override_biases_and_bans() -> None:
     logits = mx.zeros((2, 64))
     bias = mx.array(np.eye(64, dtype=np.float32)[3] * 5 + np.eye(64, dtype=np.float32)[9] * 9)
     both = rows(2, bias=bias, min_tokens=4, banned_at_first=(3, 9))

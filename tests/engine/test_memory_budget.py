@@ -1,4 +1,4 @@
-"""One memory budget: what fits is known beforehand, kept to, given back, and may be too much."""
+"""The memory budget: checked before loading, kept, restored, and recovered from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engines import (
-    assert_at_rest,
-    assert_true,
-    assert_whole,
+    assert_complete,
+    assert_idle,
+    assert_reference_tokens,
     refuse_memory,
     request,
     run,
@@ -50,13 +50,13 @@ def test_the_size_of_the_weights_is_known_before_they_are_loaded(
     expected = weight_bytes(folder, load_config(folder), mx.float32, mtp=mtp)
     loaded = load_model(folder, "float32", lambda done, total: None, mtp=mtp)
     if kind == "own vocabulary" and mtp:
-        # Not to be told from copies by their headers; found out when they are loaded.
+        # Only the loaded weights show that they are no copies.
         args = loaded.args
         expected += 2 * args.vocab_size * args.hidden_size * 4
     assert loaded.weight_bytes == expected
 
 
-def test_what_cannot_fit_is_refused_unloaded_and_with_the_sum() -> None:
+def test_a_model_that_does_not_fit_is_refused_before_loading_with_the_sum() -> None:
     loaded: list[int] = []
     config = EngineConfig(memory_budget=20 << 20)
     with pytest.raises(CheckpointError) as caught:
@@ -71,12 +71,12 @@ def test_what_cannot_fit_is_refused_unloaded_and_with_the_sum() -> None:
     assert total > budget == 20
 
 
-def test_where_memory_is_short_working_memory_gives_way_to_kv() -> None:
+def test_working_memory_is_reduced_where_kv_would_be_short() -> None:
     """GLM-4.7-Flash in mixed 8/5 bit on a Mac with 32 GB, and on one with 48."""
     dims = load_config(TESTS / "fixtures" / "glm-4.7-flash" / "config.json")
     config = EngineConfig()
 
-    def divided(gib: float) -> memory.MemoryPlan:
+    def plan_for(gib: float) -> memory.MemoryPlan:
         return memory.plan_memory(
             Path("model"),
             dims,
@@ -87,27 +87,27 @@ def test_where_memory_is_short_working_memory_gives_way_to_kv() -> None:
             item=2,
         )
 
-    large, small = divided(36), divided(21.33)
+    large, small = plan_for(36), plan_for(21.33)
     assert large.config == config
     assert small.config.max_step_tokens == config.max_step_tokens // 8
     assert small.activations < large.activations / 4
     assert small.kv > 12_000 * 55_296
-    for division, gib in ((large, 36), (small, 21.33)):
-        total = division.weights + division.activations + division.kv
+    for plan, gib in ((large, 36), (small, 21.33)):
+        total = plan.weights + plan.activations + plan.kv
         assert total == int(gib * 2**30)
     with pytest.raises(CheckpointError, match="does not fit"):
-        divided(20.6)
+        plan_for(20.6)
 
 
 def test_an_engine_with_little_memory_takes_smaller_chunks_and_answers_the_same() -> None:
     model = tiny_model(max_position_embeddings=2000)
     engine = tiny_engine(model, kv_tokens=2000 + 256 - 100)
-    assert engine._config.max_step_tokens == EngineConfig().max_step_tokens // 2
+    assert engine.config.max_step_tokens == EngineConfig().max_step_tokens // 2
     prompt = np.random.default_rng(7).integers(3, 500, 1500).tolist()
     asked = request("long", prompt, max_tokens=5, prompt_progress=True)
     answer = run(engine, asked).answer("long")
-    assert answer.progress[0] == engine._config.max_step_tokens
-    assert_true(model, asked, answer)
+    assert answer.progress[0] == engine.config.max_step_tokens
+    assert_reference_tokens(model, asked, answer)
 
 
 def test_a_chunk_shrinks_to_the_room_that_is_left() -> None:
@@ -121,9 +121,9 @@ def test_a_chunk_shrinks_to_the_room_that_is_left() -> None:
     ]
     running = run(engine, *asked)
     for one in asked:
-        assert_whole(model, one, running.answer(one.id), 700)
-        assert_true(model, one, running.answer(one.id))
-    assert_at_rest(engine)
+        assert_complete(model, one, running.answer(one.id), 700)
+        assert_reference_tokens(model, one, running.answer(one.id))
+    assert_idle(engine)
 
 
 def test_the_peak_of_a_mixed_load_stays_within_the_budget() -> None:
@@ -178,12 +178,12 @@ else:
 """
 
 
-def test_the_library_puts_mlxs_limits_back_when_the_last_engine_goes() -> None:
-    """In a process of its own: other tests' engines may live in this one."""
+def test_mlxs_limits_are_restored_with_the_end_of_the_last_engine() -> None:
+    """In its own process, since other tests' engines may exist in this one."""
     subprocess.run([sys.executable, "-c", LIMITS], check=True)
 
 
-def test_memory_refused_twice_changes_no_answer() -> None:
+def test_running_out_of_memory_twice_changes_no_answer() -> None:
     model = tiny_model(num_nextn_predict_layers=1)
     fields: list[dict[str, Any]] = [
         {"temperature": 1.0},
@@ -200,14 +200,14 @@ def test_memory_refused_twice_changes_no_answer() -> None:
         refuse_memory(engine, {2, 17}, late=late)
         running = run(engine, *asked)
         assert engine.stats().out_of_memory == 2
-        assert engine._scheduler.max_running == 1
+        assert engine.scheduler.max_running == 1
         for one in asked:
-            assert_whole(model, one, running.answer(one.id), 2000)
-            assert_true(model, one, running.answer(one.id))
-        assert_at_rest(engine)
+            assert_complete(model, one, running.answer(one.id), 2000)
+            assert_reference_tokens(model, one, running.answer(one.id))
+        assert_idle(engine)
 
 
-def test_the_request_that_gets_no_memory_alone_is_let_go_and_the_others_are_served() -> None:
+def test_a_request_that_fails_alone_is_dropped_and_others_are_served() -> None:
     model = tiny_model()
     engine = tiny_engine(model, max_step_tokens=400)
     refuse_memory(engine, {3, 6, 9}, late=True)
@@ -217,18 +217,18 @@ def test_the_request_that_gets_no_memory_alone_is_let_go_and_the_others_are_serv
     assert len(failed) == 1
     assert "no memory" in (running.answer(failed[0].id).error or "")
     for one in asked:
-        assert_true(model, one, running.answer(one.id))
-    assert engine._scheduler.max_running == EngineConfig().max_running  # calm since long
-    assert_at_rest(engine)
+        assert_reference_tokens(model, one, running.answer(one.id))
+    assert engine.scheduler.max_running == EngineConfig().max_running
+    assert_idle(engine)
 
 
-def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
 
     def fail(*_: object) -> None:
         raise RuntimeError("[matmul] Last dimension of first input does not match.")
 
-    monkeypatch.setattr(engine._launcher, "execute", fail)
+    monkeypatch.setattr(engine._runner, "execute", fail)
     engine.submit(request("a", [1, 2, 3]))
     with pytest.raises(RuntimeError, match="matmul"):
         engine.step()

@@ -283,7 +283,7 @@ def test_a_checkpoint_that_is_damaged_or_too_large_ends_the_start_with_one_line(
         (cut_off, "model.safetensors: model.embed_tokens.weight is cut off"),
         (no_mtp_file, "mtp.safetensors"),
         (no_tokenizer, "tokenizer.json"),
-        (nothing, "this does not fit. Weights "),
+        (nothing, "does not fit in memory. Weights "),
     ]
     starts = []
     for number, (damage, _) in enumerate(expected):

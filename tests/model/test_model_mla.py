@@ -165,7 +165,7 @@ class _Steps:
             pad_short_spans(level, width, rows, SHAPE.kv_width, tails.view(0).dtype)
             for level in build_levels(paths, width)
         ]
-        closest, others = split_fused_levels(found, tails.capacity, rows, heads)
+        closest, others = split_fused_levels(found, tails.capacity, heads)
         return DecodeGroup(
             start=first,
             sequences=len(paths),

@@ -1,4 +1,4 @@
-"""Tiny models and engines for tests, and a reference forward to hold them against."""
+"""Tiny models and engines for tests, and a reference forward pass to compare with."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ TINY: dict[str, Any] = {
     "v_head_dim": 32,
     "num_nextn_predict_layers": 0,
 }
-"""Changes to the defaults of `write_random_checkpoint` that make a step as short as can be, and
-both forms of attention pay somewhere: the expanded one from 42 rows on."""
+"""Configuration with short steps, in which both forms of attention are used: the expanded one from
+42 rows on."""
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -53,13 +53,13 @@ Logits = npt.NDArray[np.float32]
 
 
 def fresh_folder() -> Path:
-    """A folder that lives as long as the test run."""
+    """A folder that is removed at the end of the test run."""
     _folders.append(tempfile.TemporaryDirectory(prefix="glmd-test-"))
     return Path(_folders[-1].name)
 
 
 def load(folder: Path, **options: Any) -> LoadedModel:
-    """The checkpoint in float32, whatever the device."""
+    """Load a checkpoint in float32 on any device."""
     return load_model(folder, "float32", lambda done, total: None, **options)
 
 
@@ -71,12 +71,12 @@ def _tiny_model(config: str) -> LoadedModel:
 
 
 def tiny_model(**config: Any) -> LoadedModel:
-    """A random model, the same object for the same config."""
+    """A random model, cached by its configuration."""
     return _tiny_model(json.dumps(config, sort_keys=True))
 
 
 def one_shot_logits(model: LoadedModel, tokens: Iterable[int], *, expanded: bool) -> Logits:
-    """glmd's forward over all tokens as one chunk: [tokens, vocabulary]."""
+    """Logits of glmd's forward pass over all tokens as one chunk: [tokens, vocabulary]."""
     ids = mx.array(np.array(list(tokens), np.int32))
     count = ids.shape[0]
     batch = ForwardBatch(ids, mx.arange(count), [], [PrefillChunk(0, count, [], expanded, count)])
@@ -86,7 +86,7 @@ def one_shot_logits(model: LoadedModel, tokens: Iterable[int], *, expanded: bool
 
 
 def reference_logits(model: LoadedModel, tokens: Iterable[int]) -> Logits:
-    """mlx-lm's own forward over the same weights: [tokens, vocabulary].
+    """Logits of mlx-lm's forward pass over the same weights: [tokens, vocabulary].
 
     Loading has set the epsilon of the latent norms to transformers'; the router's dtype is that
     of the model, float32.
@@ -99,7 +99,7 @@ def reference_logits(model: LoadedModel, tokens: Iterable[int]) -> Logits:
 def tiny_engine(
     model: LoadedModel | None = None, *, kv_tokens: int | None = None, **config: Any
 ) -> Engine:
-    """An engine with room for `kv_tokens` tokens of KV; None: plenty."""
+    """An engine with room for `kv_tokens` tokens of KV; None: 100,000."""
     model = model or tiny_model()
     settings = EngineConfig(**config)
     room = (kv_tokens or 100_000) * model.kv_bytes_per_token
@@ -111,7 +111,7 @@ def tiny_engine(
 
 
 def request(id: str, prompt: Iterable[int], **fields: Any) -> EngineRequest:
-    """A request; fields of `SamplingParams` may be given beside those of `EngineRequest`."""
+    """A greedy request, with any fields of `EngineRequest` and `SamplingParams`."""
     names = set(SamplingParams.__struct_fields__)
     sampling = {name: value for name, value in fields.items() if name in names}
     rest = {name: value for name, value in fields.items() if name not in names}
@@ -126,7 +126,7 @@ def request(id: str, prompt: Iterable[int], **fields: Any) -> EngineRequest:
 
 @dataclass
 class Answer:
-    """What one sequence has given so far."""
+    """Outputs of one sequence so far."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Answer:
 
 
 class Run:
-    """An engine, and what its requests have answered.
+    """An engine and the answers to its requests.
 
     Attributes:
         answers: by (request id, index).
@@ -176,7 +176,7 @@ class Run:
         return outputs
 
     def finish(self, limit: int = 5000) -> None:
-        """Step until nothing is left to do."""
+        """Step until the engine has no work."""
         for _ in range(limit):
             if not self.engine.has_work:
                 return
@@ -188,35 +188,35 @@ class Run:
 
 
 def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> None:
-    """Let launches of steps, counted from 0, fail as MLX does when Metal has no memory.
+    """Let some launches of steps, counted from 0, fail as MLX does without memory.
 
     Args:
-        late: only when all of the step has been prepared, as where its evaluation fails.
+        late: fail after the launch, as an evaluation would.
     """
-    launch = engine._launcher.execute
+    execute = engine._runner.execute
     numbers = itertools.count()
 
-    def refuse(plan: SchedulerOutput, before: PendingStep | None, drafts: int) -> PendingStep:
+    def refuse(output: SchedulerOutput, previous: PendingStep | None, drafts: int) -> PendingStep:
         refused = next(numbers) in launches
         if refused and not late:
-            raise RuntimeError("[metal::malloc] Unable to allocate 4096 bytes.")
-        flight = launch(plan, before, drafts)
+            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+        step = execute(output, previous, drafts)
         if refused:
             raise MemoryError("std::bad_alloc")
-        return flight
+        return step
 
-    engine._launcher.execute = refuse  # type: ignore[method-assign]
+    engine._runner.execute = refuse  # type: ignore[method-assign]
 
 
 def run(engine: Engine, *requests: EngineRequest) -> Run:
-    """Submit all requests at once and run them to their ends."""
+    """Submit all requests at once and run them to the end."""
     running = Run(engine)
     running.submit(*requests)
     running.finish()
     return running
 
 
-def assert_true(
+def assert_reference_tokens(
     model: LoadedModel,
     asked: EngineRequest,
     answer: Answer,
@@ -224,7 +224,7 @@ def assert_true(
     *,
     tie: float = 1e-4,
 ) -> None:
-    """Every token of an answer is what the reference forward and the sampler give.
+    """Assert that every token is the choice of the reference forward pass and the sampler.
 
     One forward over prompt and answer gives the logits behind every position. A token that
     differs is accepted where logits that are off by `tie` give it: there the choice is a tie.
@@ -267,14 +267,14 @@ def assert_true(
 
 
 def _forced(asked: EngineRequest, tokens: list[int]) -> dict[int, int]:
-    """Where a thinking budget dictates tokens: by index in the output."""
+    """Tokens forced by a thinking budget, by index in the output."""
     if asked.thinking_budget is None or asked.thinking_close[-1] in tokens[: asked.thinking_budget]:
         return {}
     return {asked.thinking_budget + i: token for i, token in enumerate(asked.thinking_close)}
 
 
-def assert_whole(model: LoadedModel, asked: EngineRequest, answer: Answer, context: int) -> None:
-    """An answer has ended for the reason that it gives, and not earlier or later."""
+def assert_complete(model: LoadedModel, asked: EngineRequest, answer: Answer, context: int) -> None:
+    """Assert that an answer ended where its finish reason says."""
     stops = set(asked.stop_token_ids)
     if not asked.ignore_eos:
         stops |= set(model.eos_token_ids)
@@ -297,10 +297,10 @@ def assert_whole(model: LoadedModel, asked: EngineRequest, answer: Answer, conte
         assert len(answer.logprobs) == len(answer.tokens)
 
 
-def assert_at_rest(engine: Engine) -> None:
-    """Nothing runs, nothing is held, and what is counted is there."""
+def assert_idle(engine: Engine) -> None:
+    """Assert that no request and no lease is left, and that counters match the tree."""
     stats = engine.stats()
-    tree, tails = engine._tree, engine._tails
+    tree, tails = engine.scheduler.tree, engine.scheduler.tails
     assert (stats.running, stats.waiting) == (0, 0)
     assert (tails.used, tails.nbytes) == (0, 0)
     assert not tree.leases

@@ -89,7 +89,7 @@ class GlmdSession:
     @property
     def kv_bytes(self) -> int:
         # Asked for in every step, and all of `stats` takes half a millisecond.
-        return self._engine.kv_bytes
+        return self._engine.scheduler.kv_bytes
 
     @property
     def computed(self) -> int:

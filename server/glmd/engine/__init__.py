@@ -1,4 +1,1 @@
-"""The engine process: admits requests, plans steps, runs them, emits tokens.
-
-`client` is the one module here that belongs to the API process.
-"""
+"""The engine process: scheduling, forward passes, sampling."""

@@ -1,8 +1,8 @@
-"""Which rows of a decode group see which stretches of which segments.
+"""Attention metadata of decode groups: which rows see which slices of which segments.
 
-Sequences are sorted so that those sharing a stretch stand next to each other; each stretch
-then is in one span over consecutive rows, and is read once for all of them. Short ones are put
-together, as every span costs a dozen operations in every layer, whatever its length.
+Sequences are sorted so that those sharing a slice are adjacent. Each slice then is in one span over
+consecutive rows and is read once for all of them. Short slices are joined or padded together, since
+each span costs a dozen operations in every layer, whatever its length.
 """
 
 from __future__ import annotations
@@ -20,159 +20,52 @@ from glmd.kv_cache.node import PathNode
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import KVSpan, PaddedSpans, SegmentSlice, SlotPermutation, SpanLevel
+from glmd.model.batch import (
+    DecodeGroup,
+    KVSpan,
+    PaddedSpans,
+    SegmentSlice,
+    SlotPermutation,
+    SpanLevel,
+)
 from glmd.model.mla import MLAShape
 
 TreePath = list[PathNode[Segment]]
 
 MAX_FUSED_SCORES = 1 << 21
-"""Attention scores, rows by heads by keys, up to which segments are met in one softmax with the
-tails: 8 MiB in float32."""
+"""Attention scores (rows by heads by keys) up to which segments share one softmax with the tails:
+8 MiB in float32."""
 
 MAX_JOINED_SPAN = 4096
-"""Tokens up to which stretches that the same rows see one after the other are one span."""
+"""Tokens up to which consecutive slices of the same rows are one span."""
 
 MAX_PADDED_SPAN_BYTES = 288 << 10
-"""Of one layer's keys: the size up to which the spans of single sequences are gathered, 128 tokens
-of GLM-4.7-Flash in float32. Gathering copies the keys, each time that they are read."""
-
-
-def sort_by_prefix(sequences: list[Sequence], paths: list[TreePath]) -> list[int]:
-    """An order in which the rows that share any stretch of any node are consecutive.
-
-    Within a node, rows that use more of it come first, so that those using at least x tokens
-    of it are consecutive for every x. Otherwise they are in the order of their slots, in which
-    tails need not be reordered.
-    """
-    first: dict[int, int] = {}
-    for sequence, path in zip(sequences, paths, strict=True):
-        for piece in path:
-            node = id(piece.node)
-            first[node] = min(sequence.slot, first.get(node, sequence.slot))
-
-    def key(i: int) -> tuple[list[tuple[int, int, int]], int]:
-        nodes = ((id(piece.node), piece.length) for piece in paths[i])
-        return [(first[node], node, -length) for node, length in nodes], sequences[i].slot
-
-    return sorted(range(len(sequences)), key=key)
-
-
-def slot_order(slots: list[int], pool: int) -> SlotPermutation | None:
-    """The order of sequences' slots among the `pool` that there are; None if it is theirs."""
-    if slots == list(range(pool)):
-        return None
-    sequences = np.zeros(pool, np.int32)
-    sequences[slots] = np.arange(len(slots))
-    return SlotPermutation(mx.array(sequences), mx.array(slots, mx.int32))
-
-
-def split_fused_levels(
-    found: list[SpanLevel], tail_keys: int, rows: int, heads: int
-) -> tuple[list[SpanLevel], list[SpanLevel]]:
-    """Of the levels, those that share one softmax with the tails (see `DecodeGroup`); the others.
-
-    Args:
-        tail_keys: of each row.
-    """
-    chosen: list[SpanLevel] = []
-    others: list[SpanLevel] = []
-    shared = tail_keys
-    split = False
-    for level in found:
-        sizes = [(part.end - part.start) * (shared + len(part)) for part in level.parts]
-        if split or level.order is not None or sum(sizes) * heads > MAX_FUSED_SCORES:
-            others.append(level)
-            continue
-        chosen.append(level)
-        split = len(level.parts) > 1
-        shared += len(level.parts[0])
-    return chosen, others
-
-
-def build_levels(paths: list[TreePath], width: int) -> list[list[KVSpan]]:
-    """Spans for sequences in the order of `sort_by_prefix`, each of `width` rows.
-
-    Every row sees every token of its path in exactly one span. Rows that share a stretch have
-    the same history before it, so its level is that history's number of spans. The spans of a
-    level are over disjoint rows, in row order.
-    """
-    builder = _Builder(paths, width)
-    builder.add(0, len(paths), depth=0, level=0)
-    return builder.levels
-
-
-def pad_short_spans(
-    spans: list[KVSpan], width: int, rows: int, kv_width: int, dtype: mx.Dtype
-) -> SpanLevel:
-    """A level of spans, over `rows` rows in all, with what can be met together.
-
-    Args:
-        kv_width: values of a token's key in one layer, of `dtype`.
-    """
-    longest = MAX_PADDED_SPAN_BYTES // (kv_width * dtype.size)
-    short: list[KVSpan] = []
-    others: list[KVSpan] = []
-    for span in spans:
-        alone = span.end - span.start == width
-        (short if alone and len(span) <= longest else others).append(span)
-    if len(short) < 2:
-        short, others = [], spans
-    parts: list[KVSpan | PaddedSpans] = [*others]
-    together = True
-    if short:
-        together = short[-1].end - short[0].start == len(short) * width
-        parts.append(_gathered(short, kv_width, dtype, together=together))
-    if together:
-        parts.sort(key=lambda part: part.start)
-    at = np.concatenate([_rows(part) for part in parts])
-    if len(at) == rows and (np.diff(at) == 1).all():
-        return SpanLevel(parts, None)
-    order = np.full(rows, len(at), np.int32)
-    order[at] = np.arange(len(at), dtype=np.int32)
-    return SpanLevel(parts, mx.array(order))
-
-
-def _gathered(
-    spans: list[KVSpan], kv_width: int, dtype: mx.Dtype, *, together: bool
-) -> PaddedSpans:
-    lengths = np.array([len(span) for span in spans], np.int32)
-    longest = int(lengths.max())
-    visible = np.arange(longest) < lengths[:, None, None]
-    padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
-    at = np.concatenate([_rows(span) for span in spans])
-    return PaddedSpans(
-        spans,
-        padding,
-        None if visible.all() else mx.array(visible),
-        None if together else mx.array(at),
-    )
-
-
-def _rows(part: KVSpan | PaddedSpans) -> npt.NDArray[np.int32]:
-    spans = [part] if isinstance(part, KVSpan) else part.spans
-    return np.concatenate([np.arange(s.start, s.end, dtype=np.int32) for s in spans])
+"""Size of one layer's keys up to which spans of single sequences are padded together: 128 tokens of
+GLM-4.7-Flash in float32. Padding copies the keys each time they are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """What of a decode group stays the same from step to step.
+    """The part of a decode group that stays the same from step to step.
 
     Attributes:
-        order: of its sequences, by index in those that it was asked for.
-        near, levels, slots, slot_order: see `DecodeGroup`.
-        sealed: [sequences, 1] int32, the position at which each tail begins.
+        order: the group's sequences, as indices into those it was built for.
+        width: rows of each sequence.
+        fused_levels, levels, slots, slot_order: see `DecodeGroup`.
+        tail_starts: [sequences, 1] int32, the position at which each tail begins.
     """
 
     order: list[int]
+    width: int
     fused_levels: list[SpanLevel]
     levels: list[SpanLevel]
     slots: mx.array
     slot_order: SlotPermutation | None
-    sealed: mx.array
+    tail_starts: mx.array
 
 
 class AttentionMetadataBuilder:
-    """Layouts of decode groups, each kept while the step after needs it, too.
+    """Builds the metadata of decode groups, and reuses them while consecutive steps do.
 
     Args:
         shape, dtype: of the model.
@@ -185,100 +78,245 @@ class AttentionMetadataBuilder:
         self._tails = tails
         self._shape = shape
         self._dtype = dtype
-        self._before: dict[Hashable, AttentionMetadata] = {}
-        self._now: dict[Hashable, AttentionMetadata] = {}
+        self._previous: dict[Hashable, AttentionMetadata] = {}
+        self._current: dict[Hashable, AttentionMetadata] = {}
 
     def next_step(self) -> None:
-        """Forget what this step did not ask for."""
-        self._before, self._now = self._now, {}
+        """Forget what this step did not use."""
+        self._previous, self._current = self._current, {}
 
     def clear(self) -> None:
-        """Let go of all segments."""
-        self._before, self._now = {}, {}
+        """Forget everything, and with it all references to segments."""
+        self._previous, self._current = {}, {}
 
     def build(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
-        """The layout of `width` rows of each sequence; all have slots and leases."""
+        """Metadata for `width` rows of each sequence. All need a slot and a lease."""
         ends = tuple(
             (s.slot, s.num_cached_tokens, s.lease.node, s.lease.length)
             for s in sequences
             if s.lease is not None
         )
-        # Joining or cutting segments may leave a lease where it is, and its layout with old ones.
+        # The tree may join or cut segments without moving a lease: hence its version.
         key = (ends, width, self._tails.slots, self._tree.version)
-        layout = self._before.get(key) or self._now.get(key) or self._make(sequences, width)
-        self._now[key] = layout
-        return layout
+        found = self._previous.get(key) or self._current.get(key) or self._build(sequences, width)
+        self._current[key] = found
+        return found
 
-    def _make(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
+    def _build(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
         paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
         order = sort_by_prefix(sequences, paths)
         rows = len(sequences) * width
-        found = build_levels([paths[i] for i in order], width)
         shape = self._shape
-        gathered = [
-            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype) for spans in found
+        all_levels = [
+            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype)
+            for spans in build_levels([paths[i] for i in order], width)
         ]
-        closest, others = split_fused_levels(gathered, self._tails.capacity, rows, shape.heads)
+        fused, levels = split_fused_levels(all_levels, self._tails.capacity, shape.heads)
         slots = [sequences[i].slot for i in order]
         return AttentionMetadata(
             order=order,
-            fused_levels=closest,
-            levels=others,
+            width=width,
+            fused_levels=fused,
+            levels=levels,
             slots=mx.array(np.repeat(np.array(slots, np.int32), width)),
             slot_order=slot_order(slots, self._tails.slots),
-            sealed=mx.array([[sequences[i].num_cached_tokens] for i in order], mx.int32),
+            tail_starts=mx.array([[sequences[i].num_cached_tokens] for i in order], mx.int32),
+        )
+
+    def decode_group(
+        self, metadata: AttentionMetadata, start: int, positions: mx.array
+    ) -> DecodeGroup:
+        """The model's description of a group in one step.
+
+        Args:
+            start: the group's first row in the step.
+            positions: [sequences, width] int32, in the metadata's order.
+        """
+        tail_positions = positions - metadata.tail_starts
+        visible = mx.arange(self._tails.capacity) <= tail_positions[..., None]
+        if metadata.width > 1:
+            visible = mx.repeat(visible, self._shape.heads, axis=1)
+        return DecodeGroup(
+            start=start,
+            sequences=len(metadata.order),
+            width=metadata.width,
+            fused_levels=metadata.fused_levels,
+            levels=metadata.levels,
+            slots=metadata.slots,
+            tail_positions=tail_positions.flatten(),
+            order=metadata.slot_order,
+            visible=visible,
         )
 
 
-class _Builder:
+def sort_by_prefix(sequences: list[Sequence], paths: list[TreePath]) -> list[int]:
+    """An order in which the rows that share any slice of any node are consecutive.
+
+    Within a node, rows that use more of the node come first: then the rows that use at least x of
+    its tokens are consecutive for every x. Otherwise rows are in slot order, in which tails need no
+    permutation.
+    """
+    lowest_slot: dict[int, int] = {}
+    for sequence, path in zip(sequences, paths, strict=True):
+        for part in path:
+            node = id(part.node)
+            lowest_slot[node] = min(sequence.slot, lowest_slot.get(node, sequence.slot))
+
+    def key(i: int) -> tuple[list[tuple[int, int, int]], int]:
+        nodes = ((id(part.node), part.length) for part in paths[i])
+        return [(lowest_slot[node], node, -length) for node, length in nodes], sequences[i].slot
+
+    return sorted(range(len(sequences)), key=key)
+
+
+def slot_order(slots: list[int], pool: int) -> SlotPermutation | None:
+    """The permutation between sequences and the `pool` slots; None if it is the identity."""
+    if slots == list(range(pool)):
+        return None
+    sequences = np.zeros(pool, np.int32)
+    sequences[slots] = np.arange(len(slots))
+    return SlotPermutation(mx.array(sequences), mx.array(slots, mx.int32))
+
+
+def split_fused_levels(
+    all_levels: list[SpanLevel], tail_keys: int, heads: int
+) -> tuple[list[SpanLevel], list[SpanLevel]]:
+    """Split levels into those that share a softmax with the tails (see `DecodeGroup`) and others.
+
+    Args:
+        tail_keys: tail keys of each row.
+    """
+    fused: list[SpanLevel] = []
+    others: list[SpanLevel] = []
+    keys = tail_keys
+    complete = False
+    for level in all_levels:
+        sizes = [(part.end - part.start) * (keys + len(part)) for part in level.parts]
+        if complete or level.order is not None or sum(sizes) * heads > MAX_FUSED_SCORES:
+            others.append(level)
+            continue
+        fused.append(level)
+        complete = len(level.parts) > 1
+        keys += len(level.parts[0])
+    return fused, others
+
+
+def pad_short_spans(
+    spans: list[KVSpan], width: int, rows: int, kv_width: int, dtype: mx.Dtype
+) -> SpanLevel:
+    """One level's spans, over `rows` rows in all, with short ones padded together.
+
+    Args:
+        kv_width: values of a token's key in one layer, of `dtype`.
+    """
+    longest = MAX_PADDED_SPAN_BYTES // (kv_width * dtype.size)
+    short: list[KVSpan] = []
+    others: list[KVSpan] = []
+    for span in spans:
+        single = span.end - span.start == width
+        (short if single and len(span) <= longest else others).append(span)
+    if len(short) < 2:
+        short, others = [], spans
+    parts: list[KVSpan | PaddedSpans] = [*others]
+    contiguous = True
+    if short:
+        contiguous = short[-1].end - short[0].start == len(short) * width
+        parts.append(_pad(short, kv_width, dtype, contiguous=contiguous))
+    if contiguous:
+        parts.sort(key=lambda part: part.start)
+    covered = np.concatenate([_rows(part) for part in parts])
+    if len(covered) == rows and (np.diff(covered) == 1).all():
+        return SpanLevel(parts, None)
+    order = np.full(rows, len(covered), np.int32)
+    order[covered] = np.arange(len(covered), dtype=np.int32)
+    return SpanLevel(parts, mx.array(order))
+
+
+def _pad(spans: list[KVSpan], kv_width: int, dtype: mx.Dtype, *, contiguous: bool) -> PaddedSpans:
+    lengths = np.array([len(span) for span in spans], np.int32)
+    longest = int(lengths.max())
+    visible = np.arange(longest) < lengths[:, None, None]
+    padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
+    rows = np.concatenate([_rows(span) for span in spans])
+    return PaddedSpans(
+        spans,
+        padding,
+        None if visible.all() else mx.array(visible),
+        None if contiguous else mx.array(rows),
+    )
+
+
+def _rows(part: KVSpan | PaddedSpans) -> npt.NDArray[np.int32]:
+    spans = [part] if isinstance(part, KVSpan) else part.spans
+    return np.concatenate([np.arange(s.start, s.end, dtype=np.int32) for s in spans])
+
+
+def build_levels(paths: list[TreePath], width: int) -> list[list[KVSpan]]:
+    """Spans for sequences in the order of `sort_by_prefix`, each of `width` rows.
+
+    Every row sees every token of its path in exactly one span. Rows that share a slice have the
+    same path before it, so the slice's level is the number of spans of that path. The spans of a
+    level are over disjoint rows, in row order.
+    """
+    builder = _LevelBuilder(paths, width)
+    builder.add(0, len(paths), depth=0, level=0)
+    return builder.levels
+
+
+class _LevelBuilder:
     def __init__(self, paths: list[TreePath], width: int) -> None:
         self.levels: list[list[KVSpan]] = []
         self._paths = paths
         self._width = width
 
-    def add(self, first: int, last: int, *, depth: int, level: int) -> None:
-        """Add the spans of sequences `first` to `last` from piece `depth` on; they agree before."""
+    def add(self, start: int, end: int, *, depth: int, level: int) -> None:
+        """Add the spans of sequences `start` to `end` from depth `depth` of their paths on.
+
+        Above that depth the paths are the same.
+        """
         paths = self._paths
-        start = first
-        while start < last:
+        while start < end:
             if depth == len(paths[start]):
                 start += 1
                 continue
             node = paths[start][depth].node
-            stop = start
-            while stop < last and depth < len(paths[stop]) and paths[stop][depth].node is node:
-                stop += 1
-            self._add_node(start, stop, depth=depth, level=level)
-            start = stop
+            node_end = start
+            while (
+                node_end < end
+                and depth < len(paths[node_end])
+                and paths[node_end][depth].node is node
+            ):
+                node_end += 1
+            self._add_node(start, node_end, depth=depth, level=level)
+            start = node_end
 
-    def _add_node(self, first: int, last: int, *, depth: int, level: int) -> None:
-        """Add the spans of one node, whose lengths descend over the rows, and what follows it."""
-        segment = self._paths[first][depth].node.kv
+    def _add_node(self, start: int, end: int, *, depth: int, level: int) -> None:
+        """Add the spans of one node, whose used length descends over the sequences, and below."""
+        segment = self._paths[start][depth].node.kv
         assert segment is not None
-        start = 0
-        while last > first:
-            stop = self._paths[last - 1][depth].length
-            stretch = SegmentSlice(segment, start, stop)
-            span = KVSpan((stretch,), first * self._width, last * self._width)
-            level = self._add_span(level, span)
-            shorter = last
-            while last > first and self._paths[last - 1][depth].length == stop:
-                last -= 1
-            self.add(last, shorter, depth=depth + 1, level=level)
-            start = stop
+        slice_start = 0
+        while end > start:
+            slice_end = self._paths[end - 1][depth].length
+            part = SegmentSlice(segment, slice_start, slice_end)
+            level = self._add_span(level, KVSpan((part,), start * self._width, end * self._width))
+            shorter_end = end
+            while end > start and self._paths[end - 1][depth].length == slice_end:
+                end -= 1
+            self.add(end, shorter_end, depth=depth + 1, level=level)
+            slice_start = slice_end
 
     def _add_span(self, level: int, span: KVSpan) -> int:
-        """Add a span, or join it to the same rows' span before; returns the next one's level.
+        """Add a span, or join it to the same rows' span one level above; returns the next level.
 
-        Spans come in any row order: those of longer use of a node after those behind shorter.
+        Spans come in any row order: those of a longer use of a node after those below a shorter.
         """
         if level:
-            before = self.levels[level - 1]
-            at = bisect_left(before, span.start, key=lambda other: other.start)
-            if at < len(before) and (before[at].start, before[at].end) == (span.start, span.end):
-                joined = KVSpan(before[at].slices + span.slices, span.start, span.end)
+            above = self.levels[level - 1]
+            at = bisect_left(above, span.start, key=lambda other: other.start)
+            if at < len(above) and (above[at].start, above[at].end) == (span.start, span.end):
+                joined = KVSpan(above[at].slices + span.slices, span.start, span.end)
                 if len(joined) <= MAX_JOINED_SPAN:
-                    before[at] = joined
+                    above[at] = joined
                     return level
         if level == len(self.levels):
             self.levels.append([])

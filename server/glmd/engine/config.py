@@ -1,4 +1,4 @@
-"""What can be configured about the engine."""
+"""Configuration of the engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 from glmd.errors import SettingsError
 
 MAX_DRAFTS = 3
-"""MTP draft tokens per sequence and step, at most."""
+"""Most MTP draft tokens per sequence and step."""
 
 MAX_WIDTH = 1 + MAX_DRAFTS
-"""Rows that one decoding sequence may have in a step."""
+"""Most rows that a decoding sequence may have in a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,20 +19,18 @@ class EngineConfig:
     """Limits of the engine.
 
     Attributes:
-        max_running: sequences that run at once; further ones wait.
-        max_step_tokens: rows of one step; a few more where decoding sequences fill it, since
-            a prompt must get on beside them.
-        max_context: tokens of one sequence; None: the checkpoint's limit.
-        memory_budget: bytes for weights, KV and transients together; None: from the device.
-        max_slowdown: how much longer a step may take for the prefill rows in it, as a multiple
-            of a step without any, while others are decoding; longer beside few streams where
-            many short prompts are in prefill
-            (`glmd.engine.scheduler.prefill_budget.FIRST_TOKENS_WORTH`).
-        dtype: of activations and KV. "auto" is bfloat16 on a GPU and float32 on a CPU, where
-            quantised products in bfloat16 take eight times as long.
-        mtp: draft tokens per step from the checkpoint's MTP layer: "auto" lets a gate choose
-            between none and one by measurement, 0 does not load the layer.
-        prefix_cache: whether KV is shared between requests and kept after they end.
+        max_running: sequences that run at once. Others wait.
+        max_step_tokens: rows of a step. Decoding sequences that fill it leave room for a few more,
+            so that prompts progress.
+        max_context: tokens of a sequence; None: the checkpoint's limit.
+        memory_budget: bytes for weights, KV and working memory; None: from the device.
+        max_slowdown: duration of a step with prefill, as a multiple of a step without. Several
+            short prompts may exceed it (`scheduler.prefill_budget.FIRST_TOKEN_WEIGHT`).
+        dtype: of activations and KV. "auto": bfloat16 on a GPU; float32 on a CPU, where quantised
+            products in bfloat16 take eight times as long.
+        mtp: draft tokens per sequence and step. "auto": none or one, by measurement. 0: the MTP
+            layer is not loaded.
+        prefix_cache: share KV between requests and keep it after they end.
     """
 
     max_running: int = 32
@@ -46,15 +44,11 @@ class EngineConfig:
 
     @property
     def width(self) -> int:
-        """Rows that one decoding sequence has in a step, at most."""
+        """Most rows that a decoding sequence has in a step."""
         return 2 if self.mtp == "auto" else 1 + self.mtp
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            SettingsError: no step could ever run.
-        """
         for name in ("max_running", "max_step_tokens", "max_slowdown"):
             value = getattr(self, name)
             if not value >= 1:
-                raise SettingsError(f"{name} must be 1 or more, not {value}.")
+                raise SettingsError(f"{name} must be at least 1, not {value}.")

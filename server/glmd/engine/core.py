@@ -1,9 +1,11 @@
-"""The engine: plans a step, launches it, reads the one before, and says what came of it."""
+"""The engine: continuous batching over one shared KV store.
+
+Each call of `Engine.step` launches a step and reads the results of the one before, so that the host
+works while the device does.
+"""
 
 from __future__ import annotations
 
-import logging
-import secrets
 import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from llguidance import LLMatcher
 
 from glmd.checkpoint.config import load_config
@@ -20,56 +21,44 @@ from glmd.engine.config import EngineConfig
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
-from glmd.engine.sequence import Sequence
+from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
 from glmd.engine.spec_decode.controller import DraftController
 from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
 from glmd.engine.validation import validate_request
 from glmd.errors import GlmdError, InvalidRequest
-from glmd.ipc import (
-    EngineRequest,
-    EngineStats,
-    FinishReason,
-    ModelInfo,
-    SequenceOutput,
-    TokenLogprobs,
-    unpack_tokens,
-)
+from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
 from glmd.kv_cache.prefix_tree import PrefixTree
-from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
 from glmd.model.mla import select_form
-from glmd.model.sampler import SequenceSampling, noise_key
 from glmd.utils.memory import process_memory_bytes
 
-log = logging.getLogger(__name__)
-
 COMPILE_POLL = 0.02
-"""Seconds for which a step waits when there is nothing but grammars to wait for."""
+"""Seconds for which a step waits for a grammar when there is nothing else to do."""
 
 
 def load_engine(
     folder: Path, config: EngineConfig, on_progress: Callable[[int, int], None]
 ) -> Engine:
-    """Load a checkpoint and make an engine of it.
+    """Load a checkpoint into an engine.
 
     Args:
-        on_progress: called with (bytes loaded, bytes in all).
+        on_progress: called with (bytes loaded, bytes in total).
 
     Raises:
-        CheckpointError: the folder holds no servable checkpoint, or one that does not fit in
-            memory, which is found out before any weight is loaded.
+        CheckpointError: the checkpoint cannot be served, or does not fit in memory. The latter is
+            known before any weights are loaded.
     """
     budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
     memory.check_fit(folder, parsed, config, budget)
-    constraints = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
+    structured_output = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
     memory.DeviceLimits.set(budget)
     try:
         model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
         model.warm_up()
-        engine = Engine(model, config, budget, constraints)
+        engine = Engine(model, config, budget, structured_output)
     except BaseException:
         memory.DeviceLimits.restore()
         raise
@@ -78,12 +67,19 @@ def load_engine(
 
 
 class Engine:
-    """Batches requests continuously over one shared KV store.
+    """Serves requests in batches. Not thread-safe: MLX streams belong to a thread.
 
-    Not thread-safe: MLX streams belong to a thread, so all calls come from one.
+    Args:
+        memory_budget: bytes for weights, KV and working memory.
+        structured_output: started before the model was loaded, to save time; None: started here.
 
     Attributes:
-        info: what is served.
+        info: the model served, and its limits.
+        kv_layers: layers with cached KV, which is the number of arrays of a segment.
+        config: with `max_step_tokens` reduced where working memory is short.
+        scheduler: the queues and the KV store.
+        pending_step: launched step whose results have not been read; None: there is none.
+        release_limits: restores MLX's limits once this engine is gone; idempotent.
     """
 
     def __init__(
@@ -91,34 +87,24 @@ class Engine:
         model: LoadedModel,
         config: EngineConfig,
         memory_budget: int,
-        constraints: StructuredOutputManager | None = None,
+        structured_output: StructuredOutputManager | None = None,
     ) -> None:
-        """
-        Args:
-            constraints: made before the model was loaded, to save time; None: made here.
-        """
-        self._model = model
-        self._memory_budget = memory_budget
-        division = memory.plan_memory(
+        token_bytes = model.kv_bytes_per_token
+        plan = memory.plan_memory(
             model.folder,
             model.args,
             config,
             memory_budget,
             weights=model.weight_bytes,
-            token_bytes=model.kv_bytes_per_token,
+            token_bytes=token_bytes,
             item=model.dtype.size,
         )
-        self._config = division.config
         model.shape = replace(
-            model.shape,
-            score_bytes=division.score_bytes,
-            expanded_bytes=division.expanded_bytes,
+            model.shape, score_bytes=plan.score_bytes, expanded_bytes=plan.expanded_bytes
         )
-        self._tree: PrefixTree[Segment] = PrefixTree()
-        self._tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
-        token_bytes = model.kv_bytes_per_token
-        room = division.kv // token_bytes - memory.TAIL_ROOM
         context = model.args.max_position_embeddings
+        room = plan.kv // token_bytes - memory.TAIL_ROOM
+        self.config = plan.config
         self.info = ModelInfo(
             path=str(model.folder),
             vocab_size=model.args.vocab_size,
@@ -130,153 +116,117 @@ class Engine:
             bits_per_weight=model.bits_per_weight,
             device=memory.device_name(),
         )
-        self._scheduler = Scheduler(
-            self._config,
-            self._tree,
-            self._tails,
-            kv_budget=division.kv,
+        self.scheduler = Scheduler(
+            self.config,
+            PrefixTree(),
+            TailPool(model.kv_layers, model.shape.kv_width, model.dtype),
+            kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,
             chunk_limit=lambda context, rows: select_form(
                 model.shape, context, rows, model.dtype.size
             )[0],
         )
-        self._requests: dict[str, list[Sequence]] = {}
-        self._compiling: dict[str, Future[LLMatcher]] = {}
-        """By request, the grammars that its sequences wait for."""
-        self._constraints = constraints or StructuredOutputManager(
+        self.pending_step: PendingStep | None = None
+        self.release_limits: Callable[[], object] = lambda: None
+        self._memory_budget = memory_budget
+        self.kv_layers = model.kv_layers
+        self._structured_output = structured_output or StructuredOutputManager(
             model.folder, self.info.vocab_size, self.info.eos_token_ids
         )
-        self._launcher = ModelRunner(
-            model, self._scheduler, self._tree, self._tails, self._constraints
+        self._runner = ModelRunner(model, self.scheduler, self._structured_output)
+        self._oom_recovery = OOMRecovery(
+            self.scheduler, least_kv=(self.info.max_context + memory.TAIL_ROOM) * token_bytes
         )
-        self._relief = OOMRecovery(
-            self._scheduler,
-            least_kv=(self.info.max_context + memory.TAIL_ROOM) * token_bytes,
-        )
-        self._gate = DraftController(config.mtp if model.mtp is not None else 0)
-        self._in_flight: PendingStep | None = None
-        self._outbox: list[SequenceOutput] = []
-        self._last_landed = 0.0
-        self._steps = 0
-        self._rows = 0
-        self._step_seconds = 0.0
-        self._step_seconds_total = 0.0
-        self._cached = 0
-        self._generated = 0
-        self._drafted = 0
-        self._accepted = 0
-        self._verified = 0
-        self.release_limits: Callable[[], object] = lambda: None
-        """Undoes what was set in MLX for this engine; does nothing the second time."""
+        self._draft_controller = DraftController(config.mtp if model.mtp is not None else 0)
+        self._requests: dict[str, list[Sequence]] = {}
+        """Unfinished sequences by request."""
+        self._compiling: dict[str, Future[LLMatcher]] = {}
+        """Grammars being compiled, by request."""
+        self._outputs: list[SequenceOutput] = []
+        """Outputs for the next `step` to return."""
+        self._completed_at = 0.0
+        """When the last step that was read ended."""
+        self._steps = self._rows = 0
+        self._step_seconds = self._step_seconds_total = 0.0
+        self._cached = self._generated = 0
+        self._drafted = self._accepted = self._verified = 0
 
-    @property
-    def kv_layers(self) -> int:
-        """Layers that cache keys and values, and so arrays of each sealed segment."""
-        return self._model.kv_layers
-
-    # -- requests -------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest) -> None:
-        """Take a request in. What is wrong with it arrives as its Output."""
+        """Queue a request. An invalid one is answered with an error output."""
+        prompt = unpack_tokens(request.prompt)
         try:
-            sequences = self._sequences(request)
+            if request.id in self._requests:
+                raise InvalidRequest(f"A request with id {request.id!r} is already running.")
+            validate_request(request, prompt, self.info)
         except InvalidRequest as error:
-            self._outbox.append(_refusal(request.id, error))
+            self._refuse(request.id, error)
             return
-        self._requests[request.id] = sequences
+        sequences = self._requests[request.id] = make_sequences(request, prompt, self.info)
         if request.grammar is not None:
-            self._compiling[request.id] = self._constraints.prepare(request.grammar)
+            self._compiling[request.id] = self._structured_output.prepare(request.grammar)
             return
         for sequence in sequences:
-            self._scheduler.add(sequence)
+            self.scheduler.add(sequence)
 
-    def _admit_compiled(self) -> None:
-        """Schedule the sequences whose grammars have been compiled."""
+    def cancel(self, id: str, index: int | None = None) -> None:
+        """Cancel a request or one of its sequences. Unknown ones are ignored."""
+        for sequence in list(self._requests.get(id, ())):
+            if index is None or sequence.index == index:
+                self._finish(sequence)
+                self._outputs.append(sequence.output(finish_reason="cancelled"))
+
+    def _refuse(self, id: str, error: GlmdError) -> None:
+        self._outputs.append(
+            SequenceOutput(
+                id=id,
+                finish_reason="error",
+                error=error.message,
+                error_kind="invalid_request",
+                error_param=error.param if isinstance(error, InvalidRequest) else None,
+            )
+        )
+
+    def _schedule_compiled(self) -> None:
+        """Queue the sequences whose grammars have been compiled."""
         for id, future in list(self._compiling.items()):
             if not future.done():
                 continue
             del self._compiling[id]
-            sequences = self._requests[id]
-            guidance = sequences[0].request.grammar
-            assert guidance is not None
             try:
                 matcher = future.result()
             except GlmdError as error:
                 del self._requests[id]
-                self._outbox.append(_refusal(id, error))
+                self._refuse(id, error)
                 continue
-            for sequence in sequences:
-                sequence.grammar = self._constraints.start(guidance, matcher)
-                self._scheduler.add(sequence)
-
-    def _sequences(self, request: EngineRequest) -> list[Sequence]:
-        prompt = unpack_tokens(request.prompt)
-        if request.id in self._requests:
-            raise InvalidRequest(f"A request with id {request.id!r} is running already.")
-        validate_request(request, prompt, self.info)
-        limit = self.info.max_context
-        if request.max_tokens is not None:
-            limit = min(limit, len(prompt) + request.max_tokens)
-        seed = request.sampling.seed
-        if seed is None:
-            seed = secrets.randbits(63)
-        return [
-            Sequence(
-                request,
-                index,
-                self._row_sampling(request, noise_key(seed, index)),
-                limit,
-                paired=self._model.mtp is not None,
-            )
-            for index in range(request.n)
-        ]
-
-    def _row_sampling(self, request: EngineRequest, key: tuple[int, int]) -> SequenceSampling:
-        bias = None
-        if request.sampling.logit_bias:
-            dense = np.zeros(self.info.vocab_size, np.float32)
-            for token, value in request.sampling.logit_bias.items():
-                dense[token] = value
-            bias = mx.array(dense)
-        return SequenceSampling(
-            params=request.sampling,
-            key=key,
-            min_tokens=request.min_tokens,
-            banned_at_first=(*self.info.eos_token_ids, *request.stop_token_ids),
-            bias=bias,
-        )
-
-    def cancel(self, id: str, index: int | None = None) -> None:
-        """End a request, or one of its sequences; its rows are free from the next step on."""
-        for sequence in list(self._requests.get(id, ())):
-            if index is None or sequence.index == index:
-                self._finish(sequence)
-                self._outbox.append(
-                    SequenceOutput(id=id, index=sequence.index, finish_reason="cancelled")
-                )
+            for sequence in self._requests[id]:
+                assert sequence.request.grammar is not None
+                sequence.grammar = self._structured_output.start(sequence.request.grammar, matcher)
+                self.scheduler.add(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        sequence.finished = True
+        if sequence.status is SequenceStatus.COMPILING:
+            sequence.status = SequenceStatus.FINISHED
+        else:
+            self.scheduler.finish(sequence)
         id = sequence.request.id
-        if id not in self._compiling:
-            self._scheduler.remove(sequence)
-        siblings = self._requests[id]
-        siblings.remove(sequence)
-        if not siblings:
+        self._requests[id].remove(sequence)
+        if not self._requests[id]:
             del self._requests[id]
             self._compiling.pop(id, None)
 
-    # -- stepping -------------------------------------------------------------------------
+    # -- steps --------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._outbox or self._in_flight)
+        """Whether `step` has anything to do or return."""
+        return bool(self._requests or self._outputs or self.pending_step)
 
     def step(self) -> list[SequenceOutput]:
-        """Launch the next step, then read the one before and return what it gave.
+        """Launch the next step, then read the one before; returns its outputs.
 
-        The device works on the one while the host reads the other, so results come one call
-        after the launch. If the device has no memory for it, the next call tries with less.
+        After a step that ran out of memory, the next call tries a smaller one.
         """
         progress: list[SequenceOutput] = []
         try:
@@ -284,219 +234,156 @@ class Engine:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._relieve(error)
-        outputs, self._outbox = self._outbox, []
+            self._recover(error)
+        outputs, self._outputs = self._outputs, []
         return outputs + progress
 
     def _step(self) -> list[SequenceOutput]:
-        """Launch a step, and read the one before into the outbox; returns prompts' progress."""
-        if self._in_flight is not None and self._scheduler.requires_sync:
-            self._read(self._in_flight)
-            self._in_flight = None
-        self._admit_compiled()
-        plan = self._scheduler.schedule()
-        launched = None
-        if not plan and self._in_flight is None and self._compiling:
+        if self.pending_step is not None and self.scheduler.requires_sync:
+            self._read(self.pending_step)
+            self.pending_step = None
+        self._schedule_compiled()
+        scheduled = self.scheduler.schedule()
+        if not scheduled and self.pending_step is None and self._compiling:
             wait(self._compiling.values(), COMPILE_POLL, FIRST_COMPLETED)
-        if plan:
-            drafts = self._gate.choose(max(1, len(plan.decode)))
-            launched = self._launcher.execute(plan, self._in_flight, drafts)
+        launched = None
+        if scheduled:
+            num_drafts = self._draft_controller.choose(max(1, len(scheduled.decode)))
+            launched = self._runner.execute(scheduled, self.pending_step, num_drafts)
         else:
-            self._launcher.reset()
-        if self._in_flight is not None:
-            self._read(self._in_flight)
-        self._in_flight = launched
-        return self._progress(plan)
+            self._runner.reset()
+        if self.pending_step is not None:
+            self._read(self.pending_step)
+        self.pending_step = launched
+        return _progress(scheduled)
 
-    def _relieve(self, error: BaseException) -> None:
-        """Give up all KV. What the last step yielded counts, if it can still be read; what it did
-        not yield will come out the same, since a token depends on nothing but its position."""
-        flight, self._in_flight = self._in_flight, None
-        self._launcher.reset()
-        dropped = self._relief.step_failed(error)
-        if flight is not None:
+    def _recover(self, error: BaseException) -> None:
+        """Drop all KV, and start over with the tokens known by then.
+
+        The results of the step before count if they can still be read. Tokens that are lost will be
+        the same when computed again, since noise depends on the position alone.
+        """
+        previous, self.pending_step = self.pending_step, None
+        self._runner.reset()
+        dropped = self._oom_recovery.step_failed(error)
+        if previous is not None:
             try:
-                self._read(flight)
+                self._read(previous)
             except (MemoryError, RuntimeError) as another:
                 if not is_out_of_memory(another):
                     raise
-        for sequence in self._scheduler.waiting:
+        for sequence in self.scheduler.waiting:
             sequence.num_inflight_tokens = 0
         mx.clear_cache()
         for sequence in dropped:
-            if not sequence.finished:
-                self._finish(sequence)
-                self._outbox.append(
-                    SequenceOutput(
-                        id=sequence.request.id,
-                        index=sequence.index,
-                        finish_reason="error",
-                        error_kind="overloaded",
-                        error="The device has no memory for this request at present.",
-                    )
-                )
-
-    def _progress(self, plan: SchedulerOutput) -> list[SequenceOutput]:
-        admitted = [
-            SequenceOutput(
-                id=sequence.request.id,
-                index=sequence.index,
-                admitted=True,
-                cache_match=sequence.cache_match,
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            self._finish(sequence)
+            message = "The device has no memory for this request at present."
+            self._outputs.append(
+                sequence.output(finish_reason="error", error_kind="overloaded", error=message)
             )
-            for sequence in plan.admitted
-        ]
-        return admitted + [
-            SequenceOutput(
-                id=sequence.request.id,
-                index=sequence.index,
-                computed_tokens=min(sequence.num_computed_tokens, sequence.prompt_length),
-            )
-            for sequence, _ in plan.chunks
-            if sequence.request.prompt_progress and not sequence.finished
-        ]
 
-    def close(self) -> None:
-        """Drop all work and memory; the engine is of no use afterwards."""
-        for id in list(self._requests):
-            self.cancel(id)
-        self._in_flight = None
-        self._launcher.reset()
-        self._tree.clear()
-        mx.clear_cache()
-        self.release_limits()
-
-    def _read(self, flight: PendingStep) -> None:
-        """Wait for a launched step and turn its tokens into Outputs."""
-        confirmed = flight.wait()
-        self._relief.step_succeeded()
-        landed = flight.completed_at(self._last_landed)
-        seconds = landed - max(flight.launched, self._last_landed)
-        self._last_landed = landed
+    def _read(self, step: PendingStep) -> None:
+        """Wait for a launched step and turn its tokens into outputs."""
+        confirmed = step.wait()
+        self._oom_recovery.step_succeeded()
+        completed = step.completed_at(self._completed_at)
+        seconds = completed - max(step.launched, self._completed_at)
+        self._completed_at = completed
+        rows = step.rows
         self._steps += 1
-        self._rows += flight.prefill_rows + sum(flight.widths[: flight.num_decoding])
+        self._rows += rows.num_rows
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
         self._step_seconds_total += seconds
-        accepted = self._read_tokens(flight, confirmed)
-        alone = seconds if flight.prefill_rows == 0 else None
-        drafts = max(flight.widths, default=1) - 1
-        self._gate.observe(len(flight.sequences), drafts, accepted, alone)
-        self._scheduler.prefill_budget.observe(flight.num_decoding, flight.prefill_rows, seconds)
+        accepted = self._read_tokens(step, confirmed)
+        self._draft_controller.observe(
+            len(rows.sampled),
+            max((each.num_sampled for each in rows.sampled), default=1) - 1,
+            accepted,
+            seconds if not rows.prefill else None,
+        )
+        self.scheduler.prefill_budget.observe(len(rows.decode), rows.num_prefill_rows, seconds)
 
-    def _read_tokens(self, flight: PendingStep, confirmed: list[list[int]]) -> int:
-        """Hand the confirmed tokens to their sequences; returns the number of accepted drafts.
+    def _read_tokens(self, step: PendingStep, confirmed: list[list[int]]) -> int:
+        """Append confirmed tokens to their sequences; returns the number of accepted drafts.
 
-        What is counted for users are the drafts that became output: none behind an answer's end.
+        The statistics count as accepted only drafts up to the end of their sequence.
         """
         accepted = 0
-        for i, (sequence, tokens) in enumerate(zip(flight.sequences, confirmed, strict=True)):
-            width, count = flight.widths[i], len(tokens)
-            sequence.num_inflight_tokens -= width
+        for rows, tokens in zip(step.rows.sampled, confirmed, strict=True):
+            sequence, count = rows.sequence, len(tokens)
+            sequence.num_inflight_tokens -= rows.num_sampled
             accepted += count - 1
-            if sequence.finished:
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
-            if sequence.lease is not None:
+            if sequence.status is SequenceStatus.RUNNING:
                 sequence.num_computed_tokens = sequence.length + count - 1
-            logprobs = [flight.logprobs.get((i, column)) for column in range(count)]
-            output = self._output(sequence, tokens, logprobs)
-            output.drafted, output.accepted = width - 1, len(output.tokens) - 1
+            logprobs = [step.logprobs.get(rows.sample_start + i) for i in range(count)]
+            output = sequence.advance(tokens, logprobs, self.info.eos_token_ids)
+            output.drafted, output.accepted = rows.num_sampled - 1, len(output.tokens) - 1
+            self._cached += output.cached_tokens
+            self._generated += len(output.tokens)
             self._drafted += output.drafted
             self._accepted += output.accepted
             self._verified += output.drafted > 0
-            constraint = sequence.grammar
-            if constraint is not None and constraint.error and output.finish_reason is None:
-                output.finish_reason, output.error_kind = "error", "internal"
-                output.error = f"The grammar cannot be followed further: {constraint.error}"
-            self._outbox.append(output)
+            self._outputs.append(output)
             if output.finish_reason is not None:
                 self._finish(sequence)
         return accepted
 
-    def _output(
-        self,
-        sequence: Sequence,
-        tokens: list[int],
-        logprobs: list[tuple[mx.array, mx.array, mx.array] | None],
-    ) -> SequenceOutput:
-        """Add confirmed tokens to a sequence, up to its end."""
-        output = SequenceOutput(id=sequence.request.id, index=sequence.index)
-        if not sequence.reported_usage:
-            sequence.reported_usage = True
-            output.prompt_tokens = sequence.prompt_length
-            output.cached_tokens = sequence.num_prompt_tokens_cached
-            self._cached += sequence.num_prompt_tokens_cached
-        for token, entry in zip(tokens, logprobs, strict=True):
-            sequence.append(token)
-            output.tokens.append(token)
-            if entry is not None:
-                chosen, ids, values = (np.array(part) for part in entry)
-                found = TokenLogprobs(float(chosen), ids.tolist(), values.tolist())
-                output.logprobs = [*(output.logprobs or []), found]
-            output.finish_reason = self._finish_reason(sequence, token)
-            if output.finish_reason is not None:
-                break
-        self._generated += len(output.tokens)
-        return output
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        request = sequence.request
-        constraint = sequence.grammar
-        # Where a grammar ends there is nothing else to say.
-        ignore_eos = request.ignore_eos and (constraint is None or not constraint.active)
-        ended = token in request.stop_token_ids or (
-            token in self.info.eos_token_ids and not ignore_eos
-        )
-        if ended:
-            return "stop"
-        return "length" if sequence.length >= sequence.max_length else None
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of all segments and tails."""
-        return self._tree.nbytes + self._tails.nbytes
+    def close(self) -> None:
+        """Drop all requests and memory. The engine cannot be used afterwards."""
+        for id in list(self._requests):
+            self.cancel(id)
+        self.pending_step = None
+        self._runner.reset()
+        self.scheduler.tree.clear()
+        mx.clear_cache()
+        self.release_limits()
 
     def stats(self) -> EngineStats:
-        """A snapshot of counters and gauges."""
-        shape = self._tree.stats()
+        """Current counters and gauges."""
+        scheduler, tree = self.scheduler, self.scheduler.tree
+        shape = tree.stats()
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_tokens=self._tree.tokens,
-            kv_idle_tokens=self._tree.evictable_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_tokens=tree.tokens,
+            kv_idle_tokens=tree.evictable_tokens,
             kv_segments=shape.segments,
             kv_branches=shape.branches,
             kv_longest=shape.longest,
-            kv_bytes=self.kv_bytes,
-            kv_budget_bytes=self._scheduler.kv_budget,
+            kv_bytes=scheduler.kv_bytes,
+            kv_budget_bytes=scheduler.kv_budget,
             memory_budget_bytes=self._memory_budget,
-            weight_bytes=self._model.weight_bytes,
+            weight_bytes=self.info.weight_bytes,
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
             footprint_bytes=process_memory_bytes(),
-            out_of_memory=self._relief.failures,
+            out_of_memory=self._oom_recovery.failures,
             steps=self._steps,
             rows=self._rows,
-            prompt_tokens_computed=self._launcher.prompt_rows,
+            prompt_tokens_computed=self._runner.num_prompt_tokens_computed,
             prompt_tokens_cached=self._cached,
             tokens_generated=self._generated,
             drafted=self._drafted,
             accepted=self._accepted,
             verified=self._verified,
-            drafts=self._gate.drafts,
-            acceptance=self._gate.acceptance if self.info.has_mtp else 0.0,
-            preemptions=self._scheduler.preemptions,
-            evicted_tokens=self._tree.evicted_tokens,
+            drafts=self._draft_controller.drafts,
+            acceptance=self._draft_controller.acceptance if self.info.has_mtp else 0.0,
+            preemptions=scheduler.preemptions,
+            evicted_tokens=tree.evicted_tokens,
             step_seconds=self._step_seconds,
             step_seconds_total=self._step_seconds_total,
         )
 
 
-def _refusal(id: str, error: GlmdError) -> SequenceOutput:
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return SequenceOutput(
-        id=id,
-        finish_reason="error",
-        error=error.message,
-        error_kind="invalid_request",
-        error_param=param,
-    )
+def _progress(scheduled: SchedulerOutput) -> list[SequenceOutput]:
+    """Outputs that report admissions and, where requested, the progress of prompts."""
+    admitted = [s.output(admitted=True, cache_match=s.cache_match) for s in scheduled.admitted]
+    return admitted + [
+        s.output(computed_tokens=min(s.num_computed_tokens, s.prompt_length))
+        for s, _ in scheduled.chunks
+        if s.request.prompt_progress and s.status is not SequenceStatus.FINISHED
+    ]

@@ -1,8 +1,8 @@
-"""The engine process: one loop around `Engine.step`, spoken to over one ZeroMQ socket.
+"""The engine process: a loop around `Engine.step`, with one ZeroMQ socket to the API process.
 
 `glmd.engine_client.process` starts it as `python -m glmd.engine.main`. All array work happens on
-the main thread, because MLX streams are thread-local. The only other thread waits for the end
-of stdin, which the parent holds open for as long as it lives.
+the main thread, because MLX streams are thread-local. A second thread waits for the end of stdin,
+which the parent process holds open until it ends.
 """
 
 from __future__ import annotations
@@ -22,54 +22,40 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from glmd import ipc
 from glmd.errors import GlmdError
-from glmd.ipc import (
-    AbortRequest,
-    EngineFailed,
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    FromEngine,
-    LoadProgress,
-    ModelInfo,
-    SequenceOutput,
-    SetLogLevel,
-    Shutdown,
-    StepOutputs,
-    ToEngine,
-    decode_to_engine,
-    encode,
-)
 from glmd.utils import gc as heap
 from glmd.utils.logfile import LogFile
 from glmd.utils.logging import configure
 
 log = logging.getLogger("glmd.engine")
 
-EXIT_TOLD = 3
-"""Exit code after `EngineFailed` was sent: the parent waits for that message. A process that ends
-with any other code but 0 said nothing."""
+EXIT_REPORTED = 3
+"""Exit code after `EngineFailed` was sent. Any other code but 0 is a crash without a message."""
 
 STATS_INTERVAL = 1.0
+"""Seconds between two `EngineStats`."""
+
 PROGRESS_INTERVAL = 0.1
+"""Seconds between two `LoadProgress`."""
 
 
 class StepEngine(Protocol):
-    """What the loop needs of an engine; `glmd.engine.core.Engine` is the one that ships."""
+    """What the loop needs of an engine, such as `glmd.engine.core.Engine`."""
 
     @property
-    def info(self) -> ModelInfo: ...
+    def info(self) -> ipc.ModelInfo: ...
     @property
     def has_work(self) -> bool: ...
-    def submit(self, request: EngineRequest) -> None: ...
+    def submit(self, request: ipc.EngineRequest) -> None: ...
     def cancel(self, id: str, index: int | None = None) -> None: ...
-    def step(self) -> list[SequenceOutput]: ...
-    def stats(self) -> EngineStats: ...
+    def step(self) -> list[ipc.SequenceOutput]: ...
+    def stats(self) -> ipc.EngineStats: ...
     def close(self) -> None: ...
 
 
 class Channel:
-    """The engine's end of the socket. Sending never blocks: the parent reads all the time."""
+    """The engine's end of the socket. Sends never block: the parent process always reads."""
 
     def __init__(self, endpoint: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -77,37 +63,39 @@ class Channel:
         self._socket.set_hwm(0)
         self._socket.connect(endpoint)
 
-    def send(self, message: FromEngine) -> None:
-        self._socket.send(encode(message))
+    def send(self, message: ipc.FromEngine) -> None:
+        self._socket.send(ipc.encode(message))
 
-    def receive(self, timeout: float | None) -> ToEngine | None:
-        """The next message; None after `timeout` seconds without one (None: wait for ever).
+    def receive(self, timeout: float | None) -> ipc.ToEngine | None:
+        """Return the next message; skip and log undecodable ones.
 
-        What is no message is left out: that its sender errs is no reason to end all requests.
+        Args:
+            timeout: seconds after which to return None; None: wait without limit.
         """
         while self._socket.poll(None if timeout is None else round(timeout * 1000)):
             data = self._socket.recv()
             try:
-                message: ToEngine = decode_to_engine(data)
+                message: ipc.ToEngine = ipc.decode_to_engine(data)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                log.error("Left out %d bytes that are no message: %s", len(data), error)
+                log.error("Undecodable message skipped: bytes=%d error=%s", len(data), error)
             else:
                 return message
         return None
 
     def close(self) -> None:
-        """Hand what was sent to the operating system, and close."""
+        """Close the socket after handing sent messages to the operating system."""
         self._socket.close(linger=5000)
         self._context.term()
 
 
 def serve(engine: StepEngine, channel: Channel) -> None:
-    """Take messages and step until told to shut down.
+    """Handle messages and step until `Shutdown`.
 
-    Raises whatever `Engine.step` raises: the state of a step that failed half-way is unknown,
-    and a new process is cheap.
+    Raises:
+        Exception: whatever `Engine.step` raises. A step that failed leaves the engine in an unknown
+            state, and a new process is cheap.
     """
-    channel.send(EngineReady(engine.info))
+    channel.send(ipc.EngineReady(engine.info))
     next_stats = time.monotonic()
     stats_due = True
     while True:
@@ -119,20 +107,20 @@ def serve(engine: StepEngine, channel: Channel) -> None:
             timeout = None
         while (message := channel.receive(timeout)) is not None:
             match message:
-                case EngineRequest():
+                case ipc.EngineRequest():
                     engine.submit(message)
-                case AbortRequest(id, index):
+                case ipc.AbortRequest(id, index):
                     engine.cancel(id, index)
-                case SetLogLevel(level):
+                case ipc.SetLogLevel(level):
                     logging.getLogger("glmd").setLevel(level)
-                case Shutdown():
+                case ipc.Shutdown():
                     return
             stats_due = True
             timeout = 0.0
         if engine.has_work:
             outputs = engine.step()
             if outputs:
-                channel.send(StepOutputs(outputs))
+                channel.send(ipc.StepOutputs(outputs))
             stats_due = True
         now = time.monotonic()
         if stats_due and now >= next_stats:
@@ -142,7 +130,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
 
 
 def progress_reporter(channel: Channel) -> Callable[[int, int], None]:
-    """Callback (done bytes, total bytes) that sends `LoadProgress`, at a bounded rate."""
+    """Return a callback (bytes done, bytes total) that sends `LoadProgress` at a bounded rate."""
     last = 0.0
 
     def report(done: int, total: int) -> None:
@@ -150,17 +138,16 @@ def progress_reporter(channel: Channel) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= PROGRESS_INTERVAL or done >= total:
             last = now
-            channel.send(LoadProgress(done, total))
+            channel.send(ipc.LoadProgress(done, total))
 
     return report
 
 
 def exit_with_parent(folder: Path) -> None:
-    """Wait for the end of stdin, then remove the socket's folder and leave at once.
+    """Wait for the end of stdin, then remove the socket's folder and exit.
 
-    The parent never writes to that pipe. Its end comes when the parent closes it or dies, by
-    whatever cause, on macOS and Linux alike. `os._exit`, because the main thread may be deep in
-    a step, and nothing in this process is worth saving.
+    The parent never writes to the pipe, which ends when the parent closes it or dies. `os._exit`,
+    because the main thread may be within a step, and nothing in this process needs saving.
     """
     while os.read(sys.stdin.fileno(), 4096):
         pass
@@ -180,16 +167,15 @@ def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
         )
         heap.freeze_gc_heap()
         serve(engine, channel)
-        engine.close()  # Not after an error: there is no telling what that would meet.
+        engine.close()  # Not after an error, which leaves the engine in an unknown state.
     except GlmdError as error:
-        channel.send(EngineFailed(error.message))
-        return EXIT_TOLD
+        channel.send(ipc.EngineFailed(error.message))
+        return EXIT_REPORTED
     except Exception as error:
-        log.exception("The engine stops after an error.")
-        channel.send(
-            EngineFailed(f"The engine stopped after an error: {type(error).__name__}: {error}")
-        )
-        return EXIT_TOLD
+        log.exception("Engine stopped by an unexpected error")
+        message = f"The engine stopped after an error: {type(error).__name__}: {error}"
+        channel.send(ipc.EngineFailed(message))
+        return EXIT_REPORTED
     else:
         return 0
     finally:
@@ -204,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="{}", help="fields of EngineConfig as JSON")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--log-file", type=Path, help="what stderr is, if it is a log file")
+    parser.add_argument("--log-file", type=Path, help="log file that stderr is redirected to")
     options = parser.parse_args(arguments)
     if options.log_file is not None:
         LogFile(options.log_file, limit=None).follow()

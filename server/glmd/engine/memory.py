@@ -1,13 +1,13 @@
-"""How much memory there is, and how it is divided: weights, KV, and working memory."""
+"""Memory plan: weights, KV and working memory within one budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import mlx.core as mx
 import psutil
+from mlx_lm.models.glm4_moe_lite import ModelArgs
 
 from glmd.checkpoint.config import ModelConfig
 from glmd.engine.config import EngineConfig
@@ -19,49 +19,47 @@ from glmd.model.loader import choose_dtype, has_mtp_layer, weight_bytes
 from glmd.model.mla import EXPANDED_BYTES, SCORE_BYTES
 
 CPU_SHARE = 0.6
-"""Of the memory available at start, where the device recommends no working set."""
+"""Budget as a share of the available memory, where the device recommends no working set."""
 
 CACHE_LIMIT = 2 << 30
-"""Bytes that MLX's allocator may keep for reuse; fewer where the budget would be exceeded."""
+"""Bytes that MLX's allocator may keep for reuse, within the budget."""
 
 MIN_KV_TOKENS = 4096
-"""A server that cannot hold this many tokens is of no use."""
+"""Tokens of KV below which serving is refused."""
 
 WANTED_KV_TOKENS = 32_768
-"""For room to hold so many, working memory is made smaller and prompts are computed in smaller
-chunks, which is slower."""
+"""Tokens of KV for which working memory is reduced. Prompts then run in smaller chunks, which is
+slower."""
 
 SCALES = (1, 2, 4, 8)
-"""By how much working memory may be made smaller. At an eighth, chunks have 256 rows, few enough
-to read the experts' weights noticeably more often."""
+"""Divisors of working memory. At 8, chunks have 256 rows, few enough for the experts' weights to be
+read noticeably more often."""
 
 TAIL_ROOM = 2 * TAIL_TOKENS
-"""Tokens that are kept free beside the longest sequence, for its tail in the coarsest unit."""
+"""Tokens kept free beside the longest sequence, for its tail."""
 
 
 def default_budget() -> int:
-    """Bytes for weights, KV and working memory: the device's recommended working set, else a
-    share of the memory that is available now."""
-    recommended = _recommended()
-    return recommended or int(CPU_SHARE * psutil.virtual_memory().available)
+    """Bytes of the device's recommended working set, else a share of the available memory."""
+    return _recommended_working_set() or int(CPU_SHARE * psutil.virtual_memory().available)
 
 
-def _recommended() -> int | None:
+def _recommended_working_set() -> int | None:
     size = mx.device_info().get("max_recommended_working_set_size")
     return None if size is None else int(size)
 
 
 def device_name() -> str:
-    """For people: "Apple M4 Max (gpu)"."""
+    """The device's display name, such as "Apple M4 Max (gpu)"."""
     kind = mx.default_device().type.name
     return f"{mx.device_info().get('device_name', 'unknown device')} ({kind})"
 
 
 class DeviceLimits:
-    """MLX's limits for this process, set for as long as an engine lives.
+    """MLX's memory limits, which belong to the process and are set while it has engines.
 
-    They belong to the process, which may be a user's own (`glmd.LLM`): the last engine to go puts
-    back what the first one found.
+    The process may be a user's own (`glmd.LLM`), so the limits that the first engine found are
+    restored when the last one is gone.
     """
 
     _engines = 0
@@ -69,16 +67,11 @@ class DeviceLimits:
 
     @classmethod
     def set(cls, budget: int) -> None:
-        """Wire the weights where the device has unified memory, and let MLX's cache of freed
-        arrays give way before the budget is exceeded.
-
-        Args:
-            budget: bytes for weights, KV and working memory.
-        """
+        """Limit MLX to `budget` bytes; with unified memory, wire the weights."""
         memory = mx.set_memory_limit(budget)
         cache = mx.set_cache_limit(min(CACHE_LIMIT, budget))
         wired = None
-        recommended = _recommended()
+        recommended = _recommended_working_set()
         if recommended is not None and mx.metal.is_available():
             wired = mx.set_wired_limit(min(budget, recommended))
         if not cls._engines:
@@ -87,7 +80,7 @@ class DeviceLimits:
 
     @classmethod
     def restore(cls) -> None:
-        """Take back one `set`."""
+        """Undo one `set`."""
         cls._engines -= 1
         if cls._engines:
             return
@@ -98,36 +91,16 @@ class DeviceLimits:
             mx.set_wired_limit(wired)
 
 
-class Dimensions(Protocol):
-    """What working memory depends on: `ModelConfig`, or mlx-lm's `ModelArgs`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def moe_intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_experts_per_tok(self) -> int: ...
-    @property
-    def kv_lora_rank(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A memory budget, divided.
+    """A divided memory budget.
 
     Attributes:
-        weights: bytes of weights.
-        working: bytes of a step's transients.
+        weights: bytes.
+        activations: bytes of a step's transients.
         kv: bytes left for KV.
-        config: the engine's configuration, with rows of a step that fit `activations`.
-        score_bytes: see `glmd.model.mla.MLAShape`.
-        expanded_bytes: likewise.
+        config: the engine's, with `max_step_tokens` that fit `activations`.
+        score_bytes, expanded_bytes: see `glmd.model.mla.MLAShape`.
     """
 
     weights: int
@@ -139,10 +112,10 @@ class MemoryPlan:
 
 
 def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: int) -> None:
-    """Find out whether a checkpoint fits in a budget, from the headers of its files.
+    """Check from the headers of a checkpoint's files that the model fits in a budget.
 
     Raises:
-        CheckpointError: it does not, as in `divide`, or files are missing or damaged.
+        CheckpointError: as in `plan_memory`, or files are missing or damaged.
     """
     dtype = choose_dtype(config.dtype)
     mtp = config.mtp != 0
@@ -160,7 +133,7 @@ def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: in
 
 def plan_memory(
     folder: Path,
-    dims: Dimensions,
+    dims: ModelConfig | ModelArgs,
     config: EngineConfig,
     budget: int,
     *,
@@ -168,17 +141,17 @@ def plan_memory(
     token_bytes: int,
     item: int,
 ) -> MemoryPlan:
-    """Divide a budget, with less working memory than would be best where KV is short.
+    """Divide a budget, with less working memory where KV would be short.
 
     Args:
-        folder: the checkpoint's, for the message.
-        weights: bytes of them in memory.
-        token_bytes: of KV.
+        folder: the checkpoint's, for the error message.
+        weights: bytes of weights.
+        token_bytes: bytes of KV per token.
         item: bytes of one activation.
 
     Raises:
-        CheckpointError: beside weights and working memory there is no room for the KV of
-            `MIN_KV_TOKENS` tokens (or the model's context, if that is shorter) and their tail.
+        CheckpointError: not enough is left for `MIN_KV_TOKENS` tokens of KV (or the model's
+            context, if that is shorter) and a tail.
     """
     context = dims.max_position_embeddings
     wanted = (min(WANTED_KV_TOKENS, context) + TAIL_ROOM) * token_bytes
@@ -196,9 +169,9 @@ def plan_memory(
             break
     if kv < least:
         raise CheckpointError(
-            f"{folder}: this does not fit. Weights {size(weights)} + working memory"
-            f" {size(working)} + KV of {least_tokens} tokens {size(least)} ="
-            f" {size(weights + working + least)}, but the memory budget is {size(budget)}"
+            f"{folder} does not fit in memory. Weights {_size(weights)} + working memory"
+            f" {_size(working)} + KV of {least_tokens} tokens {_size(least)} ="
+            f" {_size(weights + working + least)}, but the memory budget is {_size(budget)}"
             f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
             file=str(folder),
         )
@@ -206,7 +179,7 @@ def plan_memory(
 
 
 def activation_bytes(
-    dims: Dimensions,
+    dims: ModelConfig | ModelArgs,
     config: EngineConfig,
     item: int,
     token_bytes: int,
@@ -214,23 +187,24 @@ def activation_bytes(
     score_bytes: int = SCORE_BYTES,
     expanded_bytes: int = EXPANDED_BYTES,
 ) -> int:
-    """Bytes of a step's transients, at most: attention in one layer, activations of all rows
-    there, cache vectors of all layers until they are sealed, and the logits of the rows that are
-    sampled.
+    """Upper bound of a step's transients, in bytes.
+
+    Attention and activations of one layer, cache vectors of all layers until they are in the tree,
+    and the logits of the sampled rows.
 
     Args:
         item: bytes of one activation.
-        token_bytes: of KV.
+        token_bytes: bytes of KV per token.
     """
     rows = max(config.max_step_tokens, config.max_running + SMALLEST_CHUNK)
     sampled = config.max_running * config.width
     attention = min(
         # Scores and their softmax exist together; expanded keys and values beside them.
         2 * score_bytes + expanded_bytes,
-        # Small models never come near that: all they can ask for is a full context.
+        # Small models need no more than a full context.
         2 * rows * dims.num_attention_heads * dims.max_position_embeddings * item,
     )
-    # Decoding rows attend to one segment at a time, with a copy of the scores in float32.
+    # Decode rows attend to one segment at a time, with a float32 copy of the scores.
     keys = min(MAX_SEGMENT, dims.max_position_embeddings)
     decoding = sampled * dims.num_attention_heads * keys * (2 * item + 4)
     width = max(
@@ -239,11 +213,11 @@ def activation_bytes(
         dims.num_attention_heads * dims.kv_lora_rank,
     )
     logits = sampled * dims.vocab_size * 4
-    unsealed = rows * token_bytes
-    return max(attention, decoding) + 4 * rows * width * item + 3 * logits + unsealed
+    cache_vectors = rows * token_bytes
+    return max(attention, decoding) + 4 * rows * width * item + 3 * logits + cache_vectors
 
 
-def size(nbytes: int) -> str:
-    """For people: "19.93 GiB", or MiB where that would be hardly any."""
+def _size(nbytes: int) -> str:
+    """Display size: "19.93 GiB", or in MiB below 0.1 GiB."""
     gib = nbytes / 2**30
     return f"{gib:.2f} GiB" if gib >= 0.1 else f"{nbytes / 2**20:.2f} MiB"

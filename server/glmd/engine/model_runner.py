@@ -1,8 +1,8 @@
-"""Launching a step: from a plan to arrays on their way.
+"""Launch of a step: from the scheduler's output to arrays that the device computes.
 
-The tokens that a step in flight will yield are known to the device only, and with drafts so is
-their number. A step behind it therefore takes its first tokens, its drafts and its positions
-from the flight's arrays, so that the host never has to wait before it launches.
+Only the device knows the tokens that a step in flight will confirm, and with drafts their number.
+The next step takes its first tokens, drafts and positions from that step's arrays, so that the host
+need not wait before launching.
 """
 
 from __future__ import annotations
@@ -14,366 +14,324 @@ import numpy as np
 
 from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.decode_group import RunnerGroup
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
 from glmd.engine.spec_decode.proposer import MTPProposer
-from glmd.engine.step import PendingStep
+from glmd.engine.step import PendingStep, SequenceRows, StepRows
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
-from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
-from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
 from glmd.model.mla import select_form
-from glmd.model.sampler import History, SamplerOutput, SamplingRow, TokenMasks, sample
+from glmd.model.sampler import History, SamplingRow, TokenMasks, sample
 
 
 class ModelRunner:
-    """Turns plans into flights.
+    """Runs the model over the rows that the scheduler chose.
 
     Attributes:
-        prompt_rows: prompt tokens computed so far.
+        num_prompt_tokens_computed: since the start.
     """
 
     def __init__(
         self,
         model: LoadedModel,
         scheduler: Scheduler,
-        tree: PrefixTree[Segment],
-        tails: TailPool,
-        constraints: StructuredOutputManager,
+        structured_output: StructuredOutputManager,
     ) -> None:
-        self._constraints = constraints
+        self.num_prompt_tokens_computed = 0
         self._model = model
         self._scheduler = scheduler
-        self._tree = tree
-        self._tails = tails
-        self._layouts = AttentionMetadataBuilder(tree, tails, model.shape, model.dtype)
-        self._drafter: MTPProposer | None = None
+        self._tree = scheduler.tree
+        self._tails = scheduler.tails
+        self._structured_output = structured_output
+        self._metadata_builder = AttentionMetadataBuilder(
+            self._tree, self._tails, model.shape, model.dtype
+        )
+        self._proposer: MTPProposer | None = None
         if model.mtp is not None:
-            self._drafter = MTPProposer(
-                model.mtp, model.shape.heads, scheduler, tails, self._layouts
-            )
-        self.prompt_rows = 0
+            self._proposer = MTPProposer(model.mtp, scheduler, self._metadata_builder)
 
     def reset(self) -> None:
-        """Let go of what is kept from step to step, as there is no next one."""
-        self._layouts.clear()
+        """Release what is kept from step to step."""
+        self._metadata_builder.clear()
 
     def execute(
-        self, plan: SchedulerOutput, before: PendingStep | None, drafts: int
+        self, output: SchedulerOutput, previous: PendingStep | None, num_drafts: int
     ) -> PendingStep:
-        """Start a step.
+        """Launch a step.
 
         Args:
-            before: the step in flight, if there is one.
-            drafts: tokens to draft per sequence for the step after this one.
+            previous: the step in flight; None: there is none.
+            num_drafts: tokens to draft per sequence for the next step.
         """
-        groups = self._decode_groups(plan.decode, before)
-        batch = self._prepare_batch(groups, plan)
+        rows, batch = self._prepare_batch(output, previous)
         hidden, caches = self._model.forward(batch, self._tails)
-        flight = self._sample(plan, groups, batch, hidden, before)
-        if self._drafter is not None:
-            caches.append(self._drafter.compute_kv(plan, groups, flight, hidden, batch))
-        self._commit_kv(plan, groups, caches)
-        if self._drafter is not None and drafts and flight.sequences:
-            flight.drafts = self._drafter.draft(plan, groups, flight, hidden, drafts)
-        self._layouts.next_step()
-        outcome = [flight.tokens, flight.counts, flight.last, flight.drafts]
-        arrays = [array for array in outcome if array is not None]
-        arrays += [array for entry in flight.logprobs.values() for array in entry]
-        # What later steps build on must not keep this step's graph alive.
-        kept = [a for s in flight.sequences if s.history is not None for a in s.history.arrays()]
-        mx.async_eval(*(arrays or [caches[-1]]), *kept, *self._tails.arrays())
-        flight.dispatched = time.monotonic()
-        flight.ready = arrays[0] if arrays else caches[-1]
-        for sequence, width in zip(flight.sequences, flight.widths, strict=True):
-            sequence.num_inflight_tokens += width
-        return flight
+        step = self._sample(rows, batch, hidden, previous)
+        if self._proposer is not None:
+            caches = [*caches, self._proposer.compute_kv(rows, batch, step.tokens, hidden)]
+        self._commit_kv(rows, caches)
+        if self._proposer is not None and num_drafts and rows.sampled:
+            step.drafts = self._proposer.draft(step, batch, hidden, num_drafts)
+        self._metadata_builder.next_step()
+        self._dispatch(step, caches)
+        for sampled in rows.sampled:
+            sampled.sequence.num_inflight_tokens += sampled.num_sampled
+        return step
 
-    # -- rows -----------------------------------------------------------------------------
+    def _dispatch(self, step: PendingStep, caches: list[mx.array]) -> None:
+        """Start the step's computation."""
+        results = [step.tokens, step.counts, step.last, step.drafts]
+        arrays = [array for array in results if array is not None]
+        arrays += [array for entry in step.logprobs.values() for array in entry]
+        # Evaluate also what later steps build on, so that it does not keep this step's graph alive.
+        histories = [rows.sequence.history for rows in step.rows.sampled]
+        kept = [array for history in histories if history is not None for array in history.arrays()]
+        mx.async_eval(*(arrays or [caches[-1]]), *kept, *self._tails.arrays())
+        step.dispatched = time.monotonic()
+        step.ready = arrays[0] if arrays else caches[-1]
+
+    # -- rows ---------------------------------------------------------------------------------
+
+    def _prepare_batch(
+        self, output: SchedulerOutput, previous: PendingStep | None
+    ) -> tuple[StepRows, ForwardBatch]:
+        """The table of the step's rows, and the model's input.
+
+        Sequences with drafts form one decode group, the others a second one.
+        """
+        rows = StepRows()
+        tokens: list[mx.array] = []
+        positions: list[mx.array] = []
+        groups: list[DecodeGroup] = []
+        chunks: list[PrefillChunk] = []
+        for members, width in self._decode_groups(output.decode, previous):
+            metadata = self._metadata_builder.build(members, width)
+            sequences = [members[i] for i in metadata.order]
+            group_tokens, group_positions = self._decode_inputs(sequences, width, previous)
+            groups.append(
+                self._metadata_builder.decode_group(metadata, rows.num_rows, group_positions)
+            )
+            rows.add_decode(sequences, width)
+            tokens.append(group_tokens.flatten())
+            positions.append(group_positions.flatten())
+        for sequence, count in output.chunks:
+            chunk = rows.add_prefill(sequence, count)
+            start = chunk.num_computed_tokens
+            tokens.append(mx.array(sequence.tokens(start, start + count)))
+            positions.append(mx.arange(start, start + count, dtype=mx.int32))
+            chunks.append(self._prefill_chunk(chunk))
+        batch = ForwardBatch(mx.concatenate(tokens), mx.concatenate(positions), groups, chunks)
+        return rows, batch
 
     def _decode_groups(
-        self, decode: list[Sequence], before: PendingStep | None
-    ) -> list[RunnerGroup]:
-        """Sequences with drafts in one group, those without in another."""
-        place = before.index_by_id if before is not None and before.drafts is not None else {}
+        self, decode: list[Sequence], previous: PendingStep | None
+    ) -> list[tuple[list[Sequence], int]]:
+        """Sequences with as many rows each, and that number of rows."""
+        drafts = previous.drafts if previous is not None else None
+        if previous is None or drafts is None:
+            return [(decode, 1)] if decode else []
         drafted: list[Sequence] = []
-        plain: list[Sequence] = []
+        others: list[Sequence] = []
         for sequence in decode:
-            ready = id(sequence) in place and sequence.num_inflight_tokens
-            (drafted if ready and sequence.can_draft else plain).append(sequence)
-        groups = []
-        if drafted:
-            assert before is not None
-            assert before.drafts is not None
-            groups.append(self._decode_group(drafted, 1 + before.drafts.shape[1], before))
-        if plain:
-            groups.append(self._decode_group(plain, 1, before))
-        return groups
+            in_flight = sequence.num_inflight_tokens and sequence in previous.rows.sample_index
+            (drafted if in_flight and sequence.can_draft else others).append(sequence)
+        groups = [(drafted, 1 + drafts.shape[1]), (others, 1)]
+        return [(sequences, width) for sequences, width in groups if sequences]
 
-    def _decode_group(
-        self, sequences: list[Sequence], width: int, before: PendingStep | None
-    ) -> RunnerGroup:
-        layout = self._layouts.build(sequences, width)
-        sequences = [sequences[i] for i in layout.order]
+    def _decode_inputs(
+        self, sequences: list[Sequence], width: int, previous: PendingStep | None
+    ) -> tuple[mx.array, mx.array]:
+        """Tokens and positions of a group, each [sequences, width] int32."""
         positions = mx.array([s.length - 1 for s in sequences], mx.int32)
+        in_flight = [s.num_inflight_tokens > 0 for s in sequences]
         drafts = None
-        if before is not None and before.sequences == sequences and before.all_in_flight:
-            # The usual case: the same again.
-            assert before.last is not None
-            assert before.counts is not None
-            tokens, drafts = before.last, before.drafts
-            positions = positions + before.counts
+        if previous is None or not any(in_flight):
+            tokens = _last_known_tokens(sequences)
         else:
-            known = [s.tokens(s.length - 1, s.length)[0] for s in sequences]
-            tokens = mx.array(np.array(known, np.int32))
-            if before is not None and any(s.num_inflight_tokens for s in sequences):
-                assert before.last is not None
-                assert before.counts is not None
-                place = before.index_by_id
-                source = mx.array(
-                    [place.get(id(s), 0) if s.num_inflight_tokens else 0 for s in sequences]
-                )
-                flying = mx.array([s.num_inflight_tokens > 0 for s in sequences])
-                tokens = mx.where(flying, before.last[source], tokens)
-                positions = positions + mx.where(flying, before.counts[source], 0)
-                drafts = before.drafts[source] if before.drafts is not None else None
+            assert previous.last is not None
+            assert previous.counts is not None
+            if previous.rows.sampled_sequences == sequences and previous.all_in_flight:
+                # The usual case: the same sequences as in the step before.
+                tokens, drafts = previous.last, previous.drafts
+                positions = positions + previous.counts
+            else:
+                index = previous.rows.sample_index
+                source = mx.array([index.get(s, 0) for s in sequences])
+                chosen = mx.array(in_flight)
+                known = _last_known_tokens(sequences)
+                tokens = mx.where(chosen, previous.last[source], known)
+                positions = positions + mx.where(chosen, previous.counts[source], 0)
+                drafts = previous.drafts[source] if previous.drafts is not None else None
         tokens, positions = tokens[:, None], positions[:, None]
         if width > 1:
             assert drafts is not None
             tokens = mx.concatenate([tokens, drafts], axis=1)
             positions = positions + mx.arange(width)
-        return RunnerGroup(sequences, width, tokens, positions, layout)
+        return tokens, positions
 
-    def _prepare_batch(self, groups: list[RunnerGroup], plan: SchedulerOutput) -> ForwardBatch:
-        tokens = [group.tokens.flatten() for group in groups]
-        positions = [group.positions.flatten() for group in groups]
-        decode = []
-        first = 0
-        for group in groups:
-            decode.append(group.to_decode_group(first, self._tails, self._model.shape.heads))
-            first += group.rows
-        chunks = []
-        for sequence, count in plan.chunks:
-            start = sequence.num_computed_tokens
-            tokens.append(mx.array(sequence.tokens(start, start + count)))
-            positions.append(mx.arange(start, start + count, dtype=mx.int32))
-            assert sequence.lease is not None
-            path = self._tree.path(sequence.lease)
-            spans = [span for level in build_levels([path], count) for span in level]
-            _, expanded = select_form(self._model.shape, start, count, self._model.dtype.size)
-            wanted = (
-                count if self._drafter is not None else int(count == sequence.num_uncomputed_tokens)
-            )
-            chunks.append(PrefillChunk(first, first + count, spans, expanded, wanted))
-            first += count
-        return ForwardBatch(mx.concatenate(tokens), mx.concatenate(positions), decode, chunks)
+    def _prefill_chunk(self, rows: SequenceRows) -> PrefillChunk:
+        assert rows.sequence.lease is not None
+        path = self._tree.path(rows.sequence.lease)
+        spans = [span for level in build_levels([path], len(rows)) for span in level]
+        shape, item = self._model.shape, self._model.dtype.size
+        _, expanded = select_form(shape, rows.num_computed_tokens, len(rows), item)
+        # The MTP layer computes its KV from the hidden states of all rows.
+        hidden_rows = len(rows) if self._proposer is not None else rows.num_sampled
+        return PrefillChunk(rows.start, rows.end, spans, expanded, hidden_rows)
 
-    # -- sampling -------------------------------------------------------------------------
+    # -- sampling -----------------------------------------------------------------------------
 
     def _sample(
         self,
-        plan: SchedulerOutput,
-        groups: list[RunnerGroup],
+        rows: StepRows,
         batch: ForwardBatch,
         hidden: mx.array,
-        before: PendingStep | None,
+        previous: PendingStep | None,
     ) -> PendingStep:
-        """Sample behind every decode row and behind the last row of every finished prompt."""
-        sequences: list[Sequence] = []
-        widths: list[int] = []
-        places: list[int] = []
-        rows: list[SamplingRow] = []
-        first = 0
-        for group in groups:
-            for i, sequence in enumerate(group.sequences):
-                widths.append(group.width)
-                sequences.append(sequence)
-                places += range(first + i * group.width, first + (i + 1) * group.width)
-                rows += self._rows_to_sample(sequence, group.tokens[i])
-            first += group.rows
-        for sequence, count in plan.chunks:
-            first += count
-            if count == sequence.num_uncomputed_tokens:
-                widths.append(1)
-                sequences.append(sequence)
-                places.append(first - 1)
-                rows += self._rows_to_sample(sequence, batch.tokens[:1])
-        flight = PendingStep(
-            sequences=sequences,
-            widths=widths,
-            tokens=None,
-            counts=None,
-            last=None,
-            drafts=None,
-            logprobs={},
-            ready=hidden,
-            num_decoding=len(plan.decode),
-            prefill_rows=sum(count for _, count in plan.chunks),
-            launched=time.monotonic(),
-        )
-        if sequences:
-            at = batch.positions
-            if len(places) < at.shape[0]:
-                chosen = mx.array(places)
-                at = at[chosen]
-                # Without an MTP layer no others' hidden states were asked for.
-                if len(places) < hidden.shape[0]:
-                    hidden = hidden[chosen]
-            logits = self._model.logits(hidden)
-            masks = self._masks(flight, rows, logits, before)
-            sampled = sample(logits, rows, at + 1, masks)
-            self._verify_drafts(flight, groups, sampled)
-        return flight
+        """Choose a token behind every sampled row, and find out which of them are confirmed."""
+        step = PendingStep(rows, ready=hidden, launched=time.monotonic())
+        if not rows.sampled:
+            return step
+        positions = batch.positions
+        if len(rows.sampled_rows) < rows.num_rows:
+            index = mx.array(rows.sampled_rows)
+            positions = positions[index]
+            # Without an MTP layer the model returned the hidden states of these rows only.
+            if len(rows.sampled_rows) < hidden.shape[0]:
+                hidden = hidden[index]
+        logits = self._model.logits(hidden)
+        sampling_rows = [row for each in rows.sampled for row in self._sampling_rows(each, batch)]
+        masks = self._masks(rows, sampling_rows, logits, previous)
+        sampled = sample(logits, sampling_rows, positions + 1, masks)
+        step.tokens, step.logprobs = sampled.tokens, sampled.logprobs
+        self._verify_drafts(step, batch)
+        return step
 
-    def _rows_to_sample(self, sequence: Sequence, tokens: mx.array) -> list[SamplingRow]:
-        """One Row behind each of a sequence's tokens, with the history that it sees."""
-        history = self._history(sequence)
-        generated = sequence.num_generated_tokens + sequence.num_inflight_tokens
-        rows = [SamplingRow(sequence.sampling, generated, history, sequence.forced)]
-        for draft in range(1, tokens.shape[0]):
+    def _sampling_rows(self, rows: SequenceRows, batch: ForwardBatch) -> list[SamplingRow]:
+        """The sequence's sampled rows, each with the history that includes the drafts before."""
+        sequence = rows.sequence
+        if sequence.sampling.penalised and sequence.history is None:
+            prompt = sequence.tokens(0, sequence.prompt_length)
+            output = sequence.tokens(sequence.prompt_length, sequence.length)
+            sequence.history = History(self._model.args.vocab_size, prompt, output)
+        history = sequence.history
+        generated = sequence.num_generated_tokens + rows.num_inflight_tokens
+        found = [SamplingRow(sequence.sampling, generated, history, sequence.forced_token)]
+        for draft in range(1, rows.num_sampled):
             if history is not None:
-                history = history.with_token(tokens[draft])
-            rows.append(SamplingRow(sequence.sampling, rows[-1].generated + 1, history))
-        return rows
+                history = history.with_token(batch.tokens[rows.start + draft])
+            found.append(SamplingRow(sequence.sampling, generated + draft, history))
+        return found
 
     def _masks(
         self,
-        flight: PendingStep,
-        rows: list[SamplingRow],
+        rows: StepRows,
+        sampling_rows: list[SamplingRow],
         logits: mx.array,
-        before: PendingStep | None,
+        previous: PendingStep | None,
     ) -> TokenMasks | None:
-        """Masks of the rows whose sequences follow a grammar.
+        """Masks of the rows whose sequences follow a grammar; None if there are none.
 
-        They depend on the tokens of the step in flight: while the host waits for these and
-        computes the masks, the device goes on with this step's forward pass.
+        Masks depend on the tokens of the step in flight. While the host waits for them and computes
+        the masks, the device runs this step's forward pass.
         """
-        if not any(sequence.grammar is not None for sequence in flight.sequences):
+        if not any(sampled.sequence.grammar is not None for sampled in rows.sampled):
             return None
         drafts: list[list[int]] = []
-        place: dict[int, int] = {}
-        if before is not None:
+        if previous is not None:
             mx.async_eval(logits, *self._tails.arrays())
-            before.wait()
-            if before.drafts is not None:
-                drafts, place = np.array(before.drafts).tolist(), before.index_by_id
-        asks: list[MaskRequest] = []
-        asked: list[int] = []
-        first = 0
-        for sequence, width in zip(flight.sequences, flight.widths, strict=True):
-            row = rows[first]
-            if sequence.grammar is not None and row.forced is None:
-                behind = drafts[place[id(sequence)]][: width - 1] if width > 1 else ()
-                asks.append(MaskRequest(sequence.grammar, behind, row.banned))
-                asked += range(first, first + width)
-            first += width
-        masked, words = self._constraints.masks(asks)
-        return TokenMasks([asked[i] for i in masked], mx.array(words))
+            previous.wait()
+            if previous.drafts is not None:
+                drafts = np.array(previous.drafts).tolist()
+        requests: list[MaskRequest] = []
+        requested: list[int] = []
+        for sampled in rows.sampled:
+            sequence, start, count = sampled.sequence, sampled.sample_start, sampled.num_sampled
+            row = sampling_rows[start]
+            if sequence.grammar is None or row.forced is not None:
+                continue
+            own_drafts: list[int] = []
+            if count > 1:
+                assert previous is not None
+                own_drafts = drafts[previous.rows.sample_index[sequence]][: count - 1]
+            requests.append(MaskRequest(sequence.grammar, own_drafts, row.banned))
+            requested += range(start, start + count)
+        masked, words = self._structured_output.masks(requests)
+        return TokenMasks([requested[i] for i in masked], mx.array(words))
 
-    def _history(self, sequence: Sequence) -> History | None:
-        if sequence.sampling.penalised and sequence.history is None:
-            at = sequence.prompt_length
-            sequence.history = History(
-                self._model.args.vocab_size,
-                sequence.tokens(0, at),
-                sequence.tokens(at, sequence.length),
-            )
-        return sequence.history
+    def _verify_drafts(self, step: PendingStep, batch: ForwardBatch) -> None:
+        """Find out which sampled tokens are confirmed: those behind drafts that are right.
 
-    def _verify_drafts(
-        self, flight: PendingStep, groups: list[RunnerGroup], sampled: SamplerOutput
-    ) -> None:
-        """Fill in which of the sampled tokens count.
-
-        A row's token is drawn from the model's distribution behind that row, with noise that
-        depends on the position alone. It stands if all drafts before it were what the model
-        chose, so the output is distributed (and with the same seed, equal) as without drafts.
+        A row's token is drawn from the model's distribution behind the row, with noise that depends
+        on the position alone. It is confirmed if the model chose all drafts before it, so the
+        output is distributed as without drafts, and equal with the same seed.
         """
-        if max(flight.widths) > 1:
-            tokens, counts = self._count_accepted(flight.widths, groups, sampled.tokens)
-            last = mx.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
+        assert step.tokens is not None
+        sampled = step.rows.sampled
+        widths = np.array([rows.num_sampled for rows in sampled], np.int32)[:, None]
+        if widths.max() == 1:
+            step.counts, step.last = mx.ones(len(sampled), mx.int32), step.tokens
         else:
-            tokens, last = sampled.tokens[:, None], sampled.tokens
-            counts = mx.ones(len(flight.widths), mx.int32)
-        flight.tokens, flight.counts, flight.last = tokens, counts, last
-        row = 0
-        for i, (sequence, width) in enumerate(zip(flight.sequences, flight.widths, strict=True)):
-            for column in range(width):
-                if row in sampled.logprobs:
-                    flight.logprobs[i, column] = sampled.logprobs[row]
-                if sequence.history is not None:
-                    counted = (counts[i] > column).astype(mx.float32)
-                    sequence.history = sequence.history.with_token(tokens[i, column], counted)
-                row += 1
+            starts = np.array([rows.sample_start for rows in sampled], np.int32)[:, None]
+            columns = np.arange(widths.max(), dtype=np.int32)
+            index = mx.array(starts + np.minimum(columns, widths - 1))
+            # Only decode rows have drafts, and their index among the sampled rows is the row.
+            drafts = batch.tokens[index[:, 1:]]
+            chosen = step.tokens[index[:, :-1]]
+            agreed = (chosen == drafts) & mx.array(columns[1:] < widths)
+            accepted = mx.cumprod(agreed.astype(mx.int32), axis=1).sum(axis=1)
+            step.counts = 1 + accepted.astype(mx.int32)
+            step.last = step.tokens[mx.array(starts[:, 0]) + step.counts - 1]
+        for i, rows in enumerate(sampled):
+            sequence = rows.sequence
+            if sequence.history is None:
+                continue
+            for column in range(rows.num_sampled):
+                confirmed = (step.counts[i] > column).astype(mx.float32)
+                token = step.tokens[rows.sample_start + column]
+                sequence.history = sequence.history.with_token(token, confirmed)
 
-    @staticmethod
-    def _count_accepted(
-        widths: list[int], groups: list[RunnerGroup], sampled: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """The sampled tokens by sequence, [S, W], and how many of them count, [S]."""
-        widest = max(widths)
-        tokens, counts = [], []
-        first = 0
-        for group in groups:
-            n, width = len(group.sequences), group.width
-            chosen = sampled[first : first + n * width].reshape(n, width)
-            count = mx.ones(n, mx.int32)
-            if width > 1:
-                agreed = (chosen[:, :-1] == group.tokens[:, 1:]).astype(mx.int32)
-                count = count + mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
-            counts.append(count)
-            tokens.append(mx.pad(chosen, [(0, 0), (0, widest - width)]))
-            first += n * width
-        rest = sampled[first:, None]
-        if rest.shape[0]:
-            counts.append(mx.ones(rest.shape[0], mx.int32))
-            tokens.append(mx.pad(rest, [(0, 0), (0, widest - 1)]))
-        return mx.concatenate(tokens), mx.concatenate(counts)
+    # -- commit -------------------------------------------------------------------------------
 
-    # -- booking --------------------------------------------------------------------------
+    def _commit_kv(self, rows: StepRows, caches: list[mx.array]) -> None:
+        """Note what the step computes, and insert chunks into the tree.
 
-    def _commit_kv(
-        self, plan: SchedulerOutput, groups: list[RunnerGroup], caches: list[mx.array]
-    ) -> None:
-        """Note what the step computes; chunks are sealed at once.
+        A prompt's last token begins the tail where its key needs the next token.
 
-        Where a token's key takes the one that follows it, a prompt's last row begins the tail.
+        Args:
+            caches: of each layer [N, kv_width].
         """
-        first = 0
-        begun: list[tuple[Sequence, int]] = []
-        for group in groups:
-            first += group.rows
-            for sequence in group.sequences:
-                if not sequence.num_inflight_tokens:
-                    self.prompt_rows += sequence.mark_computed(
-                        sequence.num_computed_tokens, sequence.num_computed_tokens + 1
-                    )
-        for sequence, count in plan.chunks:
-            start = sequence.num_computed_tokens
-            sequence.num_computed_tokens = start + count
+        for decode in rows.decode:
+            if not decode.num_inflight_tokens:
+                start = decode.num_computed_tokens
+                computed = decode.sequence.mark_computed(start, start + 1)
+                self.num_prompt_tokens_computed += computed
+        begun: list[SequenceRows] = []
+        for chunk in rows.prefill:
+            sequence, start = chunk.sequence, chunk.num_computed_tokens
+            sequence.num_computed_tokens = start + len(chunk)
             sequence.num_cached_tokens = sequence.num_cacheable_tokens
-            self.prompt_rows += sequence.mark_computed(start, start + count)
-            kv = Segment.copy_of(caches, first, first + sequence.num_cached_tokens - start)
-            assert sequence.lease is not None
-            self._tree.insert(
-                sequence.lease, sequence.cache_keys(start, sequence.num_cached_tokens), kv
+            self.num_prompt_tokens_computed += sequence.mark_computed(
+                start, sequence.num_computed_tokens
             )
-            first += count
+            keys = sequence.cache_keys(start, sequence.num_cached_tokens)
+            kv = Segment.copy_of(caches, chunk.start, chunk.start + len(keys))
+            assert sequence.lease is not None
+            self._tree.insert(sequence.lease, keys, kv)
             if sequence.num_cached_tokens < sequence.num_computed_tokens:
-                begun.append((sequence, first - 1))
-        if begun:
-            self._begin_tails([s for s, _ in begun], mx.array([row for _, row in begun]), caches)
-
-    def _begin_tails(
-        self, sequences: list[Sequence], rows: mx.array, caches: list[mx.array]
-    ) -> None:
-        """Put a row of each sequence first into its tail."""
-        for sequence in sequences:
-            self._scheduler.allocate_slot(sequence)
+                begun.append(chunk)
+        if not begun:
+            return
+        for chunk in begun:
+            self._scheduler.allocate_slot(chunk.sequence)
         self._tails.ensure(MAX_WIDTH)
-        slots = mx.array([sequence.slot for sequence in sequences])
-        for layer, kv in enumerate(caches):
-            self._tails.write(layer, slots, mx.zeros_like(slots), kv[rows])
+        slots = mx.array([chunk.sequence.slot for chunk in begun])
+        last_rows = mx.array([chunk.end - 1 for chunk in begun])
+        for layer, vectors in enumerate(caches):
+            self._tails.write(layer, slots, mx.zeros_like(slots), vectors[last_rows])
+
+
+def _last_known_tokens(sequences: list[Sequence]) -> mx.array:
+    known = [sequence.tokens(sequence.length - 1, sequence.length)[0] for sequence in sequences]
+    return mx.array(np.array(known, np.int32))

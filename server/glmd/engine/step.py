@@ -1,9 +1,9 @@
-"""A step on its way: what was launched, what came of it, and when it was over."""
+"""Rows of one step, and the results of a launched step."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -11,49 +11,139 @@ import numpy as np
 from glmd.engine.sequence import Sequence
 
 WAIT = 1e-3
-"""Seconds that fetching a step takes at least if it was not done yet."""
+"""Seconds from which on a fetch counts as having waited for the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """Consecutive rows of one sequence in a step, and its state when they were planned.
+
+    Attributes:
+        start, end: rows of the step.
+        num_computed_tokens: tokens with KV before the step. Position of row `start`, unless tokens
+            are in flight: then only the device knows the position.
+        num_inflight_tokens: of the step before, at most.
+        num_sampled: last rows behind which a token is sampled. All rows of a decoding sequence;
+            of a prefill chunk 1 if the chunk ends the known tokens, else 0.
+        sample_start: index of the first of them among all sampled rows of the step.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    num_computed_tokens: int
+    num_inflight_tokens: int
+    num_sampled: int
+    sample_start: int
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.end - self.start
+
+
+@dataclass(slots=True)
+class StepRows:
+    """Table of a step's rows, built once and read by every part of the step.
+
+    The parts read positions and counts here rather than from the sequences, so they do not depend
+    on when the step's KV is committed.
+
+    Attributes:
+        decode: sequences with decode rows (one each) or verify rows (one, and one per draft). Their
+            rows come first in the step, and all are sampled: a row's index among the sampled rows
+            is the row itself.
+        prefill: chunks, behind all decode rows.
+        sampled: of both, those with sampled rows.
+        sampled_rows: indices of all sampled rows.
+        sample_index: sequence to its index in `sampled`.
+    """
+
+    decode: list[SequenceRows] = field(default_factory=list)
+    prefill: list[SequenceRows] = field(default_factory=list)
+    sampled: list[SequenceRows] = field(default_factory=list)
+    sampled_rows: list[int] = field(default_factory=list)
+    sample_index: dict[Sequence, int] = field(default_factory=dict)
+    num_rows: int = 0
+    num_decode_rows: int = 0
+
+    def add_decode(self, sequences: list[Sequence], width: int) -> None:
+        """Add `width` rows of each sequence: its last token, then its drafts."""
+        assert not self.prefill
+        for sequence in sequences:
+            self.decode.append(self._add(sequence, width, width))
+        self.num_decode_rows = self.num_rows
+
+    def add_prefill(self, sequence: Sequence, count: int) -> SequenceRows:
+        """Add a chunk of `count` rows."""
+        ends = count == sequence.num_uncomputed_tokens
+        self.prefill.append(self._add(sequence, count, int(ends)))
+        return self.prefill[-1]
+
+    def _add(self, sequence: Sequence, count: int, num_sampled: int) -> SequenceRows:
+        start, end = self.num_rows, self.num_rows + count
+        rows = SequenceRows(
+            sequence,
+            start,
+            end,
+            sequence.num_computed_tokens,
+            sequence.num_inflight_tokens,
+            num_sampled,
+            len(self.sampled_rows),
+        )
+        if num_sampled:
+            self.sample_index[sequence] = len(self.sampled)
+            self.sampled.append(rows)
+            self.sampled_rows += range(end - num_sampled, end)
+        self.num_rows = end
+        return rows
+
+    @property
+    def num_prefill_rows(self) -> int:
+        return self.num_rows - self.num_decode_rows
+
+    @property
+    def sampled_sequences(self) -> list[Sequence]:
+        return [rows.sequence for rows in self.sampled]
 
 
 @dataclass(slots=True)
 class PendingStep:
-    """A launched step, whose results have not been read.
+    """A launched step whose results have not been read.
 
-    S sequences were sampled, the first `widths[i]` columns of W belonging to sequence i.
+    S sequences have R sampled rows in all.
 
     Attributes:
-        sequences: the S sequences.
-        widths: rows sampled per sequence: 1 + drafts.
-        tokens: [S, W] int32, what the model chose behind each row; None if S is 0.
-        counts: [S] int32, how many of them are confirmed: a draft is, if the model chose it.
-        last: [S] int32, the last confirmed one.
+        launched: time of the launch, by `time.monotonic`.
+        tokens: [R] int32, the token chosen behind each sampled row; None if R is 0.
+        counts: [S] int32, confirmed tokens: 1, and 1 per draft that the model chose, too.
+        last: [S] int32, the last confirmed token.
         drafts: [S, k] int32, for the next step; None for k = 0.
-        logprobs: by (sequence, column); see `SamplerOutput`.
-        done: evaluated when the step is.
-        decoding: number of sequences with decode rows.
-        dispatched: when MLX had taken it all, and let go of the host.
-        fetched: when it was found to be done.
-        waited: whether the host had to wait for it then.
-        confirmed: the confirmed tokens of each sequence, once fetched.
+        logprobs: by index among the sampled rows; see `SamplerOutput`.
+        ready: an array that is evaluated when the step is.
+        dispatched: time at which MLX returned from dispatching the step.
+        fetched: time at which the step was found to be evaluated.
+        waited: the host had to wait for the step.
+        confirmed: confirmed tokens of each sequence; None before the first `wait`.
     """
 
-    sequences: list[Sequence]
-    widths: list[int]
-    tokens: mx.array | None
-    counts: mx.array | None
-    last: mx.array | None
-    drafts: mx.array | None
-    logprobs: dict[tuple[int, int], tuple[mx.array, mx.array, mx.array]]
+    rows: StepRows
     ready: mx.array
-    num_decoding: int
-    prefill_rows: int
     launched: float
+    tokens: mx.array | None = None
+    counts: mx.array | None = None
+    last: mx.array | None = None
+    drafts: mx.array | None = None
+    logprobs: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     dispatched: float = 0.0
     fetched: float = 0.0
     waited: bool = False
     confirmed: list[list[int]] | None = None
 
     def wait(self) -> list[list[int]]:
-        """Wait for the step. Constraints follow what it confirms, once."""
+        """Wait for the step; returns each sampled sequence's confirmed tokens.
+
+        The first call advances the sequences' grammars.
+        """
         if self.confirmed is None:
             asked = time.monotonic()
             mx.eval(self.ready)
@@ -62,31 +152,26 @@ class PendingStep:
             self.confirmed = []
             if self.tokens is not None:
                 tokens, counts = np.array(self.tokens).tolist(), np.array(self.counts).tolist()
-                self.confirmed = [row[:count] for row, count in zip(tokens, counts, strict=True)]
-            for sequence, row in zip(self.sequences, self.confirmed, strict=True):
-                if sequence.grammar is not None:
-                    for token in row:
-                        sequence.grammar.accept(token)
+                for rows, count in zip(self.rows.sampled, counts, strict=True):
+                    self.confirmed.append(tokens[rows.sample_start : rows.sample_start + count])
+            for rows, accepted in zip(self.rows.sampled, self.confirmed, strict=True):
+                if rows.sequence.grammar is not None:
+                    for token in accepted:
+                        rows.sequence.grammar.accept(token)
         return self.confirmed
 
-    def completed_at(self, before: float) -> float:
-        """When it was done, as near as can be told once it was fetched.
+    def completed_at(self, previous: float) -> float:
+        """Estimate when a fetched step ended.
 
-        MLX makes the host wait in dispatching a step until all but the last few operations of it
-        are done. Then the step before has long been done when it is fetched, and its end is nearer
-        to when it had been dispatched.
+        Dispatching a step blocks until all but the last few operations of it are done. If the next
+        step was dispatched meanwhile, `fetched` is late and `dispatched` is the better estimate.
 
         Args:
-            before: when the step before landed.
+            previous: when the step before ended.
         """
-        return self.fetched if self.waited or self.dispatched <= before else self.dispatched
+        return self.fetched if self.waited or self.dispatched <= previous else self.dispatched
 
     @property
     def all_in_flight(self) -> bool:
-        """Whether its tokens are still to come for all of its sequences."""
-        return all(s.num_inflight_tokens for s in self.sequences)
-
-    @property
-    def index_by_id(self) -> dict[int, int]:
-        """Index in `sequences` by identity."""
-        return {id(sequence): i for i, sequence in enumerate(self.sequences)}
+        """Whether no sampled sequence has been read or dropped since the launch."""
+        return all(rows.sequence.num_inflight_tokens for rows in self.rows.sampled)

@@ -1,7 +1,7 @@
-"""Grammars over sequences: which tokens may come next, for many rows at once.
+"""Structured output in the engine: masks of the tokens that grammars allow next.
 
-A mask depends on all tokens before it, so it is computed on the host when the step before has
-been read, while the device runs the forward pass that it is for.
+A mask depends on all tokens before it. The host computes it once the step before has been read,
+while the device runs the forward pass whose logits it masks.
 """
 
 from __future__ import annotations
@@ -21,114 +21,113 @@ from glmd.structured_output.backend import load_tokenizer, make_matcher
 
 Words = npt.NDArray[np.uint32]
 
-KEPT_GRAMMARS = 64
-"""Compiled grammars that are kept for the next request. An agent's tools take about 2 MB."""
+MAX_CACHED_GRAMMARS = 64
+"""Compiled grammars kept for later requests. That of an agent's tools takes about 2 MB."""
 
 
 class GrammarState:
-    """One sequence's way through its grammar.
+    """State of one sequence's grammar.
+
+    Args:
+        matcher: at the grammar's start, and not shared.
 
     Attributes:
-        active: the grammar has begun; before, it is only waited for.
-        error: why it can be followed no further, once that is so.
+        active: the grammar has started. Before, one of `GrammarSpec.after` must come first.
+        error: reason for which it cannot be followed further; None: it can.
     """
 
-    def __init__(self, guidance: GrammarSpec, matcher: LLMatcher) -> None:
-        """
-        Args:
-            matcher: at the grammar's beginning; the constraint's own.
-        """
-        self.active = not guidance.after
+    def __init__(self, spec: GrammarSpec, matcher: LLMatcher) -> None:
+        self.active = not spec.after
         self.error: str | None = None
-        self._guidance = guidance
+        self._spec = spec
         self._matcher = matcher
-        self._attempted = 0
-        self._began_by_draft = False
+        self._num_tried = 0
+        self._started_by_draft = False
 
     @property
     def matcher(self) -> LLMatcher | None:
-        """What says which tokens may come next, once the grammar has begun."""
+        """The matcher that allows the next tokens; None before the grammar has started."""
         return self._matcher if self.active else None
 
     @property
-    def awaited(self) -> tuple[int, ...]:
-        """The ids one of which must come before anything but text, while it is so."""
-        return () if self.active or not self._guidance.required else self._guidance.after
+    def required_start(self) -> tuple[int, ...]:
+        """The control tokens that are allowed while a required grammar has not started."""
+        return () if self.active or not self._spec.required else self._spec.after
 
     def accept(self, token: int) -> None:
-        """Follow a confirmed token. After the grammar's end, tokens mean nothing to it."""
+        """Advance by a confirmed token. Tokens behind the grammar's end are ignored."""
         if not self.active:
-            self.active = token in self._guidance.after
+            self.active = token in self._spec.after
         elif self.error is None and not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self.check()
 
     def check(self) -> None:
-        """Note whether the matcher has given up."""
+        """Set `error` if the matcher has failed."""
         if self.error is None and self._matcher.is_error():
             self.error = self._matcher.get_error().partition("\n")[0]
 
     def try_accept(self, token: int) -> bool:
-        """Follow a draft until `rollback`; False if nothing can stand behind it."""
+        """Advance by a draft until `rollback`; returns whether a token may follow it."""
         if not self.active:
-            self.active = self._began_by_draft = token in self._guidance.after
+            self.active = self._started_by_draft = token in self._spec.after
             return True
         if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token]):
             return False
-        self._attempted += 1
+        self._num_tried += 1
         return True
 
     def rollback(self) -> None:
-        """Take back all drafts that were followed."""
-        if self._attempted:
-            self._matcher.rollback(self._attempted)
-            self._attempted = 0
-        if self._began_by_draft:
-            self.active = self._began_by_draft = False
+        """Undo all drafts."""
+        if self._num_tried:
+            self._matcher.rollback(self._num_tried)
+            self._num_tried = 0
+        if self._started_by_draft:
+            self.active = self._started_by_draft = False
 
 
 @dataclass(frozen=True, slots=True)
 class MaskRequest:
-    """A sequence whose next tokens are to be masked: behind its last one, and behind each draft.
+    """Request for a sequence's masks: behind its last token, and behind each draft.
 
     Attributes:
-        banned: ids that may not come next unless the grammar leaves nothing else.
+        banned: ids that may not come next unless the grammar allows no others.
     """
 
-    constraint: GrammarState
+    grammar: GrammarState
     drafts: Sequence[int] = ()
     banned: tuple[int, ...] = ()
 
 
 class StructuredOutputManager:
-    """The grammars of an engine: compiles them in a thread of its own, and masks rows."""
+    """Compiles grammars in a thread of its own, and computes masks.
+
+    The thread begins by reading the checkpoint's tokenizer (`load_tokenizer`).
+
+    Args:
+        folder: the checkpoint's.
+        end_ids: ids that end a sequence.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, end_ids: Sequence[int]) -> None:
-        """Start reading the checkpoint's tokenizer (`load_tokenizer`) in the background.
-
-        Args:
-            folder: the checkpoint's.
-            end_ids: ids that end a sequence.
-        """
-        self._words = -(-vocab_size // 32)
+        self._num_words = -(-vocab_size // 32)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._tokenizer = self._thread.submit(load_tokenizer, folder, vocab_size, end_ids)
-        self._plain: dict[tuple[int, ...], Words] = {}
+        self._text_masks: dict[tuple[int, ...], Words] = {}
         self._executor = LLExecutor()
-        self._matchers: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
-    def prepare(self, guidance: GrammarSpec) -> Future[LLMatcher]:
-        """Compile a grammar in the background, or find it compiled.
+    def prepare(self, spec: GrammarSpec) -> Future[LLMatcher]:
+        """Compile a grammar in the background unless it is cached.
 
         The future fails with GrammarError, or with CheckpointError if there is no tokenizer.
         """
-        known = self._matchers.get(guidance.grammar)
+        known = self._compiled.get(spec.grammar)
         if known is None or (known.done() and known.exception() is not None):
-            known = self._thread.submit(self._compile, guidance.grammar)
-            self._matchers[guidance.grammar] = known
-        self._matchers.move_to_end(guidance.grammar)
-        while len(self._matchers) > KEPT_GRAMMARS:
-            self._matchers.popitem(last=False)
+            known = self._compiled[spec.grammar] = self._thread.submit(self._compile, spec.grammar)
+        self._compiled.move_to_end(spec.grammar)
+        while len(self._compiled) > MAX_CACHED_GRAMMARS:
+            self._compiled.popitem(last=False)
         return known
 
     def _compile(self, grammar: str) -> LLMatcher:
@@ -138,65 +137,65 @@ class StructuredOutputManager:
         return matcher
 
     @staticmethod
-    def start(guidance: GrammarSpec, compiled: LLMatcher) -> GrammarState:
-        """The constraint of one sequence, from a result of `prepare`."""
-        return GrammarState(guidance, compiled.deep_copy())
+    def start(spec: GrammarSpec, compiled: LLMatcher) -> GrammarState:
+        """The state of a new sequence, from a result of `prepare`."""
+        return GrammarState(spec, compiled.deep_copy())
 
-    def masks(self, asks: Sequence[MaskRequest]) -> tuple[list[int], Words]:
-        """Masks for the rows of sequences, each with 1 + drafts rows, one after the other.
+    def masks(self, requests: Sequence[MaskRequest]) -> tuple[list[int], Words]:
+        """Masks of the rows of sequences, each with 1 + drafts consecutive rows.
 
-        A mask behind a draft that the grammar refuses does not matter and is left out: the row
-        before cannot choose that draft. So are masks that would allow everything.
+        Rows behind a draft that the grammar refuses have no mask: the row before cannot choose that
+        draft. Neither have rows in which everything is allowed.
 
         Returns:
-            the indices of the rows that have a mask, and the masks [rows with one, words] with a
+            indices of the rows with a mask, ascending, and their masks [rows with one, words], a
             bit per token, lowest first.
         """
-        firsts = np.cumsum([0, *(1 + len(ask.drafts) for ask in asks)]).tolist()
-        masks = np.zeros((firsts[-1], self._words), np.uint32)
+        starts = np.cumsum([0, *(1 + len(request.drafts) for request in requests)]).tolist()
+        masks = np.zeros((starts[-1], self._num_words), np.uint32)
         masked: list[int] = []
-        live = [(ask, first) for ask, first in zip(asks, firsts, strict=False)]
+        remaining = list(zip(requests, starts, strict=False))
         depth = 0
-        while live:
+        while remaining:
             jobs: list[tuple[LLMatcher, int]] = []
-            for ask, first in live:
-                row = first + depth
-                if ask.constraint.matcher is not None:
-                    jobs.append((ask.constraint.matcher, row))
-                elif ask.constraint.awaited:
-                    masks[row] = self._plain_text(ask.constraint.awaited)
+            for request, start in remaining:
+                row, grammar = start + depth, request.grammar
+                if grammar.matcher is not None:
+                    jobs.append((grammar.matcher, row))
+                elif grammar.required_start:
+                    masks[row] = self._text_mask(grammar.required_start)
                     masked.append(row)
             if jobs:
                 self._executor.unsafe_compute_mask_ptr(
-                    jobs, masks.ctypes.data, 4 * self._words, len(masks)
+                    jobs, masks.ctypes.data, 4 * self._num_words, len(masks)
                 )
             masked += [row for _, row in jobs]
-            live = [
-                (ask, first)
-                for ask, first in live
-                if depth < len(ask.drafts) and ask.constraint.try_accept(ask.drafts[depth])
+            remaining = [
+                (request, start)
+                for request, start in remaining
+                if depth < len(request.drafts) and request.grammar.try_accept(request.drafts[depth])
             ]
             depth += 1
-        for ask, first in zip(asks, firsts, strict=False):
-            ask.constraint.rollback()
-            ask.constraint.check()
-            _ban(masks[first], ask.banned)
+        for request, start in zip(requests, starts, strict=False):
+            request.grammar.rollback()
+            request.grammar.check()
+            _ban(masks[start], request.banned)
         masked.sort()
         return masked, masks[masked]
 
-    def _plain_text(self, awaited: tuple[int, ...]) -> Words:
-        """The mask of all tokens but control tokens, and of the given ones."""
-        if awaited not in self._plain:
+    def _text_mask(self, start_ids: tuple[int, ...]) -> Words:
+        """The mask of all tokens except control tokens other than `start_ids`."""
+        if start_ids not in self._text_masks:
             tokenizer = self._tokenizer.result()
-            bits = np.zeros(32 * self._words, np.uint8)
+            bits = np.zeros(32 * self._num_words, np.uint8)
             for token in range(tokenizer.vocab_size):
-                bits[token] = token in awaited or not tokenizer.is_special_token(token)
-            self._plain[awaited] = np.packbits(bits, bitorder="little").view(np.uint32)
-        return self._plain[awaited]
+                bits[token] = token in start_ids or not tokenizer.is_special_token(token)
+            self._text_masks[start_ids] = np.packbits(bits, bitorder="little").view(np.uint32)
+        return self._text_masks[start_ids]
 
 
 def _ban(mask: Words, banned: tuple[int, ...]) -> None:
-    """Take tokens out of a mask, unless there are no others in it."""
+    """Remove tokens from a mask unless it contains no others."""
     if not banned:
         return
     rest = mask.copy()

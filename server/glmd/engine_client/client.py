@@ -16,7 +16,7 @@ from typing import Literal
 
 import zmq.asyncio
 
-from glmd.engine.main import EXIT_TOLD
+from glmd.engine.main import EXIT_REPORTED
 from glmd.engine_client.admission import AdmissionQueue, Ticket
 from glmd.engine_client.crash_guard import CrashGuard
 from glmd.engine_client.output_collector import OutputCollector, error_of
@@ -252,7 +252,7 @@ class EngineClient:
         exited = asyncio.create_task(process.exit_code(), name="engine exit")
         try:
             await asyncio.wait([listener, exited], return_when=asyncio.FIRST_COMPLETED)
-            if exited.done() and exited.result() == EXIT_TOLD:
+            if exited.done() and exited.result() == EXIT_REPORTED:
                 await asyncio.wait([listener], timeout=LAST_WORDS)
             if listener.done():
                 self.failure = listener.result()

@@ -1,1 +1,1 @@
-"""Decides which sequences run in the next step."""
+"""Choice of the rows of each step."""

@@ -1,8 +1,8 @@
-"""How many prefill rows a step can take without the streams noticing.
+"""Prefill budget: prefill rows that a step may have beside decoding sequences.
 
-Step times are modelled as `base(decoding sequences) + cost · prefill rows`, both estimated from
-the steps themselves, so the same rule serves a GPU, where a decode step leaves room for a hundred
-rows at no cost, and a CPU, where every row counts.
+A step is modelled as taking `base(decoding sequences) + cost · prefill rows` seconds. Both are
+estimated from the steps themselves: on a GPU a decode step has room for a hundred rows at no cost,
+on a CPU every row counts.
 """
 
 from __future__ import annotations
@@ -12,61 +12,56 @@ from collections import deque
 import numpy as np
 
 WINDOW = 9
-"""Observations kept of each kind. Their quantiles do not mind an odd step (a page fault, segments
-that were joined), where a running mean remembers it for a long time."""
+"""Observations kept of each kind. Unlike a running mean, their quantiles forget an outlier soon."""
 
-LEAST = 0.25
-"""Quantile of the steps without prefill: right behind one with, they still pay for sealing it."""
+BASE_QUANTILE = 0.25
+"""Of steps without prefill: behind a step with prefill they still insert its chunks."""
 
-CAUTION = 0.75
-"""Quantile of the row costs to reckon with: half would have every second step take too long."""
+COST_QUANTILE = 0.75
+"""Of row costs. With the median, every second step would take too long."""
 
 FIRST_CHUNK = 16
-"""Rows to try beside decoding sequences before the cost of a row has been measured, but no more
-than there are of those: at worst a row costs as much as one of theirs."""
+"""Most rows beside decoding sequences before the cost of a row is known, and no more than there are
+sequences: a row costs no more than one of theirs."""
 
 SMALLEST_CHUNK = 4
-"""Rows of a step with prefill in any case, so that a prompt always gets on. On a CPU behind 2k
-tokens eight rows make a step three times as long, four rows less than twice."""
+"""Least rows of a step with prefill, so that prompts progress. On a CPU behind 2k tokens, eight
+rows make a step three times as long, four rows less than twice."""
 
-FIRST_TOKENS_WORTH = 8
-"""For each short prompt in prefill beyond the first, so many of those that decode may wait one step
-without prefill longer for their next token."""
+FIRST_TOKEN_WEIGHT = 8
+"""Decoding sequences that each short prompt beyond the first outweighs. Short prompts multiply the
+budget by the ratio of both sides, if that is above 1."""
 
-MOST_WAITING = 32
-"""How many times the usual share of a step a crowd of prompts gets at most."""
+MAX_BUDGET_FACTOR = 32
+"""Most that short prompts may multiply the budget by."""
 
 BASE_STEPS = 32
-"""Steps with prefill after which one without measures anew what a step takes without."""
+"""Steps with prefill after which a step without prefill is requested, to measure it."""
 
-STRANGE_STEPS = 4
-"""The same, where that has been measured for other numbers of streams only."""
+UNKNOWN_BASE_STEPS = 4
+"""Likewise where only other numbers of decoding sequences have been measured."""
 
 
 class PrefillBudget:
-    """Step-time model and the prefill budget that follows from it.
+    """Model of step times, and the budget that follows from it.
 
     Args:
-        max_slowdown: allowed length of a step with prefill, in steps without; beside few streams
-            a crowd of short prompts gets more (`FIRST_TOKENS_WORTH`).
-        max_rows: rows of any step, as far as decoding sequences leave room for the smallest chunk;
-            may be changed.
+        max_slowdown: duration of a step with prefill, as a multiple of a step without.
+
+    Attributes:
+        max_rows: rows of a step. May be changed.
     """
 
     def __init__(self, max_slowdown: float, max_rows: int) -> None:
-        self._max_slowdown = max_slowdown
         self.max_rows = max_rows
+        self._max_slowdown = max_slowdown
         self._base: dict[int, deque[float]] = {}
         self._row_cost: deque[float] = deque(maxlen=WINDOW)
         self._since_base = 0
-        """Steps with prefill since the last one without, or since one was asked for."""
+        """Steps with prefill since a step without, or since one was requested."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
-        """Learn from one step's duration.
-
-        Args:
-            decoding: sequences that decoded in it.
-        """
+        """Learn from the duration of a step with `decoding` sequences."""
         if prefill_rows == 0:
             if decoding:
                 self._since_base = 0
@@ -78,50 +73,48 @@ class PrefillBudget:
             self._row_cost.append(max(seconds - base, 0.05 * seconds) / prefill_rows)
 
     def prefill_budget(self, decoding: int, prefilling: int) -> int:
-        """Prefill rows for the next step, beside that many decoding sequences.
-
-        Where many short prompts are in prefill for the sequences that decode, prefill has so many
-        times the share of the step: waiting for a first token counts more than for the next.
+        """Prefill rows of the next step.
 
         Args:
-            decoding: sequences that decode in that step.
-            prefilling: short prompts in prefill; 1 where there are none but long ones.
+            decoding: sequences that decode in the step.
+            prefilling: short prompts in prefill, at least 1. Where they are many beside few
+                decoding sequences, their first tokens outweigh a longer step.
 
         Returns:
-            0 where it has to be measured what a step takes without prefill.
+            0 where the step must be measured without prefill.
         """
         if decoding == 0:
             return self.max_rows
-        base, patience = self._base_for(decoding), BASE_STEPS
+        base, steps = self._base_for(decoding), BASE_STEPS
         if base is None:
-            base, patience = self._bound_for(decoding), STRANGE_STEPS
-        if base is None or self._since_base >= patience:
-            # Asked for once: the next step is planned before this one has been observed.
+            base, steps = self._lower_bound_for(decoding), UNKNOWN_BASE_STEPS
+        if base is None or self._since_base >= steps:
+            # Request it once: the next step is scheduled before this one is observed.
             self._since_base = 0
             return 0
         rows = min(FIRST_CHUNK, decoding)
         if self._row_cost:
-            cost = float(np.quantile(self._row_cost, CAUTION))
-            share = FIRST_TOKENS_WORTH * (prefilling - 1) / decoding
-            slack = (self._max_slowdown - 1) * min(max(1.0, share), MOST_WAITING)
+            cost = float(np.quantile(self._row_cost, COST_QUANTILE))
+            factor = FIRST_TOKEN_WEIGHT * (prefilling - 1) / decoding
+            slack = (self._max_slowdown - 1) * min(max(1.0, factor), MAX_BUDGET_FACTOR)
             rows = int(min(slack * base / cost, self.max_rows)) if cost else self.max_rows
         return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
 
     def _base_for(self, decoding: int) -> float | None:
-        """Seconds of a step with about that many decoding sequences and nothing else.
+        """Seconds of a step with about `decoding` sequences and no prefill; None if unknown.
 
-        It is measured, not extrapolated: taking what one stream needs for what eight need, the
-        difference would count as the cost of prefill rows, and prompts would starve.
+        Measured for similar numbers only: extrapolated from one sequence to eight, the difference
+        would count as the cost of prefill rows, and prompts would starve.
         """
         nearest = min(self._base, key=lambda known: abs(known - decoding), default=None)
         if nearest is None or abs(nearest - decoding) > decoding // 4:
             return None
         return self._measured(nearest)
 
-    def _bound_for(self, decoding: int) -> float | None:
-        """Seconds that such a step takes at least, by what other numbers of sequences take."""
+    def _lower_bound_for(self, decoding: int) -> float | None:
+        """Least seconds of such a step, from other numbers of sequences; None if there are none."""
         known = [self._measured(n) * min(1.0, decoding / n) for n in self._base]
         return max(known, default=None)
 
     def _measured(self, decoding: int) -> float:
-        return float(np.quantile(self._base[decoding], LEAST))
+        return float(np.quantile(self._base[decoding], BASE_QUANTILE))

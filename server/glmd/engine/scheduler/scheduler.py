@@ -1,13 +1,12 @@
-"""Who runs in the next step, and with how many rows.
+"""Scheduler: chooses the sequences of the next step and their rows.
 
-Decoding sequences always run. What a step may take beyond them goes to prefill: a part to the
-prompt that came first, so that none starves, the rest to the shortest, so that none waits behind
-a long one.
+Decoding sequences always run. The remaining rows of a step go to prefill: a share to the prompt
+that arrived first, so that it is never starved, the rest to the shortest prompts, so that they need
+not wait behind a long one.
 
-Before any of that come the clients: who was served least goes first
-(`glmd.engine.scheduler.fairness`), so a client with a hundred requests takes turns with one that
-has a single one. A request can step back behind everybody's, by a priority below 0, but forward
-only among its own client's.
+Clients come before all of that: the client that was served least goes first
+(`glmd.engine.scheduler.fairness`). A negative priority moves a request behind those of all
+clients; a positive one moves it forward among its own client's only.
 """
 
 from __future__ import annotations
@@ -19,29 +18,31 @@ from dataclasses import dataclass, field
 from glmd.engine.config import MAX_WIDTH, EngineConfig
 from glmd.engine.scheduler.fairness import OUTPUT_WEIGHT, VirtualTokenCounter
 from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK, PrefillBudget
-from glmd.engine.sequence import NO_SLOT, Sequence
+from glmd.engine.sequence import NO_SLOT, Sequence, SequenceStatus
 from glmd.ipc import CacheMatch
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TAIL_TOKENS, TailPool
 
 ADMISSION_RESERVE = 256
-"""Output tokens that admission counts on, beside the prompt, unless `max_tokens` is smaller.
-More would leave memory idle, fewer would preempt sooner."""
+"""Output tokens for which admission reserves memory, unless `max_tokens` is smaller. More would
+leave memory idle, fewer would preempt sooner."""
 
 SHORT_PROMPT = 512
-"""Tokens left to compute, up to which a prompt is of the crowd for which streams wait longer. That
-is over soon; several long prompts would slow them for minutes, and hardly come sooner for it."""
+"""Uncomputed tokens up to which a prompt counts as short. Streams wait longer for several short
+prompts; for several long ones they would be slow for minutes."""
 
-ELDEST_SHARE = 4
-"""The prompt that came first gets one part in this many of a step's prefill rows at least."""
+OLDEST_SHARE = 4
+"""The prompt that arrived first gets at least a step's prefill rows divided by this."""
 
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """The rows of one step: one for each of `decode`, and `chunks` of (sequence, rows).
+    """The rows of one step.
 
     Attributes:
+        decode: sequences with one row, or one and their drafts.
+        chunks: prefill chunks, (sequence, rows).
         admitted: sequences that have left the queue for the first time.
     """
 
@@ -54,13 +55,15 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """Owns the queues, the tree and the tails, and keeps them within the memory budget.
+    """Holds the queues, the prefix tree and the tails, and keeps KV within the memory budget.
 
     Attributes:
-        waiting: sequences that hold nothing yet (or nothing any more: preempted ones).
-        running: sequences that hold a lease, in order of admission.
+        waiting: sequences without KV: new ones and preempted ones.
+        running: sequences with a lease, in order of admission.
+        tree: cached KV.
+        tails: KV of running sequences that is not in the tree yet.
         kv_budget: bytes for the tree and the tails.
-        max_running: sequences that may run at once.
+        max_running: most sequences that may run at once.
         preemptions: number of times a running sequence was sent back to wait.
     """
 
@@ -76,94 +79,104 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            chunk_limit: from (context tokens, rows wanted) to the rows that one chunk may
-                have for its transients to stay bounded.
+            chunk_limit: from (context tokens, rows wanted) to the most rows with which a chunk's
+                transients stay bounded.
         """
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.tree = tree
+        self.tails = tails
         self.kv_budget = kv_budget
         self.max_running = config.max_running
         self.preemptions = 0
         self.prefill_budget = PrefillBudget(config.max_slowdown, config.max_step_tokens)
-        self._config = config
-        self._tree = tree
-        self._tails = tails
+        self._prefix_cache = config.prefix_cache
         self._token_bytes = kv_bytes_per_token
         self._chunk_limit = chunk_limit
-        self._prefilled = 0
-        """Prefill tokens served so far: the clock by which waiting sequences age."""
+        self._prefill_clock = 0
+        """Prefill tokens served so far. Waiting sequences age by this clock."""
         self._arrivals = 0
-        self._shares = VirtualTokenCounter()
+        self._fairness = VirtualTokenCounter()
 
-    # -- coming and going -----------------------------------------------------------------
+    # -- queues -------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        sequence.arrival_prefill_clock = self._prefilled
+        """Queue a sequence."""
+        sequence.status = SequenceStatus.WAITING
+        sequence.arrival_prefill_clock = self._prefill_clock
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        self._shares.enter(sequence.request.client)
+        self._fairness.enter(sequence.request.client)
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out for good; what it computed is sealed and stays shared."""
-        if sequence.lease is None:
-            self.waiting.remove(sequence)
-        else:
+    def finish(self, sequence: Sequence) -> None:
+        """Remove a sequence for good. Its KV stays in the tree."""
+        if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._free(sequence)
-        self._shares.leave(sequence.request.client)
-        if not self._config.prefix_cache and not self.running:
-            self._tree.clear()
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._fairness.leave(sequence.request.client)
+        if not self._prefix_cache and not self.running:
+            self.tree.clear()
 
-    def flush_tail(self, sequence: Sequence) -> None:
-        """Move a sequence's tail into the tree; the slot stays its own."""
-        assert sequence.lease is not None
-        stop = sequence.num_cacheable_tokens
-        count = stop - sequence.num_cached_tokens
-        if count > 0:
-            tail = self._tails.copy_out(sequence.slot, count)
-            self._tree.insert(
-                sequence.lease, sequence.cache_keys(sequence.num_cached_tokens, stop), tail
-            )
-            sequence.num_cached_tokens = stop
-            if rest := sequence.max_tail_tokens:
-                self._tails.shift(sequence.slot, count, rest)
-
-    def _free(self, sequence: Sequence) -> None:
-        assert sequence.lease is not None
-        self.flush_tail(sequence)
-        if sequence.slot != NO_SLOT:
-            self._tails.release(sequence.slot)
-            sequence.slot = NO_SLOT
-        self._tree.release(sequence.lease)
-        sequence.lease = None
-        self._ensure_free(0)  # The tail has been copied, and the pool may be no smaller.
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to wait; its prefix stays cached as long as it can."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to wait. Its KV stays in the tree until evicted."""
         self.running.remove(sequence)
         self._free(sequence)
-        sequence.num_cached_tokens = sequence.num_computed_tokens = 0
-        self.waiting.append(sequence)
+        self._requeue(sequence)
         self.preemptions += 1
 
     def reset_kv(self) -> list[Sequence]:
-        """Forget all KV; what ran waits, to be computed anew. Returns what ran."""
+        """Drop all KV and send the running sequences back to wait; returns those."""
         dropped, self.running = self.running, []
         for sequence in dropped:
             sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
-            sequence.num_cached_tokens = sequence.num_computed_tokens = 0
-        self._tree.reset()
-        self._tails.reset()
-        self.waiting += dropped
+            self._requeue(sequence)
+        self.tree.reset()
+        self.tails.reset()
         return dropped
 
-    def _least_urgent(self) -> Sequence:
-        """The running sequence that gives way to the others.
+    def _requeue(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.PREEMPTED
+        sequence.num_cached_tokens = sequence.num_computed_tokens = 0
+        self.waiting.append(sequence)
 
-        It is one that steps back, else one of the client that runs most of them; of those that
-        could, the youngest, but for what its client put before it. The eldest gives way only to
-        requests more urgent than itself, so something always gets on.
+    def _free(self, sequence: Sequence) -> None:
+        """Move the tail into the tree, and release the slot and the lease."""
+        assert sequence.lease is not None
+        self.flush_tail(sequence)
+        if sequence.slot != NO_SLOT:
+            self.tails.release(sequence.slot)
+            sequence.slot = NO_SLOT
+        self.tree.release(sequence.lease)
+        sequence.lease = None
+        self._ensure_free(0)  # The tail was copied, and the pool may be as large as before.
+
+    def flush_tail(self, sequence: Sequence) -> None:
+        """Move a sequence's tail into the tree. The sequence keeps its slot."""
+        assert sequence.lease is not None
+        start, end = sequence.num_cached_tokens, sequence.num_cacheable_tokens
+        if end <= start:
+            return
+        kv = self.tails.copy_out(sequence.slot, end - start)
+        self.tree.insert(sequence.lease, sequence.cache_keys(start, end), kv)
+        sequence.num_cached_tokens = end
+        if rest := sequence.max_tail_tokens:
+            self.tails.shift(sequence.slot, end - start, rest)
+
+    def allocate_slot(self, sequence: Sequence) -> None:
+        """Give a sequence a tail unless it has one."""
+        if sequence.slot == NO_SLOT:
+            sequence.slot = self.tails.allocate()
+
+    def _least_urgent(self) -> Sequence:
+        """The running sequence to preempt.
+
+        Sequences of negative priority go first, then those of the client that runs most; of these
+        the youngest, except for what its client prefers. The oldest sequence yields only to more
+        urgent requests, so one always progresses.
         """
         counts = self._running_counts()
 
@@ -177,7 +190,11 @@ class Scheduler:
         ]
         return max(candidates, key=lambda s: (-s.request.priority, s.arrival))
 
-    # -- planning -------------------------------------------------------------------------
+    def _running_counts(self) -> Counter[str]:
+        """Running sequences by client."""
+        return Counter(s.request.client for s in self.running)
+
+    # -- schedule -----------------------------------------------------------------------------
 
     @property
     def requires_sync(self) -> bool:
@@ -185,25 +202,21 @@ class Scheduler:
         return any(s.requires_sync and s.num_inflight_tokens for s in self.running)
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the rows of the next step and make room for them."""
-        preempted = self.preemptions
+        """Choose the rows of the next step and free memory for them."""
+        preemptions = self.preemptions
         decode = self._schedule_decode()
         for sequence in decode:
-            self._shares.charge(sequence.request.client, OUTPUT_WEIGHT)
-        admitted = self._admit() if self.preemptions == preempted else []
-        needs = [
-            sequence.num_uncomputed_tokens
-            for sequence in self.running
-            if sequence.num_uncomputed_tokens > 1
-        ]
-        if not needs:
+            self._fairness.charge(sequence.request.client, OUTPUT_WEIGHT)
+        admitted = self._admit() if self.preemptions == preemptions else []
+        uncomputed = [s.num_uncomputed_tokens for s in self._prefilling()]
+        if not uncomputed:
             return SchedulerOutput(decode, [], admitted)
-        crowd = sum(rows <= SHORT_PROMPT for rows in needs)
-        rows = self.prefill_budget.prefill_budget(len(decode), max(crowd, 1))
+        num_short_prompts = sum(tokens <= SHORT_PROMPT for tokens in uncomputed)
+        rows = self.prefill_budget.prefill_budget(len(decode), max(num_short_prompts, 1))
         return SchedulerOutput(decode, self._schedule_prefill(rows), admitted)
 
     def _schedule_decode(self) -> list[Sequence]:
-        """All running sequences that need one row; the youngest make room if they must."""
+        """All running sequences that need one row, after preempting others if memory is short."""
         while True:
             ready = [
                 s for s in self.running if s.num_uncomputed_tokens == 1 and not s.at_length_limit
@@ -211,200 +224,189 @@ class Scheduler:
             for sequence in ready:
                 if sequence.num_cacheable_tokens - sequence.num_cached_tokens >= TAIL_TOKENS:
                     self.flush_tail(sequence)
-            room = max((s.max_tail_tokens for s in self.running), default=0) + 2 * MAX_WIDTH
-            if not ready or self._ensure_free(self._tail_growth(ready, room)):
+            capacity = max((s.max_tail_tokens for s in self.running), default=0) + 2 * MAX_WIDTH
+            new_slots = sum(s.slot == NO_SLOT for s in ready)
+            growth = self.tails.growth(new_slots, capacity) * self._token_bytes
+            if not ready or self._ensure_free(growth):
                 break
             if len(self.running) == 1:
-                break  # Alone, it always fits: `limit` is bounded by the budget.
-            self._preempt(self._least_urgent())
+                break  # A single sequence always fits: `max_length` is bounded by the budget.
+            self.preempt(self._least_urgent())
         for sequence in ready:
             self.allocate_slot(sequence)
         if ready:
-            self._tails.reserve(room)
+            self.tails.reserve(capacity)
         return ready
 
-    def allocate_slot(self, sequence: Sequence) -> None:
-        """Make sure that a sequence has a tail to write to."""
-        if sequence.slot == NO_SLOT:
-            sequence.slot = self._tails.allocate()
-
-    def _tail_growth(self, ready: list[Sequence], tokens: int) -> int:
-        """Bytes by which the pool would grow to give all of `ready` room for `tokens` tokens."""
-        new = sum(s.slot == NO_SLOT for s in ready)
-        return self._tails.growth(new, tokens) * self._token_bytes
-
     def _admit(self) -> list[Sequence]:
-        """Give leases to waiting sequences, best first, while there is room for them.
+        """Give leases to waiting sequences, most urgent first, while memory lasts.
 
-        Returns those that had none before.
+        Returns:
+            those that had never run.
         """
         counts = self._running_counts()
-        # Prefill that has been let in but not served: what is admitted next must know of it.
-        due: Counter[str] = Counter()
+        # Prefill that was admitted but not served yet counts for what is admitted next.
+        pending_prefill: Counter[str] = Counter()
         for s in self.running:
-            due[s.request.client] += s.num_uncomputed_tokens
+            pending_prefill[s.request.client] += s.num_uncomputed_tokens
         new: list[Sequence] = []
 
         def rank(s: Sequence) -> tuple[int, int, int, int, int]:
             client = s.request.client
             return (
                 priority_demotion(s),
-                self._shares.served(client) + due[client],
+                self._fairness.served(client) + pending_prefill[client],
                 counts[client],
                 -s.request.priority,
-                s.num_uncomputed_tokens - (self._prefilled - s.arrival_prefill_clock),
+                s.num_uncomputed_tokens - (self._prefill_clock - s.arrival_prefill_clock),
             )
 
         while self.waiting and len(self.running) < self.max_running:
             sequence = min(self.waiting, key=rank)
             if sequence.num_inflight_tokens:
-                break  # Preempted a moment ago: its last tokens are not known yet.
-            lease = self._tree.acquire(sequence.request.cache_salt)
-            sequence.lease = lease
+                break  # Preempted in this step: its last tokens are not known yet.
+            lease = sequence.lease = self.tree.acquire(sequence.request.cache_salt)
             self._extend_match(sequence)
-            expected = min(sequence.max_length - sequence.length, ADMISSION_RESERVE)
-            need = (sequence.num_uncomputed_tokens + expected) * self._token_bytes
-            if self.running and need > self._available() - self._reserved_bytes():
-                self._tree.release(lease)
+            output = min(sequence.max_length - sequence.length, ADMISSION_RESERVE)
+            needed = (sequence.num_uncomputed_tokens + output) * self._token_bytes
+            available = self.kv_budget - self.kv_bytes - self._reserved_bytes()
+            available += self.tree.evictable_tokens * self._token_bytes
+            if self.running and needed > available:
+                self.tree.release(lease)
                 sequence.lease = None
                 sequence.num_cached_tokens = sequence.num_computed_tokens = 0
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
             counts[sequence.request.client] += 1
-            due[sequence.request.client] += sequence.num_uncomputed_tokens
-            if not sequence.admitted:
-                sequence.admitted = True
+            pending_prefill[sequence.request.client] += sequence.num_uncomputed_tokens
+            if sequence.status is SequenceStatus.WAITING:
                 sequence.cache_match = self._explain_match(sequence)
                 new.append(sequence)
+            sequence.status = SequenceStatus.RUNNING
         return new
 
-    def _running_counts(self) -> Counter[str]:
-        """Running sequences by client."""
-        return Counter(s.request.client for s in self.running)
-
-    def _reserved_bytes(self) -> int:
-        """Bytes that running sequences are expected to need still."""
-        tokens = 0
-        for s in self.running:
-            tokens += s.num_uncomputed_tokens + max(
-                0, min(s.max_length - s.length, ADMISSION_RESERVE - (s.length - s.prompt_length))
-            )
-        return tokens * self._token_bytes
+    def _prefilling(self) -> list[Sequence]:
+        return [s for s in self.running if s.num_uncomputed_tokens > 1]
 
     def _schedule_prefill(self, budget: int) -> list[tuple[Sequence, int]]:
         """Divide `budget` rows among the sequences in prefill."""
-        for sequence in self.running:
-            if sequence.num_uncomputed_tokens > 1:
-                self._extend_match(sequence)
-        # One that needs a single row by now is for the next step's decode rows.
-        prefilling = [s for s in self.running if s.num_uncomputed_tokens > 1]
+        for sequence in self._prefilling():
+            self._extend_match(sequence)
+        # A sequence that needs a single row by now decodes in the next step.
+        prefilling = self._prefilling()
         if not prefilling or budget <= 0:
             return []
-        eldest = min(prefilling, key=lambda s: (priority_demotion(s), s.arrival))
-        others = [s for s in prefilling if s is not eldest]
+        oldest = min(prefilling, key=lambda s: (priority_demotion(s), s.arrival))
+        others = [s for s in prefilling if s is not oldest]
         others.sort(
             key=lambda s: (
                 priority_demotion(s),
-                self._shares.served(s.request.client),
+                self._fairness.served(s.request.client),
                 -s.request.priority,
                 s.num_uncomputed_tokens,
             )
         )
-        kept = max(1, budget // ELDEST_SHARE)
+        kept = max(1, budget // OLDEST_SHARE)
 
         chunks: list[tuple[Sequence, int]] = []
         planned = ending = 0
-        # Another chunk of this step may be about to compute the very same tokens: wait for it,
-        # the next step finds them sealed.
-        starts = {self._start(eldest)} if self._config.prefix_cache else set()
-        for sequence in [*others, eldest]:
-            left = budget - planned - (0 if sequence is eldest else kept)
-            if left <= 0 or (sequence is not eldest and self._start(sequence) in starts):
+        # A sequence whose next tokens another chunk of this step computes waits for that chunk: the
+        # next step finds them in the tree.
+        starts = {self._start(oldest)} if self._prefix_cache else set()
+        for sequence in [*others, oldest]:
+            left = budget - planned - (0 if sequence is oldest else kept)
+            if left <= 0 or (sequence is not oldest and self._start(sequence) in starts):
                 continue
             rows = self._chunk_limit(
                 sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, left)
             )
             ends = rows == sequence.num_uncomputed_tokens
-            # A prompt's last row may begin a tail (`ModelRunner._book`).
-            capacity = max(self._tails.capacity, MAX_WIDTH)
-            tails = self._tails.growth(ending + ends, capacity)
+            # A prompt's last row may begin a tail (`ModelRunner._commit_kv`).
+            capacity = max(self.tails.capacity, MAX_WIDTH)
+            tails = self.tails.growth(ending + ends, capacity)
             rows = self._max_rows_that_fit(planned + tails, rows)
             if not rows:
                 continue
             ending += rows == sequence.num_uncomputed_tokens
-            if self._config.prefix_cache:
+            if self._prefix_cache:
                 starts.add(self._start(sequence))
             chunks.append((sequence, rows))
             planned += rows
-            self._shares.charge(sequence.request.client, rows)
-        self._prefilled += planned
+            self._fairness.charge(sequence.request.client, rows)
+        self._prefill_clock += planned
         if not chunks and len(prefilling) == len(self.running) > 1:
-            # Together they hold all of the memory and none can go on.
-            self._preempt(self._least_urgent())
+            # Together they hold all memory, and none can go on.
+            self.preempt(self._least_urgent())
         return chunks
+
+    # -- prefix cache -------------------------------------------------------------------------
 
     @staticmethod
     def _start(sequence: Sequence) -> tuple[int, int, int]:
-        """Where in the tree the first token to compute would hang, and its key."""
+        """Place in the tree and key of the first token to compute."""
         assert sequence.lease is not None
         key = sequence.cache_keys(sequence.num_computed_tokens, sequence.num_computed_tokens + 1)[0]
         return id(sequence.lease.node), sequence.lease.length, int(key)
 
     def _extend_match(self, sequence: Sequence) -> None:
-        """Advance over tokens that are in the tree by now, leaving at least one to compute."""
+        """Skip tokens that are in the tree by now, leaving at least one to compute."""
         assert sequence.lease is not None
-        if not self._config.prefix_cache:
+        if not self._prefix_cache:
             return
-        known = sequence.cache_keys(sequence.num_computed_tokens, sequence.length - 1)
-        found = self._tree.match_prefix(sequence.lease, known)
+        keys = sequence.cache_keys(sequence.num_computed_tokens, sequence.length - 1)
+        found = self.tree.match_prefix(sequence.lease, keys)
         sequence.num_cached_tokens += found
         sequence.num_computed_tokens += found
 
     def _explain_match(self, sequence: Sequence) -> CacheMatch:
-        """How much of a prompt was stored, and why not more."""
+        """How much of a prompt was cached, and why not more."""
         assert sequence.lease is not None
-        if not self._config.prefix_cache:
+        if not self._prefix_cache:
             return CacheMatch(tokens=0, reason="off")
-        found, last = sequence.num_computed_tokens, sequence.prompt_length - 1
-        if found >= last:
+        found, most = sequence.num_computed_tokens, sequence.prompt_length - 1
+        if found >= most:
             return CacheMatch(tokens=found, reason="whole")
-        prompt = sequence.cache_keys(0, last)
-        beyond = self._tree.divergence(sequence.lease, int(prompt[found]))
-        if beyond.evicted:
+        keys = sequence.cache_keys(0, most)
+        divergence = self.tree.divergence(sequence.lease, int(keys[found]))
+        if divergence.evicted:
             return CacheMatch(tokens=found, reason="evicted")
-        if self._tree.stored_elsewhere(sequence.request.cache_salt, prompt) > found:
+        if self.tree.stored_elsewhere(sequence.request.cache_salt, keys) > found:
             return CacheMatch(tokens=found, reason="salt")
-        if beyond.tokens:
-            return CacheMatch(tokens=found, reason="differs", diverging_tokens=beyond.tokens)
+        if divergence.tokens:
+            return CacheMatch(tokens=found, reason="differs", diverging_tokens=divergence.tokens)
         return CacheMatch(tokens=found, reason="new")
 
-    # -- memory ---------------------------------------------------------------------------
+    # -- memory -------------------------------------------------------------------------------
 
     @property
     def kv_bytes(self) -> int:
         """Bytes held by the tree and the tails."""
-        return self._tree.nbytes + self._tails.nbytes
+        return self.tree.nbytes + self.tails.nbytes
+
+    def _reserved_bytes(self) -> int:
+        """Bytes that running sequences are expected to need further."""
+        tokens = 0
+        for s in self.running:
+            output = min(s.max_length - s.length, ADMISSION_RESERVE - s.num_generated_tokens)
+            tokens += s.num_uncomputed_tokens + max(0, output)
+        return tokens * self._token_bytes
 
     def _max_rows_that_fit(self, planned: int, rows: int) -> int:
-        """Of `rows` rows beyond those planned, as many as there is room for; 0: hardly any."""
+        """The most of `rows` rows that fit beside `planned` ones; 0 if too few for a chunk do."""
         if self._ensure_free((planned + rows) * self._token_bytes):
             return rows
         room = (self.kv_budget - self.kv_bytes) // self._token_bytes - planned
         return room if room >= SMALLEST_CHUNK else 0
 
-    def _available(self) -> int:
-        """Bytes that could be used now, counting what can be evicted."""
-        return self.kv_budget - self.kv_bytes + self._tree.evictable_tokens * self._token_bytes
-
     def _ensure_free(self, nbytes: int) -> bool:
-        """Evict until `nbytes` more fit; False if they do not fit even so."""
+        """Evict until `nbytes` are free; returns whether they are."""
         over = self.kv_bytes + nbytes - self.kv_budget
         if over <= 0:
             return True
-        return self._tree.evict(over) >= over
+        return self.tree.evict(over) >= over
 
 
 def priority_demotion(sequence: Sequence) -> int:
-    """How far a request lets everybody go ahead; 0: not at all."""
+    """How far a request moves behind those of all clients; 0: not at all."""
     return max(0, -sequence.request.priority)

@@ -1,10 +1,9 @@
-"""Whether drafting pays at the present load, by measurement.
+"""Draft controller: decides by measurement whether drafts pay at the present load.
 
-A step that verifies a draft per sequence takes longer than one that does not: much longer where
-rows cost compute (a CPU, a large batch), hardly where steps are bound by reading weights. What
-it gives is the accepted drafts. For each batch size the gate tries both in turn, takes the
-faster, and tries again after a while; sooner it only stops drafting, when fewer drafts are accepted
-than their time is worth.
+A step that verifies a draft per sequence takes longer than one without: much longer where rows cost
+compute (a CPU, a large batch), hardly longer where reading the weights dominates. Its gain is the
+accepted drafts. For each batch size the controller measures both kinds, keeps the faster, and
+measures again later. In between it only stops drafting, when acceptance no longer covers the cost.
 """
 
 from __future__ import annotations
@@ -14,71 +13,76 @@ from statistics import median
 from typing import Literal
 
 BLOCK_STEPS = 4
-"""Steps of one kind in a row during a trial. The kinds alternate, because what else the machine
-does changes from second to second, and both must meet the same conditions."""
+"""Consecutive steps of one kind while measuring. The kinds alternate, since the machine's other
+load changes from second to second, and both must meet the same conditions."""
 
-TRIAL_SAMPLES = 9
-"""Steps of each kind that are timed before the trial is decided; medians are compared."""
+NUM_SAMPLES = 9
+"""Timed steps of each kind, of which the medians are compared."""
 
 HOLD_STEPS = 600
-"""Steps for which a decision holds: trials take at most 4 % of steps."""
+"""Steps for which a decision holds: at most 4 % of steps are spent measuring."""
 
-MEMORY = 0.98
-"""Weight of a step's drafts, in what is known of acceptance, against that of the next one's."""
+DECAY = 0.98
+"""Weight of a step's drafts, in the acceptance, against those of the next step."""
 
 PRIOR, PRIOR_DRAFTS = 0.7, 2
-"""Acceptance before there were any drafts, and how many drafts that counts for."""
+"""Acceptance assumed at first, and the number of drafts that the assumption counts for."""
 
 HOPELESS = 0.1
-"""Acceptance at which drafts pay at no cost that any device has: no trial takes more drafts."""
+"""Acceptance below which drafts pay on no device, so that measuring stops."""
 
 REMEMBERED = 1 / 8
-"""Of what is known of acceptance, for a trial that is not a batch size's first: what is written now
-may be easier to guess."""
+"""Share of the known acceptance kept when a batch size is measured again: the present text may be
+easier to guess."""
 
 
 @dataclass(slots=True)
 class _Choice:
-    """What is known of one batch size."""
+    """State of one batch size.
+
+    Attributes:
+        drafts: the decision, 0 or 1.
+        holds_until: step until which it holds; 0: never decided.
+        gain: speed with a draft over speed without, last measured; None: never.
+        cost: duration of a step with a draft over one without, last measured.
+        seconds: durations measured so far, by drafts.
+        steps: steps spent measuring so far.
+    """
 
     drafts: int = 1
     holds_until: int = 0
     gain: float | None = None
-    """Speed with a draft over speed without, at the last trial."""
     cost: float = 1.0
-    """Time of a step with a draft over time without, at the last trial."""
     seconds: dict[int, list[float]] = field(default_factory=lambda: {0: [], 1: []})
-    """Times of the trial that is under way, by drafts."""
     steps: int = 0
-    """Steps of that trial."""
 
 
 class DraftController:
     """Chooses the number of drafts per sequence for each step.
 
     Args:
-        setting: a fixed number of drafts, or "auto" for none or one.
+        setting: a fixed number of drafts; "auto": none or one.
 
     Attributes:
-        drafts: the choice for the latest step.
+        drafts: chosen for the latest step.
     """
 
     def __init__(self, setting: Literal["auto", 0, 1, 2, 3]) -> None:
         self._fixed: int | None = None if setting == "auto" else setting
+        self.drafts: int = 1 if self._fixed is None else self._fixed
         self._choices: dict[int, _Choice] = {}
         self._steps = 0
         self._last_observed = -1
         self._drafted = self._accepted = 0.0
-        """Lately, the older the less."""
-        self.drafts: int = 1 if self._fixed is None else self._fixed
+        """Decaying counts of drafts."""
 
     @property
     def acceptance(self) -> float:
-        """The share of drafts that were accepted lately."""
+        """Share of recent drafts that were accepted."""
         return (PRIOR * PRIOR_DRAFTS + self._accepted) / (PRIOR_DRAFTS + self._drafted)
 
     def choose(self, sequences: int) -> int:
-        """Drafts per sequence for a step with that many decoding sequences."""
+        """Drafts per sequence for a step with `sequences` decoding sequences."""
         if self._fixed is not None:
             return self._fixed
         self._steps += 1
@@ -101,31 +105,28 @@ class DraftController:
 
         Args:
             drafts: verified per sequence.
-            accepted: in all.
-            seconds: the step's duration, or None if other work was in it.
+            accepted: of all sequences.
+            seconds: duration; None if the step had prefill, too.
         """
         if sequences and drafts:
-            self._drafted = MEMORY * self._drafted + sequences * drafts
-            self._accepted = MEMORY * self._accepted + accepted
-        # Steps overlap, so the first of its kind is timed with a piece of the other kind.
+            self._drafted = DECAY * self._drafted + sequences * drafts
+            self._accepted = DECAY * self._accepted + accepted
+        # Steps overlap: the first of its kind is timed with a part of the other kind.
         steady, self._last_observed = drafts == self._last_observed, drafts
         choice = self._choices.get(_bucket(sequences))
         if choice is None or seconds is None or not steady or self._steps < choice.holds_until:
             return
         choice.seconds[drafts].append(seconds)
-        if min(map(len, choice.seconds.values())) >= TRIAL_SAMPLES:
-            self._decide(choice)
+        if min(map(len, choice.seconds.values())) >= NUM_SAMPLES:
+            without, with_draft = (median(choice.seconds[kind]) for kind in (0, 1))
+            choice.cost = with_draft / without
+            choice.gain = (1 + self.acceptance) / choice.cost
+            self._hold(choice, int(choice.gain > 1))
 
     def gain(self, sequences: int) -> float | None:
-        """Measured speed with a draft over speed without; None before a trial."""
+        """Measured speed with a draft over speed without; None if not measured yet."""
         choice = self._choices.get(_bucket(sequences))
         return None if choice is None else choice.gain
-
-    def _decide(self, choice: _Choice) -> None:
-        without, with_one = (median(choice.seconds[drafts]) for drafts in (0, 1))
-        choice.cost = with_one / without
-        choice.gain = (1 + self.acceptance) / choice.cost
-        self._hold(choice, int(choice.gain > 1))
 
     def _hold(self, choice: _Choice, drafts: int) -> None:
         choice.drafts = drafts
@@ -135,5 +136,5 @@ class DraftController:
 
 
 def _bucket(sequences: int) -> int:
-    """Batch sizes of about the same cost: 1, 2, 3–4, 5–8, …"""
+    """Key of batch sizes with about the same cost: 1, 2, 3–4, 5–8, …"""
     return 1 << max(0, sequences - 1).bit_length()
