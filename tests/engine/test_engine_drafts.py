@@ -1,4 +1,4 @@
-"""The MTP layer's drafts, against a forward of the whole sequence through mlx-lm's layer."""
+"""The MTP layer's drafts and KV, against one forward pass over the whole sequence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines import Run, assert_true, request, run, tiny_engine, tiny_model
+from engines import Run, assert_reference_tokens, request, run, tiny_engine, tiny_model
 from mlx_lm.models.base import create_attention_mask
 
+from glmd.kv_cache.node import Node
+from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
 
 PROMPT = np.random.default_rng(2).integers(0, 500, 70).tolist()
@@ -21,7 +25,7 @@ def _model(**config: Any) -> LoadedModel:
 
 
 def _reference_drafts(model: LoadedModel, tokens: list[int]) -> npt.NDArray[np.float32]:
-    """Logits [n - 1, vocabulary]: row i, from tokens 0 to i + 1, is for the token at i + 2."""
+    """Logits [n - 1, vocabulary] of mlx-lm's layer: row i is for the token at i + 2."""
     assert model.mtp is not None
     weights, inner = model.mtp._weights, model._model.model
     ids = mx.array(np.array(tokens, np.int32))[None]
@@ -33,22 +37,100 @@ def _reference_drafts(model: LoadedModel, tokens: list[int]) -> npt.NDArray[np.f
     return np.array(model.mtp.logits(weights.shared_head.norm(h))[0])
 
 
+KV = npt.NDArray[np.float32]
+"""[layers, tokens, kv_width], the MTP layer last."""
+
+
+def _reference_kv(model: LoadedModel, tokens: list[int]) -> KV:
+    """KV of all tokens but the last, whose successor is not known, from one forward pass."""
+    assert model.mtp is not None
+    ids = mx.array(np.array(tokens, np.int32))
+    count = len(tokens) - 1
+    chunk = PrefillChunk(0, count, [], True, count)
+    batch = ForwardBatch(ids[:-1], mx.arange(count), [], [chunk])
+    tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
+    hidden, caches = model.forward(batch, tails)
+    return np.array(mx.stack([*caches, model.mtp.compute_kv(ids[1:], hidden, batch, tails)]))
+
+
+def _stored_prefix(node: Node[Segment]) -> tuple[list[int], KV]:
+    """The tokens and the KV of the prefix that ends with a node."""
+    keys: list[int] = []
+    parts: list[mx.array] = []
+    end, place = len(node), node
+    while place.parent is not None:
+        assert place.kv is not None
+        keys = [*place.keys[:end].tolist(), *keys]
+        parts.insert(0, mx.stack([layer[:end] for layer in place.kv.layers]))
+        end, place = place.offset, place.parent
+    # A key is a pair of tokens (`Sequence.cache_keys`).
+    tokens = [*(key >> 32 for key in keys), keys[-1] & 0xFFFFFFFF]
+    return tokens, np.array(mx.concatenate(parts, axis=1))
+
+
+def _assert_same_kv(found: KV, expected: KV) -> None:
+    for layer, (one, other) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_allclose(one, other, atol=2e-3, err_msg=f"layer {layer}")
+
+
+@pytest.mark.parametrize("mtp", [1, 3])
+def test_kv_in_tree_and_tails_is_that_of_one_forward_pass(mtp: int) -> None:
+    """In all layers, the MTP layer's included: through prefill in chunks beside decoding sequences,
+    shared prefixes, refused drafts, and tails that move into the tree."""
+    model = _model(vocab_size=96, eos_token_id=[1])
+    running = Run(tiny_engine(model, mtp=mtp, max_step_tokens=33))
+    scheduler = running.engine.scheduler
+    prompt = [token % 90 + 3 for token in PROMPT]
+    prompts = [prompt, prompt[:50], [*prompt[:50], 7, 8, *prompt[:40]], prompt[:1], [*prompt, 9]]
+    tails: list[tuple[str, int, KV]] = []  # (request, start, KV from there on)
+    coming = [
+        request(f"{i}", each, max_tokens=150, ignore_eos=True, temperature=4.0, seed=i)
+        for i, each in enumerate(prompts)
+    ]
+    while coming or running.engine.has_work:
+        if coming and running.steps % 3 == 0:
+            running.submit(coming.pop(0))
+        running.step()
+        for sequence in scheduler.running:
+            start = sequence.num_cached_tokens
+            count = min(sequence.num_computed_tokens, sequence.length - 1) - start
+            if count > 0:
+                pool = mx.stack([scheduler.tails.view(i) for i in range(model.kv_layers)])
+                kv = np.array(pool[:, sequence.slot, :count])
+                tails.append((sequence.request.id, start, kv))
+    stats = running.engine.stats()
+    assert stats.prompt_tokens_cached > 2 * 48
+    assert 0 < stats.accepted < stats.drafted
+    assert len(tails) > 300
+    expected = {
+        f"{i}": _reference_kv(model, each + running.answer(f"{i}").tokens)
+        for i, each in enumerate(prompts)
+    }
+    for id, start, kv in tails:
+        _assert_same_kv(kv, expected[id][:, start : start + kv.shape[1]])
+    nodes = list(scheduler.tree.nodes())
+    assert max(map(len, nodes)) > 100
+    for node in nodes:
+        tokens, kv = _stored_prefix(node)
+        _assert_same_kv(kv, _reference_kv(model, tokens))
+
+
 @pytest.mark.parametrize(("mtp", "shares_vocabulary"), [(1, True), (3, False)])
-def test_drafts_are_those_of_a_forward_over_all_tokens(mtp: int, shares_vocabulary: bool) -> None:
-    """Through prefill in chunks, sealed tails, and drafts that were refused."""
+def test_drafts_are_those_of_one_forward_pass(mtp: int, shares_vocabulary: bool) -> None:
+    """Through prefill in chunks, tails that move into the tree, and refused drafts."""
     model = _model(mtp_shares_vocabulary=shares_vocabulary)
     running = Run(tiny_engine(model, mtp=mtp, max_step_tokens=33))
     running.submit(request("a", PROMPT, max_tokens=180, ignore_eos=True))
     drafts: list[tuple[int, int]] = []  # (position, token)
     while running.engine.has_work:
         running.step()
-        flight = running.engine._in_flight
-        if flight is None or flight.drafts is None or not flight.sequences:
+        step = running.engine.pending_step
+        if step is None or step.drafts is None:
             continue
-        assert flight.counts is not None
-        # The flight's first row stands behind what is known, and some of its rows are confirmed.
-        known = flight.sequences[0].length
-        drafts.append((known + int(flight.counts[0]), int(flight.drafts[0, 0])))
+        assert step.counts is not None
+        # The step's first row is the last known token, and some of its drafts are confirmed.
+        known = step.rows.sampled[0].sequence.length
+        drafts.append((known + int(step.counts[0]), int(step.drafts[0, 0])))
     tokens = PROMPT + running.answer("a").tokens
     logits = _reference_drafts(model, tokens)
     compared = 0
@@ -60,12 +142,12 @@ def test_drafts_are_those_of_a_forward_over_all_tokens(mtp: int, shares_vocabula
     assert compared > 170
 
 
-def test_a_draft_is_taken_as_often_as_it_is_right() -> None:
-    """At a high temperature the noise decides, and both layers see the same noise."""
+def test_drafts_are_accepted_when_the_noise_decides() -> None:
+    """At a high temperature the noise decides, which is the same for draft and model."""
     engine = tiny_engine(_model(), mtp=1)
     asked = request("a", PROMPT, max_tokens=150, ignore_eos=True, temperature=100.0, seed=1)
     answer = run(engine, asked).answer("a")
-    assert_true(_model(), asked, answer)
+    assert_reference_tokens(_model(), asked, answer)
     stats = engine.stats()
     assert stats.accepted > 0.7 * stats.drafted
     assert len(answer.steps) < 100
@@ -73,9 +155,9 @@ def test_a_draft_is_taken_as_often_as_it_is_right() -> None:
 
 
 @pytest.mark.parametrize("mtp", [1, 3])
-def test_accepted_drafts_leave_the_kv_of_what_was_accepted(mtp: int) -> None:
-    """At this temperature both the noise and the logits matter: a third of the drafts is taken,
-    and wrong KV gives other tokens. Tails are sealed on the way, with drafts in flight."""
+def test_answers_after_accepted_and_refused_drafts_are_the_references(mtp: int) -> None:
+    """At this temperature both noise and logits matter: a third of the drafts is accepted, and
+    wrong KV gives other tokens. Tails move into the tree while drafts are in flight."""
     model = _model(vocab_size=96, eos_token_id=[1])
     engine = tiny_engine(model, mtp=mtp)
     asked = [
@@ -86,7 +168,7 @@ def test_accepted_drafts_leave_the_kv_of_what_was_accepted(mtp: int) -> None:
     stats = engine.stats()
     assert 0.2 < stats.accepted / stats.drafted < 0.8
     for one in asked:
-        assert_true(model, one, together.answer(one.id))
+        assert_reference_tokens(model, one, together.answer(one.id))
 
 
 @pytest.mark.parametrize("mtp", [1, 3, "auto"])
@@ -99,10 +181,12 @@ def test_drafts_change_no_answer(mtp: Any) -> None:
     ]
     for fields in sampling:
         asked = request("a", PROMPT, max_tokens=30, ignore_eos=True, **fields)
-        assert_true(_model(), asked, run(tiny_engine(_model(), mtp=mtp), asked).answer("a"))
+        assert_reference_tokens(
+            _model(), asked, run(tiny_engine(_model(), mtp=mtp), asked).answer("a")
+        )
 
 
-def test_the_mtp_layer_counts_in_the_memory() -> None:
+def test_the_mtp_layer_counts_in_weights_and_kv() -> None:
     with_mtp, without = _model(), tiny_model(num_nextn_predict_layers=0)
     assert with_mtp.kv_bytes_per_token == without.kv_bytes_per_token * 3 // 2
     assert with_mtp.weight_bytes > without.weight_bytes
