@@ -1,17 +1,17 @@
-"""The errors that glmd raises on purpose.
+"""Exceptions raised by glmd.
 
-One small hierarchy; `glmd.api` maps each class to the HTTP status and error shape of the
-API at hand, `glmd.cli` to one line on stderr and a non-zero exit code.
+`glmd.api` maps each class to an HTTP status and the API's error shape; `glmd.cli` prints the
+message and exits with a non-zero code.
 """
 
 from __future__ import annotations
 
 
 class GlmdError(Exception):
-    """Base of every error that a user of glmd can cause or should read.
+    """Base class of all errors with a message for the user.
 
     Attributes:
-        message: one sentence for the person who reads it.
+        message: one sentence for the user.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,11 +20,11 @@ class GlmdError(Exception):
 
 
 class InvalidRequest(GlmdError):
-    """The request cannot be honoured as sent (HTTP 400).
+    """A field of the request is invalid (HTTP 400).
 
     Attributes:
-        param: the offending field in the client's spelling (`messages[2].content`), if one is.
-        code: a machine-readable code such as `context_length_exceeded`, if one fits.
+        param: the field's path in the request (`messages[2].content`). None: no single field.
+        code: error code such as `context_length_exceeded`. None: no specific code.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -39,14 +39,14 @@ def invalid_field(param: str, problem: str) -> InvalidRequest:
 
 
 class ModelNotFound(GlmdError):
-    """No such model is served here (HTTP 404), or no such folder or hub repository (CLI)."""
+    """The model is not served (HTTP 404), or no such folder or hub repository exists (CLI)."""
 
 
 class Overloaded(GlmdError):
-    """There is no room for the request right now (HTTP 503 with `Retry-After`).
+    """The server has no capacity for the request (HTTP 503 with `Retry-After`).
 
     Attributes:
-        retry_after: seconds after which another attempt is sensible.
+        retry_after: suggested seconds before a retry.
     """
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
@@ -55,10 +55,10 @@ class Overloaded(GlmdError):
 
 
 class DeadlineExceeded(GlmdError):
-    """The request took longer than the server or the client allows (HTTP 504).
+    """A timeout of the request expired (HTTP 504).
 
     Attributes:
-        worth_retrying: another attempt could go faster than this one.
+        worth_retrying: a retry may be faster.
     """
 
     def __init__(self, message: str, *, worth_retrying: bool) -> None:
@@ -67,27 +67,27 @@ class DeadlineExceeded(GlmdError):
 
 
 class EngineUnavailable(GlmdError):
-    """The engine is loading, restarting, or died under the request (HTTP 503)."""
+    """The engine is loading or restarting, or stopped during the request (HTTP 503)."""
 
 
-class CrashesEngine(GlmdError):
-    """The engine died more than once on this very request, which is not tried again (HTTP 422)."""
+class RequestQuarantined(GlmdError):
+    """The engine crashed repeatedly on the request, which is rejected (HTTP 422)."""
 
 
 class Cancelled(GlmdError):
-    """Somebody other than the client ended the request (HTTP 499)."""
+    """The request was cancelled at the server (HTTP 499)."""
 
 
 class EngineError(GlmdError):
-    """The engine failed on this request, by a fault of its own (HTTP 500)."""
+    """The engine failed on the request because of an internal error (HTTP 500)."""
 
 
 class CheckpointError(GlmdError):
-    """A checkpoint is missing, damaged, of the wrong kind, or cannot be written.
+    """A checkpoint is missing, damaged or unsupported, or cannot be written.
 
     Attributes:
-        file: the file at fault, if one is.
-        tensor: the tensor at fault, if one is.
+        file: name of the faulty file. None: unknown.
+        tensor: name of the faulty tensor. None: unknown.
     """
 
     def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
@@ -97,12 +97,12 @@ class CheckpointError(GlmdError):
 
 
 class ServerRefused(GlmdError):
-    """A server that was asked over HTTP says no, breaks off, or does not answer."""
+    """A server rejected an HTTP request, broke the connection, or did not respond."""
 
 
 class SettingsError(GlmdError):
-    """A setting (flag, environment, configuration file) is unknown or has a bad value."""
+    """A setting (flag, environment variable, configuration file) is unknown or invalid."""
 
 
 class ServiceError(GlmdError):
-    """The system's service manager refused something, or the service it runs does not come up."""
+    """The system's service manager reported an error, or the service did not start."""

@@ -1,7 +1,7 @@
-"""What the API process and the engine process say to each other.
+"""Messages between the API process and the engine process.
 
-Plain msgspec structs, encoded as MessagePack, one ZeroMQ message each. Only token ids cross
-this border: text, templates and JSON stay in the API process, arrays stay in the engine.
+Each is a msgspec struct, sent as one ZeroMQ message in MessagePack. Only token ids cross the
+process boundary: text, templates and JSON stay in the API process, arrays in the engine process.
 This module imports neither mlx nor any other part of glmd.
 """
 
@@ -19,104 +19,107 @@ LogLevelName = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+EXIT_REPORTED = 3
+"""Exit code of an engine process that has sent `EngineFailed`."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token of one sequence is chosen.
+    """Sampling parameters of one request.
 
     Order of application: penalties and logit_bias, temperature, top_k, top_p, min_p (each
-    filter renormalises), as in transformers and vLLM.
+    filter renormalizes), as in transformers and vLLM.
     """
 
     temperature: float = 1.0
-    """0 means greedy."""
+    """0: greedy."""
     top_k: int = 0
-    """0 means off."""
+    """0: off."""
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Over prompt and output, CTRL's form (https://arxiv.org/abs/1909.05858)."""
+    """Applied to prompt and output, as in CTRL (https://arxiv.org/abs/1909.05858)."""
     presence_penalty: float = 0.0
-    """Over the output, OpenAI's form."""
+    """Applied to the output, as in OpenAI's API."""
     frequency_penalty: float = 0.0
-    """Over the output, OpenAI's form."""
+    """Applied to the output, as in OpenAI's API."""
     logit_bias: dict[int, float] = {}
     seed: int | None = None
-    """None: the engine draws one. A token depends on (seed, position) alone."""
+    """None: drawn by the engine. A token depends on (seed, position) only."""
     logprobs: int | None = None
-    """None: none. k in 0..20: the chosen token's and the k most likely ones', of the model's
-    own distribution (before penalties, temperature and filters)."""
+    """None: no log-probabilities. 0 to 20: those of the sampled token and of this many most likely
+    tokens, before penalties, temperature and filters."""
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A grammar that a continuation must follow, checked by `glmd.structured_output`."""
+    """Grammar that constrains the output, already compiled once by `glmd.structured_output`."""
 
     grammar: str
-    """In llguidance's form, control tokens by id. Where it is fulfilled, EOS ids may come."""
+    """llguidance grammar with control tokens by id. EOS ids are allowed where it is complete."""
     after: tuple[int, ...] = ()
-    """It begins behind the first of these ids that is generated (`</think>`, `<tool_call>`);
-    (): with the first token."""
+    """Token ids (`</think>`, `<tool_call>`) of which the first generated one starts the grammar.
+    (): the grammar starts with the first token."""
     required: bool = True
-    """Until it begins, neither EOS nor any other control token may be generated, so that no
-    sequence ends without it. Otherwise it may not begin at all."""
+    """Forbid EOS and all other control tokens until the grammar starts. False: the sequence may
+    end without it."""
 
 
 class EngineRequest(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
-    """Ask for `n` continuations of one prompt."""
+    """Request for `n` continuations of one prompt."""
 
     id: str
     prompt: bytes
-    """The prompt's token ids, int32 little-endian; see `pack_tokens`."""
+    """Token ids as little-endian int32; see `pack_tokens`."""
     sampling: SamplingParams = SamplingParams()
     n: int = 1
     max_tokens: int | None = None
     """None: up to the context limit."""
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    """End the sequence, beside the checkpoint's EOS ids; the id itself is emitted."""
+    """Ids that end a sequence, in addition to the checkpoint's EOS ids. The id is emitted."""
     ignore_eos: bool = False
     thinking_budget: int | None = None
-    """Once this many tokens are generated and the last id of `thinking_close` is not among them,
-    the next tokens are `thinking_close`, forced; then sampling goes on. Set only for a prompt that
-    ends inside the reasoning. None: no bound."""
+    """Generated tokens after which `thinking_close` is forced, unless its last id was generated
+    before. Only for prompts that end inside the reasoning. None: no limit."""
     thinking_close: tuple[int, ...] = ()
-    """What closes the reasoning in-band: `</think>`, perhaps after a few words."""
+    """Token ids that close the reasoning, up to and including `</think>`."""
     grammar: GrammarSpec | None = None
     client: str = ""
-    """Whose request it is: an opaque name. Clients take turns under load."""
+    """Opaque client name. Clients share the engine fairly."""
     priority: int = 0
-    """Larger goes first among the client's waiting requests; below 0 lets everyone's go ahead."""
+    """Order among the client's waiting requests: larger first. Below 0: behind the requests of
+    all clients."""
     cache_salt: str = ""
     """Requests with different salts share no cached prefix."""
     prompt_progress: bool = False
-    """Emit an Output with `computed_tokens` after each prefill chunk."""
+    """Emit an output with `computed_tokens` after each prefill chunk."""
 
     def __post_init__(self) -> None:
         if len(self.prompt) % 4:
-            raise ValueError("the prompt's bytes are no int32")
+            raise ValueError("prompt: length is not a multiple of 4 bytes (int32).")
 
 
 class AbortRequest(msgspec.Struct, tag="cancel", frozen=True):
-    """Free what request `id` holds (or one of its sequences, by index). Unknown ids are ignored."""
+    """Abort request `id`, or only its sequence `index`. Unknown ids are ignored."""
 
     id: str
     index: int | None = None
 
 
 class SetLogLevel(msgspec.Struct, tag="log_level", frozen=True):
-    """Log from this level on, as `logging` names it."""
+    """Set the engine process's log level."""
 
     level: LogLevelName
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Leave after the present step."""
+    """Exit after the current step."""
 
 
 ToEngine = EngineRequest | AbortRequest | SetLogLevel | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: of the chosen token, and of the most likely ones."""
+    """Log-probabilities of the sampled token and of the most likely tokens at one position."""
 
     logprob: float
     top_ids: list[int]
@@ -124,66 +127,68 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CacheMatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How much of a prompt was stored when its turn came, and why not more."""
+    """Cached prefix of a prompt at admission, and the reason why it is not longer."""
 
     tokens: int
-    """From the first on."""
+    """Cached tokens from the start of the prompt."""
     reason: Literal["whole", "new", "differs", "evicted", "salt", "off"]
-    """whole: all but the last token, which is always computed; new: nothing is stored behind them;
-    differs: what is stored behind them goes on differently; evicted: it went on the same way, but
-    was evicted; salt: more is stored, with another cache_salt; off: nothing is ever stored."""
+    """whole: all but the last token, which is always computed. new: no stored sequence continues
+    the prefix. differs: stored sequences continue the prefix differently. evicted: the next tokens
+    were stored, but evicted. salt: more is stored with another cache_salt. off: the cache is
+    disabled."""
     diverging_tokens: int = 0
-    """differs: tokens that are stored there, in the longest run."""
+    """differs: tokens of the longest stored continuation."""
 
 
 class SequenceOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What one step gave one sequence."""
+    """Output of one sequence in one step."""
 
     id: str
     index: int = 0
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    """Set once, on the sequence's last Output. "stop": `tokens` ends with the EOS or stop token."""
+    """Set on the last output of a sequence. "stop": the last token is an EOS or stop token."""
     error: str | None = None
-    """A sentence, with finish "error"."""
+    """Message for finish reason "error"."""
     error_kind: Literal["invalid_request", "overloaded", "internal"] | None = None
     error_param: str | None = None
     prompt_tokens: int = 0
-    """Set on the first Output of a sequence that has tokens, like the next one."""
+    """Set on the first output with tokens, as is `cached_tokens`."""
     cached_tokens: int = 0
-    """Prompt tokens whose KV was not computed for this request."""
+    """Prompt tokens read from the cache."""
     admitted: bool = False
-    """Set once, when the sequence leaves the queue, on an Output before any with tokens."""
+    """Set on one output, before any with tokens: the sequence left the queue."""
     cache_match: CacheMatch | None = None
-    """Comes with `admitted`."""
+    """Set together with `admitted`."""
     computed_tokens: int = 0
-    """With prompt_progress: prompt tokens ready so far, cached ones included."""
+    """Prompt tokens in the KV cache so far, cached ones included. Needs `prompt_progress`."""
     drafted: int = 0
-    """MTP draft tokens verified for this Output, and how many of them were accepted."""
+    """MTP draft tokens verified for this output."""
     accepted: int = 0
+    """Draft tokens accepted."""
 
 
 class StepOutputs(msgspec.Struct, tag="step", frozen=True):
-    """All Outputs of one engine step, in one message."""
+    """All outputs of one engine step."""
 
     outputs: list[SequenceOutput]
 
 
 class LoadProgress(msgspec.Struct, tag="loading", frozen=True):
-    """Weights are on their way."""
+    """Progress of loading the weights."""
 
     done_bytes: int
     total_bytes: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine serves, said once when it is ready."""
+    """Properties of the loaded model."""
 
     path: str
     vocab_size: int
     max_context: int
-    """Tokens, prompt and output together: the checkpoint's limit or the configured one."""
+    """Prompt and output tokens: the smaller of the checkpoint's and the configured limit."""
     eos_token_ids: tuple[int, ...]
     has_mtp: bool
     weight_bytes: int
@@ -193,38 +198,39 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineReady(msgspec.Struct, tag="ready", frozen=True):
-    """The engine takes requests from now on."""
+    """The engine accepts requests."""
 
     model: ModelInfo
 
 
 class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
-    """A snapshot of the engine's counters and gauges, sent at most once per second."""
+    """Counters and gauges of the engine, sent at most once per second."""
 
     running: int = 0
     waiting: int = 0
     kv_tokens: int = 0
     kv_idle_tokens: int = 0
-    """Of `kv_tokens`, those that no request holds: kept for the next one, evicted for room."""
+    """Part of `kv_tokens` held by no request: reusable and evictable."""
     kv_segments: int = 0
-    """Sealed runs of tokens that the prefix tree consists of."""
+    """Segments in the prefix tree."""
     kv_branches: int = 0
-    """Stored prefixes that no other continues."""
+    """Leaves of the prefix tree."""
     kv_longest: int = 0
     """Tokens of the longest stored prefix."""
     kv_bytes: int = 0
     kv_budget_bytes: int = 0
-    """What `kv_bytes` may grow to, and what weights, KV and working memory may together."""
+    """Limit of `kv_bytes`."""
     memory_budget_bytes: int = 0
+    """Limit of weights, KV cache and activations together."""
     weight_bytes: int = 0
     active_bytes: int = 0
-    """MLX's allocator: arrays alive."""
+    """Live arrays in MLX's allocator."""
     cache_bytes: int = 0
-    """MLX's allocator: kept for reuse."""
+    """Free memory that MLX's allocator keeps for reuse."""
     footprint_bytes: int = 0
-    """What the engine process occupies, as the system counts it; see `glmd.utils.memory`."""
+    """Memory of the engine process; see `glmd.utils.memory`."""
     out_of_memory: int = 0
-    """Steps for which the device refused memory."""
+    """Steps that failed because the device was out of memory."""
     steps: int = 0
     rows: int = 0
     """Token rows of all steps: decode, verify and prefill rows."""
@@ -234,21 +240,21 @@ class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     drafted: int = 0
     accepted: int = 0
     verified: int = 0
-    """Times that a sequence had drafts verified in a step; 1 + accepted / verified is the mean
-    accepted length."""
+    """Verified sequences, summed over steps; 1 + accepted / verified is the mean accepted
+    length."""
     drafts: int = 0
-    """What the gate has chosen lately: drafts per sequence and step."""
+    """Current number of drafts per sequence and step."""
     acceptance: float = 0.0
-    """Moving average of the share of drafts that were accepted; 0 without an MTP layer."""
+    """Moving average of accepted / drafted; 0 without an MTP layer."""
     preemptions: int = 0
     evicted_tokens: int = 0
     step_seconds: float = 0.0
-    """Moving average of the time of one step."""
+    """Moving average of a step's duration."""
     step_seconds_total: float = 0.0
 
 
 class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
-    """The engine cannot start (bad checkpoint, no memory) and is about to exit."""
+    """The engine failed for the reason in `message`, and exits with `EXIT_REPORTED`."""
 
     message: str
 
@@ -261,15 +267,15 @@ decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 def pack_tokens(tokens: npt.ArrayLike) -> bytes:
-    """Token ids as int32 little-endian bytes: 100k ids cross in microseconds, not milliseconds."""
+    """Pack token ids as little-endian int32: microseconds, not milliseconds, for 100k ids."""
     return np.ascontiguousarray(tokens, dtype="<i4").tobytes()
 
 
 def unpack_tokens(data: bytes) -> TokenArray:
-    """The inverse of `pack_tokens`; the array is a read-only view of `data`."""
+    """Invert `pack_tokens`; return a read-only view of `data`."""
     return np.frombuffer(data, dtype="<i4")
 
 
 def count_tokens(data: bytes) -> int:
-    """How many ids `pack_tokens` has packed."""
+    """Number of token ids in packed `data`."""
     return len(data) // 4

@@ -35,5 +35,5 @@ def test_models_log_and_usage_say_whether_there_are_drafts(
             assert accepted < usage["completion_tokens"]
         else:
             assert accepted == rejected == 0
-    ready = next(line for line in caplog.messages if line.startswith("Ready:"))
-    assert ("no MTP layer, so no drafts" in ready) is not bool(layers)
+    ready = next(line for line in caplog.messages if line.startswith("Engine ready:"))
+    assert ("mtp=no" in ready) is not bool(layers)

@@ -232,7 +232,7 @@ def test_clients_that_vanish_in_any_phase_leave_no_task(hasty: LiveServer) -> No
         wait_until(lambda: not open_connections(hasty) and not engine.in_flight)
     wait_until(lambda: tasks() <= before)
     hasty.wait_until_idle()
-    assert not engine.queue.answers
+    assert not engine.queue.sequences
     assert not engine.queue.tokens
 
 
@@ -272,7 +272,7 @@ def test_bodies_that_do_not_fit_beside_those_held_are_told_to_come_back() -> Non
             for _ in range(10):
                 stack.enter_context(opened := connect(live))
                 opened.sendall(waits)
-            wait_until(lambda: live.service.engine.queue.answers == 10)
+            wait_until(lambda: live.service.engine.queue.sequences == 10)
             refusal = answer(hello)
             assert refusal.startswith(b"HTTP/1.1 503 ")
             assert b"\r\nretry-after: 1\r\n" in refusal.lower()

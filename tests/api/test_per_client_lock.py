@@ -102,7 +102,7 @@ def test_a_deadline_passes_before_the_engine_as_well(
         assert error_of(path, mine) == expected
         other = http.post(path, json=body_of(path, "</think>Hi"))
         assert other.status_code == 200, "another client is not held up"
-    assert not scripted.service.engine.queue.answers
+    assert not scripted.service.engine.queue.sequences
 
 
 def test_nothing_is_prepared_for_a_client_that_has_gone(
@@ -129,7 +129,7 @@ def test_nothing_is_prepared_for_a_client_that_has_gone(
     with busy(scripted, "Bearer gone"):
         with socket.create_connection((host, int(port))) as opened:
             opened.sendall(head.encode() + body)
-            wait_until(lambda: service.engine.queue.answers == 1)
+            wait_until(lambda: service.engine.queue.sequences == 1)
         wait_until(lambda: len(connections) <= before)
-    wait_until(lambda: not service.engine.queue.answers)
+    wait_until(lambda: not service.engine.queue.sequences)
     assert not prepared

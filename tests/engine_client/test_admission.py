@@ -47,10 +47,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(client=st.sampled_from("abc"), answers=st.integers(1, 4), tokens=st.integers(1, 80))
     def arrive(self, client: str, answers: int, tokens: int) -> None:
-        waiting = self.queue.answers
+        waiting = self.queue.sequences
         own = Counter[str]()
         for place in self.places:
-            own[place.client] += place.answers
+            own[place.client] += place.sequences
         try:
             self.places.append(self.queue.admit_or_reject(client, answers, tokens))
         except Overloaded:
@@ -63,7 +63,7 @@ class QueueMachine(RuleBasedStateMachine):
     def admit(self, number: int, seconds: float) -> None:
         self.clock.now += seconds
         if self.places:
-            self.queue.leave(self.places[number % len(self.places)])
+            self.queue.mark_admitted(self.places[number % len(self.places)])
 
     @rule(number=st.integers(0, 20))
     def give_up(self, number: int) -> None:
@@ -72,9 +72,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_are_right(self) -> None:
-        assert self.queue.answers == sum(place.answers for place in self.places)
+        assert self.queue.sequences == sum(place.sequences for place in self.places)
         assert self.queue.tokens == sum(place.tokens for place in self.places)
-        assert self.queue.answers <= self.MAX_ANSWERS
+        assert self.queue.sequences <= self.MAX_ANSWERS
         assert self.queue.tokens <= self.MAX_TOKENS
 
 
@@ -95,13 +95,13 @@ def test_a_client_alone_gets_half_and_there_is_always_room_for_another() -> None
     for client in "abcd":
         fill(queue, client)
     queue.admit_or_reject("newcomer", 1, 10)
-    assert queue.answers < 100
+    assert queue.sequences < 100
 
 
 def test_when_nothing_waits_even_the_largest_request_is_let_in() -> None:
     queue = AdmissionQueue(4, 100)
     place = queue.admit_or_reject("a", 128, 5000)
-    with pytest.raises(Overloaded, match="128 answers wait"):
+    with pytest.raises(Overloaded, match="128 sequences are waiting"):
         queue.admit_or_reject("b", 1, 1)
     queue.release(place)
     queue.admit_or_reject("b", 1, 1)
@@ -110,7 +110,7 @@ def test_when_nothing_waits_even_the_largest_request_is_let_in() -> None:
 def test_too_many_prompt_tokens_are_refused_as_such() -> None:
     queue = AdmissionQueue(100, 1000)
     queue.admit_or_reject("a", 1, 400)
-    with pytest.raises(Overloaded, match="400 prompt tokens wait"):
+    with pytest.raises(Overloaded, match="400 prompt tokens are waiting"):
         queue.admit_or_reject("a", 1, 400)
     queue.admit_or_reject("a", 1, 200)
 
@@ -124,7 +124,7 @@ def test_retry_after_follows_the_admissions_and_spreads_those_who_are_told(
     places = [queue.admit_or_reject("a", 1, 1) for _ in range(30)]
     for place, pause in zip(places, pauses, strict=False):
         clock.now += pause
-        queue.leave(place)
+        queue.mark_admitted(place)
     told = [queue.retry_after() for _ in range(refused)]
     assert told == sorted(told)
     assert min(pauses) - 1e-6 <= told[0] <= max(pauses) + 1e-6
@@ -155,15 +155,15 @@ def waiting(live: LiveServer, key: str, count: int) -> Iterator[None]:
         f"Authorization: Bearer {key}\r\n\r\n"
     )
     address = live.url.removeprefix("http://").split(":")
-    before = queue.answers
+    before = queue.sequences
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             opened = socket.create_connection((address[0], int(address[1])))
             stack.enter_context(opened)
             opened.sendall(head.encode() + body)
-        wait_until(lambda: queue.answers == before + count)
+        wait_until(lambda: queue.sequences == before + count)
         yield
-    wait_until(lambda: queue.answers <= before)
+    wait_until(lambda: queue.sequences <= before)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -176,7 +176,7 @@ def test_a_full_queue_refuses_in_each_apis_shape_and_says_when_to_come_back(
         )
         assert error_of(path, mine) == (529 if path == "/v1/messages" else 503, "overloaded_error")
         assert int(mine.headers["retry-after"]) >= 1
-        assert "2 answers wait for their turn, 2 of the answers yours" in mine.text
+        assert "2 sequences are waiting, 2 of them from this client" in mine.text
         other = http.post(path, json=body_of(path, "</think>Hi"))
         assert other.status_code == 200, "another client finds room"
 
@@ -228,7 +228,7 @@ def test_a_request_whose_turn_does_not_come_in_time_is_told_to_come_back(
     with scripted.client(headers={"x-glmd-queue-timeout": "0.1"}) as http:
         response = http.post(path, json=body_of(path, "{wait}", stream=stream))
     assert error_of(path, response) == (529 if path == "/v1/messages" else 503, "overloaded_error")
-    assert "turn did not come within 0.1 s" in response.text
+    assert "Queue timeout (0.1 s) exceeded" in response.text
     assert int(response.headers["retry-after"]) >= 1
     scripted.wait_until_idle()
 
@@ -241,7 +241,7 @@ def test_a_request_that_takes_too_long_is_504_and_its_row_is_free(
     with scripted.client(headers={header: "0.1"}) as http:
         response = http.post(path, json=body_of(path, "{wait}"))
     assert error_of(path, response) == (504, "timeout_error")
-    assert "within 0.1 s" in response.text
+    assert "timeout (0.1 s) exceeded" in response.text
     final = response.headers.get("x-should-retry")
     assert final == ("false" if header == "x-glmd-timeout" else None)
     scripted.wait_until_idle()
@@ -270,7 +270,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(
         last = sse.read_named(response.content)[-1]
         kind = "error" if path == "/v1/messages" else "response.failed"
         assert last["type"] == kind
-        assert "was not done within 0.4 s" in json.dumps(last)
+        assert "Request timeout (0.4 s) exceeded" in json.dumps(last)
     scripted.wait_until_idle()
 
 
@@ -283,7 +283,7 @@ def test_a_client_can_be_less_patient_than_the_server_not_more() -> None:
                 headers={"x-glmd-timeout": header},
             )
             assert response.status_code == 504
-            assert f"within {limit} s" in response.text
+            assert f"timeout ({limit} s) exceeded" in response.text
 
 
 @pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf"])

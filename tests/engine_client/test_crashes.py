@@ -130,8 +130,8 @@ def test_ten_deaths_in_a_row_fail_what_is_open_and_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(engine_client, "SHORTEST_PAUSE", 0.01)
-    monkeypatch.setattr(engine_client, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(engine_client, "MIN_RESTART_DELAY", 0.01)
+    monkeypatch.setattr(engine_client, "MAX_RESTART_DELAY", 0.1)
     this = psutil.Process()
     others = set(this.children())  # of servers that other tests share
     files: list[int] = []
@@ -164,7 +164,7 @@ def test_ten_deaths_in_a_row_fail_what_is_open_and_leave_nothing_behind(
 def test_a_request_that_ended_the_engine_twice_is_refused_in_every_apis_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_client, "SHORTEST_PAUSE", 0.01)
+    monkeypatch.setattr(engine_client, "MIN_RESTART_DELAY", 0.01)
     with live_server() as live, live.client() as http:
         for path in ("/v1/chat/completions", "/v1/messages"):
             fatal = chat_body("⟦{die}⟧")
@@ -177,7 +177,7 @@ def test_a_request_that_ended_the_engine_twice_is_refused_in_every_apis_shape(
                 assert refused.status_code == 422
                 error = refused.json()["error"]
                 assert error["type"] == "invalid_request_error"
-                assert "died 2 times" in error["message"]
+                assert "crashed 2 times" in error["message"]
         assert http.get("/health").json()["restarts"] == 4
         fine = http.post("/v1/chat/completions", json=chat_body("⟦</think>Here.⟧"))
         assert fine.json()["choices"][0]["message"]["content"] == "Here."

@@ -1,4 +1,4 @@
-"""The engine process and its client: outputs, cancellation, death and restart."""
+"""The engine process and its client: outputs, cancellation, crash and restart."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_cancelling_the_reader_frees_the_row_before_its_first_token(tmp_pa
         await rows_are_free(it)
 
 
-async def test_a_reader_too_far_behind_frees_the_row_though_it_never_comes_back(
+async def test_a_slow_reader_loses_its_row_even_if_it_never_reads_again(
     tmp_path: Path,
 ) -> None:
     it = EngineClient(EngineProcessConfig(tmp_path, {}, engine="fake_engine"), buffer_tokens=100)
@@ -116,14 +116,14 @@ async def test_a_reader_too_far_behind_frees_the_row_though_it_never_comes_back(
             await anext(outputs)
             await rows_are_free(it)
             assert it.in_flight == 1
-            with pytest.raises(Overloaded, match="more than 100 tokens behind"):
+            with pytest.raises(Overloaded, match="100 tokens are unread"):
                 await anext(outputs)
         assert it.in_flight == 0
     finally:
         await it.close()
 
 
-async def test_one_sequence_can_be_cancelled_and_the_others_go_on(tmp_path: Path) -> None:
+async def test_cancelling_one_sequence_leaves_the_others_running(tmp_path: Path) -> None:
     async with ready_client(tmp_path, step_seconds=0.001) as it:
         counts = [0, 0]
         async for output in it.generate(request(1, n=2, max_tokens=200)):
@@ -134,7 +134,7 @@ async def test_one_sequence_can_be_cancelled_and_the_others_go_on(tmp_path: Path
         assert counts[1] == 200
 
 
-async def test_a_refused_request_raises_with_its_field(tmp_path: Path) -> None:
+async def test_a_rejected_request_raises_with_its_field(tmp_path: Path) -> None:
     async with ready_client(tmp_path) as it:
         with pytest.raises(InvalidRequest, match="No such thing") as caught:
             await collect(it, request(fake_engine.REFUSE))
@@ -143,7 +143,7 @@ async def test_a_refused_request_raises_with_its_field(tmp_path: Path) -> None:
             await collect(it, request(fake_engine.OVERLOAD))
 
 
-async def test_a_request_before_the_engine_is_ready_is_told_so(tmp_path: Path) -> None:
+async def test_a_request_during_loading_is_rejected_with_the_reason(tmp_path: Path) -> None:
     async with client(tmp_path, on_load="wait") as it:
         assert it.state == "loading"
         with pytest.raises(EngineUnavailable, match="loading"):
@@ -161,16 +161,16 @@ async def test_loading_progress_is_visible(tmp_path: Path) -> None:
         assert (it.progress.done_bytes, it.progress.total_bytes) == (6, 12)
 
 
-@pytest.mark.parametrize("trouble", [fake_engine.DIE, fake_engine.RAISE])
-async def test_death_fails_what_is_in_flight_and_the_engine_comes_back(
-    tmp_path: Path, trouble: int
+@pytest.mark.parametrize("prompt", [fake_engine.DIE, fake_engine.RAISE])
+async def test_a_crash_fails_requests_in_flight_and_restarts_the_engine(
+    tmp_path: Path, prompt: int
 ) -> None:
     async with ready_client(tmp_path) as it:
         first = it.pid
         waiting = asyncio.create_task(collect(it, request(fake_engine.SILENT, id="waiting")))
         await collect(it, request(1, id="before"))
         with pytest.raises(EngineUnavailable):
-            await collect(it, request(trouble))
+            await collect(it, request(prompt))
         with pytest.raises(EngineUnavailable):
             await waiting
         assert it.state == "restarting"
@@ -182,7 +182,23 @@ async def test_death_fails_what_is_in_flight_and_the_engine_comes_back(
         assert await collect(it, request(3, max_tokens=2)) == {0: [3, 3]}
 
 
-async def test_a_refused_checkpoint_is_final_and_says_why(tmp_path: Path) -> None:
+async def test_an_undecodable_message_restarts_the_engine_and_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ready_client(tmp_path) as it:
+        first = it.pid
+        assert first is not None
+        with pytest.raises(EngineUnavailable):
+            await collect(it, request(fake_engine.UNDECODABLE))
+        async with asyncio.timeout(30):
+            assert await it.wait_for("ready", "failed") == "ready"
+        assert it.restarts == 1
+        assert not psutil.pid_exists(first)
+        assert "ValidationError" in caplog.text
+        assert await collect(it, request(3, max_tokens=2)) == {0: [3, 3]}
+
+
+async def test_a_refused_checkpoint_is_final_and_reports_the_reason(tmp_path: Path) -> None:
     async with client(tmp_path, on_load="refuse") as it:
         assert await it.wait_for("ready", "failed") == "failed"
         assert it.failure == f"{tmp_path} holds no checkpoint."
@@ -191,7 +207,7 @@ async def test_a_refused_checkpoint_is_final_and_says_why(tmp_path: Path) -> Non
             await collect(it, request(1))
 
 
-async def test_an_engine_that_never_comes_up_is_given_up(tmp_path: Path) -> None:
+async def test_an_engine_that_crashes_during_loading_is_given_up(tmp_path: Path) -> None:
     async with client(tmp_path, on_load="crash") as it:
         assert await it.wait_for("ready", "failed") == "failed"
         assert it.failure is not None
@@ -258,17 +274,19 @@ async def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("glmd-*"))
 
 
-async def test_outputs_that_pile_up_arrive_as_one() -> None:
-    stream = OutputCollector(n=1, limit=100)
+async def test_unread_outputs_are_merged() -> None:
+    collector = OutputCollector(n=1, limit=100)
     logprobs = [TokenLogprobs(-0.5, [], [])]
-    stream.put(
+    collector.put(
         SequenceOutput(id="r", tokens=[1], logprobs=logprobs, prompt_tokens=9, cached_tokens=4)
     )
-    stream.put(SequenceOutput(id="r", tokens=[2, 3], logprobs=2 * logprobs, drafted=2, accepted=1))
-    stream.put(
+    collector.put(
+        SequenceOutput(id="r", tokens=[2, 3], logprobs=2 * logprobs, drafted=2, accepted=1)
+    )
+    collector.put(
         SequenceOutput(id="r", tokens=[4], logprobs=logprobs, drafted=1, finish_reason="stop")
     )
-    (output,) = await stream.get()
+    (output,) = await collector.get()
     assert output == SequenceOutput(
         id="r",
         tokens=[1, 2, 3, 4],
@@ -279,22 +297,43 @@ async def test_outputs_that_pile_up_arrive_as_one() -> None:
         accepted=1,
         finish_reason="stop",
     )
-    assert stream.finished
+    assert collector.finished
 
 
-async def test_what_arrived_before_a_failure_is_read_before_it() -> None:
-    stream = OutputCollector(n=1, limit=100)
-    stream.put(SequenceOutput(id="r", tokens=[1]))
-    stream.fail(EngineUnavailable("gone"))
-    stream.put(SequenceOutput(id="r", tokens=[2]))
-    assert [output.tokens for output in await stream.get()] == [[1]]
+async def test_outputs_before_a_failure_are_read_before_the_error() -> None:
+    collector = OutputCollector(n=1, limit=100)
+    collector.put(SequenceOutput(id="r", tokens=[1]))
+    collector.fail(EngineUnavailable("gone"))
+    collector.put(SequenceOutput(id="r", tokens=[2]))
+    assert [output.tokens for output in await collector.get()] == [[1]]
     with pytest.raises(EngineUnavailable):
-        await stream.get()
+        await collector.get()
 
 
-async def test_a_reader_too_far_behind_is_cut_off() -> None:
-    stream = OutputCollector(n=1, limit=100)
+async def test_a_slow_reader_gets_an_error_at_the_limit() -> None:
+    collector = OutputCollector(n=1, limit=100)
     for _ in range(101):
-        stream.put(SequenceOutput(id="r", tokens=[1]))
-    with pytest.raises(Overloaded, match="100 tokens behind"):
-        await stream.get()
+        collector.put(SequenceOutput(id="r", tokens=[1]))
+    with pytest.raises(Overloaded, match="100 tokens are unread"):
+        await collector.get()
+
+
+async def test_an_answer_whose_last_output_exceeds_the_limit_is_delivered_whole() -> None:
+    collector = OutputCollector(n=2, limit=100)
+    collector.put(SequenceOutput(id="r", index=0, tokens=[1] * 40, finish_reason="stop"))
+    collector.put(SequenceOutput(id="r", index=1, tokens=[2] * 60))
+    collector.put(SequenceOutput(id="r", index=1, tokens=[3, 4], finish_reason="length"))
+    assert not collector.failed
+    first, second = await collector.get()
+    assert (first.tokens, first.finish_reason) == ([1] * 40, "stop")
+    assert (second.tokens, second.finish_reason) == ([2] * 60 + [3, 4], "length")
+    assert collector.finished
+
+
+async def test_tokens_of_a_dropped_sequence_do_not_count_towards_the_limit() -> None:
+    collector = OutputCollector(n=2, limit=100)
+    collector.put(SequenceOutput(id="r", index=0, tokens=[1] * 90))
+    assert collector.end(0)
+    collector.put(SequenceOutput(id="r", index=1, tokens=[2] * 90))
+    (output,) = await collector.get()
+    assert output.tokens == [2] * 90

@@ -23,6 +23,9 @@ DIE, RAISE, REFUSE, OVERLOAD = 901, 902, 903, 904
 SILENT = 905
 """First prompt token: admitted, and never a token."""
 
+UNDECODABLE = 906
+"""First prompt token: an output that the client cannot decode."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -89,6 +92,9 @@ class FakeEngine:
             if prompt[0] == RAISE:
                 raise RuntimeError("the test asked for it")
             if prompt[0] == SILENT:
+                continue
+            if prompt[0] == UNDECODABLE:
+                outputs.append(SequenceOutput(id=key[0], finish_reason="unknown"))  # type: ignore[arg-type]
                 continue
             done = count + 1 == (request.max_tokens or 16)
             self._tokens += 1

@@ -1,4 +1,4 @@
-"""A log file stays the log: when it is renamed, when it is large, and for whoever writes to it."""
+"""Renaming, rotation and reopening of a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = """
 import logging, os, subprocess, sys
 from pathlib import Path
-from glmd.utils.logfile import LogFile
+from glmd.utils.logging import LogFile
 
 file = Path(sys.argv[1])
 log_file = LogFile(file, limit=1000)
@@ -35,13 +35,13 @@ logging.getLogger("glmd").error("again")
 """
 
 
-def test_a_renamed_or_large_log_is_begun_anew_and_no_line_is_lost(tmp_path: Path) -> None:
+def test_a_renamed_or_large_log_is_reopened_without_losing_lines(tmp_path: Path) -> None:
     file = tmp_path / "log"
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(file)], capture_output=True, text=True, check=True
     )
-    assert done.stdout + done.stderr == "", "all of it is in the file"
+    assert done.stdout + done.stderr == "", "all output is in the file"
     assert (tmp_path / "renamed").read_text() == "printed\nnot lost\n"
-    aside = (tmp_path / "log.1").read_text()
-    assert aside == "a child\n" + "x" * 2000 + "\n"
+    rotated = (tmp_path / "log.1").read_text()
+    assert rotated == "a child\n" + "x" * 2000 + "\n"
     assert file.read_text() == "ERROR:glmd:again\n"

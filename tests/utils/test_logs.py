@@ -25,7 +25,13 @@ from glmd.api.observability.exchange import HttpExchange
 from glmd.api.observability.request_stats import RequestStats
 from glmd.cli import service
 from glmd.ipc import CacheMatch
-from glmd.utils.logging import JsonFormatter, TextFormatter, choose_format, for_people, request_id
+from glmd.utils.logging import (
+    JsonFormatter,
+    TextFormatter,
+    choose_format,
+    json_line_to_text,
+    request_id,
+)
 
 SECRET = "xyzzy plugh"
 
@@ -270,13 +276,13 @@ def test_lines_that_are_written_for_a_request_carry_its_id() -> None:
 def test_a_line_in_json_is_shown_to_people_as_text_and_anything_else_as_it_is() -> None:
     record = make("Done\x1b[31m", fields={"request_id": "abc"})
     line = JsonFormatter().format(record)
-    text = for_people(line)
+    text = json_line_to_text(line)
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO glmd\.test: Done\\x1b\[31m \[abc\]", text
     )
-    assert for_people(f"Nov 24 10:00:00 mac glmd[7]: {line}") == text
+    assert json_line_to_text(f"Nov 24 10:00:00 mac glmd[7]: {line}") == text
     for other in ("libc++abi: terminating", "{}", '{"time": 1}', "{broken", "[1]", ""):
-        assert for_people(other) == other
+        assert json_line_to_text(other) == other
 
 
 def test_the_form_is_text_on_a_terminal_and_json_elsewhere_unless_it_is_set() -> None:
@@ -319,7 +325,7 @@ def test_both_processes_write_json_into_a_file(tmp_path: Path) -> None:
     )
     written = [json.loads(line) for line in done.stderr.splitlines()]
     loggers = {line["logger"] for line in written}
-    assert {"glmd.engine", "glmd.supervisor"} <= loggers
+    assert {"glmd.engine", "glmd.engine_client"} <= loggers
     assert any("the test asked for it" in line.get("exception", "") for line in written)
 
 
@@ -339,4 +345,4 @@ def test_the_services_log_is_text_on_a_terminal_and_as_written_elsewhere(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
     service.logs(lines=100, follow=False)
     shown = capfd.readouterr().out.splitlines()
-    assert shown == [for_people(line) if on_terminal else line, "abort"]
+    assert shown == [json_line_to_text(line) if on_terminal else line, "abort"]

@@ -27,13 +27,13 @@ from glmd.api import unsupported_routes as absent
 from glmd.api.anthropic import errors as anthropic
 from glmd.errors import (
     Cancelled,
-    CrashesEngine,
     DeadlineExceeded,
     EngineUnavailable,
     GlmdError,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    RequestQuarantined,
 )
 
 log = logging.getLogger("glmd.api")
@@ -141,7 +141,7 @@ def problem_of_ours(error: GlmdError) -> ErrorInfo:
         case Cancelled():
             # Clients send a 409 or a 5xx again by themselves; this must not come back.
             return ErrorInfo(499, "invalid_request_error", message, code="request_cancelled")
-        case CrashesEngine():
+        case RequestQuarantined():
             # Not 4xx that clients send again by themselves (408, 409, 429), and not 5xx.
             return ErrorInfo(422, "invalid_request_error", message, code="crashes_engine")
         case _:

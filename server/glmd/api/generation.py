@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 
 from glmd.api.observability.request_stats import RequestRegistry, RequestStats
 from glmd.chat.events import Event, Finished
-from glmd.engine_client.client import NO_DEADLINES, EngineClient
-from glmd.engine_client.timeouts import RequestTimeouts
+from glmd.engine_client.client import EngineClient
+from glmd.engine_client.timeouts import NO_TIMEOUTS, RequestTimeouts
 from glmd.errors import EngineUnavailable
 from glmd.ipc import EngineRequest, SequenceOutput
 
@@ -72,7 +72,7 @@ class Generation:
         request: EngineRequest,
         readers: Sequence[Reader],
         *,
-        deadlines: RequestTimeouts = NO_DEADLINES,
+        deadlines: RequestTimeouts = NO_TIMEOUTS,
         requests: RequestRegistry,
         record: RequestStats,
         report_progress: bool = False,

@@ -27,7 +27,7 @@ from glmd.api.reload import has_terminal, reload
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
-from glmd.utils import gc as heap
+from glmd.utils.gc import freeze_gc_heap
 
 log = logging.getLogger("glmd")
 
@@ -152,7 +152,7 @@ def run(service: AppState, read_settings: Callable[[], Settings] | None = None) 
     connection.raise_file_limit()
     sockets = listen(settings.host, settings.port)
     url = base_url(settings.host, sockets)
-    heap.freeze_gc_heap()
+    freeze_gc_heap()
     log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
     Server(service, read_settings).run(sockets)
     if service.engine.state == "failed":

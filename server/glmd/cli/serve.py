@@ -16,7 +16,7 @@ from glmd.utils.logging import choose_format, configure
 
 if TYPE_CHECKING:
     from glmd.api.state import ServedModel
-    from glmd.utils.logfile import LogFile
+    from glmd.utils.logging import LogFile
 
 log = logging.getLogger("glmd")
 
@@ -113,7 +113,7 @@ def write_log_to(file: Path) -> LogFile:
     Raises:
         SettingsError: the file cannot be opened.
     """
-    from glmd.utils.logfile import LogFile
+    from glmd.utils.logging import LogFile
 
     opened = LogFile(file)
     try:

@@ -15,7 +15,7 @@ from glmd.cli.daemon import ServerProcess, describe_exit, find_manager, wait_unt
 from glmd.cli.daemon.spec import ServiceManager, ServiceState, build_spec, require_installed
 from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
 from glmd.config import load
-from glmd.utils.logging import choose_format, configure, for_people
+from glmd.utils.logging import choose_format, configure, json_line_to_text
 
 app = typer.Typer(
     help="Run the server in the background, with launchd on macOS and systemd on Linux.",
@@ -136,7 +136,7 @@ def logs(
                 command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
             ) as reading:
                 for line in reading.stdout or ():
-                    print(for_people(line.rstrip("\n")), flush=True)
+                    print(json_line_to_text(line.rstrip("\n")), flush=True)
             code = reading.returncode
     except KeyboardInterrupt:  # ends --follow
         return

@@ -24,14 +24,11 @@ import zmq
 
 from glmd import ipc
 from glmd.errors import GlmdError
-from glmd.utils import gc as heap
-from glmd.utils.logfile import LogFile
-from glmd.utils.logging import configure
+from glmd.ipc import EXIT_REPORTED
+from glmd.utils.gc import freeze_gc_heap
+from glmd.utils.logging import LogFile, configure
 
 log = logging.getLogger("glmd.engine")
-
-EXIT_REPORTED = 3
-"""Exit code after `EngineFailed` was sent. Any other code but 0 is a crash without a message."""
 
 STATS_INTERVAL = 1.0
 """Seconds between two `EngineStats`."""
@@ -165,7 +162,7 @@ def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
             msgspec.convert(config, implementation.EngineConfig),
             progress_reporter(channel),
         )
-        heap.freeze_gc_heap()
+        freeze_gc_heap()
         serve(engine, channel)
         engine.close()  # Not after an error, which leaves the engine in an unknown state.
     except GlmdError as error:

@@ -1,1 +1,1 @@
-"""The API process's side of the engine."""
+"""API-process side of the engine: supervision, admission, timeouts and outputs."""

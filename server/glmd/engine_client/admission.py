@@ -1,7 +1,7 @@
-"""The queue before the engine: who waits in it, how many may, and when it is worth coming back.
+"""Admission control: bounds on waiting sequences and prompt tokens, shared among clients.
 
-The sequences themselves wait in the engine's scheduler, which decides whose turn it is; here they
-are counted, so that one too many is refused at once and not kept for an hour.
+The engine's scheduler holds the queue itself and chooses the order. This module only counts, so
+that a request beyond the bounds is rejected at once.
 """
 
 from __future__ import annotations
@@ -14,116 +14,115 @@ from dataclasses import dataclass
 from glmd.errors import Overloaded
 from glmd.utils.fair_limiter import FairLimiter
 
-FIRST_GUESS = 1.0
-"""Seconds between two admissions, before any has been seen."""
+INITIAL_INTERVAL = 1.0
+"""Assumed seconds between two admissions before any has been measured."""
 
 SMOOTHING = 0.3
-"""Weight of the newest admission in the average time between two."""
+"""Weight of the newest interval in the moving average."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """What a request has in the queue.
+    """Queue space held by one request.
 
     Attributes:
-        answers: of its sequences, those that wait.
-        tokens: of its prompt, until the first of them leaves.
+        sequences: sequences that still wait.
+        tokens: prompt tokens; 0 once the first sequence is admitted.
     """
 
     client: str
-    answers: int
+    sequences: int
     tokens: int
 
 
 class AdmissionQueue:
-    """Answers and prompt tokens that wait, each a `FairLimiter` that clients share.
+    """Waiting sequences and prompt tokens, each bounded by a `FairLimiter`.
 
     Attributes:
-        refused: how many were turned away.
+        refused: sequences rejected so far.
     """
 
     def __init__(
         self,
-        max_answers: float = math.inf,
+        max_sequences: float = math.inf,
         max_tokens: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refused = 0
-        self._answers = FairLimiter(max_answers)
+        self._sequences = FairLimiter(max_sequences)
         self._tokens = FairLimiter(max_tokens)
         self._clock = clock
         self._interval: float | None = None
-        """Average time between two admissions, while others wait."""
+        """Moving average of seconds between two admissions while others wait."""
         self._last_admission = 0.0
-        self._next_chance = 0.0
+        self._last_suggestion = 0.0
 
     @property
-    def answers(self) -> int:
-        """How many wait."""
-        return self._answers.used
+    def sequences(self) -> int:
+        """Waiting sequences."""
+        return self._sequences.used
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens that wait with them."""
+        """Prompt tokens of the waiting sequences."""
         return self._tokens.used
 
-    def admit_or_reject(self, client: str, answers: int, tokens: int) -> Ticket:
-        """Take a place. While nothing waits, any will do: what is larger than the queue could
-        never wait in it.
+    def admit_or_reject(self, client: str, sequences: int, tokens: int) -> Ticket:
+        """Reserve queue space. An empty queue accepts a request of any size.
 
         Raises:
-            Overloaded: so much more of `client` may not wait.
+            Overloaded: the client's share of the queue is full.
         """
-        if not self.answers:
+        if not self.sequences:
             self._last_admission = self._clock()
-        elif not self._answers.fits(client, answers):
-            raise self._refusal(client, answers, f"{self.answers} answers wait for their turn")
+        elif not self._sequences.fits(client, sequences):
+            raise self._rejection(client, sequences, f"{self.sequences} sequences are waiting")
         elif not self._tokens.fits(client, tokens):
-            raise self._refusal(client, answers, f"{self.tokens} prompt tokens wait for their turn")
-        place = Ticket(client, answers, tokens)
-        self._answers.take(client, answers)
-        self._tokens.take(client, tokens)
-        return place
+            raise self._rejection(client, sequences, f"{self.tokens} prompt tokens are waiting")
+        self._sequences.add(client, sequences)
+        self._tokens.add(client, tokens)
+        return Ticket(client, sequences, tokens)
 
-    def _refusal(self, client: str, answers: int, what: str) -> Overloaded:
-        self.refused += answers
-        own = self._answers.used_by(client)
-        whose = f", {own} of the answers yours" if own else ""
+    def _rejection(self, client: str, sequences: int, reason: str) -> Overloaded:
+        self.refused += sequences
+        own = self._sequences.used_by(client)
+        share = f", {own} of them from this client" if own else ""
         return Overloaded(
-            f"There is no room: {what}{whose}. Try again later.", retry_after=self.retry_after()
+            f"The queue is full: {reason}{share}. Retry later.", retry_after=self.retry_after()
         )
 
-    def leave(self, place: Ticket) -> None:
-        """The turn of one of a place's answers has come."""
-        if not place.answers:
+    def mark_admitted(self, ticket: Ticket) -> None:
+        """Note that the engine admitted one sequence of a ticket."""
+        if not ticket.sequences:
             return
         now = self._clock()
         seconds = now - self._last_admission
         old = self._interval
         self._interval = seconds if old is None else old + SMOOTHING * (seconds - old)
         self._last_admission = now
-        self._leave(place, 1)
+        self._free(ticket, 1)
 
-    def release(self, place: Ticket) -> None:
-        """What is left of a place waits no longer."""
-        self._leave(place, place.answers)
+    def release(self, ticket: Ticket) -> None:
+        """Give back the rest of a ticket's space."""
+        self._free(ticket, ticket.sequences)
 
     def retry_after(self) -> float:
-        """Seconds after which another attempt is sensible.
+        """Suggest seconds to wait before a retry.
 
-        A place is free at the next admission, as the last ones went, or as long as the present one
-        takes already. Those who are told so one after another are told of successive admissions,
-        lest they come back all at once; none is told to wait for longer than the queue takes.
+        The estimate is the mean interval between admissions, or the age of the latest admission
+        if that is longer. Successive calls are spread over successive admissions so that clients
+        do not retry all at once, up to the time in which the whole queue is admitted.
         """
         now = self._clock()
-        interval = FIRST_GUESS if self._interval is None else self._interval
+        interval = INITIAL_INTERVAL if self._interval is None else self._interval
         interval = max(interval, now - self._last_admission)
-        self._next_chance = max(self._next_chance, now) + interval
-        self._next_chance = min(self._next_chance, now + interval * max(1, self.answers))
-        return self._next_chance - now
+        self._last_suggestion = min(
+            max(self._last_suggestion, now) + interval, now + interval * max(1, self.sequences)
+        )
+        return self._last_suggestion - now
 
-    def _leave(self, place: Ticket, answers: int) -> None:
-        self._answers.take(place.client, -answers)
-        self._tokens.take(place.client, -place.tokens)
-        place.answers -= answers
-        place.tokens = 0
+    def _free(self, ticket: Ticket, sequences: int) -> None:
+        self._sequences.add(ticket.client, -sequences)
+        self._tokens.add(ticket.client, -ticket.tokens)
+        ticket.sequences -= sequences
+        ticket.tokens = 0

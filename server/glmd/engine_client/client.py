@@ -1,7 +1,6 @@
-"""The API process's side of the engine: requests go in, outputs come back, and it stays up.
+"""Client of the engine process: supervises it and multiplexes requests over its socket.
 
-One supervision task starts the engine process, hands its outputs to the readers, and when the
-process dies fails what was in flight and starts another one. No text here: token ids only.
+Token ids only: text, templates and JSON belong to the layers above.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Literal
 
 import zmq.asyncio
 
-from glmd.engine.main import EXIT_REPORTED
 from glmd.engine_client.admission import AdmissionQueue, Ticket
 from glmd.engine_client.crash_guard import CrashGuard
-from glmd.engine_client.output_collector import OutputCollector, error_of
+from glmd.engine_client.output_collector import OutputCollector, output_error
 from glmd.engine_client.process import EngineProcess, EngineProcessConfig
-from glmd.engine_client.timeouts import Phase, RequestTimeouts, TimeoutTimers
+from glmd.engine_client.timeouts import NO_TIMEOUTS, Phase, RequestTimeouts, TimeoutTimers
 from glmd.errors import EngineUnavailable, GlmdError
 from glmd.ipc import (
+    EXIT_REPORTED,
     AbortRequest,
     EngineFailed,
     EngineReady,
@@ -38,30 +37,28 @@ from glmd.ipc import (
     count_tokens,
 )
 
-log = logging.getLogger("glmd.supervisor")
+log = logging.getLogger("glmd.engine_client")
 
 EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
-"""`failed` is final: the engine refused its checkpoint, or never came up."""
-
-NO_DEADLINES = RequestTimeouts()
+"""`failed` is final: the engine refused its checkpoint, or never became ready."""
 
 BUFFER_TOKENS = 16_384
-"""Tokens that one request may have waiting for its reader before it is cancelled."""
+"""Unread tokens above which a request fails."""
 
-FIRST_STARTS = 3
-"""Starts without a word before an engine that was never ready is given up."""
+MAX_FIRST_STARTS = 3
+"""Crashes during loading after which an engine that was never ready is given up."""
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
-"""Seconds before a restart: doubled each time, back to the shortest after a long life."""
+MIN_RESTART_DELAY, MAX_RESTART_DELAY = 0.25, 30.0
+"""Seconds before a restart: doubled each time, reset by a run longer than `STABLE_AFTER`."""
 
-LONG_LIFE = 60.0
+STABLE_AFTER = 60.0
 
-LAST_WORDS = 5.0
-"""Seconds to wait for the `EngineFailed` of a process that has exited after sending it."""
+FAILURE_TIMEOUT = 5.0
+"""Seconds to wait for the `EngineFailed` message of a process that exited after sending it."""
 
 UNAVAILABLE = {
-    "loading": "The model is still loading; try again in a moment.",
-    "restarting": "The engine is restarting; try again in a moment.",
+    "loading": "The model is still loading. Retry later.",
+    "restarting": "The engine is restarting. Retry later.",
     "stopped": "The server is shutting down.",
 }
 
@@ -70,36 +67,36 @@ UNAVAILABLE = {
 class InFlight:
     """A request that has not ended."""
 
-    stream: OutputCollector
-    place: Ticket
-    alarms: TimeoutTimers
+    collector: OutputCollector
+    ticket: Ticket
+    timers: TimeoutTimers
 
 
 class EngineClient:
-    """Starts and supervises the engine process, and multiplexes requests over its socket.
+    """Starts, supervises and restarts the engine process, and sends requests to it.
+
+    Args:
+        config: start parameters of the process.
+        queue: bounds on waiting requests. None: no bounds.
+        buffer_tokens: unread tokens above which a request fails.
 
     Attributes:
-        state: where the engine stands; `wait_for` waits for a change.
-        progress: bytes of weights loaded, until ready.
-        info: what the engine serves, once it has been ready.
-        stats: the engine's latest counters.
-        failure: why the engine last died or refused to start.
-        restarts: how often the engine was started again.
-        queue: what waits for its turn.
+        state: state of the engine; `wait_for` waits for a change.
+        progress: loading progress. None: not loading.
+        info: the served model. None until the engine has been ready once.
+        stats: latest counters of the engine.
+        failure: reason of the engine's latest exit.
+        restarts: number of restarts.
+        queue: admission control.
     """
 
     def __init__(
         self,
-        launch: EngineProcessConfig,
+        config: EngineProcessConfig,
         *,
         queue: AdmissionQueue | None = None,
         buffer_tokens: int = BUFFER_TOKENS,
     ) -> None:
-        """
-        Args:
-            queue: bounds what may wait; None: nothing does.
-            buffer_tokens: that one request may have waiting for its reader.
-        """
         self.state: EngineState = "stopped"
         self.progress: LoadProgress | None = None
         self.info: ModelInfo | None = None
@@ -107,18 +104,18 @@ class EngineClient:
         self.failure: str | None = None
         self.restarts = 0
         self.queue = queue or AdmissionQueue()
-        self._launch = launch
+        self._config = config
         self._context = zmq.asyncio.Context()
         self._buffer_tokens = buffer_tokens
-        self._changed = asyncio.Event()
+        self._state_changed = asyncio.Event()
         self._requests: dict[str, InFlight] = {}
-        self._suspects = CrashGuard()
+        self._crash_guard = CrashGuard()
         self._process: EngineProcess | None = None
         self._supervision: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The engine process that runs now."""
+        """Process id of the running engine process. None: no process runs."""
         return None if self._process is None else self._process.pid
 
     @property
@@ -127,14 +124,14 @@ class EngineClient:
         return len(self._requests)
 
     async def start(self) -> None:
-        """Start the engine in the background; `state` and `wait_for` tell how it goes."""
-        self._enter("loading")
+        """Start the engine in the background; see `state` and `wait_for`."""
+        self._set_state("loading")
         self._supervision = asyncio.create_task(self._supervise(), name="engine supervision")
 
     async def close(self) -> None:
-        """End the engine process; requests in flight fail. What has `failed` stays so."""
+        """Stop the engine process; requests in flight fail. The state `failed` remains."""
         if self.state != "failed":
-            self._enter("stopped")
+            self._set_state("stopped")
         self.abandon()
         if self._supervision is not None:
             self._supervision.cancel()
@@ -144,105 +141,110 @@ class EngineClient:
     async def wait_for(self, *states: EngineState) -> EngineState:
         """Wait until the engine is in one of `states`."""
         while self.state not in states:
-            await self._changed.wait()
+            await self._state_changed.wait()
         return self.state
 
     def require_ready(self) -> None:
-        """Raise EngineUnavailable, with the reason, unless requests are taken."""
+        """Raise EngineUnavailable with the reason unless the engine is ready."""
         if self.state != "ready":
             reason = UNAVAILABLE.get(self.state) or self.failure
             raise EngineUnavailable(reason or "The engine is not running.")
 
     async def generate(
-        self, request: EngineRequest, deadlines: RequestTimeouts = NO_DEADLINES
+        self, request: EngineRequest, timeouts: RequestTimeouts = NO_TIMEOUTS
     ) -> AsyncGenerator[SequenceOutput, None]:
-        """Send a request and yield its outputs until each of its sequences has finished.
+        """Send a request and yield its outputs until all of its sequences have ended.
 
-        Outputs that pile up while the reader is busy arrive as one. Closing the generator
-        early (`contextlib.aclosing`) cancels what still runs.
+        Outputs that arrive while the reader is busy are merged. Closing the generator early
+        (`contextlib.aclosing`) aborts the request.
 
         Raises:
-            InvalidRequest: the engine cannot honour the request.
-            Overloaded: there is no room, its turn did not come in time, or the reader fell too
-                far behind.
-            DeadlineExceeded: it took longer than it may.
-            EngineUnavailable: the engine is not ready, or died meanwhile.
-            CrashesEngine: the engine died on this request more than once.
+            InvalidRequest: the engine rejected a field of the request.
+            Overloaded: the queue is full, the queue timeout expired, or the reader is too slow.
+            DeadlineExceeded: another timeout expired.
+            EngineUnavailable: the engine is not ready, or exited meanwhile.
+            RequestQuarantined: the engine crashed repeatedly on this request.
             EngineError: the engine failed on this request alone.
         """
         self.require_ready()
         if request.id in self._requests:
-            raise ValueError(f"a request with the id {request.id!r} is in flight already")
-        place = self.queue.admit_or_reject(request.client, request.n, count_tokens(request.prompt))
-        alarms = TimeoutTimers(deadlines, lambda phase: self._expire(request.id, phase, deadlines))
-        stream = OutputCollector(request.n, self._buffer_tokens)
-        self._requests[request.id] = InFlight(stream, place, alarms)
+            raise ValueError(f"id: a request {request.id!r} is already in flight")
+        ticket = self.queue.admit_or_reject(request.client, request.n, count_tokens(request.prompt))
+        timers = TimeoutTimers(timeouts, lambda phase: self._expire(request.id, phase, timeouts))
+        collector = OutputCollector(request.n, self._buffer_tokens)
+        self._requests[request.id] = InFlight(collector, ticket, timers)
         process = None
         try:
-            async with self._suspects.track(request) as case:
+            async with self._crash_guard.track(request) as tracked:
                 self.require_ready()
                 process = self._process
                 assert process is not None
                 process.send(request)
-                while not stream.finished:
-                    for output in await stream.get():
+                while not collector.finished:
+                    for output in await collector.get():
                         if output.finish_reason == "error":
-                            raise error_of(output)
-                        self._suspects.advance(case, len(output.tokens))
+                            raise output_error(output)
+                        self._crash_guard.advance(tracked, len(output.tokens))
                         yield output
-                self._suspects.clear(case)
+                self._crash_guard.clear(tracked)
         finally:
             del self._requests[request.id]
-            alarms.stop()
-            self.queue.release(place)
-            if process is not None and not stream.finished:
+            timers.stop()
+            self.queue.release(ticket)
+            if process is not None and not collector.finished:
                 process.send(AbortRequest(request.id))
 
     def cancel(self, id: str, index: int) -> None:
-        """End one sequence of a request in flight; its reader gets no more of it."""
+        """Abort one sequence of a request in flight; its outputs are dropped."""
         request = self._requests.get(id)
-        if request is not None and request.stream.end(index) and self._process is not None:
-            self._process.send(AbortRequest(id, index))
+        if request is not None and request.collector.end(index):
+            self._send(AbortRequest(id, index))
 
     def abort(self, id: str, error: GlmdError) -> None:
-        """End a request in flight; its reader finds `error`."""
+        """End a request in flight by raising `error` in its reader."""
         request = self._requests.get(id)
         if request is not None:
-            request.stream.fail(error)
+            request.collector.fail(error)
 
     def set_log_level(self, level: LogLevelName) -> None:
-        """Have this engine process, and those after it, log from `level` on."""
-        self._launch = replace(self._launch, log_level=level)
-        if self._process is not None:
-            self._process.send(SetLogLevel(level))
+        """Set the log level of this engine process and of later ones."""
+        self._config = replace(self._config, log_level=level)
+        self._send(SetLogLevel(level))
 
     def abandon(self) -> None:
-        """Fail what is in flight, because the server ends."""
-        self._fail_streams("The server is shutting down.")
+        """Fail all requests in flight because the server shuts down."""
+        self._fail_requests("The server is shutting down.")
 
     async def _supervise(self) -> None:
-        pause = SHORTEST_PAUSE
+        """Run engine processes one after another, until one reports a final failure."""
+        delay = MIN_RESTART_DELAY
         starts = 0
         while True:
             starts += 1
-            born = time.monotonic()
-            told = await self._live()
-            if self.info is None and (told or starts == FIRST_STARTS):
-                self._enter("failed")  # The server ends with `failure` as its last word.
+            started_at = time.monotonic()
+            try:
+                reported = await self._run_process()
+            except Exception as error:
+                # An undecodable message, for example. The process has been stopped: restart it.
+                log.exception("Engine connection failed: error=%s", type(error).__name__)
+                self.failure = f"The engine connection failed: {type(error).__name__}: {error}."
+                reported = False
+            if self.info is None and (reported or starts == MAX_FIRST_STARTS):
+                self._set_state("failed")
                 return
-            if time.monotonic() - born > LONG_LIFE:
-                pause = SHORTEST_PAUSE
-            log.error("%s Starting it again in %.2g s.", self.failure, pause)
-            self._enter("restarting")
+            if time.monotonic() - started_at > STABLE_AFTER:
+                delay = MIN_RESTART_DELAY
+            log.error("Engine restarting: delay_s=%.2g reason=%s", delay, self.failure)
+            self._set_state("restarting")
             self.restarts += 1
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RESTART_DELAY)
 
-    async def _live(self) -> bool:
-        """One life of the engine process, to its end; true if it said why it ended."""
+    async def _run_process(self) -> bool:
+        """Run one engine process until it exits; return whether it reported the reason itself."""
         self.failure = None
         try:
-            process = await EngineProcess.start(self._launch, self._context)
+            process = await EngineProcess.start(self._config, self._context)
         except OSError as error:
             self.failure = f"The engine process cannot be started: {error}."
             return False
@@ -253,96 +255,93 @@ class EngineClient:
         try:
             await asyncio.wait([listener, exited], return_when=asyncio.FIRST_COMPLETED)
             if exited.done() and exited.result() == EXIT_REPORTED:
-                await asyncio.wait([listener], timeout=LAST_WORDS)
+                await asyncio.wait([listener], timeout=FAILURE_TIMEOUT)
             if listener.done():
                 self.failure = listener.result()
                 return True
-            self.failure = (
-                f"The engine process ended unexpectedly ({describe_exit(exited.result())})."
-            )
+            self.failure = f"The engine process exited ({describe_exit_code(exited.result())})."
             return False
         finally:
             listening = self.progress is None
             self._process = None
             if self.state == "ready":
-                self._enter("restarting")
-                self._suspects.engine_died()
-            self._fail_streams("The engine stopped while it worked on this request.")
+                self._set_state("restarting")
+                self._crash_guard.engine_died()
+            self._fail_requests("The engine stopped while it was processing this request.")
             listener.cancel()
             exited.cancel()
             await process.stop(listening=listening)
 
     async def _listen(self, process: EngineProcess) -> str:
-        """Handle messages until the engine says that it failed; returns what it says."""
+        """Handle messages until the engine reports its failure; return the failure."""
         while True:
             message = await process.receive()
-            if isinstance(message, EngineFailed):
-                return message.message
-            self._handle(message)
-
-    def _handle(self, message: StepOutputs | EngineStats | LoadProgress | EngineReady) -> None:
-        match message:
-            case StepOutputs(outputs):
-                for output in outputs:
-                    self._deliver(output)
-            case EngineStats():
-                self.stats = message
-            case LoadProgress():
-                self.progress = message
-            case EngineReady(model):
-                self.info = model
-                self.progress = None
-                self._enter("ready")
-                log.info("Ready: %s", describe_model(model))
+            match message:
+                case StepOutputs(outputs):
+                    for output in outputs:
+                        self._deliver(output)
+                case EngineStats():
+                    self.stats = message
+                case LoadProgress():
+                    self.progress = message
+                case EngineReady(model):
+                    self.info = model
+                    self.progress = None
+                    self._set_state("ready")
+                    log.info("Engine ready: %s", describe_model(model))
+                case EngineFailed(failure):
+                    return failure
 
     def _deliver(self, output: SequenceOutput) -> None:
         request = self._requests.get(output.id)
         if request is None:
             return
         if output.admitted:
-            self.queue.leave(request.place)
-            request.alarms.reached("queue")
+            self.queue.mark_admitted(request.ticket)
+            request.timers.reached("queue")
         if output.tokens:
-            request.alarms.reached("first_token")
-        stream = request.stream
-        stream.put(output)
-        if not stream.running:
-            request.alarms.stop()
-        if stream.failed and self._process is not None:
-            # Its reader is too far behind to be waited for: the row is free now, not when it comes.
-            self._process.send(AbortRequest(output.id))
+            request.timers.reached("first_token")
+        request.collector.put(output)
+        if not request.collector.running:
+            request.timers.stop()
+        if request.collector.failed:
+            # Free the row now: a slow reader may notice much later.
+            self._send(AbortRequest(output.id))
 
-    def _expire(self, id: str, phase: Phase, deadlines: RequestTimeouts) -> None:
-        """Give a request up whose deadline has passed, whatever its reader is doing."""
-        error = deadlines.error(phase, self.queue.retry_after())
-        self._suspects.withdraw(id, error)
-        self._requests[id].stream.fail(error)
+    def _expire(self, id: str, phase: Phase, timeouts: RequestTimeouts) -> None:
+        """Fail a request whose timeout expired, whatever its reader is doing."""
+        error = timeouts.error(phase, self.queue.retry_after())
+        self._crash_guard.withdraw(id, error)
+        self._requests[id].collector.fail(error)
+        self._send(AbortRequest(id))
+
+    def _send(self, message: AbortRequest | SetLogLevel) -> None:
         if self._process is not None:
-            self._process.send(AbortRequest(id))
+            self._process.send(message)
 
-    def _enter(self, state: EngineState) -> None:
+    def _set_state(self, state: EngineState) -> None:
         self.state = state
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._state_changed.set()
+        self._state_changed = asyncio.Event()
 
-    def _fail_streams(self, message: str) -> None:
-        self._suspects.fail_waiting(message)
+    def _fail_requests(self, message: str) -> None:
+        self._crash_guard.fail_waiting(message)
         for request in self._requests.values():
-            request.alarms.stop()
-            request.stream.fail(EngineUnavailable(message))
+            request.timers.stop()
+            request.collector.fail(EngineUnavailable(message))
 
 
 def describe_model(model: ModelInfo) -> str:
-    """What is served, in one line for the log."""
+    """Summarize the served model for the log."""
     return (
-        f"{model.weight_bytes / 1e9:.2f} GB of weights at {model.bits_per_weight:.3f} bits on"
-        f" {model.device}, context {model.max_context} tokens,"
-        f" {'MTP drafts' if model.has_mtp else 'no MTP layer, so no drafts'}."
+        f"weights_gb={model.weight_bytes / 1e9:.2f} bits_per_weight={model.bits_per_weight:.3f}"
+        f" device={model.device!r} max_context={model.max_context}"
+        f" mtp={'yes' if model.has_mtp else 'no'}"
     )
 
 
-def describe_exit(code: int) -> str:
-    """An exit code in words: `signal SIGKILL`, `exit code 1`."""
+def describe_exit_code(code: int) -> str:
+    """Return `exit code 1`, or `signal SIGKILL` for a negative code."""
     if code >= 0:
         return f"exit code {code}"
     try:

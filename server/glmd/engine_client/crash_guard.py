@@ -1,11 +1,10 @@
-"""Requests under which the engine died: tried one at a time, and refused if it dies again.
+"""Quarantine of requests that crash the engine.
 
-When the engine dies, any of the requests in flight may have caused it, and clients send all of
-them again by themselves. So each that comes back is a suspect and waits for its turn to be on
-trial: one suspect at a time, beside as many unsuspected requests as there are. A suspect is off
-trial once it gets beyond the place where the engine died, so innocent ones hold each other up for
-no longer than it takes to get there, and forgotten once it ends. If the engine dies during a
-trial, that suspect is guilty, and refused for a while.
+Any request in flight may have caused a crash, and clients resend all of them. A resent request is
+therefore *isolated*: isolated requests run one at a time, beside any number of unaffected
+requests. A request is cleared once it produces more tokens than it had when the engine died, or
+ends by itself. A second crash while a request is isolated, or the only one in flight, quarantines
+the request: it is rejected for `EXPIRY` seconds.
 """
 
 from __future__ import annotations
@@ -22,44 +21,45 @@ from hashlib import blake2b
 
 import msgspec
 
-from glmd.errors import CrashesEngine, EngineUnavailable, GlmdError
+from glmd.errors import EngineUnavailable, GlmdError, RequestQuarantined
 from glmd.ipc import EngineRequest
 
-log = logging.getLogger("glmd.supervisor")
+log = logging.getLogger("glmd.engine_client")
 
-MEMORY = 600.0
-"""Seconds for which a request stays suspected, or refused, after the engine died under it."""
+EXPIRY = 600.0
+"""Seconds after the latest crash for which a record is kept."""
 
 CAPACITY = 4096
-"""Requests remembered, the latest ones: 200 bytes each."""
+"""Records kept, the latest ones: 200 bytes each."""
 
 MARGIN = 16
-"""Tokens by which a suspect must get beyond where it was: of the last steps before the death, of
-up to four tokens each, nothing was heard."""
+"""Extra tokens before a request is cleared: outputs of the last steps before a crash, up to four
+tokens each, may be lost."""
 
 
 @dataclass(slots=True)
 class CrashRecord:
-    """What is held against one request.
+    """Crashes with one request in flight.
 
     Attributes:
-        deaths: how often the engine died while it was in flight.
-        place: tokens that it had yielded then, the most of all times.
-        until: when this is forgotten.
+        crashes: number of crashes.
+        tokens: tokens produced before a crash, the maximum of all crashes.
+        expires_at: time at which the record is dropped.
+        quarantined: the request is rejected.
     """
 
-    deaths: int = 0
+    crashes: int = 0
     tokens: int = 0
-    until: float = 0.0
-    refused: bool = False
+    expires_at: float = 0.0
+    quarantined: bool = False
 
 
 class TrackedRequest:
     """A request in flight.
 
     Attributes:
-        tokens: what it has yielded.
-        beyond: on trial: tokens from which on it is not; None: not on trial.
+        tokens: tokens produced so far.
+        safe_after: tokens after which an isolated request is cleared. None: not isolated.
     """
 
     def __init__(self, request: EngineRequest) -> None:
@@ -69,7 +69,7 @@ class TrackedRequest:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """Equal for requests that ask the engine for the same work."""
+        """Hash of everything that determines the engine's work for the request."""
         work = msgspec.structs.replace(
             self.request, id="", client="", priority=0, prompt_progress=False
         )
@@ -77,143 +77,139 @@ class TrackedRequest:
 
 
 class CrashGuard:
-    """The requests in flight, and those under which the engine died. For one event loop.
+    """Requests in flight and records of earlier crashes. Belongs to one event loop.
 
     Args:
-        clock: seconds, from any beginning.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._records: OrderedDict[bytes, CrashRecord] = OrderedDict()
-        self._open: set[TrackedRequest] = set()
-        self._tried: TrackedRequest | None = None
+        self._in_flight: set[TrackedRequest] = set()
+        self._isolated: TrackedRequest | None = None
         self._waiting: deque[tuple[TrackedRequest, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
     async def track(self, request: EngineRequest) -> AsyncIterator[TrackedRequest]:
-        """For as long as a request is in flight. A suspect waits for its turn first.
+        """Track a request while it is in flight; a request with a record waits for isolation.
 
         Raises:
-            CrashesEngine: the engine died on it more than once.
-            EngineUnavailable: `fail_waiting` was called while it waited.
-            GlmdError: what `withdraw` was given.
+            RequestQuarantined: the request is quarantined.
+            EngineUnavailable: `fail_waiting` was called during the wait.
+            GlmdError: the error passed to `withdraw` during the wait.
         """
-        case = TrackedRequest(request)
-        if self._record(case) is not None:
-            await self._turn(case)
-        self._open.add(case)
+        tracked = TrackedRequest(request)
+        if self._find_record(tracked) is not None:
+            await self._isolate(tracked)
+        self._in_flight.add(tracked)
         try:
-            yield case
+            yield tracked
         finally:
-            self._open.discard(case)
-            self._end_trial(case)
+            self._in_flight.discard(tracked)
+            self._end_isolation(tracked)
 
-    def advance(self, case: TrackedRequest, tokens: int) -> None:
-        """Note that a request has yielded so many more tokens."""
-        case.tokens += tokens
-        if case.safe_after is not None and case.tokens > case.safe_after:
-            self._end_trial(case)
+    def advance(self, tracked: TrackedRequest, tokens: int) -> None:
+        """Count `tokens` more tokens of a request."""
+        tracked.tokens += tokens
+        if tracked.safe_after is not None and tracked.tokens > tracked.safe_after:
+            self._end_isolation(tracked)
 
-    def clear(self, case: TrackedRequest) -> None:
-        """Note that a request has ended by itself."""
+    def clear(self, tracked: TrackedRequest) -> None:
+        """Drop the record of a request that ended by itself."""
         if self._records:
-            self._records.pop(case.fingerprint, None)
+            self._records.pop(tracked.fingerprint, None)
 
     def engine_died(self) -> None:
-        """Note that the engine died with all that is in flight."""
-        places: dict[bytes, int] = {}
-        for case in self._open:
-            places[case.fingerprint] = max(case.tokens, places.get(case.fingerprint, 0))
-        if len(places) > 1:
-            log.warning(
-                "%d requests were in flight; where they come back, they are tried in turn.",
-                len(places),
-            )
-        tried = self._tried.fingerprint if self._tried in self._open else None
-        for fingerprint, place in places.items():
+        """Record a crash with all requests in flight."""
+        tokens: dict[bytes, int] = {}
+        for tracked in self._in_flight:
+            tokens[tracked.fingerprint] = max(tracked.tokens, tokens.get(tracked.fingerprint, 0))
+        if len(tokens) > 1:
+            log.warning("Engine died: requests=%d, run one at a time when resent", len(tokens))
+        isolated = self._isolated.fingerprint if self._isolated in self._in_flight else None
+        for fingerprint, produced in tokens.items():
             record = self._records.setdefault(fingerprint, CrashRecord())
             self._records.move_to_end(fingerprint)
-            record.deaths += 1
-            record.tokens = max(record.tokens, place)
-            record.until = self._clock() + MEMORY
-            record.refused = record.deaths > 1 and (len(places) == 1 or fingerprint == tried)
-            if record.refused:
+            record.crashes += 1
+            record.tokens = max(record.tokens, produced)
+            record.expires_at = self._clock() + EXPIRY
+            is_cause = len(tokens) == 1 or fingerprint == isolated
+            record.quarantined = record.crashes > 1 and is_cause
+            if record.quarantined:
+                ids = (c.request.id for c in self._in_flight if c.fingerprint == fingerprint)
                 log.error(
-                    "The engine died %d times on one and the same request, the last time as %s:"
-                    " it is refused for %d minutes.",
-                    record.deaths,
-                    ", ".join(c.request.id for c in self._open if c.fingerprint == fingerprint),
-                    MEMORY / 60,
+                    "Request quarantined: crashes=%d minutes=%d request_id=%s",
+                    record.crashes,
+                    EXPIRY / 60,
+                    ",".join(ids),
                 )
         while len(self._records) > CAPACITY:
             self._records.popitem(last=False)
 
     def fail_waiting(self, message: str) -> None:
-        """Fail those that wait for their turn with an EngineUnavailable."""
-        for _, turn in self._waiting:
-            if not turn.done():
-                turn.set_exception(EngineUnavailable(message))
+        """Raise EngineUnavailable in all requests that wait for isolation."""
+        for _, waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_exception(EngineUnavailable(message))
         self._waiting.clear()
 
     def withdraw(self, id: str, error: GlmdError) -> None:
-        """Let `error` end a request if it waits for its turn."""
-        for case, turn in self._waiting:
-            if case.request.id == id and not turn.done():
-                turn.set_exception(error)
+        """Raise `error` in a request if it waits for isolation."""
+        for tracked, waiter in self._waiting:
+            if tracked.request.id == id and not waiter.done():
+                waiter.set_exception(error)
 
-    def _record(self, case: TrackedRequest) -> CrashRecord | None:
-        """What is held against a request, unless it is too old.
+    def _find_record(self, tracked: TrackedRequest) -> CrashRecord | None:
+        """Return the unexpired record of a request.
 
         Raises:
-            CrashesEngine: it is guilty.
+            RequestQuarantined: the request is quarantined.
         """
-        if not self._records:
-            return None
-        record = self._records.get(case.fingerprint)
+        record = self._records.get(tracked.fingerprint) if self._records else None
         if record is None:
             return None
-        if self._clock() > record.until:
-            del self._records[case.fingerprint]
+        if self._clock() > record.expires_at:
+            del self._records[tracked.fingerprint]
             return None
-        if record.refused:
-            raise CrashesEngine(
-                f"The engine died {record.deaths} times while it worked on this very request,"
-                f" which is therefore refused for {MEMORY / 60:.0f} minutes after the last time."
-                " The server's log says how it died."
+        if record.quarantined:
+            raise RequestQuarantined(
+                f"The engine crashed {record.crashes} times on this request, which is therefore"
+                f" rejected for {EXPIRY / 60:.0f} minutes after the last crash. See the server's"
+                " log for the cause, or change the request."
             )
         return record
 
-    async def _turn(self, case: TrackedRequest) -> None:
-        """Wait until no other suspect is on trial; then this one is, if it is suspected still."""
-        if self._tried is not None:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((case, turn))
+    async def _isolate(self, tracked: TrackedRequest) -> None:
+        """Wait until no other request is isolated; isolate this one if its record still exists."""
+        if self._isolated is not None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((tracked, waiter))
             try:
-                await turn
+                await waiter
             except BaseException:
-                self._end_trial(case)  # It may have been this one's turn already.
+                self._end_isolation(tracked)  # it may have become the isolated one already
                 raise
-        self._tried = case
+        self._isolated = tracked
         try:
-            record = self._record(case)
-        except CrashesEngine:
-            self._end_trial(case)
+            record = self._find_record(tracked)
+        except RequestQuarantined:
+            self._end_isolation(tracked)
             raise
         if record is None:
-            self._end_trial(case)
+            self._end_isolation(tracked)
         else:
-            case.safe_after = record.tokens + MARGIN
+            tracked.safe_after = record.tokens + MARGIN
 
-    def _end_trial(self, case: TrackedRequest) -> None:
-        """Take a request off trial, if it is on, and put the next one on."""
-        case.safe_after = None
-        if self._tried is not case:
+    def _end_isolation(self, tracked: TrackedRequest) -> None:
+        """End the isolation of a request, if it is isolated, and isolate the next one."""
+        tracked.safe_after = None
+        if self._isolated is not tracked:
             return
-        self._tried = None
+        self._isolated = None
         while self._waiting:
-            following, turn = self._waiting.popleft()
-            if not turn.done():
-                self._tried = following
-                turn.set_result(None)
+            following, waiter = self._waiting.popleft()
+            if not waiter.done():
+                self._isolated = following
+                waiter.set_result(None)
                 return

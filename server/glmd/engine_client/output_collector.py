@@ -1,4 +1,4 @@
-"""Outputs of one request, between the socket and a reader that may be slower."""
+"""Buffer of one request's outputs, between the engine's socket and the reader."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from glmd.ipc import SequenceOutput
 
 
 class OutputCollector:
-    """The outputs of one request that its reader has not taken yet: at most one per sequence.
+    """Unread outputs of one request, merged to at most one per sequence.
 
     Args:
-        n: the request's sequences.
-        limit: unread tokens at which the stream gives up on its reader.
+        n: sequences of the request.
+        limit: unread tokens above which an unfinished request fails with `Overloaded`.
     """
 
     def __init__(self, n: int, limit: int) -> None:
@@ -22,25 +22,25 @@ class OutputCollector:
         self._unread: dict[int, SequenceOutput] = {}
         self._unread_tokens = 0
         self._error: GlmdError | None = None
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     @property
     def finished(self) -> bool:
-        """Every sequence has ended, and every output has been taken."""
+        """Whether all sequences have ended and all outputs have been read."""
         return not self._running and not self._unread
 
     @property
     def running(self) -> bool:
-        """More outputs are to come."""
+        """Whether more outputs can arrive."""
         return bool(self._running) and not self.failed
 
     @property
     def failed(self) -> bool:
-        """It ended before its sequences did."""
+        """Whether the request failed before all of its sequences ended."""
         return self._error is not None
 
     def put(self, output: SequenceOutput) -> None:
-        """Add an output, joined to the same sequence's unread one."""
+        """Add an output; merge it into the sequence's unread output, if there is one."""
         if output.index not in self._running or self._error is not None:
             return
         if output.finish_reason is not None:
@@ -49,46 +49,49 @@ class OutputCollector:
         if unread is None:
             self._unread[output.index] = output
         else:
-            join(unread, output)
+            merge(unread, output)
         self._unread_tokens += len(output.tokens)
-        if self._unread_tokens > self._limit:
+        # Complete answers are delivered whatever their size: no more output can pile up.
+        if self._running and self._unread_tokens > self._limit:
             self._unread.clear()
-            self.fail(Overloaded(f"The reader is more than {self._limit} tokens behind."))
-        self._news.set()
+            self.fail(Overloaded(f"The client reads too slowly: {self._limit} tokens are unread."))
+        self._changed.set()
 
     def end(self, index: int) -> bool:
-        """Forget one sequence; true if it was still running."""
-        self._unread.pop(index, None)
+        """Drop one sequence and its unread output; return whether it was running."""
+        unread = self._unread.pop(index, None)
+        if unread is not None:
+            self._unread_tokens -= len(unread.tokens)
         running = index in self._running
         self._running.discard(index)
-        self._news.set()
+        self._changed.set()
         return running
 
     def fail(self, error: GlmdError) -> None:
-        """Let the reader find `error` after what has arrived, unless that is everything."""
+        """Raise `error` in the reader after the unread outputs, unless all sequences ended."""
         if self._running and self._error is None:
             self._error = error
-            self._news.set()
+            self._changed.set()
 
     async def get(self) -> list[SequenceOutput]:
-        """Wait for news; what has arrived since the last call, by sequence.
+        """Wait for outputs; return and remove all unread ones.
 
         Raises:
-            GlmdError: the one that `fail` was given.
+            GlmdError: the error passed to `fail`.
         """
-        await self._news.wait()
+        await self._changed.wait()
         if self._error is not None and not self._unread:
             raise self._error
         if self._error is None:
-            self._news.clear()
+            self._changed.clear()
         outputs = list(self._unread.values())
         self._unread.clear()
         self._unread_tokens = 0
         return outputs
 
 
-def join(earlier: SequenceOutput, later: SequenceOutput) -> None:
-    """Append to an output what the same sequence gave next."""
+def merge(earlier: SequenceOutput, later: SequenceOutput) -> None:
+    """Append the next output of the same sequence to `earlier`."""
     earlier.tokens += later.tokens
     if later.logprobs is not None:
         earlier.logprobs = (earlier.logprobs or []) + later.logprobs
@@ -105,9 +108,9 @@ def join(earlier: SequenceOutput, later: SequenceOutput) -> None:
     earlier.accepted += later.accepted
 
 
-def error_of(output: SequenceOutput) -> GlmdError:
-    """The exception that says what an output with finish "error" says."""
-    message = output.error or "The engine gave up on this request."
+def output_error(output: SequenceOutput) -> GlmdError:
+    """Return the exception for an output with finish reason "error"."""
+    message = output.error or "The engine ended the request with an error."
     match output.error_kind:
         case "invalid_request":
             return InvalidRequest(message, param=output.error_param)

@@ -1,4 +1,4 @@
-"""One incarnation of the engine process: started, spoken to, waited for, and cleaned up."""
+"""One engine process and the API process's end of its socket."""
 
 from __future__ import annotations
 
@@ -19,37 +19,40 @@ import zmq.asyncio
 from glmd.ipc import FromEngine, Shutdown, ToEngine, decode_from_engine, encode
 from glmd.utils.logging import LogFormat
 
-log = logging.getLogger("glmd.supervisor")
+log = logging.getLogger("glmd.engine_client")
 
 MAX_SOCKET_PATH = 100
-"""Bytes of a Unix socket's path that macOS (104) and Linux (108) both take."""
+"""Bytes of a Unix socket's path; the limits are 104 on macOS and 108 on Linux."""
 
-SHUTDOWN_PATIENCE = 3.0
-"""Seconds the engine gets to finish its step, and then again to obey SIGTERM."""
+STOP_TIMEOUT = 3.0
+"""Seconds to wait after `Shutdown`, and again after SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineProcessConfig:
-    """What an engine process is started with."""
+    """Start parameters of the engine process.
+
+    Attributes:
+        model: folder of the checkpoint.
+        config: fields of `EngineConfig` that differ from their defaults.
+        engine: module with `EngineConfig` and `load_engine`.
+        log_file: file behind stderr; the process reopens a renamed file. None: stderr is no file.
+    """
 
     model: Path
-    """The checkpoint's folder."""
     config: Mapping[str, int | float | str] = field(default_factory=dict)
-    """The fields of `EngineConfig` that are not left at their defaults."""
     engine: str = "glmd.engine.core"
-    """The module that offers `EngineConfig` and `load_engine`."""
     log_level: str = "INFO"
     log_format: LogFormat = "text"
     log_file: Path | None = None
-    """Behind stderr, where the process begins it anew once it is renamed; None: no file."""
 
 
 class EngineProcess:
-    """A running engine process and our end of its socket.
+    """A running engine process and its socket.
 
-    The socket lives in a folder of its own that only this user may enter. The child holds the
-    reading end of a pipe; when this process dies by whatever cause, the pipe ends, and the
-    child removes that folder and exits.
+    The socket is in a new folder that only this user may enter. The child holds the reading end of
+    a pipe: when this process ends for any reason, the child sees the end of the pipe, removes the
+    folder and exits.
     """
 
     def __init__(
@@ -61,9 +64,13 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, launch: EngineProcessConfig, context: zmq.asyncio.Context
+        cls, config: EngineProcessConfig, context: zmq.asyncio.Context
     ) -> EngineProcess:
-        """Start the process; it connects, and says `EngineReady`, in its own time."""
+        """Start the process without waiting for `EngineReady`.
+
+        Raises:
+            OSError: the process cannot be started.
+        """
         folder = socket_folder()
         endpoint = f"ipc://{folder}/engine"
         socket = context.socket(zmq.PAIR)
@@ -77,12 +84,12 @@ class EngineProcess:
                 "-m",
                 "glmd.engine.main",
                 f"--endpoint={endpoint}",
-                f"--model={launch.model}",
-                f"--engine={launch.engine}",
-                f"--config={json.dumps(dict(launch.config))}",
-                f"--log-level={launch.log_level}",
-                f"--log-format={launch.log_format}",
-                *([f"--log-file={launch.log_file}"] if launch.log_file else []),
+                f"--model={config.model}",
+                f"--engine={config.engine}",
+                f"--config={json.dumps(dict(config.config))}",
+                f"--log-level={config.log_level}",
+                f"--log-format={config.log_format}",
+                *([f"--log-file={config.log_file}"] if config.log_file else []),
                 stdin=asyncio.subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )
@@ -90,60 +97,63 @@ class EngineProcess:
             socket.close()
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        log.debug("Started engine process %d.", process.pid)
+        log.debug("Engine process started: pid=%d", process.pid)
         return cls(process, socket, folder)
 
     @property
     def pid(self) -> int:
+        """Process id."""
         return self._process.pid
 
     async def receive(self) -> FromEngine:
+        """Wait for the next message.
+
+        Raises:
+            msgspec.DecodeError, UnicodeDecodeError: the bytes are not a message.
+        """
         message: FromEngine = decode_from_engine(await self._socket.recv())
         return message
 
     def send(self, message: ToEngine) -> None:
-        """Hand a message to the socket, without waiting.
-
-        There is no high-water mark, so this blocks on nothing; to a process that has died it
-        goes nowhere.
-        """
+        """Send a message without blocking; messages to a dead process are lost."""
         if not self._socket.closed:
             self._socket.send(encode(message))
 
     async def exit_code(self) -> int:
-        """Wait for the end of the process; negative: the signal that killed it."""
+        """Wait for the process to exit. A negative code is the signal that killed the process."""
         return await self._process.wait()
 
     async def stop(self, *, listening: bool) -> None:
-        """End the process and remove what it leaves.
+        """Stop the process and remove its socket.
 
         Args:
-            listening: it is in its loop, and will see a `Shutdown` after the present step.
+            listening: the process reads messages, so try `Shutdown` before SIGTERM.
         """
         try:
             if listening:
                 self.send(Shutdown())
-            if not listening or not await self._ends_within(SHUTDOWN_PATIENCE):
-                self._signal_end()
-                if not await self._ends_within(SHUTDOWN_PATIENCE):
-                    log.warning("Killing engine process %d: it does not end.", self.pid)
-                    self._signal_end(kill=True)
+            if not listening or not await self._exits_within(STOP_TIMEOUT):
+                self._signal()
+                if not await self._exits_within(STOP_TIMEOUT):
+                    log.warning("Killing the engine process: pid=%d", self.pid)
+                    self._signal(kill=True)
                     await self._process.wait()
         finally:
-            self._signal_end(kill=True)
+            self._signal(kill=True)
             if self._process.stdin is not None:
                 self._process.stdin.close()
             self._socket.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _ends_within(self, seconds: float) -> bool:
+    async def _exits_within(self, seconds: float) -> bool:
         try:
             await asyncio.wait_for(self._process.wait(), seconds)
         except TimeoutError:
             return False
         return True
 
-    def _signal_end(self, *, kill: bool = False) -> None:
+    def _signal(self, *, kill: bool = False) -> None:
+        """Send SIGTERM or SIGKILL unless the process has exited."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 if kill:
@@ -153,7 +163,7 @@ class EngineProcess:
 
 
 def socket_folder() -> Path:
-    """A new folder with mode 0700 whose path leaves room for a socket's name."""
+    """Create a folder with mode 0700 whose path leaves room for the socket's name."""
     folder = tempfile.mkdtemp(prefix="glmd-")
     if len(folder) + len("/engine") > MAX_SOCKET_PATH:
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Until when a request must have got somewhere, or be given up."""
+"""Timeouts of one request: queue, first token, total."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Phase = Literal["queue", "first_token", "total"]
 
 @dataclass(frozen=True, slots=True)
 class RequestTimeouts:
-    """Limits of one request, in seconds since it arrived; None: none.
+    """Timeouts of one request, in seconds after its arrival. None: no timeout.
 
     Attributes:
-        since: when it arrived, in the event loop's time.
-        queue: by when its turn must have come.
-        first_token: by when its first token must be there.
-        total: by when it must be done.
+        since: arrival, in the event loop's time.
+        queue: until the engine admits the request.
+        first_token: until the first token.
+        total: until the last token.
     """
 
     since: float = 0.0
@@ -30,7 +30,7 @@ class RequestTimeouts:
 
     @property
     def limits(self) -> dict[Phase, float]:
-        """Those that there are."""
+        """Seconds by phase, without the phases that have no timeout."""
         limits: dict[Phase, float | None] = {
             "queue": self.queue,
             "first_token": self.first_token,
@@ -40,51 +40,59 @@ class RequestTimeouts:
 
     @property
     def first(self) -> Phase | None:
-        """The one that passes first."""
+        """Phase with the shortest timeout. None: no timeout is set."""
         limits = self.limits
         return min(limits, key=lambda phase: limits[phase], default=None)
 
     def time(self, phase: Phase) -> float:
-        """When one that there is passes, in the event loop's time."""
+        """Deadline of a phase that has a timeout, in the event loop's time."""
         return self.since + self.limits[phase]
 
     def error(self, phase: Phase, retry_after: float) -> Overloaded | DeadlineExceeded:
-        """What to say when it has passed.
+        """Return the error for an expired phase.
 
         Args:
-            retry_after: seconds after which another attempt could find its turn in time.
+            retry_after: seconds to suggest to the client, for a queue timeout.
         """
-        limit = f"within {self.limits[phase]:g} s, which is its limit."
+        limit = f"timeout ({self.limits[phase]:g} s) exceeded"
         match phase:
             case "queue":
-                message = f"The request's turn did not come {limit}"
-                return Overloaded(message, retry_after=retry_after)
+                return Overloaded(
+                    f"Queue {limit}. Retry later or raise the limit.", retry_after=retry_after
+                )
             case "first_token":
-                return DeadlineExceeded(f"The request had no token {limit}", worth_retrying=True)
+                return DeadlineExceeded(f"First-token {limit}.", worth_retrying=True)
             case "total":
-                return DeadlineExceeded(f"The request was not done {limit}", worth_retrying=False)
+                return DeadlineExceeded(
+                    f"Request {limit}. Ask for fewer tokens or raise the limit.",
+                    worth_retrying=False,
+                )
+
+
+NO_TIMEOUTS = RequestTimeouts()
 
 
 class TimeoutTimers:
-    """Calls `expire` with the phase whose deadline passes before it is reached.
+    """Timers that call `expire(phase)` at the deadline of each phase not reached by then.
 
-    A timer and not a wait: whoever reads the request's outputs may be held up by its client.
+    Timers rather than `asyncio.timeout` around the reader, because a slow client can block the
+    reader.
     """
 
-    def __init__(self, deadlines: RequestTimeouts, expire: Callable[[Phase], None]) -> None:
+    def __init__(self, timeouts: RequestTimeouts, expire: Callable[[Phase], None]) -> None:
         loop = asyncio.get_running_loop()
         self._timers = {
-            phase: loop.call_at(deadlines.time(phase), expire, phase) for phase in deadlines.limits
+            phase: loop.call_at(timeouts.time(phase), expire, phase) for phase in timeouts.limits
         }
 
     def reached(self, phase: Phase) -> None:
-        """This phase's deadline was kept."""
+        """Cancel the timer of a phase."""
         timer = self._timers.pop(phase, None)
         if timer is not None:
             timer.cancel()
 
     def stop(self) -> None:
-        """Nothing is waited for any more."""
+        """Cancel all timers."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

@@ -1,1 +1,1 @@
-"""Helpers that every package may import."""
+"""Helpers without dependencies on other packages of glmd."""

@@ -1,4 +1,4 @@
-"""Something that there is only so much of, for clients who do not know of each other."""
+"""Capacity limiter shared fairly among clients."""
 
 from __future__ import annotations
 
@@ -8,57 +8,62 @@ from contextlib import contextmanager
 
 
 class FairLimiter:
-    """So much of something, taken and given back by clients.
+    """A capacity that clients reserve and release, with dynamic thresholds per client.
 
-    The bound of each client is what is free: alone it gets half, and beside n others that take all
-    they can get, one part in n + 2; so there is always some left for one more client (Choudhury and
+    Each client may use at most as much as is free: one client alone gets 1/2 of the capacity, each
+    of n greedy clients 1/(n + 1), and 1/(n + 1) stays free for the next client (Choudhury and
     Hahne, "Dynamic queue length thresholds", 1998, with a factor of 1).
 
     Attributes:
-        taken: by all of them.
+        used: units in use by all clients.
     """
 
-    def __init__(self, size: float) -> None:
+    def __init__(self, capacity: float) -> None:
         self.used = 0
-        self._size = size
-        self._taken_by: Counter[str] = Counter()
+        self._capacity = capacity
+        self._used_by: Counter[str] = Counter()
 
     def fits(self, client: str, amount: int) -> bool:
-        """Whether `client` may take so much more."""
-        return self._taken_by[client] + amount <= self._size - self.used
+        """Return whether `client` may use `amount` more units."""
+        return self._used_by[client] + amount <= self._capacity - self.used
 
     def used_by(self, client: str) -> int:
-        return self._taken_by[client]
+        """Units in use by one client."""
+        return self._used_by[client]
 
-    def take(self, client: str, amount: int) -> None:
-        """Take so much, whether or not it fits; give back what is below 0."""
+    def add(self, client: str, amount: int) -> None:
+        """Change a client's use by `amount` without a check; a negative amount releases."""
         self.used += amount
-        self._taken_by[client] += amount
-        if not self._taken_by[client]:
-            del self._taken_by[client]
+        self._used_by[client] += amount
+        if not self._used_by[client]:
+            del self._used_by[client]
 
     @contextmanager
     def share(self, client: str) -> Iterator[Reservation]:
-        """What `client` takes in the block; it is given back at its end."""
-        share = Reservation(self, client)
+        """Yield an empty reservation of `client`, released at the end of the block."""
+        reservation = Reservation(self, client)
         try:
-            yield share
+            yield reservation
         finally:
-            self.take(client, -share.taken)
+            self.add(client, -reservation.size)
 
 
 class Reservation:
-    """A part of a pool that grows."""
+    """A growing reservation of one client.
 
-    def __init__(self, pool: FairLimiter, client: str) -> None:
-        self.taken = 0
-        self._pool = pool
+    Attributes:
+        size: reserved units.
+    """
+
+    def __init__(self, limiter: FairLimiter, client: str) -> None:
+        self.size = 0
+        self._limiter = limiter
         self._client = client
 
     def grow(self, amount: int) -> bool:
-        """Take so much more, if it fits."""
-        fits = self._pool.fits(self._client, amount)
+        """Reserve `amount` more units if they fit; return whether they did."""
+        fits = self._limiter.fits(self._client, amount)
         if fits:
-            self._pool.take(self._client, amount)
-            self.taken += amount
+            self._limiter.add(self._client, amount)
+            self.size += amount
         return fits

@@ -1,4 +1,4 @@
-"""Files that only their owner may read, and that appear whole or not at all."""
+"""Atomic writes of private files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, so that at no moment there is half of it."""
+    """Write a file with mode 0600 that readers see complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
     try:

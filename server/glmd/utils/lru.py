@@ -1,4 +1,4 @@
-"""A dictionary of bounded size that forgets what was not used for longest."""
+"""Least-recently-used cache with a size per entry."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Keeps entries whose sizes add up to at most `capacity`.
+    """LRU cache of entries whose sizes add up to at most `capacity`.
 
     Attributes:
-        size: of all entries together, in the unit that `put` is told sizes in.
+        size: sum of the entries' sizes, in the unit of `put`.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -26,7 +26,7 @@ class LRUCache(Generic[K, V]):
         return len(self._entries)
 
     def get(self, key: K) -> V | None:
-        """The entry, which now counts as just used."""
+        """Return an entry and mark it as the most recently used. None: no such key."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -34,7 +34,7 @@ class LRUCache(Generic[K, V]):
         return entry[0]
 
     def pop(self, key: K) -> V | None:
-        """The entry, which is forgotten."""
+        """Remove and return an entry. None: no such key."""
         entry = self._entries.pop(key, None)
         if entry is None:
             return None
@@ -42,7 +42,7 @@ class LRUCache(Generic[K, V]):
         return entry[0]
 
     def put(self, key: K, value: V, size: int) -> None:
-        """Add or replace an entry; one larger than the capacity is not kept."""
+        """Add or replace an entry. An entry larger than the capacity is not stored."""
         self.pop(key)
         if size > self.capacity:
             return

@@ -1,4 +1,4 @@
-"""What a process costs the machine in memory."""
+"""Memory use of a process, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-_RUSAGE_INFO_V0 = 0
+RUSAGE_INFO_V0 = 0
 
 
-class _RusageInfo(ctypes.Structure):
+class RusageInfo(ctypes.Structure):
     """`struct rusage_info_v0` of macOS's <sys/resource.h>."""
 
     _fields_ = [
@@ -36,28 +36,27 @@ class _RusageInfo(ctypes.Structure):
 
 
 def process_memory_bytes(pid: int | None = None) -> int:
-    """Bytes of memory that a process occupies.
+    """Return the memory use of a process in bytes.
 
-    On macOS the physical footprint, which Activity Monitor calls "Memory" and by which the system
-    chooses whom to end: it counts what was compressed or swapped out and what the GPU holds, as
-    the resident size does not. Elsewhere the resident size. (Linux's proportional size would be
-    fairer to shared pages, but the kernel walks all page tables for it: 0.1 s for 20 GB.)
+    macOS: the physical footprint, shown as "Memory" in Activity Monitor, which includes compressed
+    and swapped memory and GPU memory. Elsewhere: the resident set size. (Linux's proportional set
+    size takes 0.1 s for 20 GB because the kernel walks all page tables.)
 
     Args:
-        pid: of the process; None: this one.
+        pid: process id. None: this process.
 
     Raises:
-        psutil.NoSuchProcess: there is no such process, or it belongs to another user.
+        psutil.NoSuchProcess: no such process exists, or the process belongs to another user.
     """
     pid = os.getpid() if pid is None else pid
     if sys.platform == "darwin":
-        return _physical_footprint(pid)
+        return physical_footprint(pid)
     return int(psutil.Process(pid).memory_info().rss)
 
 
-def _physical_footprint(pid: int, library: Any = None) -> int:
+def physical_footprint(pid: int, library: Any = None) -> int:
     library = library or ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-    info = _RusageInfo()
-    if library.proc_pid_rusage(pid, _RUSAGE_INFO_V0, ctypes.byref(info)):
+    info = RusageInfo()
+    if library.proc_pid_rusage(pid, RUSAGE_INFO_V0, ctypes.byref(info)):
         raise psutil.NoSuchProcess(pid)
     return int(info.ri_phys_footprint)

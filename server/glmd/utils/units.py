@@ -1,18 +1,18 @@
-"""Sizes for people: GB are 10^9 bytes, GiB 2^30."""
+"""Format sizes: a GB is 10^9 bytes, a GiB 2^30 bytes."""
 
 from __future__ import annotations
 
 
 def gb(nbytes: int) -> str:
-    """`nbytes` in GB, as `decimal` has it."""
+    """Format bytes as GB, without the unit."""
     return decimal(nbytes / 1e9)
 
 
 def gib(nbytes: int) -> str:
-    """`nbytes` in GiB, as `decimal` has it."""
+    """Format bytes as GiB, without the unit."""
     return decimal(nbytes / 2**30)
 
 
 def decimal(value: float) -> str:
-    """Three decimals, or as many as it takes to show three digits of a small value."""
+    """Format with three decimals, or with three significant digits below 0.1."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"

@@ -17,7 +17,7 @@ from glmd.cli.daemon.launchd import Launchd
 from glmd.cli.daemon.spec import ServiceManager
 from glmd.cli.daemon.systemd import Systemd
 from glmd.errors import ServiceError
-from glmd.utils.logging import for_people
+from glmd.utils.logging import json_line_to_text
 
 BOOTED = Path("/run/systemd/system")
 """Exists if the machine was booted with systemd (sd_booted(3))."""
@@ -164,7 +164,7 @@ def log_tail(manager: ServiceManager) -> str:
     done = subprocess.run(  # noqa: S603
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
-    return "\n".join(map(for_people, done.stdout.splitlines())) or "(empty)"
+    return "\n".join(map(json_line_to_text, done.stdout.splitlines())) or "(empty)"
 
 
 def describe_exit(status: int | None) -> str:
