@@ -60,7 +60,7 @@ async def collect(client: EngineClient, request: EngineRequest) -> dict[int, lis
 
 async def rows_are_free(client: EngineClient) -> None:
     """Wait until the engine reports that nothing runs."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while client.stats.running or not client.stats.steps:
             await asyncio.sleep(0.02)
 
@@ -125,13 +125,17 @@ async def test_a_slow_reader_loses_its_row_even_if_it_never_reads_again(
 
 async def test_cancelling_one_sequence_leaves_the_others_running(tmp_path: Path) -> None:
     async with ready_client(tmp_path, step_seconds=0.001) as it:
-        counts = [0, 0]
-        async for output in it.generate(request(1, n=2, max_tokens=200)):
-            counts[output.index] += len(output.tokens)
-            if output.index == 0:
-                it.cancel("r", 0)
-        assert counts[0] < 200
-        assert counts[1] == 200
+        first, second = 0, 0
+        async with aclosing(it.generate(request(1, n=2, max_tokens=10**9))) as outputs:
+            async for output in outputs:
+                if output.index == 0:
+                    first += 1
+                    it.cancel("r", 0)
+                elif first:
+                    second += len(output.tokens)
+                if second >= 200 and it.stats.running == 1:
+                    break
+        assert first == 1, "no output after the one at which it was cancelled"
 
 
 async def test_a_rejected_request_raises_with_its_field(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ async def test_a_request_during_loading_is_rejected_with_the_reason(tmp_path: Pa
 
 async def test_loading_progress_is_visible(tmp_path: Path) -> None:
     async with client(tmp_path, on_load="wait") as it:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while it.progress is None or not it.progress.total_bytes:
                 await asyncio.sleep(0.01)
         assert (it.progress.done_bytes, it.progress.total_bytes) == (6, 12)
@@ -190,7 +194,7 @@ async def test_an_undecodable_message_restarts_the_engine_and_is_logged(
         assert first is not None
         with pytest.raises(EngineUnavailable):
             await collect(it, request(fake_engine.UNDECODABLE))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await it.wait_for("ready", "failed") == "ready"
         assert it.restarts == 1
         assert not psutil.pid_exists(first)
@@ -233,7 +237,7 @@ async def test_close_leaves_no_process_and_no_folder(
 
 async def test_close_ends_an_engine_that_is_still_loading(tmp_path: Path) -> None:
     async with client(tmp_path, on_load="wait") as it:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while it.progress is None or not it.progress.total_bytes:
                 await asyncio.sleep(0.01)
         pid = it.pid
@@ -270,7 +274,7 @@ async def test_the_engine_exits_when_its_parent_is_killed(tmp_path: Path) -> Non
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    engine.wait(timeout=20)
+    engine.wait(timeout=60)
     assert not list(tmp_path.glob("glmd-*"))
 
 
