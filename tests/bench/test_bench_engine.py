@@ -12,10 +12,10 @@ import pytest
 from glmd.bench import workloads
 from glmd.bench.cases import Goal, cases
 from glmd.bench.engine import Report, bench_engine
-from glmd.bench.glmd_side import GlmdSide
+from glmd.bench.backends import GlmdSide
 from glmd.bench.mlx_lm_side import MlxLmSide
 from glmd.bench.random_checkpoint import write_random_checkpoint
-from glmd.bench.side import Side, run, same_answers
+from glmd.bench.runner import Side, run, same_answers
 from glmd.bench.trace import Life, Trace
 from glmd.bench.workloads import Prompts, Request, unique_tokens
 from glmd.errors import SettingsError

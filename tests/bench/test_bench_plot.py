@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from glmd.bench.drafting import Acceptance, DraftingReport, Speed
+from mtp import Acceptance, DraftingReport, Speed
 from glmd.bench.engine import Report, Row
 from glmd.bench.plot import drafting_plot, engine_plot, require_plot, serving_plot
 from glmd.bench.serving import Figures

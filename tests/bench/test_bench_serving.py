@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from glmd.bench import conversations
+from glmd.bench import scenarios
 from glmd.bench.checkpoints import write_talkative_checkpoint
 from glmd.bench.client import Recording, play
-from glmd.bench.conversations import Conversation, Scenario, Writer
+from glmd.bench.scenarios import Conversation, Scenario, Writer
 from glmd.bench.servers import GLMD, Address, running
 from glmd.bench.serving import condense
 
@@ -41,14 +41,14 @@ def test_text_has_the_number_of_tokens_asked_for(checkpoint: Path) -> None:
 
 
 def test_every_stream_is_read_to_its_end(checkpoint: Path, server: Address) -> None:
-    scenario = conversations.uniform(Writer(checkpoint, 0.1, seed=0), 3)
+    scenario = scenarios.uniform(Writer(checkpoint, 0.1, seed=0), 3)
     figures = condense(checkpoint, GLMD, scenario, [recorded(server, scenario)])
     assert (figures.requests, figures.failed) == (3, 0)
     assert figures.rate > 0
 
 
 def test_agents_prompts_are_computed_once(checkpoint: Path, server: Address) -> None:
-    scenario = conversations.agents(Writer(checkpoint, 0.1, seed=0), count=3, turns=3)
+    scenario = scenarios.agents(Writer(checkpoint, 0.1, seed=0), count=3, turns=3)
     recording = recorded(server, scenario)
     assert [len(replies) for replies in recording.replies] == [3, 3, 3]
     figures = condense(checkpoint, GLMD, scenario, [recording])

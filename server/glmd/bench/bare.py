@@ -8,9 +8,9 @@ from statistics import median
 from transformers import AutoTokenizer
 
 from glmd.bench.client import Recording
-from glmd.bench.conversations import Scenario, first_prompt
-from glmd.bench.glmd_side import GlmdSide
-from glmd.bench.side import run
+from glmd.bench.scenarios import Scenario, first_prompt
+from glmd.bench.backends import GlmdSide
+from glmd.bench.runner import run
 from glmd.bench.workloads import Request, Wave, Workload
 
 

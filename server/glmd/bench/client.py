@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from glmd.bench.conversations import TEMPLATE_SETTINGS, Conversation, Scenario
+from glmd.bench.scenarios import TEMPLATE_SETTINGS, Conversation, Scenario
 
 _PATIENCE = httpx.Timeout(900.0, connect=60.0)
 """Seconds; a CPU may take minutes for what a GPU does in one."""

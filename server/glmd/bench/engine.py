@@ -12,9 +12,9 @@ import mlx.core as mx
 from glmd.bench import workloads
 from glmd.bench.cases import Case, Goal, cases
 from glmd.bench.checkpoints import on_gpu
-from glmd.bench.glmd_side import Dtype, GlmdSide
+from glmd.bench.backends import Dtype, GlmdSide
 from glmd.bench.mlx_lm_side import MlxLmSide
-from glmd.bench.side import Side, run, same_answers
+from glmd.bench.runner import Side, run, same_answers
 from glmd.bench.trace import Trace
 from glmd.bench.workloads import Prompts
 from glmd.checkpoint.config import load_config

@@ -16,7 +16,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
 from mlx_lm.utils import load_model
 
-from glmd.bench.side import Progress, Session
+from glmd.bench.runner import Progress, Session
 from glmd.ipc import TokenArray
 
 _KEY = "the one model there is"

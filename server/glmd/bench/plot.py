@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmd.bench.drafting import DraftingReport
+from mtp import DraftingReport
 from glmd.bench.engine import Report
 from glmd.bench.serving import Figures
 from glmd.errors import SettingsError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from glmd.bench.compiling import CompileTimes
-from glmd.bench.drafting import DraftingReport
+from mtp import DraftingReport
 from glmd.bench.engine import Report, Row
 from glmd.bench.grammar import TARGET, GrammarReport
 from glmd.bench.serving import PERCENTILES, Check, Figures

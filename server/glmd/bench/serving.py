@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from glmd.bench import conversations
+from glmd.bench import scenarios
 from glmd.bench.bare import bare_rate
 from glmd.bench.client import Recording, Reply, play
-from glmd.bench.conversations import Scenario, Writer, first_prompt
+from glmd.bench.scenarios import Scenario, Writer, first_prompt
 from glmd.bench.servers import GLMD, MLX_LM, Server, running
 from glmd.bench.workloads import unique_tokens
 from glmd.errors import SettingsError
@@ -121,11 +121,11 @@ def bench_serving(
 
 def _all(writer: Writer) -> Iterator[Scenario]:
     for streams in (1, 8, 16, 32):
-        yield conversations.uniform(writer, streams)
+        yield scenarios.uniform(writer, streams)
     for streams in (8, 16, 32):
-        yield conversations.ragged(writer, streams)
-    yield conversations.burst(writer)
-    yield conversations.agents(writer)
+        yield scenarios.ragged(writer, streams)
+    yield scenarios.burst(writer)
+    yield scenarios.agents(writer)
 
 
 def _record(
@@ -137,7 +137,7 @@ def _record(
     on_progress: Callable[[str], None],
 ) -> Recordings:
     """Play all scenarios with both servers in turns, a fresh server each time."""
-    warm_up = conversations.uniform(Writer(folder, scale, seed=1), 2)
+    warm_up = scenarios.uniform(Writer(folder, scale, seed=1), 2)
     recordings: Recordings = {}
     for turn in range(repeat):
         for server in (GLMD, MLX_LM)[:: -1 if turn % 2 else 1]:

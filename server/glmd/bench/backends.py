@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from glmd.bench.side import Progress, Session
+from glmd.bench.runner import Progress, Session
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine

@@ -19,8 +19,8 @@ from glmd.bench import workloads
 from glmd.bench.checkpoints import on_gpu
 from glmd.bench.compiling import CompileTimes, compile_times
 from glmd.bench.forms import agent_tools, forms
-from glmd.bench.glmd_side import GlmdSession, GlmdSide
-from glmd.bench.side import Session, run
+from glmd.bench.backends import GlmdSession, GlmdSide
+from glmd.bench.runner import Session, run
 from glmd.bench.workloads import Prompts
 from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.tokenizer import Tokenizer
