@@ -1,4 +1,4 @@
-"""Twenty tools as a coding agent's client sends them, in OpenAI's shape."""
+"""Twenty tools of a coding agent, in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grammar benchmark holds the rows that it says it does, and measures all it reports."""
+"""The grammar benchmark constrains its rows and measures everything that it reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from grammars import TAGS, answers, schema_matcher, validate
 from rich.console import Console
 
 from glmd.bench.checkpoints import write_talkative_checkpoint
-from glmd.bench.forms import RECORD, agent_tools, forms
-from glmd.bench.grammar import ROWS, bench_grammar
-from glmd.bench.report import compiling_table, grammar_table
 from glmd.structured_output.compiler import build_grammar
+from grammar import (
+    RECORD,
+    ROWS,
+    bench_grammar,
+    compile_table,
+    output_specs,
+    speed_table,
+    twenty_tools,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +30,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_form_is_followed_to_the_length_asked_for(checkpoint: Path) -> None:
+def test_every_grammar_constrains_all_requested_tokens(checkpoint: Path) -> None:
     report = bench_grammar(
         checkpoint, scale=0, repeat=1, only="", on_progress=lambda line: None, tokens=8
     )
-    assert [row.form for row in report.forms] == list(forms())
-    for row in report.forms:
-        assert row.free > 0 < row.held
-        assert row.masks > 0, f"{row.form}: no masks"
-        assert row.ratio == pytest.approx(row.held / row.free)
+    assert [row.grammar for row in report.grammars] == list(output_specs())
+    for row in report.grammars:
+        assert row.free > 0 < row.constrained
+        assert row.masks > 0, f"{row.grammar}: no masks"
+        assert row.ratio == pytest.approx(row.constrained / row.free)
     assert report.rows == ROWS
     compiling = report.compiling
     assert all(seconds > 0 for seconds in asdict(compiling).values())
     assert json.dumps(asdict(report), allow_nan=False)
     console = Console(width=200, record=True)
-    console.print(grammar_table(report), compiling_table(compiling))
+    console.print(speed_table(report), compile_table(compiling))
     assert "calls of 20 tools" in console.export_text()
 
 
-def test_all_of_the_agents_tools_can_be_enforced_strictly() -> None:
-    structure = agent_tools("_x")
+def test_all_twenty_tools_can_be_enforced_strictly() -> None:
+    structure = twenty_tools("_x")
     assert len({rule.name for rule in structure.tools}) == 20
     assert build_grammar(structure, TAGS).relaxed == ()
 
 
-def test_the_record_is_one_that_a_validator_knows() -> None:
+def test_the_record_schema_agrees_with_a_validator() -> None:
     found = list(answers(schema_matcher(RECORD), 5))
     assert found
     for text in found:

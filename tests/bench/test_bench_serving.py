@@ -1,4 +1,4 @@
-"""The HTTP benchmark's client counts what servers really do."""
+"""The HTTP benchmark's client counts requests, tokens and failures correctly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from glmd.bench import scenarios
 from glmd.bench.checkpoints import write_talkative_checkpoint
-from glmd.bench.client import Recording, play
-from glmd.bench.scenarios import Conversation, Scenario, Writer
-from glmd.bench.servers import GLMD, Address, running
+from glmd.bench.client import GLMD, Recording, play, running
+from glmd.bench.scenarios import Conversation, Scenario, Writer, agents, uniform
 from glmd.bench.serving import condense
 
 
@@ -25,30 +23,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     with running(GLMD, checkpoint, tmp_path_factory.mktemp("log") / "log") as address:
         yield address
 
 
-def recorded(server: Address, scenario: Scenario) -> Recording:
-    return asyncio.run(play(server.url, server.model, scenario))
+def recorded(server: tuple[str, str], scenario: Scenario) -> Recording:
+    return asyncio.run(play(*server, scenario))
 
 
-def test_text_has_the_number_of_tokens_asked_for(checkpoint: Path) -> None:
+def test_text_has_the_requested_number_of_tokens(checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     count = len(tokenizer.encode(Writer(checkpoint, 0.5, seed=0).text(400)).ids)
     assert 200 <= count <= 210
 
 
-def test_every_stream_is_read_to_its_end(checkpoint: Path, server: Address) -> None:
-    scenario = scenarios.uniform(Writer(checkpoint, 0.1, seed=0), 3)
+def test_every_stream_is_read_to_its_end(checkpoint: Path, server: tuple[str, str]) -> None:
+    scenario = uniform(Writer(checkpoint, 0.1, seed=0), 3)
     figures = condense(checkpoint, GLMD, scenario, [recorded(server, scenario)])
     assert (figures.requests, figures.failed) == (3, 0)
     assert figures.rate > 0
 
 
-def test_agents_prompts_are_computed_once(checkpoint: Path, server: Address) -> None:
-    scenario = scenarios.agents(Writer(checkpoint, 0.1, seed=0), count=3, turns=3)
+def test_agents_prompts_are_computed_once(checkpoint: Path, server: tuple[str, str]) -> None:
+    scenario = agents(Writer(checkpoint, 0.1, seed=0), count=3, turns=3)
     recording = recorded(server, scenario)
     assert [len(replies) for replies in recording.replies] == [3, 3, 3]
     figures = condense(checkpoint, GLMD, scenario, [recording])
@@ -57,7 +55,7 @@ def test_agents_prompts_are_computed_once(checkpoint: Path, server: Address) -> 
 
 
 def test_refused_connections_are_counted_not_raised() -> None:
-    scenario = Scenario("nobody listens", (Conversation(("hello",), 4),) * 3)
+    scenario = Scenario("no server", (Conversation(("hello",), 4),) * 3)
     recording = asyncio.run(play("http://127.0.0.1:9", "any", scenario))
     assert [len(replies) for replies in recording.replies] == [1, 1, 1]
     assert all("ConnectError" in (talk[0].error or "") for talk in recording.replies)

@@ -27,6 +27,7 @@ from glmd.llm import LLM
 from glmd.model.loader import LoadedModel
 from glmd.structured_output import OutputSpec, Regex
 from glmd.structured_output.compiler import build_grammar
+from mtp import WEATHER
 
 
 @cache

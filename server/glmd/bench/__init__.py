@@ -1,1 +1,1 @@
-"""Measurements, against mlx-lm and of what features cost. See docs/benchmarks.md."""
+"""`glmd bench`: measure glmd next to mlx-lm on this machine."""

@@ -1,11 +1,17 @@
-"""glmd's side: the engine as the server runs it, with its default limits."""
+"""Backends of the engine benchmark: glmd's engine and mlx-lm's `BatchGenerator`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glmd.bench.runner import Progress, Session
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
+from mlx_lm.utils import load_model as load_mlx_lm_model
+
+from glmd.bench.runner import BackendSession, RequestProgress
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
@@ -16,13 +22,12 @@ from glmd.model.loader import load_model
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-class GlmdSide:
-    """glmd with its weights loaded.
+class GlmdBackend:
+    """glmd's engine with the server's default limits.
 
     Args:
-        folder: a checkpoint that glmd serves.
-        dtype: of activations, KV, and unquantised weights.
-        mtp: load the MTP layer, if there is one, and draft where that pays.
+        dtype: type of activations, KV cache and unquantized weights.
+        mtp: load the checkpoint's MTP layer and draft where that is faster.
     """
 
     name = "glmd"
@@ -36,37 +41,36 @@ class GlmdSide:
         self.weight_bytes = self._model.weight_bytes
 
     def extend_context(self, tokens: int) -> None:
-        """Let sequences have `tokens` tokens, though the checkpoint was made for fewer.
+        """Raise the context limit to `tokens`, beyond that of the checkpoint.
 
-        Its answers make no sense there, as they make none to random prompts. What a step takes
-        does not depend on that, and mlx-lm does not stop there either.
+        The answers become meaningless, but the duration of a step does not depend on them.
         """
         args = self._model.args
         args.max_position_embeddings = max(args.max_position_embeddings, tokens)
 
-    def open(self) -> Session:
-        """A session with an empty KV store."""
+    def open(self) -> BackendSession:
+        """Return a session with an empty KV cache."""
         return GlmdSession(self.engine())
 
-    def engine(self, constraints: StructuredOutputManager | None = None) -> Engine:
-        """An engine with an empty KV store.
+    def engine(self, grammars: StructuredOutputManager | None = None) -> Engine:
+        """Return an engine with an empty KV cache.
 
         Args:
-            constraints: with grammars that are compiled already; None: its own.
+            grammars: manager to use. None: a new one.
         """
-        return Engine(self._model, self._config, self._budget, constraints)
+        return Engine(self._model, self._config, self._budget, grammars)
 
 
 class GlmdSession:
     """One engine.
 
     Args:
-        form: fields of `EngineRequest` that all requests have beside the benchmark's own.
+        fields: additional fields of `EngineRequest`, the same for all requests.
     """
 
-    def __init__(self, engine: Engine, **form: Any) -> None:
+    def __init__(self, engine: Engine, **fields: Any) -> None:
         self._engine = engine
-        self._form = form
+        self._fields = fields
 
     def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None:
         self._engine.submit(
@@ -76,19 +80,19 @@ class GlmdSession:
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 prompt_progress=True,
-                **{"sampling": SamplingParams(temperature=0), **self._form},
+                **{"sampling": SamplingParams(temperature=0), **self._fields},
             )
         )
 
     def cancel(self, request: int) -> None:
         self._engine.cancel(str(request))
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestProgress]:
         return [_progress(output) for output in self._engine.step()]
 
     @property
     def kv_bytes(self) -> int:
-        # Asked for in every step, and all of `stats` takes half a millisecond.
+        # Read in every step; `stats` would take half a millisecond.
         return self._engine.scheduler.kv_bytes
 
     @property
@@ -96,25 +100,136 @@ class GlmdSession:
         return self._engine.stats().prompt_tokens_computed
 
     @property
-    def resting_kv_bytes(self) -> int:
+    def idle_kv_bytes(self) -> int:
         return self._engine.stats().kv_bytes
 
     @property
-    def resting_arrays(self) -> int:
+    def idle_kv_arrays(self) -> int:
         return self._engine.stats().kv_segments * self._engine.kv_layers
 
     def close(self) -> None:
         self._engine.close()
 
 
-def _progress(output: SequenceOutput) -> Progress:
+def _progress(output: SequenceOutput) -> RequestProgress:
     if output.error is not None:
         raise RuntimeError(f"request {output.id}: {output.error}")
-    return Progress(
+    return RequestProgress(
         int(output.id),
         tuple(output.tokens),
         prefilled=output.computed_tokens or None,
-        # The first Output with tokens tells.
+        # set on the first output with tokens
         cached=output.cached_tokens if output.prompt_tokens else None,
         ended=output.finish_reason is not None,
     )
+
+
+_KEY = "model"
+"""Model name in the prompt cache."""
+
+
+class MlxLmBackend:
+    """mlx-lm's `BatchGenerator` behind its LRU prompt cache, as `mlx_lm.server` runs it.
+
+    Batch and chunk sizes are mlx-lm's defaults. A request's KV cache is stored when the request
+    ends, but not when it is cancelled.
+
+    Args:
+        dtype: type of activations, KV cache and unquantized weights.
+    """
+
+    name = "mlx-lm"
+
+    def __init__(self, folder: Path, dtype: mx.Dtype) -> None:
+        self._model, _ = load_mlx_lm_model(folder)
+        self._model.set_dtype(dtype)
+        mx.eval(self._model.parameters())
+
+    def open(self) -> BackendSession:
+        """Return a session with an empty KV cache."""
+        return MlxLmSession(self._model)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request in the generator.
+
+    Attributes:
+        computed: prompt tokens computed so far.
+        reported: `cached` was reported.
+    """
+
+    request: int
+    cached: int
+    computed: int = 0
+    reported: bool = False
+
+
+class MlxLmSession:
+    """One `BatchGenerator` and one prompt cache."""
+
+    def __init__(self, model: Any) -> None:
+        self._generator = BatchGenerator(model, stream=mx.default_stream(mx.default_device()))
+        self._prompts = LRUPromptCache()
+        self._layers = len(model.layers)
+        self._running: dict[int, _Running] = {}
+        self._computed = 0
+
+    def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None:
+        tokens = prompt.tolist()
+        cache, rest = self._prompts.fetch_nearest_cache(_KEY, tokens)
+        if not rest:  # the last token is computed for its logits
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        cached = len(tokens) - len(rest)
+        (uid,) = self._generator.insert(
+            [rest], [max_tokens], caches=[cache], all_tokens=[tokens[:cached]]
+        )
+        self._running[uid] = _Running(request, cached)
+
+    def cancel(self, request: int) -> None:
+        for uid, running in list(self._running.items()):
+            if running.request == request:
+                self._generator.remove([uid])
+                del self._running[uid]
+
+    def step(self) -> list[RequestProgress]:
+        prefilled, generated = self._generator.next()
+        out = []
+        for response in prefilled:
+            running = self._running[response.uid]
+            done, _ = response.progress
+            self._computed += done - running.computed
+            running.computed = done
+            out.append(RequestProgress(running.request, prefilled=running.cached + done))
+        for response in generated:
+            running = self._running[response.uid]
+            ended = response.finish_reason is not None
+            cached = None if running.reported else running.cached
+            running.reported = True
+            out.append(
+                RequestProgress(running.request, (response.token,), cached=cached, ended=ended)
+            )
+            if ended:
+                self._prompts.insert_cache(_KEY, response.all_tokens[:], response.prompt_cache)
+                del self._running[response.uid]
+        return out
+
+    @property
+    def kv_bytes(self) -> int:
+        return int(self._generator.prompt_cache_nbytes + self._prompts.nbytes)
+
+    @property
+    def computed(self) -> int:
+        return self._computed
+
+    @property
+    def idle_kv_bytes(self) -> int:
+        return int(self._prompts.nbytes)
+
+    @property
+    def idle_kv_arrays(self) -> int:
+        return len(self._prompts) * 2 * self._layers
+
+    def close(self) -> None:
+        self._generator.close()

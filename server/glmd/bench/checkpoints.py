@@ -1,4 +1,4 @@
-"""Checkpoints to measure on, made once and kept in the user's cache folder."""
+"""Checkpoints of random weights for the benchmarks."""
 
 from __future__ import annotations
 
@@ -36,16 +36,15 @@ MIDDLE: dict[str, Any] = {
     "rope_theta": 1_000_000.0,
     "num_nextn_predict_layers": 0,
 }
-"""Attention with the dimensions of GLM-4.7-Flash to the number, all else smaller: some 47
-million parameters, so that a CPU gets through the long contexts too."""
+"""Attention dimensions of GLM-4.7-Flash, everything else smaller: 47 million parameters, so that a
+CPU can run the long contexts too."""
 
 
 def middle_checkpoint() -> Path:
-    """The folder of the mid-size checkpoint (`MIDDLE`).
+    """Return the folder of the mid-size checkpoint (`MIDDLE`) in the user's cache.
 
-    In the dtype in which glmd computes on this machine, so that a server without a setting for
-    that computes in the same. It is written on the first call, which takes some seconds; an
-    interrupted call leaves nothing.
+    The first call writes the checkpoint in a few seconds. Its dtype is glmd's default on this
+    machine, because mlx_lm.server has no setting for the dtype.
     """
     dtype: Literal["BF16", "F32"] = "BF16" if on_gpu() else "F32"
     contents = hashlib.sha256(json.dumps([MIDDLE, dtype]).encode())
@@ -65,22 +64,22 @@ def middle_checkpoint() -> Path:
 
 
 def on_gpu() -> bool:
-    """Whether MLX computes on a GPU here."""
+    """Return whether MLX computes on a GPU."""
     return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def write_talkative_checkpoint(
     folder: Path, *, dtype: Literal["BF16", "F32"], **config: Any
 ) -> None:
-    """Write a checkpoint of random weights that can be served and never stops by itself.
+    """Write a random checkpoint whose answers are plain text of exactly the requested length.
 
-    It has the demo's tokenizer and chat template. Its head gives no logit to the tokens that end
-    or structure an answer, so every answer is plain text of the length asked for.
+    Tokenizer and chat template are the demo's. The rows of the output head for tokens that end or
+    structure an answer are 0.
 
     Args:
-        folder: empty.
-        dtype: of the weights.
-        config: entries of config.json, as for `write_random_checkpoint`.
+        folder: an empty folder.
+        dtype: type of the weights.
+        config: entries of config.json; see `write_random_checkpoint`.
     """
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     added = sorted(tokenizer.get_added_tokens_decoder())

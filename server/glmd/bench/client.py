@@ -1,67 +1,151 @@
-"""The HTTP benchmark's client: asynchronous, streaming, and exact about when what arrived."""
+"""HTTP client and servers of the HTTP benchmark."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from glmd.bench.scenarios import TEMPLATE_SETTINGS, Conversation, Scenario
+from glmd.errors import EngineUnavailable
 
-_PATIENCE = httpx.Timeout(900.0, connect=60.0)
-"""Seconds; a CPU may take minutes for what a GPU does in one."""
+CLIENT_TIMEOUT = httpx.Timeout(900.0, connect=60.0)
+"""Seconds; a CPU may take minutes for what a GPU does in one second."""
+
+START_TIMEOUT = 600.0
+"""Seconds to start a server; loading 20 GB from a slow disk takes minutes."""
 
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning")
 
 
+@dataclass(frozen=True, slots=True)
+class BenchServer:
+    """Command that starts a server.
+
+    Attributes:
+        arguments: arguments of the Python interpreter; checkpoint and port are appended.
+        model: name of the model in requests. None: the first in `/v1/models`.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    model: str | None = None
+
+
+GLMD = BenchServer("glmd", ("-m", "glmd", "serve"))
+MLX_LM = BenchServer("mlx_lm.server", ("-m", "mlx_lm", "server", "--model"), "default_model")
+
+
+@contextmanager
+def running(server: BenchServer, folder: Path, log: Path) -> Iterator[tuple[str, str]]:
+    """Run a server on a free port with default settings; yield its URL and model name.
+
+    Raises:
+        EngineUnavailable: the server exited, or did not become ready.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, *server.arguments, str(folder), "--port", str(port)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GLMD_")}
+    with log.open("ab") as out:
+        process = subprocess.Popen(  # noqa: S603
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
+        try:
+            _wait_until_ready(url, server, process, log)
+            models = httpx.get(f"{url}/v1/models", timeout=10).json()
+            yield url, server.model or models["data"][0]["id"]
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(
+    url: str, server: BenchServer, process: subprocess.Popen[bytes], log: Path
+) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise EngineUnavailable(
+                f"{server.name} exited with status {process.returncode}. See {log}."
+            )
+        try:
+            if httpx.get(f"{url}/health", timeout=10).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.2)
+    raise EngineUnavailable(f"{server.name} was not ready within {START_TIMEOUT:g} s. See {log}.")
+
+
 @dataclass(slots=True)
 class Reply:
-    """One streamed answer. Times in seconds of one monotonic clock."""
+    """One streamed answer. Times are seconds of one monotonic clock.
+
+    Attributes:
+        arrivals: arrival of each chunk with text or a tool call.
+        error: description of the failure. None: the answer is complete.
+        message: the answer as an assistant message for the next request.
+    """
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
-    """When each chunk with text or a tool call came."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    ended: float = 0.0
     error: str | None = None
     message: dict[str, Any] = field(default_factory=dict)
-    """The answer as an assistant message, to be sent back with the next turn."""
 
 
 @dataclass(slots=True)
 class Recording:
-    """All answers of one run of a scenario, by conversation."""
+    """All answers of one run of a scenario.
+
+    Attributes:
+        replies: answers by conversation.
+        seconds: time from the first request to the last byte.
+    """
 
     replies: list[list[Reply]]
     seconds: float
-    """From the first request to the last byte."""
 
 
 async def play(url: str, model: str, scenario: Scenario) -> Recording:
-    """Have all conversations of a scenario at once, each on connections of its own."""
+    """Run all conversations of a scenario at the same time, each with its own connections."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=CLIENT_TIMEOUT, limits=limits) as client:
         start = time.perf_counter()
         replies = await asyncio.gather(
-            *(_converse(client, model, talk) for talk in scenario.conversations)
+            *(_converse(client, model, each) for each in scenario.conversations)
         )
         return Recording(list(replies), time.perf_counter() - start)
 
 
-async def _converse(client: httpx.AsyncClient, model: str, talk: Conversation) -> list[Reply]:
+async def _converse(
+    client: httpx.AsyncClient, model: str, conversation: Conversation
+) -> list[Reply]:
     messages: list[dict[str, Any]] = []
-    if talk.system is not None:
-        messages.append({"role": "system", "content": talk.system})
+    if conversation.system is not None:
+        messages.append({"role": "system", "content": conversation.system})
     replies: list[Reply] = []
-    for text in talk.turns:
+    for text in conversation.turns:
         calls = messages[-1].get("tool_calls") if messages else None
         if calls:
             messages += [
@@ -72,19 +156,23 @@ async def _converse(client: httpx.AsyncClient, model: str, talk: Conversation) -
         body: dict[str, Any] = {
             "model": model,
             "messages": messages,
-            "max_tokens": talk.max_tokens,
+            "max_tokens": conversation.max_tokens,
             "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
             "chat_template_kwargs": TEMPLATE_SETTINGS,
         }
-        if talk.tools:
-            body["tools"] = talk.tools
+        if conversation.tools:
+            body["tools"] = conversation.tools
         reply = Reply(time.perf_counter())
         replies.append(reply)
-        with _errors_noted(reply):
+        # A failed request is counted and does not end the benchmark.
+        try:
             await _ask(client, body, reply)
-        reply.ended = time.perf_counter()
+        except httpx.HTTPStatusError as error:
+            reply.error = f"HTTP {error.response.status_code}: {error.response.text[:200]}"
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            reply.error = f"{type(error).__name__}: {error}"
         if reply.error is not None:
             break
         messages.append(reply.message)
@@ -93,7 +181,7 @@ async def _converse(client: httpx.AsyncClient, model: str, talk: Conversation) -
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any], reply: Reply) -> None:
     """Send one request and read its stream into `reply`."""
-    answer = _Answer()
+    message = _Message()
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != httpx.codes.OK:
             await response.aread()
@@ -110,15 +198,15 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], reply: Reply) ->
                 reply.completion_tokens = usage["completion_tokens"]
                 reply.cached_tokens = details.get("cached_tokens", 0)
             for choice in chunk["choices"]:
-                if answer.add(choice["delta"]):
+                if message.add(choice["delta"]):
                     reply.arrivals.append(time.perf_counter())
     if not reply.completion_tokens:
-        raise ValueError("the stream ended without usage")
-    reply.message = answer.message()
+        raise ValueError("The stream ended without usage.")
+    reply.message = message.build()
 
 
-class _Answer:
-    """Folds deltas into a message."""
+class _Message:
+    """Assistant message built from deltas."""
 
     def __init__(self) -> None:
         self._content = ""
@@ -126,7 +214,7 @@ class _Answer:
         self._calls: dict[int, dict[str, Any]] = {}
 
     def add(self, delta: dict[str, Any]) -> bool:
-        """Take one delta in; whether there was anything in it."""
+        """Add a delta; return whether it contained text or a tool call."""
         self._content += delta.get("content") or ""
         self._reasoning += delta.get("reasoning_content") or delta.get("reasoning") or ""
         calls = delta.get("tool_calls") or []
@@ -141,21 +229,11 @@ class _Answer:
                 call["function"][key] += text or ""
         return bool(calls) or any(delta.get(key) for key in _TEXT_KEYS)
 
-    def message(self) -> dict[str, Any]:
+    def build(self) -> dict[str, Any]:
+        """Return the message."""
         message: dict[str, Any] = {"role": "assistant", "content": self._content}
         if self._reasoning:
             message["reasoning_content"] = self._reasoning
         if self._calls:
             message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
         return message
-
-
-@contextmanager
-def _errors_noted(reply: Reply) -> Iterator[None]:
-    """What goes wrong with one request is counted, and does not end the benchmark."""
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        reply.error = f"HTTP {error.response.status_code}: {error.response.text[:200]}"
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        reply.error = f"{type(error).__name__}: {error}"

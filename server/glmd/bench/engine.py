@@ -1,32 +1,133 @@
-"""The engine benchmark: every case on both sides in one process, in turns, medians of the runs."""
+"""Engine benchmark: each workload on glmd and mlx-lm in one process, alternating."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import mmap
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import mlx.core as mx
 
 from glmd.bench import workloads
-from glmd.bench.cases import Case, Goal, cases
+from glmd.bench.backends import Dtype, GlmdBackend, MlxLmBackend
 from glmd.bench.checkpoints import on_gpu
-from glmd.bench.backends import Dtype, GlmdSide
-from glmd.bench.mlx_lm_side import MlxLmSide
-from glmd.bench.runner import Side, run, same_answers
-from glmd.bench.trace import Trace
-from glmd.bench.workloads import Prompts
+from glmd.bench.runner import Backend, RunTrace, run, same_answers
+from glmd.bench.workloads import Prompts, Workload
 from glmd.checkpoint.config import load_config
 from glmd.errors import SettingsError
 
 ENDLESS_ROOM = 2048
-"""Tokens of context for what an endless stream gives until the others are done."""
+"""Tokens of context for the output of an endless stream."""
+
+STRAY_BYTES = 1 << 20
+"""Allowed bytes of live arrays besides weights and idle KV cache: constants of MLX itself."""
+
+SLACK_BYTES = 2 * mmap.PAGESIZE
+"""Allowed bytes per array: MLX's allocator reuses freed buffers up to two pages too large."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One goal of one workload: the medians, and whether it is reached."""
+class Metric:
+    """A number read from a run, and its target.
+
+    Attributes:
+        ratio: glmd must be at least this many times better than mlx-lm. None: no such target.
+        bound: limit of glmd's number, a minimum if higher is better. None: no such target.
+    """
+
+    name: str
+    unit: str
+    better: Literal["higher", "lower"]
+    read: Callable[[RunTrace], float]
+    ratio: float | None = None
+    bound: float | None = None
+
+    def advantage(self, glmd: float, other: float) -> float | None:
+        """Return how many times better glmd is. None: one of the numbers is 0."""
+        good, worse = (glmd, other) if self.better == "higher" else (other, glmd)
+        return good / worse if good > 0 and worse > 0 else None
+
+    def met(self, glmd: float, advantage: float | None) -> bool:
+        """Return whether both targets are met."""
+        within = self.bound is None or (
+            glmd >= self.bound if self.better == "higher" else glmd <= self.bound
+        )
+        faster = self.ratio is None or (advantage is not None and advantage >= self.ratio)
+        return within and faster
+
+
+MeasuredWorkload = tuple[Workload, tuple[Metric, ...]]
+
+
+def measured_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[MeasuredWorkload]:
+    """Yield the rows of the table in docs/benchmarks.md, in order."""
+
+    def faster(ratio: float) -> Metric:
+        return Metric("decode", "tokens/s", "higher", RunTrace.decode_rate, ratio=ratio)
+
+    def kv_overhead(trace: RunTrace) -> float:
+        return trace.kv_bytes / (trace.least_kv_tokens() * kv_bytes_per_token)
+
+    def stray_mib(trace: RunTrace) -> float:
+        slack = SLACK_BYTES * trace.idle_kv_arrays
+        return max(0, trace.idle_bytes - trace.idle_kv_bytes - slack) / 2**20
+
+    for rows in (1, 8, 32):
+        # at least 48 tokens, a third of a second for one stream of a small model
+        yield workloads.decode(prompts, rows, new=max(48, 256 // rows)), (faster(1.0),)
+    yield workloads.ragged(prompts), (faster(4.0),)
+
+    kv = Metric("KV held / KV needed", "×", "lower", kv_overhead, bound=1.15)
+    yield workloads.shared_prefix(prompts), (kv, faster(1.0))
+    yield workloads.long_context(prompts), (faster(1.0),)
+
+    first = Metric("first token", "s", "lower", RunTrace.first_token_seconds, ratio=1.5)
+    yield workloads.returning(prompts), (first,)
+
+    stall = Metric(
+        "longest gap / median step", "×", "lower",
+        lambda trace: trace.longest_gap() / trace.median_step(), bound=3.0,
+    )  # fmt: skip
+    noise = Metric(
+        "longest gap before it / median step", "×", "lower",
+        lambda trace: trace.longest_step() / trace.median_step(),
+    )  # fmt: skip
+    gap = Metric("longest gap", "s", "lower", RunTrace.longest_gap, ratio=5.0)
+    answer = Metric("first token of that prompt", "s", "lower", RunTrace.first_token_seconds)
+    yield workloads.interrupted(prompts), (stall, noise, gap, answer)
+
+    overall = Metric("arrival to end", "tokens/s", "higher", RunTrace.overall_rate, ratio=1.0)
+    yield workloads.joining(prompts), (overall,)
+
+    together = workloads.together(prompts)
+    least = workloads.unique_tokens(r.prompt for r in together.waves[0].requests)
+    computed = Metric(
+        "prompt tokens computed", "", "lower", lambda trace: float(trace.computed), bound=least
+    )
+    yield together, (computed,)
+
+    cached = Metric("cached", "of the prompt", "higher", RunTrace.cached_share, bound=0.8)
+    yield workloads.cancelled(prompts), (cached,)
+
+    stray = Metric(
+        "memory at rest beside weights and stored KV", "MiB", "lower", stray_mib,
+        bound=STRAY_BYTES / 2**20,
+    )  # fmt: skip
+    yield workloads.mixed(prompts), (stray,)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """Medians of one metric of one workload.
+
+    Attributes:
+        advantage: median of the ratios within each repetition, so that a slow minute affects both
+            backends. None: not comparable.
+        runs: values of glmd and mlx-lm in each repetition.
+    """
 
     workload: str
     goal: str
@@ -34,22 +135,20 @@ class Row:
     glmd: float
     mlx_lm: float
     advantage: float | None
-    """Median of the repetitions' own ratios, so that a slow minute hits both sides of one."""
     ratio: float | None
     bound: float | None
     better: str
     met: bool
     runs: list[tuple[float, float]]
-    """glmd and mlx-lm, one pair per repetition."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All rows, and what was measured on.
+class EngineReport:
+    """Result of the engine benchmark.
 
     Attributes:
-        mtp: whether glmd's side had an MTP layer, if there is one.
-        same_answers: share of all requests whose tokens were the same on both sides.
+        mtp: glmd loaded the MTP layer, if the checkpoint has one.
+        same_answers: share of requests with the same tokens on both backends.
     """
 
     dtype: str
@@ -57,7 +156,7 @@ class Report:
     weight_bytes: int
     kv_bytes_per_token: int
     same_answers: float
-    rows: list[Row]
+    rows: list[EngineRow]
 
 
 def bench_engine(
@@ -68,47 +167,49 @@ def bench_engine(
     only: str,
     mtp: bool,
     on_progress: Callable[[str], None],
-) -> Report:
-    """Measure.
+) -> EngineReport:
+    """Run the engine benchmark.
 
     Args:
-        folder: a checkpoint that both sides load.
+        folder: checkpoint that both backends can load.
         scale: factor on all prompt lengths.
-        repeat: runs of each case on each side.
-        only: run the cases whose name contains this.
+        repeat: runs of each workload on each backend.
+        only: run only workloads whose name contains this text.
         mtp: load glmd's MTP layer; mlx-lm has none.
         on_progress: called with a line of progress.
 
     Raises:
-        SettingsError: no case has `only` in its name.
+        SettingsError: no workload has `only` in its name.
         CheckpointError: the checkpoint cannot be loaded.
     """
     dtype: Dtype = "bfloat16" if on_gpu() else "float32"
     config = load_config(folder)
     on_progress(f"loading {folder.name} twice, {dtype}")
-    glmd = GlmdSide(folder, dtype, mtp=mtp)
-    mlx_lm = MlxLmSide(folder, getattr(mx, dtype))
+    glmd = GlmdBackend(folder, dtype, mtp=mtp)
+    mlx_lm = MlxLmBackend(folder, getattr(mx, dtype))
+    prompts = Prompts(config.vocab_size, scale)
     chosen = [
-        case
-        for case in cases(Prompts(config.vocab_size, scale), glmd.kv_bytes_per_token)
-        if only in case.workload.name
+        (workload, metrics)
+        for workload, metrics in measured_workloads(prompts, glmd.kv_bytes_per_token)
+        if only in workload.name
     ]
     if not chosen:
-        raise SettingsError(f"--only {only!r} is in the name of no workload")
-    glmd.extend_context(max(case.workload.longest for case in chosen) + ENDLESS_ROOM)
-    sides: list[Side] = [glmd, mlx_lm]
-    for side in sides:  # compiles what is compiled, and touches all weights
-        run(side, workloads.decode(Prompts(config.vocab_size, 0), 2, new=4))
+        raise SettingsError(f"--only: no workload has {only!r} in its name.")
+    glmd.extend_context(max(workload.longest for workload, _ in chosen) + ENDLESS_ROOM)
+    backends: list[Backend] = [glmd, mlx_lm]
+    for backend in backends:  # warm-up: compiles kernels and reads all weights
+        run(backend, workloads.decode(Prompts(config.vocab_size, 0), 2, new=4))
     rows, agreement = [], []
-    for case in chosen:
+    for workload, metrics in chosen:
         pairs = []
-        for turn in range(repeat):
-            on_progress(f"{case.workload.name}, {turn + 1} of {repeat}")
-            traces = {s.name: run(s, case.workload) for s in sides[:: -1 if turn % 2 else 1]}
+        for number in range(repeat):
+            on_progress(f"{workload.name}, {number + 1} of {repeat}")
+            order = backends[:: -1 if number % 2 else 1]
+            traces = {backend.name: run(backend, workload) for backend in order}
             pairs.append((traces["glmd"], traces["mlx-lm"]))
         agreement += [same_answers(*pair) for pair in pairs]
-        rows += [_row(case, goal, pairs) for goal in case.goals]
-    return Report(
+        rows += [_row(workload, metric, pairs) for metric in metrics]
+    return EngineReport(
         dtype=dtype,
         mtp=mtp,
         weight_bytes=glmd.weight_bytes,
@@ -118,21 +219,23 @@ def bench_engine(
     )
 
 
-def _row(case: Case, goal: Goal, pairs: Iterable[tuple[Trace, Trace]]) -> Row:
-    runs = [(goal.read(ours), goal.read(theirs)) for ours, theirs in pairs]
-    ours = median(a for a, _ in runs)
-    advantages = [goal.advantage(a, b) for a, b in runs]
+def _row(
+    workload: Workload, metric: Metric, pairs: Iterable[tuple[RunTrace, RunTrace]]
+) -> EngineRow:
+    runs = [(metric.read(ours), metric.read(theirs)) for ours, theirs in pairs]
+    glmd = median(ours for ours, _ in runs)
+    advantages = [metric.advantage(ours, theirs) for ours, theirs in runs]
     advantage = median(x for x in advantages if x is not None) if all(advantages) else None
-    return Row(
-        workload=case.workload.name,
-        goal=goal.what,
-        unit=goal.unit,
-        glmd=ours,
-        mlx_lm=median(b for _, b in runs),
+    return EngineRow(
+        workload=workload.name,
+        goal=metric.name,
+        unit=metric.unit,
+        glmd=glmd,
+        mlx_lm=median(theirs for _, theirs in runs),
         advantage=advantage,
-        ratio=goal.ratio,
-        bound=goal.bound,
-        better=goal.better,
-        met=goal.met(ours, advantage),
+        ratio=metric.ratio,
+        bound=metric.bound,
+        better=metric.better,
+        met=metric.met(glmd, advantage),
         runs=runs,
     )

@@ -1,27 +1,28 @@
-"""The two sides of the engine benchmark, behind one small interface, and the run of a workload."""
+"""Run a workload on one backend of the engine benchmark and record what happens."""
 
 from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from glmd.bench.trace import Life, Trace
-from glmd.bench.workloads import Request, Workload
+from glmd.bench.workloads import ENDLESS, Request, Workload, unique_tokens
 from glmd.ipc import TokenArray
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What one step gave one request.
+class RequestProgress:
+    """Progress of one request in one step.
 
     Attributes:
-        prefilled: prompt tokens in the KV by now, if prefill is what it is about.
-        cached: prompt tokens that needed no computing, once that is known.
+        prefilled: prompt tokens in the KV cache so far. None: no prefill in this step.
+        cached: prompt tokens read from the cache. None: not yet known, or reported before.
     """
 
     request: int
@@ -31,12 +32,12 @@ class Progress:
     ended: bool = False
 
 
-class Session(Protocol):
-    """One side with an empty KV store."""
+class BackendSession(Protocol):
+    """An engine with an empty KV cache."""
 
     def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None: ...
     def cancel(self, request: int) -> None: ...
-    def step(self) -> list[Progress]: ...
+    def step(self) -> list[RequestProgress]: ...
     @property
     def kv_bytes(self) -> int: ...
     @property
@@ -45,100 +46,220 @@ class Session(Protocol):
         ...
 
     @property
-    def resting_kv_bytes(self) -> int:
-        """KV that is kept for requests to come; asked when nothing runs."""
+    def idle_kv_bytes(self) -> int:
+        """KV cache kept for later requests; read when no request runs."""
         ...
 
     @property
-    def resting_arrays(self) -> int:
-        """Arrays that this KV consists of."""
+    def idle_kv_arrays(self) -> int:
+        """Number of arrays in the idle KV cache."""
         ...
 
     def close(self) -> None: ...
 
 
-class Side(Protocol):
-    """One of the two, with its weights loaded."""
+class Backend(Protocol):
+    """An engine with its weights loaded."""
 
     name: str
 
-    def open(self) -> Session: ...
+    def open(self) -> BackendSession: ...
 
 
-def run(side: Side, workload: Workload) -> Trace:
-    """Run a workload on a fresh session of `side`."""
-    at_rest = _alive()
-    session = side.open()
-    trace = Trace()
+@dataclass(slots=True)
+class RequestTrace:
+    """Events of one request. Times are seconds of one monotonic clock.
+
+    Attributes:
+        times: arrival of each output token.
+        cached: prompt tokens read from the cache.
+        prefilled: prompt tokens in the KV cache so far.
+        ended: time of the end. None: running.
+    """
+
+    request: Request
+    arrived: float
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    cached: int = 0
+    prefilled: int = 0
+    ended: float | None = None
+
+    @property
+    def endless(self) -> bool:
+        """Whether the request runs until the end of the workload."""
+        return self.request.max_tokens == ENDLESS
+
+    def reached(self, tokens: int | None) -> bool:
+        """Return whether the request ended or has `tokens` tokens. None: whether it ended."""
+        return self.ended is not None or (tokens is not None and len(self.tokens) >= tokens)
+
+
+@dataclass(slots=True)
+class RunTrace:
+    """Events of one run of a workload.
+
+    Attributes:
+        waves: traces in the workload's order.
+        kv_bytes: whole KV cache after the last step in which the entire last wave decoded.
+        lengths: output tokens of each request at that step.
+        computed: prompt tokens run through the model.
+        idle_bytes: live arrays after the run, minus those before.
+        idle_kv_bytes: part of `idle_bytes` kept as KV cache for later requests.
+        idle_kv_arrays: number of arrays in that KV cache.
+    """
+
+    waves: list[list[RequestTrace]] = field(default_factory=list)
+    kv_bytes: int = 0
+    lengths: list[int] = field(default_factory=list)
+    computed: int = 0
+    idle_bytes: int = 0
+    idle_kv_bytes: int = 0
+    idle_kv_arrays: int = 0
+
+    @property
+    def requests(self) -> list[RequestTrace]:
+        """Traces of all waves."""
+        return [request for wave in self.waves for request in wave]
+
+    def all_decoding(self) -> bool:
+        """Return whether all requests of the last wave decode."""
+        return all(request.times and request.ended is None for request in self.waves[-1])
+
+    def least_kv_tokens(self) -> int:
+        """Count tokens that the KV cache had to hold when `kv_bytes` was read.
+
+        Each common prefix counts once; the last output token was not in the cache yet.
+        """
+        return unique_tokens(
+            np.concatenate([r.request.prompt, np.array(r.tokens[: length - 1], np.int32)])
+            for r, length in zip(self.requests, self.lengths, strict=True)
+        )
+
+    def decode_rate(self) -> float:
+        """Tokens per second of the last wave while all of its requests decode."""
+        start = max(request.times[0] for request in self.waves[-1])
+        end = min(request.times[-1] for request in self.waves[-1])
+        tokens = sum(start < time <= end for r in self.waves[-1] for time in r.times)
+        return tokens / (end - start)
+
+    def overall_rate(self) -> float:
+        """Tokens per second of all requests, from the first arrival to the last token."""
+        start = min(request.arrived for request in self.requests)
+        end = max(request.times[-1] for request in self.requests)
+        return sum(len(request.tokens) for request in self.requests) / (end - start)
+
+    def first_token_seconds(self) -> float:
+        """Seconds from the last wave's arrival to its first token."""
+        return min(request.times[0] - request.arrived for request in self.waves[-1])
+
+    def _steps_before(self) -> list[float]:
+        """Seconds between tokens of the first wave, before the last wave arrives."""
+        arrival = self.waves[-1][0].arrived
+        started = max(request.times[0] for request in self.waves[0])
+        return [
+            after - before
+            for request in self.waves[0]
+            for before, after in pairwise(request.times)
+            if started <= before and after <= arrival
+        ]
+
+    def median_step(self) -> float:
+        """Median seconds between tokens of the first wave, before the last wave arrives."""
+        return median(self._steps_before())
+
+    def longest_step(self) -> float:
+        """Longest such time: the machine's own noise."""
+        return max(self._steps_before())
+
+    def longest_gap(self) -> float:
+        """Longest gap in a first-wave stream between the last wave's arrival and first token."""
+        arrival, answered = self.waves[-1][0].arrived, self.waves[-1][0].times[0]
+        return max(
+            after - before
+            for request in self.waves[0]
+            for before, after in pairwise([t for t in request.times if t < answered] + [answered])
+            if after > arrival
+        )
+
+    def cached_share(self) -> float:
+        """Cached share of the last request's prompt."""
+        request = self.waves[-1][-1]
+        return request.cached / len(request.request.prompt)
+
+
+def run(backend: Backend, workload: Workload) -> RunTrace:
+    """Run a workload in a new session of `backend`."""
+    bytes_before = _live_bytes()
+    session = backend.open()
+    trace = RunTrace()
     try:
         _drive(session, workload, trace)
         trace.computed = session.computed
-        trace.resting_bytes = _alive() - at_rest
-        trace.resting_kv_bytes = session.resting_kv_bytes
-        trace.resting_arrays = session.resting_arrays
+        trace.idle_bytes = _live_bytes() - bytes_before
+        trace.idle_kv_bytes = session.idle_kv_bytes
+        trace.idle_kv_arrays = session.idle_kv_arrays
     finally:
         session.close()
     return trace
 
 
-def _drive(session: Session, workload: Workload, trace: Trace) -> None:
-    waiting = list(workload.waves)
-    lives: list[Life] = []
+def _drive(session: BackendSession, workload: Workload, trace: RunTrace) -> None:
+    pending = list(workload.waves)
+    requests: list[RequestTrace] = []
     while True:
-        if waiting and all(life.has_given(waiting[0].after) for life in lives):
-            wave = waiting.pop(0)
-            trace.waves.append([_submit(session, lives, request) for request in wave.requests])
-        if not waiting and all(life.ended is not None or life.endless for life in lives):
+        if pending and all(r.reached(pending[0].after) for r in requests):
+            trace.waves.append([])
+            for request in pending.pop(0).requests:
+                sent = RequestTrace(request, time.perf_counter())
+                session.submit(len(requests), request.prompt, request.max_tokens)
+                requests.append(sent)
+                trace.waves[-1].append(sent)
+        if not pending and all(r.ended is not None or r.endless for r in requests):
             break
-        _book(session, lives, session.step())
-        if not waiting and trace.all_decoding():
+        _record(session, requests, session.step())
+        if not pending and trace.all_decoding():
             trace.kv_bytes = session.kv_bytes
-            trace.given_then = [len(life.tokens) for life in lives]
-    for number, life in enumerate(lives):
-        if life.ended is None:
+            trace.lengths = [len(r.tokens) for r in requests]
+    for number, r in enumerate(requests):
+        if r.ended is None:
             session.cancel(number)
     while session.step():
-        pass  # The cancelled ones leave, and a step that was under way is read.
+        pass  # drain the step in flight and the cancelled requests
 
 
-def _submit(session: Session, lives: list[Life], request: Request) -> Life:
-    life = Life(request, time.perf_counter())
-    session.submit(len(lives), request.prompt, request.max_tokens)
-    lives.append(life)
-    return life
-
-
-def _book(session: Session, lives: list[Life], step: list[Progress]) -> None:
+def _record(
+    session: BackendSession, requests: list[RequestTrace], step: list[RequestProgress]
+) -> None:
     now = time.perf_counter()
     for progress in step:
-        life = lives[progress.request]
-        life.tokens.extend(progress.tokens)
-        life.times.extend([now] * len(progress.tokens))
-        life.prefilled = progress.prefilled or life.prefilled
+        request = requests[progress.request]
+        request.tokens.extend(progress.tokens)
+        request.times.extend([now] * len(progress.tokens))
+        request.prefilled = progress.prefilled or request.prefilled
         if progress.cached is not None:
-            life.cached = progress.cached
+            request.cached = progress.cached
         if progress.ended:
-            life.ended = now
-        share = life.request.cancel_at
+            request.ended = now
+        cancel_at = request.request.cancel_at
         if (
-            share is not None
-            and life.ended is None
-            and (life.tokens or life.prefilled >= share * len(life.request.prompt))
+            cancel_at is not None
+            and request.ended is None
+            and (request.tokens or request.prefilled >= cancel_at * len(request.request.prompt))
         ):
             session.cancel(progress.request)
-            life.ended = now
+            request.ended = now
 
 
-def _alive() -> int:
-    """Bytes of the arrays that are alive."""
+def _live_bytes() -> int:
     gc.collect()
     mx.synchronize()
     return mx.get_active_memory()
 
 
-def same_answers(a: Trace, b: Trace) -> float:
-    """The share of requests to which both sides gave the same tokens, as far as both went."""
-    pairs = list(zip(a.lives, b.lives, strict=True))
+def same_answers(a: RunTrace, b: RunTrace) -> float:
+    """Share of requests with equal tokens in both runs, up to the shorter output."""
+    pairs = list(zip(a.requests, b.requests, strict=True))
     same = sum(
         bool(np.array_equal(x.tokens[:n], y.tokens[:n]))
         for x, y in pairs

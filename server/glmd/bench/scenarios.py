@@ -1,8 +1,9 @@
-"""What the HTTP benchmark's clients say, as data: conversations of random words and set lengths."""
+"""Scenarios of the HTTP benchmark: conversations of random words with given lengths."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from glmd.bench.workloads import SEED
 from glmd.ipc import TokenArray
 
 TEMPLATE_SETTINGS = {"enable_thinking": False, "clear_thinking": False}
-"""Without thinking, whatever is generated is content, and comes back whole with the next turn."""
+"""Without thinking all output is content, which the next request contains unchanged."""
 
 _WORDS = [
     "north", "river", "table", "seven", "green", "window", "letter", "morning", "paper", "stone",
@@ -25,12 +26,11 @@ _WORDS = [
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One client: sends a turn, reads the whole answer, sends the next turn.
+    """Turns of one client, each sent after the complete answer to the one before.
 
     Attributes:
-        turns: what the user says. If the answer before was a call of tools, the text goes back as
-            the tools' result instead.
-        max_tokens: of each answer.
+        turns: user messages. After tool calls the text is sent as the tools' results instead.
+        max_tokens: length limit of each answer.
     """
 
     turns: tuple[str, ...]
@@ -41,22 +41,25 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Conversations that begin at the same moment."""
+    """Conversations that start at the same time."""
 
     name: str
     conversations: tuple[Conversation, ...]
 
 
-def first_prompt(tokenizer: Any, talk: Conversation) -> TokenArray:
-    """The token ids of a conversation's first turn.
+def first_prompt(tokenizer: Any, conversation: Conversation) -> TokenArray:
+    """Return the token ids of a conversation's first request.
 
     Args:
-        tokenizer: the checkpoint's, of transformers.
+        tokenizer: the checkpoint's tokenizer in transformers.
     """
-    system = [] if talk.system is None else [{"role": "system", "content": talk.system}]
+    system = conversation.system
     ids = tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": talk.turns[0]}],
-        tools=list(talk.tools) or None,
+        [
+            *([] if system is None else [{"role": "system", "content": system}]),
+            {"role": "user", "content": conversation.turns[0]},
+        ],
+        tools=list(conversation.tools) or None,
         add_generation_prompt=True,
         return_dict=False,
         **TEMPLATE_SETTINGS,
@@ -65,12 +68,12 @@ def first_prompt(tokenizer: Any, talk: Conversation) -> TokenArray:
 
 
 class Writer:
-    """Writes random text of a given number of tokens.
+    """Generator of random text with a given number of tokens.
 
     Args:
-        folder: the checkpoint whose tokenizer counts.
+        folder: checkpoint whose tokenizer counts.
         scale: factor on all lengths.
-        seed: two writers with different seeds share no prompt longer than a template's head.
+        seed: texts of different seeds have no long common prefix.
     """
 
     def __init__(self, folder: Path, scale: float, seed: int) -> None:
@@ -79,7 +82,7 @@ class Writer:
         self._random = random.Random(SEED + seed)  # noqa: S311
 
     def text(self, tokens: int) -> str:
-        """Words that make up about `tokens`, scaled, but at least 8."""
+        """Return words of about `tokens` tokens, scaled, at least 8."""
         wanted = max(8, round(tokens * self._scale))
         words: list[str] = []
         while (have := self._count(" ".join(words))) < wanted:
@@ -90,6 +93,16 @@ class Writer:
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def all_scenarios(writer: Writer) -> Iterator[Scenario]:
+    """Yield the scenarios of docs/benchmarks.md, in order."""
+    for streams in (1, 8, 16, 32):
+        yield uniform(writer, streams)
+    for streams in (8, 16, 32):
+        yield ragged(writer, streams)
+    yield burst(writer)
+    yield agents(writer)
+
+
 def uniform(writer: Writer, streams: int) -> Scenario:
     """Streams of equal length."""
     return Scenario(
@@ -98,7 +111,7 @@ def uniform(writer: Writer, streams: int) -> Scenario:
 
 
 def ragged(writer: Writer, streams: int) -> Scenario:
-    """Every eighth prompt is sixteen times as long as the others, answers are of mixed length."""
+    """Answers of mixed length; every eighth prompt is sixteen times as long as the others."""
     return Scenario(
         f"{streams} ragged",
         tuple(
@@ -108,16 +121,13 @@ def ragged(writer: Writer, streams: int) -> Scenario:
     )
 
 
-def burst(writer: Writer, connections: int = 200) -> Scenario:
-    """As many connections at the same moment, each for a few tokens."""
-    return Scenario(
-        f"burst of {connections}",
-        tuple(Conversation((writer.text(8),), 4) for _ in range(connections)),
-    )
+def burst(writer: Writer) -> Scenario:
+    """Two hundred connections at the same time, each for four tokens."""
+    return Scenario("burst of 200", tuple(Conversation((writer.text(8),), 4) for _ in range(200)))
 
 
 def agents(writer: Writer, *, count: int = 4, turns: int = 6) -> Scenario:
-    """Agents with one system prompt and set of tools, about 2k tokens, and growing histories."""
+    """Agents with the same system prompt and tools, about 2k tokens, and growing histories."""
     system = writer.text(1700)
     tools = tuple(_tool(name, writer.text(40)) for name in ("search", "read_file", "write_file"))
     return Scenario(

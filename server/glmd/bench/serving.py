@@ -1,4 +1,4 @@
-"""The HTTP benchmark: glmd and mlx_lm.server in turn, the same conversations with both."""
+"""HTTP benchmark: the same conversations with glmd and mlx_lm.server, alternating."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from glmd.bench import scenarios
-from glmd.bench.bare import bare_rate
-from glmd.bench.client import Recording, Reply, play
-from glmd.bench.scenarios import Scenario, Writer, first_prompt
-from glmd.bench.servers import GLMD, MLX_LM, Server, running
-from glmd.bench.workloads import unique_tokens
+from glmd.bench.backends import GlmdBackend
+from glmd.bench.client import GLMD, MLX_LM, BenchServer, Recording, Reply, play, running
+from glmd.bench.runner import run
+from glmd.bench.scenarios import Scenario, Writer, all_scenarios, first_prompt, uniform
+from glmd.bench.workloads import Request, Wave, Workload, unique_tokens
 from glmd.errors import SettingsError
 
 PERCENTILES = (50, 95, 99)
 
-BARE = "16 uniform"
-"""The scenario that the engine also gets without HTTP."""
+ENGINE_ONLY = "16 uniform"
+"""Scenario that the engine also runs without HTTP."""
 
 SHOWN_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one server did with one scenario in all runs together.
+    """Results of one server in one scenario, over all runs.
 
     Attributes:
         rate: tokens per second from the first request to the last byte, median of the runs.
-        first_token: seconds from request to first text, at `PERCENTILES` of all requests.
-        between_tokens: seconds between chunks with text, at `PERCENTILES` of all of them.
-        computed: prompt tokens that were not cached, by the server's account; median.
-        least: the fewest prompt tokens that could have been computed; median.
-        failed: requests without a complete answer, of all runs.
-        errors: what was said about some of them.
+        first_token: seconds from a request to its first text, at `PERCENTILES`.
+        between_tokens: seconds between chunks with text, at `PERCENTILES`.
+        computed: prompt tokens not cached according to the server's usage, median of the runs.
+        least: minimum of `computed` with a perfect cache, median of the runs.
+        failed: requests without a complete answer.
+        errors: descriptions of some failures.
     """
 
     server: str
@@ -56,8 +55,8 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """One target, and whether it is reached."""
+class TargetCheck:
+    """A target of the HTTP benchmark."""
 
     what: str
     value: float
@@ -67,15 +66,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ServingReport:
-    """Everything measured; `bare_engine` as in `glmd.bench.bare`, if `BARE` was played."""
+    """Result of the HTTP benchmark.
+
+    Attributes:
+        engine_only: tokens per second of the engine without HTTP. None: not measured.
+    """
 
     figures: list[Figures]
-    bare_engine: float | None
-    checks: list[Check]
+    engine_only: float | None
+    checks: list[TargetCheck]
 
 
 Recordings = dict[tuple[str, str], list[Recording]]
-"""By server and scenario, one recording per run."""
+"""Recordings of all runs, by server and scenario."""
 
 
 def bench_serving(
@@ -87,45 +90,36 @@ def bench_serving(
     log: Path,
     on_progress: Callable[[str], None],
 ) -> ServingReport:
-    """Measure.
+    """Run the HTTP benchmark.
 
     Args:
-        folder: a checkpoint that both servers load.
+        folder: checkpoint that both servers can load.
         scale: factor on the lengths of all prompts.
-        repeat: runs of everything with each server.
-        only: play the scenarios whose name contains this.
+        repeat: runs with each server.
+        only: run only scenarios whose name contains this text.
         log: file to which the servers' output is appended.
         on_progress: called with a line of progress.
 
     Raises:
-        SettingsError: no scenario has that name.
-        EngineUnavailable: a server did not start; `log` says why.
+        SettingsError: no scenario has `only` in its name.
+        EngineUnavailable: a server did not start; see `log`.
     """
-    chosen = [s for s in _all(Writer(folder, scale, seed=0)) if only in s.name]
+    chosen = [s for s in all_scenarios(Writer(folder, scale, seed=0)) if only in s.name]
     if not chosen:
-        raise SettingsError(f"--only {only!r} is in the name of no scenario")
+        raise SettingsError(f"--only: no scenario has {only!r} in its name.")
     recordings = _record(folder, chosen, scale, repeat, log, on_progress)
     figures = [
         condense(folder, server, scenario, recordings[server.name, scenario.name])
         for scenario in chosen
         for server in (GLMD, MLX_LM)
     ]
-    bare = None
+    engine_only = None
     for scenario in chosen:
-        if scenario.name == BARE:
-            on_progress("the engine alone")
-            recorded = recordings[GLMD.name, BARE][0]
-            bare = bare_rate(folder, scenario, recorded, repeat=repeat)
-    return ServingReport(figures, bare, list(_checks(figures, bare)))
-
-
-def _all(writer: Writer) -> Iterator[Scenario]:
-    for streams in (1, 8, 16, 32):
-        yield scenarios.uniform(writer, streams)
-    for streams in (8, 16, 32):
-        yield scenarios.ragged(writer, streams)
-    yield scenarios.burst(writer)
-    yield scenarios.agents(writer)
+        if scenario.name == ENGINE_ONLY:
+            on_progress("the engine without HTTP")
+            recorded = recordings[GLMD.name, ENGINE_ONLY][0]
+            engine_only = engine_only_rate(folder, scenario, recorded, repeat)
+    return ServingReport(figures, engine_only, list(_checks(figures, engine_only)))
 
 
 def _record(
@@ -136,92 +130,72 @@ def _record(
     log: Path,
     on_progress: Callable[[str], None],
 ) -> Recordings:
-    """Play all scenarios with both servers in turns, a fresh server each time."""
-    warm_up = scenarios.uniform(Writer(folder, scale, seed=1), 2)
+    """Play all scenarios with both servers alternately, each time with a new process."""
+    warm_up = uniform(Writer(folder, scale, seed=1), 2)
     recordings: Recordings = {}
-    for turn in range(repeat):
-        for server in (GLMD, MLX_LM)[:: -1 if turn % 2 else 1]:
-            on_progress(f"{server.name} starts")
-            with running(server, folder, log) as address:
-                asyncio.run(play(address.url, address.model, warm_up))
+    for number in range(repeat):
+        for server in (GLMD, MLX_LM)[:: -1 if number % 2 else 1]:
+            on_progress(f"starting {server.name}")
+            with running(server, folder, log) as (url, model):
+                asyncio.run(play(url, model, warm_up))
                 for scenario in chosen:
-                    on_progress(f"{server.name}, {scenario.name}, {turn + 1} of {repeat}")
-                    recording = asyncio.run(play(address.url, address.model, scenario))
+                    on_progress(f"{server.name}, {scenario.name}, {number + 1} of {repeat}")
+                    recording = asyncio.run(play(url, model, scenario))
                     recordings.setdefault((server.name, scenario.name), []).append(recording)
     return recordings
 
 
 def condense(
-    folder: Path, server: Server, scenario: Scenario, recordings: list[Recording]
+    folder: Path, server: BenchServer, scenario: Scenario, recordings: list[Recording]
 ) -> Figures:
-    """The figures of one scenario with one server, from recordings of its runs."""
+    """Compute the figures of one scenario with one server from all recordings."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    replies = [reply for r in recordings for talk in r.replies for reply in talk]
-    good = [reply for reply in replies if reply.error is None]
+    replies = [reply for r in recordings for each in r.replies for reply in each]
+    complete = [reply for reply in replies if reply.error is None]
     errors = [reply.error for reply in replies if reply.error is not None]
-    between = [b - a for reply in good for a, b in pairwise(reply.arrivals)]
+    between = [b - a for reply in complete for a, b in pairwise(reply.arrivals)]
     return Figures(
         server=server.name,
         scenario=scenario.name,
         requests=len(replies),
-        rate=median(_rate(recording) for recording in recordings),
-        first_token=_at_percentiles([r.arrivals[0] - r.sent for r in good if r.arrivals]),
+        rate=median(
+            sum(reply.completion_tokens for reply in _complete(recording)) / recording.seconds
+            for recording in recordings
+        ),
+        first_token=_at_percentiles([r.arrivals[0] - r.sent for r in complete if r.arrivals]),
         between_tokens=_at_percentiles(between),
-        computed=round(median(_computed(recording) for recording in recordings)),
+        computed=round(
+            median(
+                sum(reply.prompt_tokens - reply.cached_tokens for reply in _complete(recording))
+                for recording in recordings
+            )
+        ),
         least=round(median(_least(tokenizer, scenario, recording) for recording in recordings)),
         failed=len(errors),
         errors=list(dict.fromkeys(errors))[:SHOWN_ERRORS],
     )
 
 
-def _checks(found: Sequence[Figures], bare: float | None) -> Iterator[Check]:
-    """What the figures say about each target, as far as they cover it.
-
-    Args:
-        bare: tokens per second of the engine alone on `BARE`, if that was measured.
-    """
-    by = {(f.server, f.scenario): f for f in found}
-    for scenario in dict.fromkeys(f.scenario for f in found):
-        ours, theirs = by[GLMD.name, scenario], by[MLX_LM.name, scenario]
-        if scenario == BARE and bare is not None:
-            share = ours.rate / bare
-            yield Check(f"{scenario}: tokens/s, HTTP / bare engine", share, "≥ 0.9", share >= 0.9)
-        if scenario == "16 ragged":
-            ratio = ours.rate / theirs.rate if theirs.rate else float("inf")
-            yield Check(f"{scenario}: tokens/s, glmd / mlx_lm", ratio, "≥ 1.2", ratio >= 1.2)
-        if scenario.startswith("burst"):
-            yield Check(f"{scenario}: failed requests", ours.failed, "0", ours.failed == 0)
-        if "agents" in scenario:
-            share = ours.computed / ours.least
-            yield Check(
-                f"{scenario}: prompt tokens computed / least", share, "≤ 1.05", share <= 1.05
-            )
-
-
-def _rate(recording: Recording) -> float:
-    replies = _complete(recording)
-    return sum(reply.completion_tokens for reply in replies) / recording.seconds
-
-
-def _computed(recording: Recording) -> int:
-    return sum(reply.prompt_tokens - reply.cached_tokens for reply in _complete(recording))
-
-
 def _complete(recording: Recording) -> list[Reply]:
-    return [reply for talk in recording.replies for reply in talk if reply.error is None]
+    return [reply for each in recording.replies for reply in each if reply.error is None]
+
+
+def _first_prompts(
+    tokenizer: Any, scenario: Scenario, recording: Recording
+) -> Iterator[tuple[Any, Reply]]:
+    """Yield prompt and answer of each conversation whose first answer is complete."""
+    for conversation, replies in zip(scenario.conversations, recording.replies, strict=True):
+        if replies and replies[0].error is None:
+            yield first_prompt(tokenizer, conversation), replies[0]
 
 
 def _least(tokenizer: Any, scenario: Scenario, recording: Recording) -> int:
-    """Prompt tokens that no cache could have known.
+    """Count the prompt tokens that a perfect cache would have computed.
 
-    Of the first turns, each distinct token once. Of a later turn, what comes after the turn
-    before and its answer, and that answer's last token, which was not run through the model.
+    First turns: each distinct token once. Later turns: the tokens after the previous turn and its
+    answer, plus the answer's last token, which was not run through the model.
     """
-    first = [
-        first_prompt(tokenizer, talk)
-        for talk, replies in zip(scenario.conversations, recording.replies, strict=True)
-        if replies and replies[0].error is None
-    ]
+    first = (prompt for prompt, _ in _first_prompts(tokenizer, scenario, recording))
     later = sum(
         after.prompt_tokens - before.prompt_tokens - before.completion_tokens + 1
         for replies in recording.replies
@@ -233,3 +207,43 @@ def _least(tokenizer: Any, scenario: Scenario, recording: Recording) -> int:
 
 def _at_percentiles(values: list[float]) -> list[float]:
     return [float(x) for x in np.percentile(values, PERCENTILES)] if values else []
+
+
+def engine_only_rate(folder: Path, scenario: Scenario, recording: Recording, repeat: int) -> float:
+    """Measure the engine's tokens per second without HTTP, median of `repeat` runs.
+
+    The engine gets the recorded first prompts, all at once, and generates answers of the recorded
+    lengths. The prompts must be the recorded ones: their common beginning costs an additional
+    attention level in each step.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    requests = tuple(
+        Request(prompt, reply.completion_tokens)
+        for prompt, reply in _first_prompts(tokenizer, scenario, recording)
+    )
+    workload = Workload("engine only", (Wave(requests),))
+    backend = GlmdBackend(folder, "auto")
+    rates = [run(backend, workload).overall_rate() for _ in range(repeat + 1)]
+    return median(rates[1:])  # the first run reads the weights for the first time
+
+
+def _checks(figures: Sequence[Figures], engine_only: float | None) -> Iterator[TargetCheck]:
+    """Yield the targets that the played scenarios cover."""
+    by = {(f.server, f.scenario): f for f in figures}
+    for scenario in dict.fromkeys(f.scenario for f in figures):
+        ours, theirs = by[GLMD.name, scenario], by[MLX_LM.name, scenario]
+        if scenario == ENGINE_ONLY and engine_only is not None:
+            share = ours.rate / engine_only
+            yield TargetCheck(
+                f"{scenario}: tokens/s, HTTP / engine only", share, "≥ 0.9", share >= 0.9
+            )
+        if scenario == "16 ragged":
+            ratio = ours.rate / theirs.rate if theirs.rate else float("inf")
+            yield TargetCheck(f"{scenario}: tokens/s, glmd / mlx_lm", ratio, "≥ 1.2", ratio >= 1.2)
+        if scenario.startswith("burst"):
+            yield TargetCheck(f"{scenario}: failed requests", ours.failed, "0", ours.failed == 0)
+        if "agents" in scenario:
+            share = ours.computed / ours.least
+            yield TargetCheck(
+                f"{scenario}: prompt tokens computed / least", share, "≤ 1.05", share <= 1.05
+            )

@@ -1,37 +1,31 @@
-"""`glmd bench`: measure glmd on this machine, against mlx-lm and against itself."""
+"""`glmd bench`: measure glmd next to mlx-lm on this machine."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 app = typer.Typer(
-    help="Measure glmd on this machine; see docs/benchmarks.md.",
+    help="Measure glmd next to mlx-lm on this machine. See docs/benchmarks.md.",
     no_args_is_help=True,
 )
 
-WIDTH = 140
-
 Model = Annotated[
     Path | None,
-    typer.Option(help="A checkpoint's folder. Default: random weights of a middling size."),
+    typer.Option(help="Checkpoint folder. Default: a mid-size model of random weights."),
 ]
-Scale = Annotated[float, typer.Option(min=0.01, help="Factor on the lengths of all prompts.")]
-Repeat = Annotated[int, typer.Option(min=1, help="Runs of everything on each side.")]
-Only = Annotated[str, typer.Option(help="Only what has this in its name.")]
+Scale = Annotated[
+    float, typer.Option(min=0.01, help="Factor on the lengths of all prompts, for example 0.25.")
+]
+Repeat = Annotated[int, typer.Option(min=1, help="Runs on each side; medians are shown.")]
+Only = Annotated[str, typer.Option(help="Run only rows whose name contains this text.")]
 Plot = Annotated[
-    Path | None, typer.Option("--plot", help="Draw the results into this file, .svg or .png.")
+    Path | None, typer.Option("--plot", help="Plot the results to this file, .svg or .png.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file, too.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 
 
 @app.command()
@@ -41,35 +35,27 @@ def engine(
     repeat: Repeat = 3,
     only: Only = "",
     no_mtp: Annotated[
-        bool, typer.Option("--no-mtp", help="Load no MTP layer; mlx-lm's side has none.")
+        bool, typer.Option("--no-mtp", help="Load no MTP layer; mlx-lm has none.")
     ] = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """The engine alone, against mlx-lm's BatchGenerator, in one process."""
+    """Measure the engine without HTTP, against mlx-lm's BatchGenerator in one process."""
+    from glmd.bench import report
     from glmd.bench.checkpoints import middle_checkpoint
     from glmd.bench.engine import bench_engine
-    from glmd.bench.environment import environment
-    from glmd.bench.plot import engine_plot, require_plot
-    from glmd.bench.report import engine_table
 
-    if plot is not None:
-        require_plot(plot)
+    report.require_plot(plot)
     folder = model or middle_checkpoint()
-    with _progress() as on_progress:
-        report = bench_engine(
-            folder,
-            scale=scale,
-            repeat=repeat,
-            only=only,
-            mtp=not no_mtp,
-            on_progress=on_progress,
+    with report.progress() as on_progress:
+        result = bench_engine(
+            folder, scale=scale, repeat=repeat, only=only, mtp=not no_mtp, on_progress=on_progress
         )
-    _console().print(engine_table(report))
+    report.console().print(report.engine_table(result))
     if plot is not None:
-        engine_plot(report, plot)
+        report.engine_plot(result, plot)
     if json_file is not None:
-        _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
+        report.write_json(json_file, result, folder, scale, repeat)
 
 
 @app.command()
@@ -81,110 +67,24 @@ def serve(
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Through HTTP, against mlx_lm.server, one server after the other."""
+    """Measure through HTTP, against mlx_lm.server, one server at a time."""
+    from glmd.bench import report
     from glmd.bench.checkpoints import middle_checkpoint
-    from glmd.bench.environment import environment
-    from glmd.bench.plot import require_plot, serving_plot
-    from glmd.bench.report import checks_table, serving_table
     from glmd.bench.serving import bench_serving
 
-    if plot is not None:
-        require_plot(plot)
+    report.require_plot(plot)
     folder = model or middle_checkpoint()
     log = Path(tempfile.gettempdir()) / "glmd-bench-serve.log"
-    with _progress() as on_progress:
-        report = bench_serving(
+    with report.progress() as on_progress:
+        result = bench_serving(
             folder, scale=scale, repeat=repeat, only=only, log=log, on_progress=on_progress
         )
-    console = _console()
-    console.print(serving_table(report.figures))
-    console.print(checks_table(report.checks))
-    for figures in report.figures:
+    console = report.console()
+    console.print(report.serving_table(result.figures), report.checks_table(result.checks))
+    for figures in result.figures:
         for error in figures.errors:
             console.print(f"{figures.server}, {figures.scenario}: {error}", markup=False)
     if plot is not None:
-        serving_plot(report.figures, plot)
+        report.serving_plot(result.figures, plot)
     if json_file is not None:
-        _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
-
-
-@app.command()
-def mtp(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A checkpoint's folder, with an MTP layer. Default: the demo."),
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Conversations per domain.")] = 24,
-    repeat: Repeat = 5,
-    json_file: Json = None,
-    plot: Plot = None,
-) -> None:
-    """What the MTP layer's drafts give and cost, against the same engine without them."""
-    from glmd.bench.drafting import bench_drafting
-    from glmd.bench.environment import environment
-    from glmd.bench.plot import drafting_plot, require_plot
-    from glmd.bench.report import drafting_tables
-    from glmd.checkpoint.hub import DEMO
-
-    if plot is not None:
-        require_plot(plot)
-    folder = model or DEMO
-    with Console(stderr=True).status("Drafting"):
-        report = bench_drafting(folder, prompts=prompts, repeat=repeat)
-    console = _console()
-    for table in drafting_tables(report):
-        console.print(table)
-    console.print(
-        f"KV per token: {report.kv_bytes_per_token} bytes, and {report.mtp_kv_bytes_per_token}"
-        " for the MTP layer"
-    )
-    if plot is not None:
-        drafting_plot(report, plot)
-    if json_file is not None:
-        _write(json_file, {**environment(folder, 1.0, repeat), **asdict(report)})
-
-
-@app.command()
-def grammar(
-    model: Model = None,
-    scale: Scale = 1.0,
-    repeat: Repeat = 5,
-    only: Only = "",
-    json_file: Json = None,
-) -> None:
-    """What forms cost: 16 rows with and without one, and compiling an agent's tools."""
-    from glmd.bench.checkpoints import middle_checkpoint
-    from glmd.bench.environment import environment
-    from glmd.bench.grammar import bench_grammar
-    from glmd.bench.report import compiling_table, grammar_table
-
-    folder = model or middle_checkpoint()
-    with _progress() as on_progress:
-        report = bench_grammar(
-            folder, scale=scale, repeat=repeat, only=only, on_progress=on_progress
-        )
-    console = _console()
-    console.print(grammar_table(report))
-    console.print(compiling_table(report.compiling))
-    if json_file is not None:
-        _write(json_file, {**environment(folder, scale, repeat), **asdict(report)})
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: in one changing line, or line by line where that cannot be."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("") as status:
-            yield status.update
-    else:
-        yield console.print
-
-
-def _console() -> Console:
-    """Tables in a file or a pipe are not broken at 80 columns."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
-
-
-def _write(file: Path, report: dict[str, Any]) -> None:
-    file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        report.write_json(json_file, result, folder, scale, repeat)
