@@ -1,4 +1,4 @@
-"""The engine as a library: what `from glmd import LLM, load, generate` promise."""
+"""The library: `from glmd import LLM, load, generate`."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ def llm(folder: Path) -> Iterator[LLM]:
     llm.close()
 
 
-def test_a_batch_gives_each_prompt_what_it_gives_alone(llm: LLM) -> None:
+def test_a_batch_gives_each_prompt_the_same_tokens_as_alone(llm: LLM) -> None:
     prompts = ["One", "Another prompt", "<|user|>Third<|assistant|>"]
     options = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     together = llm.generate(prompts, **options)
     alone = [llm.generate(prompt, **options)[0] for prompt in prompts]
-    assert [one.tokens for one in together] == [one.tokens for one in alone]
-    assert all(len(one.tokens) == 12 for one in together)
-    assert all(one.finish_reason == "length" for one in together)
+    assert [output.tokens for output in together] == [output.tokens for output in alone]
+    assert all(len(output.tokens) == 12 for output in together)
+    assert all(output.finish_reason == "length" for output in together)
 
 
-def test_n_continuations_differ_and_repeat_with_their_seed(llm: LLM) -> None:
+def test_n_continuations_differ_and_are_reproducible_by_seed(llm: LLM) -> None:
     options = {"max_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
     first = llm.generate("Once", n=3, seed=5, **options)
     again = llm.generate("Once", n=3, seed=5, **options)
-    assert [one.tokens for one in first] == [one.tokens for one in again]
-    assert len({tuple(one.tokens) for one in first}) == 3
+    assert [output.tokens for output in first] == [output.tokens for output in again]
+    assert len({tuple(output.tokens) for output in first}) == 3
 
 
-def test_a_prompt_seen_before_is_cached_but_for_its_last_token(llm: LLM) -> None:
-    prompt = "A prompt that nobody has sent yet, and that is sent twice now."
+def test_a_repeated_prompt_is_cached_except_its_last_token(llm: LLM) -> None:
+    prompt = "A prompt that is sent twice."
     llm.generate(prompt, max_tokens=1)
     (completion,) = llm.generate(prompt, max_tokens=1)
     assert completion.cached_tokens == completion.prompt_tokens - 1
 
 
-def test_chat_tells_reasoning_from_content(llm: LLM) -> None:
+def test_chat_separates_reasoning_from_content(llm: LLM) -> None:
     thinking = llm.chat(HELLO, max_tokens=4, ignore_eos=True)
     assert not thinking.text
     direct = llm.chat(HELLO, template={"enable_thinking": False}, max_tokens=4, ignore_eos=True)
     assert not direct.reasoning
 
 
-def test_a_stream_folds_to_the_answer(llm: LLM) -> None:
+def test_the_events_of_a_stream_add_up_to_the_answer(llm: LLM) -> None:
     options = {"max_tokens": 20, "seed": 3, "temperature": 1.0}
     whole = llm.chat(HELLO, **options)
     events = list(llm.stream(HELLO, **options))
@@ -84,8 +84,10 @@ def test_a_closed_stream_leaves_nothing_running(llm: LLM) -> None:
     assert llm.engine.stats().running == 0
 
 
-def test_an_unknown_option_is_refused_by_name(llm: LLM) -> None:
-    with pytest.raises(InvalidRequest, match="'max_new_tokens'"):
+def test_an_unknown_option_is_rejected_by_name(llm: LLM) -> None:
+    with pytest.raises(
+        InvalidRequest, match="max_new_tokens: unknown option; did you mean max_tokens"
+    ):
         llm.generate("x", max_new_tokens=3)
 
 
@@ -96,13 +98,13 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_one_bad_prompt_in_a_batch_leaves_the_next_batch_unharmed(llm: LLM) -> None:
+def test_an_invalid_prompt_does_not_affect_the_next_batch(llm: LLM) -> None:
     with pytest.raises(InvalidRequest):
         llm.generate([[1, 2, 3], [10**6]], max_tokens=4)
     assert llm.generate([[1, 2, 3]], max_tokens=4, ignore_eos=True)[0].finish_reason == "length"
 
 
-def test_the_model_cards_snippet_works_as_printed(
+def test_the_snippet_of_the_model_card_works(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = load(folder)

@@ -1,6 +1,6 @@
-"""glmd serves GLM-4.7-Flash on the machine under your desk.
+"""Serve GLM-4.7-Flash on this machine.
 
-As a library: `from glmd import LLM`, and `load` and `generate` for snippets from model cards.
+Library: `from glmd import LLM`; `load` and `generate` run the snippets of model cards.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __version__ = "0.1.0"
 
 __all__ = ["LLM", "__version__", "generate", "load"]
 
-_HOMES = {"LLM": "glmd.llm", "generate": "glmd.mlx_lm_compat", "load": "glmd.mlx_lm_compat"}
+_MODULES = {"LLM": "glmd.llm", "generate": "glmd.mlx_lm_compat", "load": "glmd.mlx_lm_compat"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library on first use: the API process must not load MLX for a version number."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import the library on first use, because the API process must not load MLX."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'glmd' has no attribute {name!r}")

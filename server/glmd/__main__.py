@@ -1,4 +1,4 @@
-"""`python -m glmd` is `glmd`."""
+"""Entry point of `python -m glmd`."""
 
 from glmd.cli.main import main
 

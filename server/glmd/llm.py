@@ -1,17 +1,16 @@
-"""The engine as a library, without HTTP.
+"""Offline API: the engine as a library, without HTTP.
 
     from glmd import LLM
 
     llm = LLM("leonsarmiento/GLM-4.7-Flash-5bit-mlx")
     print(llm.chat([{"role": "user", "content": "Hello"}]).text)
 
-Everything given in one call is batched; what one call computed, the next one finds cached.
+All prompts of one call run as one batch. Prefixes stay cached between calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -41,37 +40,43 @@ from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
-from glmd.errors import GlmdError, InvalidRequest
+from glmd.engine_client.output_collector import output_error
+from glmd.errors import InvalidRequest
 from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, pack_tokens
+from glmd.utils.suggest import did_you_mean
 
 Messages = Sequence[Mapping[str, Any]]
 
+SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+REQUEST_FIELDS = frozenset(
+    {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "n", "priority", "cache_salt"}
+)
+
 
 @dataclass(slots=True)
-class Call:
-    """A tool call of an answer."""
+class ToolCallOutput:
+    """A generated tool call. `arguments` is JSON text."""
 
     id: str
     name: str
     arguments: str = ""
-    """JSON text."""
 
 
 @dataclass(slots=True)
-class Completion:
+class CompletionOutput:
     """One continuation of one prompt.
 
     Attributes:
-        text: what was generated; of a chat, the answer without reasoning and calls.
-        tokens: generated ids.
-        finish_reason: why it ended.
-        logprobs: one per token of text and reasoning, if they were asked for.
-        cached_tokens: prompt tokens that needed no computing.
+        text: generated text; for a chat, the content without reasoning and tool calls.
+        tokens: generated token ids.
+        finish_reason: None until the continuation has ended.
+        logprobs: one entry per token of text and reasoning, if requested.
+        cached_tokens: prompt tokens read from the cache.
     """
 
     text: str = ""
     reasoning: str = ""
-    tool_calls: list[Call] = field(default_factory=list)
+    tool_calls: list[ToolCallOutput] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenInfo] = field(default_factory=list)
@@ -79,7 +84,7 @@ class Completion:
     cached_tokens: int = 0
 
     def add(self, event: Event) -> None:
-        """Fold one event of the answer in."""
+        """Append one event of the output."""
         match event:
             case ReasoningDelta(text, infos):
                 self.reasoning += text
@@ -88,7 +93,7 @@ class Completion:
                 self.text += text
                 self.logprobs += infos
             case ToolCallStart(_, id, name):
-                self.tool_calls.append(Call(id, name))
+                self.tool_calls.append(ToolCallOutput(id, name))
             case ToolCallDelta(index, arguments):
                 self.tool_calls[index].arguments += arguments
             case Finished(reason):
@@ -96,76 +101,76 @@ class Completion:
 
 
 @dataclass(slots=True)
-class _Running:
-    """One sequence on its way."""
+class _SequenceState:
+    """A running sequence. `prompt` is None for a raw completion."""
 
-    reader: ChatOutputProcessor | CompletionOutputProcessor
-    completion: Completion
+    processor: ChatOutputProcessor | CompletionOutputProcessor
+    completion: CompletionOutput
     prompt: Prompt | None
 
 
 class _Batch:
-    """Requests that run together; iterating steps the engine and yields what comes of it."""
+    """Requests that run together; iterating over `events` steps the engine."""
 
     def __init__(self, engine: Engine, turns: TurnTokenCache) -> None:
         self._engine = engine
         self._turns = turns
-        self._running: dict[tuple[str, int], _Running] = {}
+        self._running: dict[tuple[str, int], _SequenceState] = {}
 
-    def add(self, request: EngineRequest, readers: Sequence[_Running]) -> None:
-        for index, running in enumerate(readers):
-            self._running[request.id, index] = running
+    def add(self, request: EngineRequest, sequences: Sequence[_SequenceState]) -> None:
+        for index, sequence in enumerate(sequences):
+            self._running[request.id, index] = sequence
         self._engine.submit(request)
 
-    def events(self) -> Iterator[tuple[_Running, Event]]:
-        """Run to the end. Whoever stops iterating cancels what is left."""
+    def events(self) -> Iterator[Event]:
+        """Run all requests and yield their events. Closing the iterator cancels the rest."""
         try:
             while self._running:
                 for output in self._engine.step():
-                    yield from self._take(output)
+                    yield from self._process(output)
         finally:
             for id, index in list(self._running):
                 self._engine.cancel(id, index)
             if self._running:
-                self._engine.step()  # hands out the farewells, which are for no one
+                self._engine.step()  # drops the final outputs of the cancelled sequences
 
-    def _take(self, output: SequenceOutput) -> Iterator[tuple[_Running, Event]]:
+    def _process(self, output: SequenceOutput) -> Iterator[Event]:
         if output.finish_reason == "error":
-            kind = InvalidRequest if output.error_kind == "invalid_request" else GlmdError
-            raise kind(output.error or "The engine gave no reason.")
-        running = self._running.get((output.id, output.index))
-        if running is None:
+            raise output_error(output)
+        sequence = self._running.get((output.id, output.index))
+        if sequence is None:
             return
-        completion = running.completion
+        completion = sequence.completion
         completion.tokens += output.tokens
         completion.prompt_tokens += output.prompt_tokens
         completion.cached_tokens += output.cached_tokens
-        for event in running.reader.feed(output):
+        for event in sequence.processor.feed(output):
             completion.add(event)
-            yield running, event
-        if running.reader.finished:
+            yield event
+        if sequence.processor.finished:
             del self._running[output.id, output.index]
-            if running.reader.stopped:
+            if sequence.processor.stopped:
                 self._engine.cancel(output.id, output.index)
-            if running.prompt is not None and isinstance(running.reader, ChatOutputProcessor):
-                self._turns.remember(running.prompt, running.reader.turn())
+            if sequence.prompt is not None and isinstance(sequence.processor, ChatOutputProcessor):
+                self._turns.remember(sequence.prompt, sequence.processor.turn())
 
 
 class LLM:
-    """GLM-4.7-Flash in this process. Not thread-safe: use it from the thread that made it.
+    """GLM-4.7-Flash in this process. Not thread-safe: use it in the thread that created it.
 
     Args:
-        model: a checkpoint folder or a Hugging Face repo id; None: the bundled demo.
-        config: limits of the engine, as keywords of `EngineConfig`.
+        model: a checkpoint folder or a Hugging Face repo id. None: the bundled demo.
+        config: keyword arguments of `EngineConfig`.
 
     Raises:
-        CheckpointError, ModelNotFound: there is no such model, or it cannot be served.
+        ModelNotFound: no such folder or repository exists.
+        CheckpointError: the checkpoint is damaged or unsupported.
 
     Attributes:
         engine: the engine, for its `info` and `stats()`.
-        tokenizer: text to token ids and back.
-        defaults: sampling where a call does not say: the checkpoint's generation_config.json,
-            else what the model card recommends.
+        tokenizer: the checkpoint's tokenizer.
+        defaults: default sampling parameters, from the checkpoint's generation_config.json or
+            else the model card.
     """
 
     def __init__(self, model: str | Path | None = None, **config: Any) -> None:
@@ -183,12 +188,12 @@ class LLM:
         *,
         progress: bool = False,
         **options: Any,
-    ) -> list[Completion]:
-        """Continue raw prompts, all in one batch.
+    ) -> list[CompletionOutput]:
+        """Continue raw prompts in one batch.
 
         Args:
-            prompts: text, in which tags such as `<|user|>` count as tags, or token ids; one
-                string stands for a list of one.
+            prompts: texts or token ids. Special tokens such as `<|user|>` are recognized in
+                texts. A string is a list of one.
             progress: show a progress bar.
             options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `stop_token_ids`, `n`, and
                 the fields of `SamplingParams`.
@@ -197,7 +202,7 @@ class LLM:
             `n` completions per prompt, in order.
 
         Raises:
-            InvalidRequest: an option or a prompt cannot be honoured.
+            InvalidRequest: an option or a prompt is invalid.
         """
         options, stop = self._options(options)
         batch = _Batch(self.engine, self._turns)
@@ -205,12 +210,14 @@ class LLM:
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             ids = self.tokenizer.encode_markup(prompt) if isinstance(prompt, str) else prompt
             request = EngineRequest(id=str(next(self._ids)), prompt=pack_tokens(ids), **options)
-            readers = [
-                _Running(CompletionOutputProcessor(self.tokenizer, stop=stop), Completion(), None)
+            sequences = [
+                _SequenceState(
+                    CompletionOutputProcessor(self.tokenizer, stop=stop), CompletionOutput(), None
+                )
                 for _ in range(request.n)
             ]
-            batch.add(request, readers)
-            results += [reader.completion for reader in readers]
+            batch.add(request, sequences)
+            results += [sequence.completion for sequence in sequences]
         self._finish(batch, len(results), progress)
         return results
 
@@ -221,8 +228,8 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Completion:
-        """Answer one conversation. See `chat_batch`; `n` is 1."""
+    ) -> CompletionOutput:
+        """Answer one conversation, with one completion; see `chat_batch`."""
         return self.chat_batch([messages], tools=tools, template=template, **options)[0]
 
     def chat_batch(
@@ -233,29 +240,29 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         progress: bool = False,
         **options: Any,
-    ) -> list[Completion]:
-        """Answer conversations, all in one batch.
+    ) -> list[CompletionOutput]:
+        """Answer conversations in one batch.
 
         Args:
-            conversations: each a list of messages in OpenAI's shape.
-            tools: in OpenAI's shape; the model may call them.
-            template: variables of the chat template: `enable_thinking`, `clear_thinking`, ….
+            conversations: lists of messages in OpenAI's format.
+            tools: tools in OpenAI's format. None: no tools.
+            template: variables of the chat template, such as `enable_thinking`.
             progress, options: as for `generate`.
 
         Returns:
             `n` completions per conversation, in order.
 
         Raises:
-            InvalidRequest: a message, tool or option cannot be honoured.
+            InvalidRequest: a message, tool or option is invalid.
         """
         options, stop = self._options(options)
         batch = _Batch(self.engine, self._turns)
         results = []
         offered = read_tools(tools)
         for messages in conversations:
-            request, readers = self._chat_request(messages, offered, template, options, stop)
-            batch.add(request, readers)
-            results += [reader.completion for reader in readers]
+            request, sequences = self._chat_request(messages, offered, template, options, stop)
+            batch.add(request, sequences)
+            results += [sequence.completion for sequence in sequences]
         self._finish(batch, len(results), progress)
         return results
 
@@ -267,22 +274,20 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Event]:
-        """Answer one conversation event by event; closing the iterator cancels.
+        """Answer one conversation and yield events. Closing the iterator cancels the request.
 
         Args: as for `chat_batch`, without `n`.
         """
         if options.get("n", 1) != 1:
-            raise InvalidRequest("stream gives one answer: n must be 1.", param="n")
+            raise InvalidRequest("n: must be 1 for a stream.", param="n")
         options, stop = self._options(options)
         batch = _Batch(self.engine, self._turns)
         batch.add(*self._chat_request(messages, read_tools(tools), template, options, stop))
-        return (event for _, event in batch.events())
+        return batch.events()
 
     def close(self) -> None:
         """Free the model's memory."""
         self.engine.close()
-
-    # -- inside ---------------------------------------------------------------------------
 
     def _chat_request(
         self,
@@ -291,7 +296,7 @@ class LLM:
         template: Mapping[str, Any] | None,
         options: dict[str, Any],
         stop: Sequence[str],
-    ) -> tuple[EngineRequest, list[_Running]]:
+    ) -> tuple[EngineRequest, list[_SequenceState]]:
         conversation = Conversation(
             read_messages(messages), tools=tools, template_kwargs=template or {}
         )
@@ -301,43 +306,35 @@ class LLM:
         request = EngineRequest(
             id=str(next(self._ids)), prompt=pack_tokens(prompt.tokens), **options
         )
-        readers = [
-            _Running(
+        sequences = [
+            _SequenceState(
                 ChatOutputProcessor(self.tokenizer, prompt, tools=tools, stop=stop),
-                Completion(),
+                CompletionOutput(),
                 prompt,
             )
             for _ in range(request.n)
         ]
-        return request, readers
+        return request, sequences
 
     def _options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
-        """Fields of `EngineRequest` from a call's options, and the stop strings."""
+        """Convert options to fields of `EngineRequest`; also return the stop strings."""
         rest = dict(options)
         stop = rest.pop("stop", ())
         given = {name: rest.pop(name) for name in SAMPLING_FIELDS if name in rest}
         if unknown := rest.keys() - REQUEST_FIELDS:
             name = min(unknown)
-            raise InvalidRequest(f"There is no option {name!r}.", param=name)
+            raise InvalidRequest(
+                f"{name}: unknown option{did_you_mean(name, REQUEST_FIELDS | SAMPLING_FIELDS)}",
+                param=name,
+            )
         rest["sampling"] = msgspec.structs.replace(self.defaults, **given)
         return rest, [stop] if isinstance(stop, str) else stop
 
     def _finish(self, batch: _Batch, total: int, progress: bool) -> None:
-        with _progress_bar(total, progress) as advance:
-            for _, event in batch.events():
+        """Run a batch to its end, with a progress bar if `progress` is set."""
+        columns = TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("", total=total)
+            for event in batch.events():
                 if isinstance(event, Finished):
-                    advance()
-
-
-SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
-REQUEST_FIELDS = frozenset(
-    {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "n", "priority", "cache_salt"}
-)
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    columns = TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+                    bar.advance(task)

@@ -1,9 +1,9 @@
-"""mlx-lm's two functions in the form in which model cards show them.
+"""`load` and `generate` of mlx-lm, with the arguments shown on model cards.
 
     model, tokenizer = load("leonsarmiento/GLM-4.7-Flash-5bit-mlx")
     text = generate(model, tokenizer, prompt="hello", temp=0.2, top_k=50, top_p=0.95)
 
-In mlx-lm itself such a call raises a TypeError: sampling became an object there.
+Current mlx-lm raises a TypeError for this call, because sampling arguments moved to an object.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from glmd.chat.messages import read_tools
 from glmd.llm import LLM, Messages
 
 
-class CardTokenizer:
-    """What snippets on model cards call on a tokenizer."""
+class TokenizerWrapper:
+    """The methods of mlx-lm's tokenizer that model cards use."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -31,7 +31,7 @@ class CardTokenizer:
         add_generation_prompt: bool = False,
         **template: Any,
     ) -> list[int]:
-        """The token ids of a rendered conversation."""
+        """Return the token ids of a rendered conversation."""
         rendered = self._llm.template.render(
             [dict(message) for message in messages],
             tools=[tool.definition for tool in read_tools(tools)],
@@ -42,23 +42,23 @@ class CardTokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Return the token ids of plain text."""
         return self._llm.tokenizer.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, tags spelled out."""
+        """Return the text of token ids, special tokens included."""
         return self._llm.tokenizer.decode(ids)
 
 
-def load(model: str | Path | None = None, **config: Any) -> tuple[LLM, CardTokenizer]:
-    """Load a model as `mlx_lm.load` does: `model, tokenizer = load("…")`."""
+def load(model: str | Path | None = None, **config: Any) -> tuple[LLM, TokenizerWrapper]:
+    """Load a model as `mlx_lm.load` does. `config`: keyword arguments of `LLM`."""
     llm = LLM(model, **config)
-    return llm, CardTokenizer(llm)
+    return llm, TokenizerWrapper(llm)
 
 
 def generate(
     model: LLM,
-    tokenizer: CardTokenizer,
+    tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int],
     *,
     max_tokens: int = 256,
@@ -66,16 +66,16 @@ def generate(
     verbose: bool = False,
     **options: Any,
 ) -> str:
-    """Continue one prompt as `mlx_lm.generate` does, with the sampling that cards ask for.
+    """Continue one prompt as `mlx_lm.generate` does.
 
     Args:
-        prompt: token ids, or text in which tags count as tags.
-        temp: temperature.
-        verbose: print the text as well.
+        prompt: token ids, or text in which special tokens are recognized.
+        temp: temperature. None: the checkpoint's default.
+        verbose: also print the text.
         options: `top_k`, `top_p`, `min_p`, `seed`, `stop`, … as for `LLM.generate`.
 
     Returns:
-        the text, tags spelled out as mlx-lm's are.
+        The generated text, special tokens included.
     """
     if temp is not None:
         options["temperature"] = temp

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from glmd.bench.checkpoints import write_talkative_checkpoint
 from glmd.bench.client import GLMD, Recording, play, running
-from glmd.bench.scenarios import Conversation, Scenario, Writer, agents, uniform
+from glmd.bench.scenarios import ClientScript, Scenario, Writer, agents, uniform
 from glmd.bench.serving import condense
 
 
@@ -48,14 +48,14 @@ def test_every_stream_is_read_to_its_end(checkpoint: Path, server: tuple[str, st
 def test_agents_prompts_are_computed_once(checkpoint: Path, server: tuple[str, str]) -> None:
     scenario = agents(Writer(checkpoint, 0.1, seed=0), count=3, turns=3)
     recording = recorded(server, scenario)
-    assert [len(replies) for replies in recording.replies] == [3, 3, 3]
+    assert [len(answers) for answers in recording.answers] == [3, 3, 3]
     figures = condense(checkpoint, GLMD, scenario, [recording])
     assert figures.failed == 0
     assert figures.computed <= 1.05 * figures.least
 
 
 def test_refused_connections_are_counted_not_raised() -> None:
-    scenario = Scenario("no server", (Conversation(("hello",), 4),) * 3)
+    scenario = Scenario("no server", (ClientScript(("hello",), 4),) * 3)
     recording = asyncio.run(play("http://127.0.0.1:9", "any", scenario))
-    assert [len(replies) for replies in recording.replies] == [1, 1, 1]
-    assert all("ConnectError" in (talk[0].error or "") for talk in recording.replies)
+    assert [len(answers) for answers in recording.answers] == [1, 1, 1]
+    assert all("ConnectError" in (talk[0].error or "") for talk in recording.answers)

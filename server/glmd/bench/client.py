@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from glmd.bench.scenarios import TEMPLATE_SETTINGS, Conversation, Scenario
+from glmd.bench.scenarios import TEMPLATE_SETTINGS, ClientScript, Scenario
 from glmd.errors import EngineUnavailable
 
 CLIENT_TIMEOUT = httpx.Timeout(900.0, connect=60.0)
@@ -96,7 +96,7 @@ def _wait_until_ready(
 
 
 @dataclass(slots=True)
-class Reply:
+class StreamedAnswer:
     """One streamed answer. Times are seconds of one monotonic clock.
 
     Attributes:
@@ -119,11 +119,11 @@ class Recording:
     """All answers of one run of a scenario.
 
     Attributes:
-        replies: answers by conversation.
+        answers: answers by conversation.
         seconds: time from the first request to the last byte.
     """
 
-    replies: list[list[Reply]]
+    answers: list[list[StreamedAnswer]]
     seconds: float
 
 
@@ -132,19 +132,19 @@ async def play(url: str, model: str, scenario: Scenario) -> Recording:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=CLIENT_TIMEOUT, limits=limits) as client:
         start = time.perf_counter()
-        replies = await asyncio.gather(
+        answers = await asyncio.gather(
             *(_converse(client, model, each) for each in scenario.conversations)
         )
-        return Recording(list(replies), time.perf_counter() - start)
+        return Recording(list(answers), time.perf_counter() - start)
 
 
 async def _converse(
-    client: httpx.AsyncClient, model: str, conversation: Conversation
-) -> list[Reply]:
+    client: httpx.AsyncClient, model: str, conversation: ClientScript
+) -> list[StreamedAnswer]:
     messages: list[dict[str, Any]] = []
     if conversation.system is not None:
         messages.append({"role": "system", "content": conversation.system})
-    replies: list[Reply] = []
+    answers: list[StreamedAnswer] = []
     for text in conversation.turns:
         calls = messages[-1].get("tool_calls") if messages else None
         if calls:
@@ -164,23 +164,23 @@ async def _converse(
         }
         if conversation.tools:
             body["tools"] = conversation.tools
-        reply = Reply(time.perf_counter())
-        replies.append(reply)
+        answer = StreamedAnswer(time.perf_counter())
+        answers.append(answer)
         # A failed request is counted and does not end the benchmark.
         try:
-            await _ask(client, body, reply)
+            await _ask(client, body, answer)
         except httpx.HTTPStatusError as error:
-            reply.error = f"HTTP {error.response.status_code}: {error.response.text[:200]}"
+            answer.error = f"HTTP {error.response.status_code}: {error.response.text[:200]}"
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            reply.error = f"{type(error).__name__}: {error}"
-        if reply.error is not None:
+            answer.error = f"{type(error).__name__}: {error}"
+        if answer.error is not None:
             break
-        messages.append(reply.message)
-    return replies
+        messages.append(answer.message)
+    return answers
 
 
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any], reply: Reply) -> None:
-    """Send one request and read its stream into `reply`."""
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any], answer: StreamedAnswer) -> None:
+    """Send one request and read its stream into `answer`."""
     message = _Message()
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != httpx.codes.OK:
@@ -194,15 +194,15 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], reply: Reply) ->
                 raise ValueError(str(chunk["error"]))
             if usage := chunk.get("usage"):
                 details = usage.get("prompt_tokens_details") or {}
-                reply.prompt_tokens = usage["prompt_tokens"]
-                reply.completion_tokens = usage["completion_tokens"]
-                reply.cached_tokens = details.get("cached_tokens", 0)
+                answer.prompt_tokens = usage["prompt_tokens"]
+                answer.completion_tokens = usage["completion_tokens"]
+                answer.cached_tokens = details.get("cached_tokens", 0)
             for choice in chunk["choices"]:
                 if message.add(choice["delta"]):
-                    reply.arrivals.append(time.perf_counter())
-    if not reply.completion_tokens:
+                    answer.arrivals.append(time.perf_counter())
+    if not answer.completion_tokens:
         raise ValueError("The stream ended without usage.")
-    reply.message = message.build()
+    answer.message = message.build()
 
 
 class _Message:

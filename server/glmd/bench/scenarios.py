@@ -25,7 +25,7 @@ _WORDS = [
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ClientScript:
     """Turns of one client, each sent after the complete answer to the one before.
 
     Attributes:
@@ -44,10 +44,10 @@ class Scenario:
     """Conversations that start at the same time."""
 
     name: str
-    conversations: tuple[Conversation, ...]
+    conversations: tuple[ClientScript, ...]
 
 
-def first_prompt(tokenizer: Any, conversation: Conversation) -> TokenArray:
+def first_prompt(tokenizer: Any, conversation: ClientScript) -> TokenArray:
     """Return the token ids of a conversation's first request.
 
     Args:
@@ -106,7 +106,7 @@ def all_scenarios(writer: Writer) -> Iterator[Scenario]:
 def uniform(writer: Writer, streams: int) -> Scenario:
     """Streams of equal length."""
     return Scenario(
-        f"{streams} uniform", tuple(Conversation((writer.text(256),), 64) for _ in range(streams))
+        f"{streams} uniform", tuple(ClientScript((writer.text(256),), 64) for _ in range(streams))
     )
 
 
@@ -115,7 +115,7 @@ def ragged(writer: Writer, streams: int) -> Scenario:
     return Scenario(
         f"{streams} ragged",
         tuple(
-            Conversation((writer.text(1600 if i % 8 == 0 else 100),), (32, 64, 96)[i % 3])
+            ClientScript((writer.text(1600 if i % 8 == 0 else 100),), (32, 64, 96)[i % 3])
             for i in range(streams)
         ),
     )
@@ -123,7 +123,7 @@ def ragged(writer: Writer, streams: int) -> Scenario:
 
 def burst(writer: Writer) -> Scenario:
     """Two hundred connections at the same time, each for four tokens."""
-    return Scenario("burst of 200", tuple(Conversation((writer.text(8),), 4) for _ in range(200)))
+    return Scenario("burst of 200", tuple(ClientScript((writer.text(8),), 4) for _ in range(200)))
 
 
 def agents(writer: Writer, *, count: int = 4, turns: int = 6) -> Scenario:
@@ -133,7 +133,7 @@ def agents(writer: Writer, *, count: int = 4, turns: int = 6) -> Scenario:
     return Scenario(
         f"{count} agents × {turns} turns",
         tuple(
-            Conversation(
+            ClientScript(
                 tuple(writer.text(60) for _ in range(turns)), 48, system=system, tools=tools
             )
             for _ in range(count)

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from glmd.bench.backends import GlmdBackend
-from glmd.bench.client import GLMD, MLX_LM, BenchServer, Recording, Reply, play, running
+from glmd.bench.client import GLMD, MLX_LM, BenchServer, Recording, StreamedAnswer, play, running
 from glmd.bench.runner import run
 from glmd.bench.scenarios import Scenario, Writer, all_scenarios, first_prompt, uniform
 from glmd.bench.workloads import Request, Wave, Workload, unique_tokens
@@ -150,23 +150,23 @@ def condense(
 ) -> Figures:
     """Compute the figures of one scenario with one server from all recordings."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    replies = [reply for r in recordings for each in r.replies for reply in each]
-    complete = [reply for reply in replies if reply.error is None]
-    errors = [reply.error for reply in replies if reply.error is not None]
-    between = [b - a for reply in complete for a, b in pairwise(reply.arrivals)]
+    answers = [answer for r in recordings for each in r.answers for answer in each]
+    complete = [answer for answer in answers if answer.error is None]
+    errors = [answer.error for answer in answers if answer.error is not None]
+    between = [b - a for answer in complete for a, b in pairwise(answer.arrivals)]
     return Figures(
         server=server.name,
         scenario=scenario.name,
-        requests=len(replies),
+        requests=len(answers),
         rate=median(
-            sum(reply.completion_tokens for reply in _complete(recording)) / recording.seconds
+            sum(answer.completion_tokens for answer in _complete(recording)) / recording.seconds
             for recording in recordings
         ),
         first_token=_at_percentiles([r.arrivals[0] - r.sent for r in complete if r.arrivals]),
         between_tokens=_at_percentiles(between),
         computed=round(
             median(
-                sum(reply.prompt_tokens - reply.cached_tokens for reply in _complete(recording))
+                sum(answer.prompt_tokens - answer.cached_tokens for answer in _complete(recording))
                 for recording in recordings
             )
         ),
@@ -176,17 +176,17 @@ def condense(
     )
 
 
-def _complete(recording: Recording) -> list[Reply]:
-    return [reply for each in recording.replies for reply in each if reply.error is None]
+def _complete(recording: Recording) -> list[StreamedAnswer]:
+    return [answer for each in recording.answers for answer in each if answer.error is None]
 
 
 def _first_prompts(
     tokenizer: Any, scenario: Scenario, recording: Recording
-) -> Iterator[tuple[Any, Reply]]:
+) -> Iterator[tuple[Any, StreamedAnswer]]:
     """Yield prompt and answer of each conversation whose first answer is complete."""
-    for conversation, replies in zip(scenario.conversations, recording.replies, strict=True):
-        if replies and replies[0].error is None:
-            yield first_prompt(tokenizer, conversation), replies[0]
+    for conversation, answers in zip(scenario.conversations, recording.answers, strict=True):
+        if answers and answers[0].error is None:
+            yield first_prompt(tokenizer, conversation), answers[0]
 
 
 def _least(tokenizer: Any, scenario: Scenario, recording: Recording) -> int:
@@ -198,8 +198,8 @@ def _least(tokenizer: Any, scenario: Scenario, recording: Recording) -> int:
     first = (prompt for prompt, _ in _first_prompts(tokenizer, scenario, recording))
     later = sum(
         after.prompt_tokens - before.prompt_tokens - before.completion_tokens + 1
-        for replies in recording.replies
-        for before, after in pairwise(replies)
+        for answers in recording.answers
+        for before, after in pairwise(answers)
         if after.error is None
     )
     return unique_tokens(first) + later
@@ -218,8 +218,8 @@ def engine_only_rate(folder: Path, scenario: Scenario, recording: Recording, rep
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     requests = tuple(
-        Request(prompt, reply.completion_tokens)
-        for prompt, reply in _first_prompts(tokenizer, scenario, recording)
+        Request(prompt, answer.completion_tokens)
+        for prompt, answer in _first_prompts(tokenizer, scenario, recording)
     )
     workload = Workload("engine only", (Wave(requests),))
     backend = GlmdBackend(folder, "auto")
