@@ -38,7 +38,7 @@ TRIMMED = compiled(trim_blocks=True, lstrip_blocks=True)
 
 
 def render(*messages: dict[str, Any], **settings: Any) -> str:
-    """The rendered conversation, which must not depend on the environment's whitespace rules."""
+    """Render a conversation; the result must not depend on Jinja's whitespace settings."""
     text = PLAIN.render(messages=list(messages), **settings)
     assert text == TRIMMED.render(messages=list(messages), **settings)
     return text
@@ -75,12 +75,12 @@ def test_role_tags_are_special_and_think_and_tool_tags_are_not() -> None:
     assert not any(flags[tag] for tag in ADDED)
 
 
-def test_digits_stand_alone() -> None:
+def test_each_digit_is_one_token() -> None:
     assert encoded("2031") == [encoded(digit)[0] for digit in "2031"]
 
 
 @pytest.mark.parametrize("before", ["", " ", '"', "<arg_value>", "("])
-def test_a_name_has_the_same_tokens_wherever_it_stands(before: str) -> None:
+def test_a_name_has_the_same_tokens_in_any_context(before: str) -> None:
     assert encoded(before + "Kavira") == encoded(before) + encoded("Kavira")
 
 
@@ -92,12 +92,12 @@ def test_generation_prompt_opens_or_closes_the_reasoning() -> None:
     assert (on, off) == (asked + "<think>", asked + "</think>")
 
 
-def test_a_null_setting_does_not_mean_its_default() -> None:
+def test_null_is_different_from_the_default() -> None:
     text = render(user("Hi"), add_generation_prompt=True, enable_thinking=None)
     assert text.endswith("<|assistant|></think>")
 
 
-def test_tools_stand_one_per_line_in_a_system_block_before_the_users_own() -> None:
+def test_tools_are_one_per_line_in_a_system_block_before_the_system_message() -> None:
     text = render({"role": "system", "content": "Be brief."}, user("Hi"), tools=[TOOL, TOOL])
     head, _, rest = text.partition("<tools>\n")
     assert head.startswith(PREFIX + "<|system|># Tools\n")
@@ -106,7 +106,7 @@ def test_tools_stand_one_per_line_in_a_system_block_before_the_users_own() -> No
     assert rest.endswith("</tool_call><|system|>Be brief.<|user|>Hi")
 
 
-def test_reasoning_of_earlier_turns_is_kept_only_when_asked() -> None:
+def test_reasoning_of_earlier_turns_is_kept_only_on_request() -> None:
     turns = [user("1"), assistant(" one ", reasoning_content=" r "), user("2")]
     bare = PREFIX + "<|user|>1<|assistant|></think>one<|user|>2"
     assert render(*turns) == bare
@@ -129,7 +129,7 @@ def test_reasoning_after_the_last_user_message_is_always_kept() -> None:
     )
 
 
-def test_reasoning_inside_the_content_counts_as_reasoning() -> None:
+def test_reasoning_tags_in_the_content_are_reasoning() -> None:
     text = render(user("1"), assistant("<think>r</think>\n\nx"), clear_thinking=False)
     assert text == PREFIX + "<|user|>1<|assistant|><think>r</think>x"
 
@@ -155,6 +155,6 @@ def test_consecutive_tool_results_share_one_observation() -> None:
     assert text == f"{PREFIX}<|user|>1{both}<|user|>2<|observation|>{response}"
 
 
-def test_text_parts_join_and_unknown_roles_vanish() -> None:
+def test_text_parts_are_joined_and_unknown_roles_dropped() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert render(user(parts), {"role": "developer", "content": "x"}) == PREFIX + "<|user|>ab"

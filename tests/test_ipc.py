@@ -1,4 +1,4 @@
-"""What the engine's process takes for a message, and what it leaves out."""
+"""Decoding of messages in the engine process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALID = encode(EngineRequest(id="a", prompt=pack_tokens([1, 2]), stop_token_ids=
 
 
 @given(st.binary(max_size=60), st.integers(0, len(VALID)))
-def test_bytes_are_a_message_or_a_decode_error(junk: bytes, at: int) -> None:
+def test_any_bytes_are_a_message_or_raise_a_decode_error(junk: bytes, at: int) -> None:
     for data in (junk, VALID[:at] + junk + VALID[at + len(junk) :]):
         try:
             message = decode_to_engine(data)
@@ -26,14 +26,14 @@ def test_bytes_are_a_message_or_a_decode_error(junk: bytes, at: int) -> None:
         assert not isinstance(message, EngineRequest) or len(message.prompt) % 4 == 0
 
 
-def test_a_prompt_that_is_no_int32_is_no_message() -> None:
+def test_a_prompt_with_incomplete_int32_is_rejected() -> None:
     with pytest.raises(msgspec.DecodeError):
         decode_to_engine(
             VALID.replace(b"\xc4\x08", b"\xc4\x07").replace(b"\x02\0\0\0", b"\x02\0\0")
         )
 
 
-def test_the_engine_leaves_out_what_is_no_message(tmp_path: Path) -> None:
+def test_the_engine_skips_undecodable_messages(tmp_path: Path) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as ours:
         ours.bind(f"ipc://{tmp_path}/engine")
         channel = Channel(f"ipc://{tmp_path}/engine")

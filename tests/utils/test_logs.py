@@ -1,4 +1,4 @@
-"""The log: its two forms, one line for each request, slow ones explained, and no prompts in it."""
+"""Log formats, the access log, explanations of slow requests, and no prompts in the log."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def http(live: LiveServer) -> Iterator[httpx.Client]:
 
 
 class Lines(logging.Handler):
-    """Keeps records, and lets a test wait for the one that is about a request."""
+    """Handler that keeps records and waits for the record of a request."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.records: list[logging.LogRecord] = []
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
 
     def emit(self, record: logging.LogRecord) -> None:
-        with self._news:
+        with self._changed:
             self.records.append(record)
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def of(self, response: httpx.Response, kind: str = "method") -> dict[str, Any]:
         id = response.headers["x-request-id"]
@@ -70,8 +70,8 @@ class Lines(logging.Handler):
             assert len(mine) < 2
             return mine[0] if mine else None
 
-        with self._news:
-            assert self._news.wait_for(lambda: found() is not None, 20)
+        with self._changed:
+            assert self._changed.wait_for(lambda: found() is not None, 120)
             fields = found()
         assert fields is not None
         return fields
@@ -79,9 +79,9 @@ class Lines(logging.Handler):
     @property
     def text(self) -> str:
         return "\n".join(
-            form.format(record)
+            formatter.format(record)
             for record in self.records
-            for form in (TextFormatter(), JsonFormatter())
+            for formatter in (TextFormatter(), JsonFormatter())
         )
 
 
@@ -110,7 +110,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", BODIES)
-def test_each_request_has_one_line_with_what_it_took_and_no_text_of_it(
+def test_each_request_has_one_line_with_its_figures_and_without_its_text(
     http: httpx.Client, lines: Lines, path: str, stream: bool
 ) -> None:
     response = http.post(path, json={**BODIES[path], "stream": stream})
@@ -130,19 +130,19 @@ def test_each_request_has_one_line_with_what_it_took_and_no_text_of_it(
 
 
 def tool_about(text: str) -> dict[str, Any]:
-    """A tool whose every string is `text`, with keywords that are not enforced."""
+    """Return a tool in which every string is `text`, with keywords that are not enforced."""
     value = {"type": "string", "description": text, "format": text, "not": {"const": text}}
     parameters = {"type": "object", "properties": {text: value}, "required": [text]}
     function = {"name": text.replace(" ", "_"), "description": text, "parameters": parameters}
     return {"type": "function", "function": function}
 
 
-def test_neither_process_logs_what_a_request_says_however_it_ends(
+def test_neither_process_logs_the_text_of_a_request_whatever_its_outcome(
     lines: Lines, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """At DEBUG, with system messages and tools, for refusals and crashes too."""
+    """At level DEBUG, with system messages and tools, also for rejections and crashes."""
     root = logging.getLogger()
-    root.addHandler(lines)  # What others than glmd write.
+    root.addHandler(lines)  # loggers of other libraries
     path, statuses = "/v1/chat/completions", []
     try:
         with live_server(log_level="DEBUG", slow_request=1e-6) as live, live.client() as http:
@@ -162,13 +162,13 @@ def test_neither_process_logs_what_a_request_says_however_it_ends(
         root.removeHandler(lines)
     assert statuses == [400] * 4 + [200, 400, 503, 503]
     written = capfd.readouterr().err
-    assert "the script says raise" in written, "nothing of the engine's"
+    assert "the script says raise" in written, "the engine's output is captured"
     assert "Slow: " in lines.text
     assert "Keywords not enforced: 1 in tools[0]." in lines.text
     assert "plugh" not in written + lines.text
 
 
-def test_a_line_says_how_a_request_ended(http: httpx.Client, lines: Lines) -> None:
+def test_a_line_contains_the_outcome_of_the_request(http: httpx.Client, lines: Lines) -> None:
     path = "/v1/chat/completions"
     assert lines.of(http.post(path, json=chat("⟦{refuse}⟧")))["finish"] == "error"
     assert lines.of(http.post(path, content=b"{"))["status"] in (400, 415)
@@ -179,7 +179,7 @@ def test_a_line_says_how_a_request_ended(http: httpx.Client, lines: Lines) -> No
     assert lines.of(left)["finish"] == "cancelled"
 
 
-def test_a_response_in_the_background_has_a_second_line_when_it_is_done(
+def test_a_background_response_has_a_second_line_at_its_end(
     http: httpx.Client, lines: Lines
 ) -> None:
     response = http.post("/v1/responses", json={"input": "⟦</think>Yes.⟧", "background": True})
@@ -188,7 +188,7 @@ def test_a_response_in_the_background_has_a_second_line_when_it_is_done(
     assert (done["background"], done["finish"]) == (response.json()["id"], "stop")
 
 
-def test_what_is_polled_is_logged_for_debugging_only(http: httpx.Client, lines: Lines) -> None:
+def test_health_checks_are_logged_at_debug_level(http: httpx.Client, lines: Lines) -> None:
     lines.of(http.get("/health"))
     lines.of(http.get("/v1/models"))
     levels = {
@@ -226,7 +226,7 @@ def test_a_slow_request_is_explained(lines: Lines) -> None:
         (CacheMatch(tokens=0, reason="off"), "0 were stored: the prefix cache is off."),
     ],
 )
-def test_a_miss_of_the_cache_is_explained(match: CacheMatch, sentence: str) -> None:
+def test_a_cache_miss_is_explained(match: CacheMatch, sentence: str) -> None:
     exchange = HttpExchange("id", "POST", "/", "")
     record = RequestStats("chatcmpl-1", exchange, 1, 10, match=match, queue_seconds=0.0)
     record.first_token = exchange.began + 40
@@ -258,13 +258,13 @@ def test_json_lines_are_objects_with_their_fields_and_exceptions() -> None:
     }
 
 
-def test_text_lines_stay_one_line_whatever_a_client_sends() -> None:
+def test_a_client_cannot_forge_lines_in_the_text_format() -> None:
     text = TextFormatter().format(make("path=%s", "/x\r\n2026-01-01 ERROR forged\x1b[31m"))
     assert text.isprintable()
     assert r"\r\n" in text
 
 
-def test_lines_that_are_written_for_a_request_carry_its_id() -> None:
+def test_lines_of_a_request_contain_its_id() -> None:
     token = request_id.set("abc")
     try:
         assert TextFormatter().format(make("So.")).endswith("So. [abc]")
@@ -273,7 +273,7 @@ def test_lines_that_are_written_for_a_request_carry_its_id() -> None:
         request_id.reset(token)
 
 
-def test_a_line_in_json_is_shown_to_people_as_text_and_anything_else_as_it_is() -> None:
+def test_json_lines_convert_to_text_and_other_lines_are_unchanged() -> None:
     record = make("Done\x1b[31m", fields={"request_id": "abc"})
     line = JsonFormatter().format(record)
     text = json_line_to_text(line)
@@ -285,7 +285,7 @@ def test_a_line_in_json_is_shown_to_people_as_text_and_anything_else_as_it_is() 
         assert json_line_to_text(other) == other
 
 
-def test_the_form_is_text_on_a_terminal_and_json_elsewhere_unless_it_is_set() -> None:
+def test_the_automatic_format_is_text_on_a_terminal_and_json_elsewhere() -> None:
     assert choose_format("auto", io.StringIO()) == "json"
     assert choose_format("text", io.StringIO()) == "text"
     parent, child = pty.openpty()
@@ -295,8 +295,8 @@ def test_the_form_is_text_on_a_terminal_and_json_elsewhere_unless_it_is_set() ->
     os.close(parent)
 
 
-def test_both_processes_write_json_into_a_file(tmp_path: Path) -> None:
-    """The engine's lines, too: here its word about a damaged checkpoint."""
+def test_both_processes_write_json(tmp_path: Path) -> None:
+    """Including the engine's traceback."""
     (tmp_path / "config.json").write_text("{}")
     script = (
         "import asyncio, sys; from pathlib import Path\n"
@@ -321,7 +321,7 @@ def test_both_processes_write_json_into_a_file(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
     written = [json.loads(line) for line in done.stderr.splitlines()]
     loggers = {line["logger"] for line in written}
@@ -330,7 +330,7 @@ def test_both_processes_write_json_into_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])
-def test_the_services_log_is_text_on_a_terminal_and_as_written_elsewhere(
+def test_the_services_log_is_text_on_a_terminal_and_unchanged_elsewhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""What a soak has found, as a table and as a verdict."""
+"""Report of a soak test: table and errors."""
 
 from __future__ import annotations
 
@@ -8,90 +8,92 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from load import Account, Outcome
+from load import Outcome, Outcomes
 from server import Snapshot
 
 MEBIBYTE = 1 << 20
 
 API_GROWTH = 64 * MEBIBYTE
-"""Of the API process, over a whole run: its stores of turns, responses and grammars fill."""
+"""Allowed growth of the API process: its caches of turns, responses and grammars fill."""
 
 ENGINE_GROWTH = 64 * MEBIBYTE
-"""Of the engine beside the tree, as far as its kernels, grammars and allocator vary."""
+"""Allowed growth of the engine process without the KV cache: kernels, grammars, allocator."""
 
 FILES = 2
-"""File descriptors that may come and go."""
+"""Allowed additional file descriptors."""
 
-TOLD_WITHIN = 1.0
-"""Seconds from the engine's death to the end of what was in flight."""
+MAX_FAILURE_LATENCY = 1.0
+"""Maximum seconds from a crash of the engine to the end of the requests in flight."""
 
-LEAST_THROUGHPUT = 0.95
-"""Of the last window's, in that of the first."""
+MIN_THROUGHPUT = 0.95
+"""Minimum throughput of the last window, relative to the first."""
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Everything that a run has measured.
+class SoakReport:
+    """Measurements of one run.
 
     Attributes:
-        first, last: tokens per second in the windows without faults.
-        deaths: how often the engine was killed.
-        slowest_return: seconds until the next request could be served, the longest.
-        stats: the engine's counters at the end, since its last start.
-        load_average: of the machine, over the last minutes.
-        ending: what was wrong with how the server ended.
+        kills: number of times the engine was killed.
+        slowest_restart: maximum seconds from a kill until the engine was ready.
+        first: tokens per second in the first window without faults.
+        last: tokens per second in the last window without faults.
+        stats: the engine's counters since its last start.
+        load_average: load average of the machine over 15 minutes.
+        shutdown_errors: errors during the shutdown.
     """
 
     seconds: float
-    account: Account
-    deaths: int
+    outcomes: Outcomes
+    kills: int
     restarts: int
-    slowest_return: float
+    slowest_restart: float
     before: Snapshot
     after: Snapshot
     first: float
     last: float
     stats: dict[str, Any]
     load_average: float
-    ending: list[str]
+    shutdown_errors: list[str]
 
-    def wrong(self, *, judge_speed: bool) -> Iterator[str]:
-        """Sentences on what must not be."""
-        for (outcome, reason), count in self.account.reasons.items():
+    def errors(self, *, judge_speed: bool) -> Iterator[str]:
+        """Yield a sentence for each error."""
+        for (outcome, reason), count in self.outcomes.reasons.items():
             if outcome == "wrong":
                 yield f"{count} × {reason}"
-        if len(self.account.canaries) != 1:
-            yield f"The canary gave {len(self.account.canaries)} different answers."
-        if judge_speed and self.account.told > TOLD_WITHIN:
-            yield f"A request was told of its engine's death only after {self.account.told:.2f} s."
-        if self.restarts != self.deaths:
-            yield f"The engine was killed {self.deaths} times, but restarted {self.restarts} times."
+        if len(self.outcomes.canaries) != 1:
+            yield f"The canary gave {len(self.outcomes.canaries)} different answers."
+        if judge_speed and self.outcomes.failure_latency > MAX_FAILURE_LATENCY:
+            seconds = self.outcomes.failure_latency
+            yield f"A request failed only {seconds:.2f} s after the engine's crash."
+        if self.restarts != self.kills:
+            yield f"The engine was killed {self.kills} times, but restarted {self.restarts} times."
         before, after = self.before, self.after
         if after.api_bytes - before.api_bytes > API_GROWTH:
-            yield "The API process has grown."
+            yield "The API process grew."
         if after.engine_bytes - before.engine_bytes > ENGINE_GROWTH:
-            yield "The engine has grown beyond its tree."
+            yield "The engine process grew, without its KV cache."
         for name in ("api_files", "engine_files"):
             if getattr(after, name) > getattr(before, name) + FILES:
                 yield f"More {name.replace('_', ' ')} are open than before."
-        if judge_speed and self.last < LEAST_THROUGHPUT * self.first:
+        if judge_speed and self.last < MIN_THROUGHPUT * self.first:
             yield f"The last window had {self.last / self.first:.2f} of the first one's throughput."
-        yield from self.ending
+        yield from self.shutdown_errors
 
     def table(self) -> Iterator[str]:
-        """Markdown."""
-        account, before, after = self.account, self.before, self.after
+        """Yield lines of Markdown."""
+        outcomes, before, after = self.outcomes, self.before, self.after
         yield "| requests | completed | refused | failed | left | wrong |"
         yield "|---|---:|---:|---:|---:|---:|"
-        outcomes: tuple[Outcome, ...] = get_args(Outcome)
-        for kind in sorted({kind for kind, _ in account.counts}):
-            yield row(kind, *(account.counts[kind, outcome] for outcome in outcomes))
-        yield row("**all**", *(account.total(outcome) for outcome in outcomes))
+        names: tuple[Outcome, ...] = get_args(Outcome)
+        for kind in sorted({kind for kind, _ in outcomes.counts}):
+            yield row(kind, *(outcomes.counts[kind, outcome] for outcome in names))
+        yield row("**all**", *(outcomes.total(outcome) for outcome in names))
         yield ""
         yield "| | before | after |"
         yield "|---|---:|---:|"
         yield row("API process, MiB", mib(before.api_bytes), mib(after.api_bytes))
-        yield row("engine beside its tree, MiB", mib(before.engine_bytes), mib(after.engine_bytes))
+        yield row("engine without KV cache, MiB", mib(before.engine_bytes), mib(after.engine_bytes))
         yield row("API process, file descriptors", before.api_files, after.api_files)
         yield row("engine, file descriptors", before.engine_files, after.engine_files)
         yield row("API process, threads", before.api_threads, after.api_threads)
@@ -101,16 +103,16 @@ class Findings:
         yield (
             f"{self.seconds:.0f} s on {platform.system()} {platform.machine()}, load average"
             f" {self.load_average:.1f} on {os.cpu_count()} cores. The engine was killed"
-            f" {self.deaths} times: all that was in flight was told within"
-            f" {account.told * 1000:.0f} ms, and the next request could be served within"
-            f" {self.slowest_return:.1f} s. The canary answered {account.canaries.total()} times,"
-            f" in {len(account.canaries)} way{'s'[: len(account.canaries) != 1]}. In its last life"
+            f" {self.kills} times: requests in flight failed within"
+            f" {outcomes.failure_latency * 1000:.0f} ms, and the engine was ready within"
+            f" {self.slowest_restart:.1f} s. The canary ran {outcomes.canaries.total()} times,"
+            f" with {len(outcomes.canaries)} distinct answer(s). Since its last start"
             f" the engine evicted {self.stats['evicted_tokens']:,} tokens and preempted"
             f" {self.stats['preemptions']} times."
         )
 
     def reasons(self) -> Iterator[str]:
-        for (outcome, reason), count in sorted(self.account.reasons.items()):
+        for (outcome, reason), count in sorted(self.outcomes.reasons.items()):
             yield f"  {outcome:9} {count:5} × {reason}"
 
 

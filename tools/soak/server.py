@@ -1,4 +1,4 @@
-"""The server under test: a real `glmd serve`, and what the system says of its processes."""
+"""The server under test, and the resources of its processes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ import psutil
 
 from glmd.utils.memory import process_memory_bytes
 
-STARTS_WITHIN = 120.0
+START_TIMEOUT = 120.0
 
 BUDGET = "56MiB"
-"""Room for some 5,500 tokens of KV beside the demo's weights, of which one answer may take 4,096:
-there is always something to evict, and often something to preempt."""
+"""Room for the demo's weights and about 5,500 tokens of KV cache, of which a request may use 4,096:
+evictions are constant and preemptions frequent."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the server's processes hold at one moment, at rest."""
+    """Resources of the idle server's processes.
+
+    Attributes:
+        engine_bytes: memory without the KV cache.
+    """
 
     api_bytes: int
     engine_bytes: int
-    """Without what the tree holds."""
     api_files: int
     engine_files: int
     api_threads: int
     engine_threads: int
 
 
-class Server:
-    """`glmd serve` on the demo, with its temporary files in `folder` and its log in `log`."""
+class SoakServer:
+    """A process `glmd serve` with the demo."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         self._folder = folder
@@ -54,7 +57,7 @@ class Server:
         self.wait_until_ready()
 
     def _find_url(self, log: Path) -> str:
-        deadline = time.monotonic() + STARTS_WITHIN
+        deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and self._process.poll() is None:
             if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
                 return found[0]
@@ -68,11 +71,11 @@ class Server:
         return status
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + STARTS_WITHIN
+        deadline = time.monotonic() + START_TIMEOUT
         while httpx.get(f"{self.url}/health", timeout=30).status_code != httpx.codes.OK:
             if time.monotonic() > deadline:
                 self.kill()
-                sys.exit("The engine did not come up.")
+                sys.exit("The engine did not become ready.")
             time.sleep(0.05)
 
     def kill_engine(self, number: signal.Signals) -> None:
@@ -81,15 +84,15 @@ class Server:
             os.kill(pid, number)
 
     def snapshot(self) -> Snapshot:
-        """Wait for rest, then look. Clients must have closed their connections."""
+        """Wait until the engine is idle and measure. Clients must have disconnected."""
         deadline = time.monotonic() + 60
         while (stats := self.status()["engine"]["stats"])["running"] or stats["waiting"]:
             if time.monotonic() > deadline:
-                sys.exit(f"Nobody asks for anything any more, but the engine works: {stats}")
+                sys.exit(f"The engine is busy without requests: {stats}")
             time.sleep(0.2)
         engine = psutil.Process(self.status()["engine"]["pid"])
         files = []
-        for _ in range(20):  # Closed connections take a moment to be noticed.
+        for _ in range(20):  # closed connections take a moment
             files.append(self._api.num_fds())
             time.sleep(0.1)
         return Snapshot(
@@ -102,19 +105,19 @@ class Server:
         )
 
     def stop(self) -> list[str]:
-        """End the server as a service manager does; returns what is wrong with how it ended."""
+        """Stop the server with SIGTERM; return errors."""
         children = self._api.children(recursive=True)
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(60)
         except subprocess.TimeoutExpired:
             self.kill()
-            return ["SIGTERM did not end the server within a minute."]
-        wrong = [f"SIGTERM ended the server with exit code {code}."] if code else []
+            return ["The server did not exit within 60 s of SIGTERM."]
+        errors = [f"The server exited with code {code} after SIGTERM."] if code else []
         _, alive = psutil.wait_procs(children, timeout=10)
-        wrong += [f"Process {child.pid} outlived the server." for child in alive]
-        wrong += [f"{left} is left behind." for left in self._folder.glob("glmd-*")]
-        return wrong
+        errors += [f"Process {child.pid} outlived the server." for child in alive]
+        errors += [f"{left} was not removed." for left in self._folder.glob("glmd-*")]
+        return errors
 
     def kill(self) -> None:
         self._process.kill()

@@ -1,4 +1,4 @@
-"""What clients do: requests of every kind, and what is wrong with some of them."""
+"""Random client requests of every kind, valid and malformed."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ MALFORMED: tuple[bytes, ...] = (
     b'{"messages": [{"role": "user", "content": "x"}], "top_p": 7}',
     b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"long " * 6000),
 )
-"""Bodies for a chat completion, each of which must be refused. The last one fills the context."""
+"""Invalid bodies of chat completions. The last one exceeds the context."""
 
 
 @dataclass(frozen=True)
-class Visit:
-    """One request.
+class ClientRequest:
+    """A request.
 
     Attributes:
-        kind: for the table.
-        stream: whether the answer comes as events.
+        kind: row in the report's table.
+        stream: the answer is streamed.
     """
 
     kind: str
@@ -74,8 +74,8 @@ def text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(WORDS, k=words))
 
 
-def plain(rng: random.Random) -> Visit:
-    """One of the requests by which throughput is measured: new to the cache, of fixed length."""
+def plain(rng: random.Random) -> ClientRequest:
+    """Return a request for measuring throughput: not cached, with a fixed length."""
     body = {
         "messages": [{"role": "user", "content": text(rng, 20)}],
         "seed": rng.randrange(1000),
@@ -84,14 +84,14 @@ def plain(rng: random.Random) -> Visit:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    return Visit("plain", "/v1/chat/completions", body, stream=True)
+    return ClientRequest("plain", "/v1/chat/completions", body, stream=True)
 
 
-def mixed(rng: random.Random) -> Visit:
-    """A request through any API, short or long, streamed or not."""
+def mixed(rng: random.Random) -> ClientRequest:
+    """Return a request of any API, short or long, streamed or not."""
     words = rng.choice([3, 10, 10, 60, 60, 500])
     content = text(rng, words)
-    if rng.random() < 0.4:  # a prefix that others have too
+    if rng.random() < 0.4:  # a prefix shared with other requests
         content = "Once upon a time. " * rng.choice([5, 40, 100]) + content
     messages = [{"role": "user", "content": content}]
     stream = rng.random() < 0.6
@@ -130,18 +130,18 @@ def mixed(rng: random.Random) -> Visit:
         "responses": "/v1/responses",
         "messages": "/v1/messages",
     }
-    return Visit(kind, paths.get(kind, "/v1/chat/completions"), {**body, **common}, stream)
+    return ClientRequest(kind, paths.get(kind, "/v1/chat/completions"), {**body, **common}, stream)
 
 
-def quick(rng: random.Random) -> Visit:
-    """One that needs no engine."""
+def quick(rng: random.Random) -> ClientRequest:
+    """Return a request that needs no engine."""
     content = text(rng, 20)
     if rng.random() < 0.5:
-        return Visit("quick", "/tokenize", {"prompt": content})
+        return ClientRequest("quick", "/tokenize", {"prompt": content})
     messages = [{"role": "user", "content": content}]
     body = {"model": "default", "messages": messages}
-    return Visit("quick", "/v1/messages/count_tokens", body)
+    return ClientRequest("quick", "/v1/messages/count_tokens", body)
 
 
-def encoded(visit: Visit) -> bytes:
-    return json.dumps(visit.body).encode()
+def encode(request: ClientRequest) -> bytes:
+    return json.dumps(request.body).encode()
