@@ -27,9 +27,9 @@ from glmd.bench.backends import GlmdBackend, GlmdSession
 from glmd.bench.checkpoints import middle_checkpoint, on_gpu
 from glmd.bench.runner import BackendSession, run
 from glmd.bench.workloads import Prompts, Workload
+from glmd.chat.messages import read_tools
 from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.messages import read_tools
 from glmd.checkpoint.config import load_config
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words

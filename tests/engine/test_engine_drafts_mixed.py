@@ -11,7 +11,6 @@ import pytest
 from distribution import Floats, deviation, exact
 from engines import Answer, Run, load, reference_logits, request, run, tiny_engine, tiny_model
 from grammars import CONTROLS
-from mtp import WEATHER
 
 from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.prompt import build_prompt

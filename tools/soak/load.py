@@ -16,8 +16,8 @@ import traffic
 from traffic import ClientRequest
 
 Outcome = Literal["completed", "refused", "failed", "left", "wrong"]
-"""completed: complete answer. refused: error before the start. failed: error after the start because
-of a crash of the engine. left: the client disconnected. wrong: anything else."""
+"""completed: complete answer. refused: error before the start. failed: error later, because the
+engine crashed. left: the client disconnected. wrong: anything else."""
 
 HEADERS = {"content-type": "application/json"}
 
