@@ -164,7 +164,7 @@ def test_neither_process_logs_the_text_of_a_request_whatever_its_outcome(
     written = capfd.readouterr().err
     assert "the script says raise" in written, "the engine's output is captured"
     assert "Slow: " in lines.text
-    assert "Keywords not enforced: 1 in tools[0]." in lines.text
+    assert "schema keywords not enforced: tools[0]=1" in lines.text
     assert "plugh" not in written + lines.text
 
 
