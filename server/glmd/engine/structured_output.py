@@ -6,6 +6,7 @@ while the device runs the forward pass whose logits it masks.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,10 @@ Words = npt.NDArray[np.uint32]
 
 MAX_CACHED_GRAMMARS = 64
 """Compiled grammars kept for later requests. That of an agent's tools takes about 2 MB."""
+
+GRAMMAR_STACK = 8 << 20
+"""Bytes of stack for compiling. The compiler's worker tries each grammar with half of that first,
+because a stack overflow in llguidance ends the process."""
 
 
 class GrammarState:
@@ -112,7 +117,12 @@ class StructuredOutputManager:
     def __init__(self, folder: Path, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._num_words = -(-vocab_size // 32)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._tokenizer = self._thread.submit(load_tokenizer, folder, vocab_size, end_ids)
+        # The thread starts with its first task. Its stack must not depend on `ulimit -s`.
+        default = threading.stack_size(GRAMMAR_STACK)
+        try:
+            self._tokenizer = self._thread.submit(load_tokenizer, folder, vocab_size, end_ids)
+        finally:
+            threading.stack_size(default)
         self._text_masks: dict[tuple[int, ...], Words] = {}
         self._executor = LLExecutor()
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
