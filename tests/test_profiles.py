@@ -117,10 +117,14 @@ def test_completions_responses_and_messages_use_profiles(http: httpx.Client) -> 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({"model": "default:cald"}, 404, "no profile 'cald' of 'default' here; did you mean cold?"),
-        ({"model": "other:cold"}, 404, "There is no model 'other:cold' here"),
-        ({"profile": "genral"}, 400, "There is no profile 'genral' here; did you mean general?"),
-        ({"model": "tiny:cold", "profile": "deep"}, 400, "profile is 'deep', but"),
+        (
+            {"model": "default:cald"},
+            404,
+            "Model 'default' has no profile 'cald'; did you mean cold?",
+        ),
+        ({"model": "other:cold"}, 404, "Model 'other:cold' not found"),
+        ({"profile": "genral"}, 400, "profile: unknown profile 'genral'; did you mean general?"),
+        ({"model": "tiny:cold", "profile": "deep"}, 400, "profile: 'deep' contradicts 'cold'"),
     ],
 )
 def test_an_unknown_profile_is_rejected_with_a_suggestion(

@@ -19,9 +19,15 @@ from live import LiveServer, live_server
 from typer.testing import CliRunner
 
 from glmd.api import auth as keys
-from glmd.api.access import HostCheck, require_key_on_public_bind
 from glmd.api.app import create_app
-from glmd.api.auth import ApiKeyStore, create_key, read_store, revoke_key
+from glmd.api.auth import (
+    ApiKeyStore,
+    create_key,
+    read_store,
+    require_key_on_public_bind,
+    revoke_key,
+)
+from glmd.api.middleware import HostCheckMiddleware
 from glmd.cli.main import app
 from glmd.config import Settings
 from glmd.errors import SettingsError
@@ -51,9 +57,9 @@ def test_loopback_needs_no_key(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
-def test_elsewhere_needs_a_key_or_a_word_that_none_is_wanted(host: str) -> None:
+def test_a_public_address_needs_a_key_or_allow_unauthenticated(host: str) -> None:
     settings = Settings(host=host)
-    with pytest.raises(SettingsError, match=f"{host} can be reached .* --allow-unauthenticated"):
+    with pytest.raises(SettingsError, match=f"{host} is reachable .* --allow-unauthenticated"):
         require_key_on_public_bind(settings, ApiKeyStore())
     require_key_on_public_bind(settings, ApiKeyStore.of(Settings(api_key="secret")))
     require_key_on_public_bind(Settings(host=host, allow_unauthenticated=True), ApiKeyStore())
@@ -70,7 +76,7 @@ def test_the_command_says_so_in_one_line_before_it_looks_for_the_model(tmp_path:
     )
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
-    assert line.startswith("glmd: 0.0.0.0 can be reached from other machines")
+    assert line.startswith("glmd: host: 0.0.0.0 is reachable from other machines")
     assert "glmd key create" in line
 
 
@@ -93,7 +99,7 @@ def test_a_file_of_keys_that_others_can_read_or_change_is_refused(
 ) -> None:
     file = private(tmp_path / "keys", "secret\n")
     file.chmod(mode)
-    with pytest.raises(SettingsError, match=r"open to others; run: chmod 600 .*/keys"):
+    with pytest.raises(SettingsError, match=r"accessible to other users. Run: chmod 600 .*/keys"):
         ApiKeyStore.of(Settings(api_key_file=file))
 
 
@@ -131,8 +137,8 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
     assert ApiKeyStore.of(Settings(), store).lookup(second.encode()) == "phone"
 
     for arguments, message in [
-        (["create", "laptop"], "There is a key laptop already"),
-        (["create", "../x"], "no name for a key"),
+        (["create", "laptop"], "Key laptop already exists"),
+        (["create", "../x"], "Invalid key name"),
         (["revoke", "lapptop"], "did you mean laptop?"),
     ]:
         refused = run(app, ["key", *arguments])
@@ -230,14 +236,14 @@ def test_a_page_whose_name_was_bent_to_this_machine_is_told_nothing(
     assert (response.json().get("type") == "error") == (path == "/v1/messages")
 
 
-def test_one_that_listens_everywhere_answers_to_addresses_but_not_to_names(
+def test_a_server_on_every_address_accepts_addresses_but_not_foreign_names(
     scripted: LiveServer,
 ) -> None:
-    check = HostCheck(create_app(scripted.service), "0.0.0.0", ["llm.example.org"])
+    check = HostCheckMiddleware(create_app(scripted.service), "0.0.0.0", ["llm.example.org"])
     for host in ("192.0.2.7:8000", "[2001:db8::1]", "llm.example.org", socket.gethostname()):
-        assert check._is_ours(host), host
+        assert check.is_allowed(host), host
     for host in ("evil.example", "x.llm.example.org", "llm.example.org.evil.example"):
-        assert not check._is_ours(host), host
+        assert not check.is_allowed(host), host
 
 
 def test_a_client_of_http_1_0_needs_no_host(scripted: LiveServer) -> None:

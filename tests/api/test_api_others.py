@@ -75,9 +75,9 @@ def test_an_alias_may_stand_for_many_names() -> None:
         ("/api/chat", "under /v1"),
         ("/api/show", "under /v1"),
         ("/api/v1/chat", "/api/v0"),
-        ("/chat/completions", "it is at /v1/chat/completions"),
+        ("/chat/completions", "use /v1/chat/completions"),
         ("/v1/v1/messages", "base URL"),
-        ("/v1/nothing", "There is no /v1/nothing here."),
+        ("/v1/nothing", "Path /v1/nothing not found."),
     ],
 )
 def test_what_is_not_here_is_404_with_a_reason(

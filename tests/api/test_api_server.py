@@ -64,7 +64,7 @@ def test_an_unknown_model_is_404_in_openais_shape(http: httpx.Client) -> None:
 def test_an_unknown_path_and_a_wrong_method_keep_the_shape(http: httpx.Client) -> None:
     response = http.get("/v1/nothing")
     assert response.status_code == 404
-    assert error_of(response)["message"] == "There is no /v1/nothing here."
+    assert error_of(response)["message"] == "Path /v1/nothing not found."
     response = http.get("/v1/chat/completions")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"

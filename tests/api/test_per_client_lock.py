@@ -13,8 +13,8 @@ import pytest
 from live import LiveServer
 from requests_by_path import body_of, error_of, wait_until
 
-from glmd.api.client_id import client_id
-from glmd.api.per_client_lock import PerClientLock
+from glmd.api.context import client_id
+from glmd.api.state import PerClientLock
 
 pytestmark = pytest.mark.anyio
 
@@ -25,12 +25,12 @@ def anyio_backend() -> str:
 
 
 async def test_a_hundred_pieces_of_work_let_another_clients_pass_after_the_first() -> None:
-    one_each = PerClientLock()
+    lock = PerClientLock()
     worker = asyncio.Lock()
     done: list[str] = []
 
     async def work(client: str) -> None:
-        async with one_each.acquire(client), worker:
+        async with lock.acquire(client), worker:
             await asyncio.sleep(0)
             done.append(client)
 
@@ -42,18 +42,18 @@ async def test_a_hundred_pieces_of_work_let_another_clients_pass_after_the_first
             group.create_task(work(client))
     assert set(done[:5]) == {"flood", "a", "b"}
     assert len(done) == 102
-    assert not len(one_each)
+    assert not len(lock)
 
 
 async def test_who_gives_up_waiting_leaves_no_trace() -> None:
-    one_each = PerClientLock()
-    async with one_each.acquire("a"):
+    lock = PerClientLock()
+    async with lock.acquire("a"):
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0), one_each.acquire("a"):
+            async with asyncio.timeout(0), lock.acquire("a"):
                 pass
-        assert len(one_each) == 1
-    assert not len(one_each)
-    async with one_each.acquire("a"):
+        assert len(lock) == 1
+    assert not len(lock)
+    async with lock.acquire("a"):
         pass
 
 
@@ -69,7 +69,7 @@ def busy(live: LiveServer, authorization: str) -> Iterator[None]:
     }
 
     async def hold() -> None:
-        async with live.service.one_each.acquire(client_id(scope)):
+        async with live.service.client_lock.acquire(client_id(scope)):
             begun.set()
             await asyncio.to_thread(over.wait)
 

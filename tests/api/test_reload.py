@@ -18,7 +18,7 @@ import pytest
 import sse
 from live import live_server
 
-from glmd.api.reload import RELOADABLE, reload
+from glmd.api.server import RELOADABLE, reload_settings
 from glmd.config import Settings, load
 from glmd.engine.main import serve
 from glmd.ipc import SetLogLevel, Shutdown, ToEngine
@@ -48,7 +48,7 @@ def test_what_can_change_changes_the_rest_is_named_and_streams_go_on(
             "port = 0\nmax_body = '2MiB'\ntemperature = 0.125\naliases = ['new']\n"
             "[profiles.mine]\ntop_k = 5\n"
         )
-        reload(live.service, lambda: load({}, file))
+        reload_settings(live.service, lambda: load({}, file))
         chunks = sse.read(first + b"".join(pieces)).chunks
         text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
         assert text == "one two three"
@@ -58,8 +58,8 @@ def test_what_can_change_changes_the_rest_is_named_and_streams_go_on(
             assert listed[1]["id"] == "test/tiny:mine"
         assert live.service.defaults("new").sampling.temperature == 0.125
         assert live.service.settings.max_body == 32 * 2**20
-    assert "changed: aliases, profiles, temperature." in caplog.text
-    assert "with the next start only: max_body." in caplog.text
+    assert "Settings reloaded: changed=aliases,profiles,temperature" in caplog.text
+    assert "Settings that need a restart: changed=max_body" in caplog.text
 
 
 def test_a_bad_file_leaves_the_settings_as_they_are_and_says_why(
@@ -68,7 +68,7 @@ def test_a_bad_file_leaves_the_settings_as_they_are_and_says_why(
     file = tmp_path / "glmd.toml"
     file.write_text("temprature = 0.1\n")
     with live_server(temperature=0.5) as live:
-        reload(live.service, lambda: load({}, file))
+        reload_settings(live.service, lambda: load({}, file))
         assert live.service.settings.temperature == 0.5
     assert "did you mean temperature?" in caplog.text
 
@@ -131,7 +131,7 @@ def test_sighup_has_the_server_read_its_file_anew_and_a_renamed_log_is_begun_ane
         log.rename(tmp_path / "log.0")
         file.write_text("aliases = ['later']")
         process.send_signal(signal.SIGHUP)
-        wait(lambda: log.exists() and "changed: aliases." in log.read_text())
+        wait(lambda: log.exists() and "changed=aliases" in log.read_text())
         assert httpx.get(f"http://{url}/v1/models/later").status_code == 200
         process.terminate()
         assert process.wait(30) == 0

@@ -13,8 +13,7 @@ import pytest
 import sse
 from live import LiveServer, live_server
 
-from glmd.api.observability.exchange import HttpExchange
-from glmd.api.observability.request_stats import RequestRegistry
+from glmd.api.observability.request_stats import HttpExchange, RequestRegistry
 from glmd.ipc import CacheMatch, EngineRequest, SequenceOutput, pack_tokens
 
 BODIES: dict[str, tuple[str, Callable[[str], dict[str, Any]]]] = {
@@ -124,7 +123,7 @@ def test_a_request_whose_client_leaves_is_shown_as_cancelled(http: httpx.Client)
         id = response.headers["x-request-id"]
     ended = wait_for(http, "recent", lambda r: r["request_id"] == id)
     assert ended["finish"] == "cancelled"
-    assert "went away" in ended["error"]
+    assert "disconnected" in ended["error"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,12 +217,12 @@ def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
 
 
 def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> None:
-    requests = RequestRegistry()
+    registry = RequestRegistry()
     exchange = HttpExchange("id", "POST", "/v1/completions", "127.0.0.1")
     exchange.asks("completions", None, stream=False)
-    record = requests.record(exchange, EngineRequest(id="a", prompt=pack_tokens(range(1000))))
+    stats = registry.record(exchange, EngineRequest(id="a", prompt=pack_tokens(range(1000))))
     seen = []
-    with requests.in_flight(record):
+    with registry.in_flight(stats):
         for output in (
             SequenceOutput(id="a", admitted=True, cache_match=CacheMatch(tokens=600, reason="new")),
             SequenceOutput(id="a", computed_tokens=700),
@@ -232,15 +231,15 @@ def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> No
                 id="a", tokens=[1], prompt_tokens=1000, cached_tokens=600, finish_reason="length"
             ),
         ):
-            requests.observe(record, output)
-            now = requests.timeline.now()
-            seconds = {each.number: each for each in (now, *requests.timeline.last(9))}
+            registry.observe(stats, output)
+            now = registry.current_second()
+            seconds = {each.number: each for each in (now, *registry.last_seconds(9))}
             computed = sum(second.computed for second in seconds.values())
-            seen.append((record.state, record.computed_tokens, computed))
+            seen.append((stats.state, stats.computed_tokens, computed))
     assert seen == [
         ("prefill", 600, 0),
         ("prefill", 700, 100),
         ("prefill", 999, 399),
         ("decoding", 1000, 400),
     ]
-    assert requests.totals.cached_tokens == 600
+    assert registry.totals.cached_tokens == 600

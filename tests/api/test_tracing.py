@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from glmd.api.app import create_app
 from glmd.api.observability import tracing
-from glmd.api.observability.tracing import exporter_from_environment, resource
+from glmd.api.observability.tracing import exporter_from_environment, service_resource
 from glmd.api.state import AppState, ServedModel
 from glmd.config import Settings
 from glmd.engine_client.process import EngineProcessConfig
@@ -201,9 +201,9 @@ def test_the_environment_names_the_exporter_and_the_service(
     exporter = exporter_from_environment()
     assert isinstance(exporter, tracing.OTLPSpanExporter)
     assert exporter._endpoint == "http://127.0.0.1:9/v1/traces"
-    assert resource().attributes["service.name"] == "glmd"
+    assert service_resource().attributes["service.name"] == "glmd"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
-    assert resource().attributes["service.name"] == "mine"
+    assert service_resource().attributes["service.name"] == "mine"
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
     assert exporter_from_environment() is None
     for name, value in (

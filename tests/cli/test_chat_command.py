@@ -267,7 +267,7 @@ def test_model_lists_models_with_profiles_and_rejects_unknown_names(
     session: ChatSession,
 ) -> None:
     assert "test/tiny:tools" in run_command(session, "/model")
-    with pytest.raises(ServerRefused, match="There is no model 'gpt-9'"):
+    with pytest.raises(ServerRefused, match="Model 'gpt-9' not found"):
         run_command(session, "/model gpt-9")
     assert session.model == "default"
 

@@ -21,8 +21,7 @@ import pytest
 from live import LiveServer, live_server
 
 from glmd.api.observability.access_log import explain
-from glmd.api.observability.exchange import HttpExchange
-from glmd.api.observability.request_stats import RequestStats
+from glmd.api.observability.request_stats import HttpExchange, RequestStats
 from glmd.cli import service
 from glmd.ipc import CacheMatch
 from glmd.utils.logging import (
@@ -163,7 +162,7 @@ def test_neither_process_logs_the_text_of_a_request_whatever_its_outcome(
     assert statuses == [400] * 4 + [200, 400, 503, 503]
     written = capfd.readouterr().err
     assert "the script says raise" in written, "the engine's output is captured"
-    assert "Slow: " in lines.text
+    assert "Slow request " in lines.text
     assert "schema keywords not enforced: tools[0]=1" in lines.text
     assert "plugh" not in written + lines.text
 
@@ -205,31 +204,41 @@ def test_a_slow_request_is_explained(lines: Lines) -> None:
         assert lines.of(response, kind="slow")["slow"] == response.json()["id"]
     (record,) = [r for r in lines.records if r.levelno == logging.WARNING]
     assert re.match(
-        r"Slow: chatcmpl-\w+ waited \d.* s for its turn, had its first token", record.getMessage()
+        r"Slow request chatcmpl-\w+: queued for \d.* s, first token \d.* s later",
+        record.getMessage(),
     )
 
 
 @pytest.mark.parametrize(
     ("match", "sentence"),
     [
-        (CacheMatch(tokens=9, reason="whole"), "9 were stored: all of the prompt was stored."),
-        (CacheMatch(tokens=3, reason="new"), "3 were stored: nothing is stored behind that."),
+        (
+            CacheMatch(tokens=9, reason="whole"),
+            "9 of 10 prompt tokens cached: the whole",
+        ),
+        (
+            CacheMatch(tokens=3, reason="new"),
+            "3 of 10 prompt tokens cached: nothing is",
+        ),
         (
             CacheMatch(tokens=3, reason="differs", diverging_tokens=70),
-            "3 were stored: what is stored there goes on differently, for 70 tokens.",
+            "cached: the cache continues differently there, for 70 tokens.",
         ),
         (
             CacheMatch(tokens=3, reason="evicted"),
-            "3 were stored: what was stored behind that was evic",
+            "3 of 10 prompt tokens cached: the rest was evicted.",
         ),
-        (CacheMatch(tokens=0, reason="salt"), "more of it is stored, but with another cache_salt."),
-        (CacheMatch(tokens=0, reason="off"), "0 were stored: the prefix cache is off."),
+        (CacheMatch(tokens=0, reason="salt"), "more is cached with another cache_salt."),
+        (
+            CacheMatch(tokens=0, reason="off"),
+            "0 of 10 prompt tokens cached: the prefix",
+        ),
     ],
 )
 def test_a_cache_miss_is_explained(match: CacheMatch, sentence: str) -> None:
     exchange = HttpExchange("id", "POST", "/", "")
     record = RequestStats("chatcmpl-1", exchange, 1, 10, match=match, queue_seconds=0.0)
-    record.first_token = exchange.began + 40
+    record.first_token = exchange.started + 40
     assert sentence in explain(record)
 
 

@@ -1,20 +1,21 @@
-"""API keys: where they come from, how they are kept, and whether one is known.
+"""API keys: sources, storage and lookup.
 
-A key is one of: the setting `api_key`, a line of the file that `api_key_file` names, or one that
-`glmd key create` made. The last are random and kept as SHA-256 hashes, which is enough for 256
-random bits: there is no list of likely ones to try. Whatever its source, a key is compared by its
-hash and never shown.
+Keys come from the setting `api_key`, from the lines of the file in `api_key_file`, and from
+`glmd key create`. Keys of the last kind are 256 random bits, stored as a plain SHA-256 hash: there
+is no dictionary to try. All keys are compared by hash and never shown.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from glmd.utils.suggest import did_you_mean
 log = logging.getLogger("glmd")
 
 PREFIX = "glmd_"
-"""How keys begin that `glmd key create` makes, so that scanners for leaked secrets know them."""
+"""Prefix of keys that `glmd key create` makes, for scanners that look for leaked secrets."""
 
 KEY_BYTES = 32
 
@@ -40,12 +41,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key, by what recognises it.
+    """The hash of an API key.
 
     Attributes:
-        name: for people, and for the log.
+        name: shown to people and in logs.
         sha256: of the key, in hexadecimal.
-        created: when `glmd key create` made it, as RFC 3339 has it; "" for other keys.
+        created: when `glmd key create` made the key, in RFC 3339; "" for other keys.
     """
 
     name: str
@@ -53,44 +54,44 @@ class StoredKey:
     created: str = ""
 
 
-Reader = Callable[[Path], list[StoredKey]]
+KeyFileReader = Callable[[Path], list[StoredKey]]
 """Reads the keys of a file; raises SettingsError."""
 
 
 class ApiKeyStore:
-    """The keys that a server knows, from settings and files.
+    """API keys of a server, from settings and files.
 
     Attributes:
-        required: requests need a key. Once that is so, it stays so: to revoke the last key shuts
-            everybody out, rather than let everybody in.
+        required: requests need a key. Never goes back to False, so that revoking the last key
+            does not open the server to everybody.
     """
 
     def __init__(
         self,
         keys: Iterable[StoredKey] = (),
-        files: Iterable[tuple[Path, Callable[[Path], list[StoredKey]]]] = (),
+        files: Iterable[tuple[Path, KeyFileReader]] = (),
     ) -> None:
         """
         Args:
-            keys: that do not change.
-            files: each with what reads it.
+            keys: keys that do not change.
+            files: key files, each with its reader.
 
         Raises:
-            SettingsError: a file cannot be read, or others can read it.
+            SettingsError: a file cannot be read, or is accessible to other users.
         """
         self.required = False
         self._fixed = list(keys)
         self._files = list(files)
-        self._seen: list[object] = []
+        self._signatures: list[object] = []
         self._keys: list[StoredKey] = []
-        self._refresh()
+        self._reload()
 
     @classmethod
     def of(cls, settings: Settings, store: Path | None = None) -> ApiKeyStore:
-        """The keys that the settings name, and those in `store`, the file of `glmd key`."""
+        """Load the keys that the settings name, and the keys of `glmd key` in `store`."""
         secret = settings.api_key
         fixed = [] if secret is None else [StoredKey("api_key", digest(secret.get_secret_value()))]
-        files: list[tuple[Path, Reader]] = []
+        files: list[tuple[Path, KeyFileReader]] = []
         if settings.api_key_file is not None:
             files.append((settings.api_key_file.expanduser(), read_lines))
         if store is not None:
@@ -98,36 +99,57 @@ class ApiKeyStore:
         return cls(fixed, files)
 
     def reload_if_changed(self) -> None:
-        """Read the files anew that have changed; where that fails, what was known stays."""
-        if [signature(file) for file, _ in self._files] == self._seen:
+        """Reload the keys if a file has changed; if that fails, keep the loaded keys."""
+        if [file_signature(file) for file, _ in self._files] == self._signatures:
             return
         try:
-            self._refresh()
-            log.info("Read the API keys anew: %d.", len(self._keys))
+            self._reload()
+            log.info("API keys reloaded: keys=%d", len(self._keys))
         except SettingsError as error:
-            log.error("The API keys are as before; they could not be read anew: %s", error.message)
+            log.error("API keys not reloaded; the loaded keys stay valid: %s", error.message)
 
-    def lookup(self, guess: bytes) -> str | None:
-        """The name of a key; None: it is not known.
+    def lookup(self, key: bytes) -> str | None:
+        """Return the name of a key in constant time; None: unknown key."""
+        sha256 = hashlib.sha256(key).hexdigest()
+        name: str | None = None
+        for stored in self._keys:
+            if hmac.compare_digest(sha256, stored.sha256):
+                name = stored.name
+        return name
 
-        How long this takes depends neither on the guess nor on which key it is.
-        """
-        sha256 = hashlib.sha256(guess).hexdigest()
-        found: str | None = None
-        for key in self._keys:
-            if hmac.compare_digest(sha256, key.sha256):
-                found = key.name
-        return found
-
-    def _refresh(self) -> None:
-        # The signatures first: what changes while it is read is then read again.
-        self._seen = [signature(file) for file, _ in self._files]
+    def _reload(self) -> None:
+        # Signatures first: a file that changes while it is read is read again.
+        self._signatures = [file_signature(file) for file, _ in self._files]
         self._keys = [*self._fixed, *(key for file, read in self._files for key in read(file))]
         self.required = self.required or bool(self._keys)
 
 
-def signature(file: Path) -> object:
-    """What changes when a file does; None: it is not there."""
+def require_key_on_public_bind(settings: Settings, keys: ApiKeyStore) -> None:
+    """Refuse to serve other machines without an API key.
+
+    Raises:
+        SettingsError: `host` is reachable from other machines, and there is no key.
+    """
+    if keys.required or settings.allow_unauthenticated or is_loopback(settings.host):
+        return
+    raise SettingsError(
+        f"host: {settings.host} is reachable from other machines, and there is no API key. Create a"
+        " key with `glmd key create NAME`, set GLMD_API_KEY, or allow access without a key with"
+        " --allow-unauthenticated."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` is a loopback address; True for unknown names."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return True  # `listen` reports the unknown name.
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+
+
+def file_signature(file: Path) -> object:
+    """Return a value that changes when a file changes; None: no such file."""
     try:
         status = file.stat()
     except OSError:
@@ -140,22 +162,22 @@ def digest(key: str) -> str:
 
 
 def read_private(file: Path) -> str:
-    """The text of a file that nobody else can read or change.
+    """Read a file that no other user can read or change.
 
     Raises:
-        SettingsError: others can, or it cannot be read.
+        SettingsError: the file is accessible to other users, or cannot be read.
     """
     try:
         with file.open(encoding="utf-8") as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise SettingsError(f"{file} is no regular file.")
+                raise SettingsError(f"{file} is not a regular file.")
             if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise SettingsError(
-                    f"{file} holds API keys, but is open to others; run: chmod 600 {file}"
+                    f"{file} holds API keys and is accessible to other users. Run: chmod 600 {file}"
                 )
             if status.st_uid not in (os.geteuid(), 0):
-                raise SettingsError(f"{file} holds API keys, but belongs to somebody else.")
+                raise SettingsError(f"{file} holds API keys and belongs to another user.")
             return opened.read()
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}.") from error
@@ -164,10 +186,10 @@ def read_private(file: Path) -> str:
 
 
 def read_lines(file: Path) -> list[StoredKey]:
-    """The keys of a file with one per line; empty lines and those that begin with # are none.
+    """Read a file with one key per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        SettingsError: there are none, or as `read_private`.
+        SettingsError: there is no key, or as `read_private`.
     """
     lines = enumerate(read_private(file).splitlines(), start=1)
     keys = [
@@ -181,15 +203,15 @@ def read_lines(file: Path) -> list[StoredKey]:
 
 
 def default_store() -> Path:
-    """Where `glmd key` keeps what it makes."""
+    """The key file of `glmd key`."""
     return platformdirs.user_config_path("glmd") / "keys.json"
 
 
 def read_store(file: Path) -> list[StoredKey]:
-    """The keys that `glmd key create` made; none if there is no such file.
+    """Read the keys of `glmd key create`; an absent file holds none.
 
     Raises:
-        SettingsError: it is damaged, or as `read_private`.
+        SettingsError: the file is damaged, or as `read_private`.
     """
     if not file.exists():
         return []
@@ -198,23 +220,23 @@ def read_store(file: Path) -> list[StoredKey]:
         if not all(re.fullmatch("[0-9a-f]{64}", key.sha256) for key in keys):
             raise ValueError
     except (ValueError, TypeError, KeyError) as error:
-        raise SettingsError(f"{file} is damaged: it is no list of keys.") from error
+        raise SettingsError(f"{file} is damaged: not a list of keys.") from error
     return keys
 
 
 def create_key(file: Path, name: str) -> str:
-    """Make a random key, keep its hash in `file`, and return it: nobody will see it again.
+    """Create a random key, store its hash in `file`, and return the key.
 
     Raises:
-        SettingsError: the name is taken or odd, or the file cannot be read or written.
+        SettingsError: the name exists or is invalid, or the file cannot be read or written.
     """
     if not NAME.fullmatch(name):
         raise SettingsError(
-            f"{name!r} is no name for a key: take letters, digits and . _ @ - (at most 64)."
+            f"Invalid key name {name!r}. Use up to 64 letters, digits and . _ @ - characters."
         )
     keys = read_store(file)
     if any(key.name == name for key in keys):
-        raise SettingsError(f"There is a key {name} already; revoke it first.")
+        raise SettingsError(f"Key {name} already exists. Revoke it first.")
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     write_store(file, [*keys, StoredKey(name, digest(key), created)])
@@ -222,10 +244,10 @@ def create_key(file: Path, name: str) -> str:
 
 
 def revoke_key(file: Path, name: str) -> list[StoredKey]:
-    """Forget a key; returns those that are left.
+    """Delete a key and return the remaining keys.
 
     Raises:
-        SettingsError: there is none of that name, or the file cannot be read or written.
+        SettingsError: no key has the name, or the file cannot be read or written.
     """
     keys = read_store(file)
     left = [key for key in keys if key.name != name]

@@ -1,8 +1,9 @@
-"""On whose behalf a request is served, and how long it may take."""
+"""Per-request context: client identity, timeouts, and the client's slot for preparing a prompt."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
-from glmd.api.client_id import client_id
-from glmd.api.observability.exchange import HttpExchange, get_exchange
-from glmd.api.state import AppState, get_state
+from glmd.api.observability.request_stats import HttpExchange, get_exchange
+from glmd.api.state import AppState, StateDep
 from glmd.engine_client.timeouts import Phase, RequestTimeouts
 from glmd.errors import InvalidRequest
 
@@ -23,18 +25,39 @@ TIMEOUT_HEADERS: dict[Phase, str] = {
     "first_token": "x-glmd-first-token-timeout",
     "total": "x-glmd-timeout",
 }
-"""Headers with seconds, by what they limit. Headers, because they mean the same to every API, and
-`timeout` in the official clients' arguments is something else: how long the client itself waits."""
+"""Headers with seconds. Headers, not body fields, because all APIs share them, and because the
+argument `timeout` of the official clients is how long the client itself waits."""
+
+
+def client_id(scope: Scope) -> str:
+    """Return an opaque id for the address and API key of a request.
+
+    Both count, because several users may share a key, and several programs an address. Where the
+    server requires no key, a key that is sent still tells programs apart.
+    """
+    headers = Headers(scope=scope)
+    sent = headers.get("x-api-key") or headers.get("authorization", "")
+    key = scope["state"].get("key_name", sent)  # of several keys sent, the valid one
+    address = scope["client"][0] if scope.get("client") else ""
+    return hashlib.sha256(f"{address} {key}".encode()).hexdigest()[:16]
+
+
+async def get_client(request: Request) -> str:
+    """FastAPI dependency: the request's client id."""
+    return client_id(request.scope)
+
+
+ClientDep = Annotated[str, Depends(get_client)]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What holds for one HTTP request, whatever it asks for.
+    """Properties of an HTTP request that every API shares.
 
     Attributes:
-        exchange: the request and its response, for those who watch.
-        client: whose it is, as an opaque name.
-        deadlines: by when it must have got somewhere.
+        exchange: the HTTP request and response, for logs and metrics.
+        client: client id (`client_id`).
+        timeouts: limits on the time to each phase of the request.
     """
 
     exchange: HttpExchange
@@ -42,53 +65,64 @@ class RequestContext:
     timeouts: RequestTimeouts
 
 
-async def get_request_context(
-    request: Request, service: Annotated[AppState, Depends(get_state)]
-) -> RequestContext:
-    """FastAPI dependency: the request's terms.
+async def get_request_context(request: Request, state: StateDep) -> RequestContext:
+    """FastAPI dependency: the request's context.
 
     Raises:
-        EngineUnavailable: it would be for nothing to read further.
-        InvalidRequest: a header is malformed.
+        EngineUnavailable: the engine is not ready.
+        InvalidRequest: a timeout header is malformed.
     """
-    settings = service.settings
+    settings = state.settings
     limits: dict[Phase, float | None] = {
         "queue": settings.queue_timeout,
         "first_token": settings.first_token_timeout,
         "total": settings.request_timeout,
     }
     for phase, name in TIMEOUT_HEADERS.items():
-        if (sent := request.headers.get(name)) is not None:
-            # A client can be less patient than the server, not more.
-            limits[phase] = min(read_seconds(name, sent), limits[phase] or math.inf)
-    client = client_id(request.scope)
-    service.engine.require_ready()
-    return RequestContext(
-        get_exchange(request), client, RequestTimeouts(asyncio.get_running_loop().time(), **limits)
-    )
+        if (value := request.headers.get(name)) is not None:
+            # Headers can shorten the server's timeouts, not extend them.
+            limits[phase] = min(parse_seconds(name, value), limits[phase] or math.inf)
+    state.engine.require_ready()
+    timeouts = RequestTimeouts(asyncio.get_running_loop().time(), **limits)
+    return RequestContext(get_exchange(request), client_id(request.scope), timeouts)
 
 
-GivenTerms = Annotated[RequestContext, Depends(get_request_context)]
+ContextDep = Annotated[RequestContext, Depends(get_request_context)]
+
+
+def parse_seconds(name: str, value: str) -> float:
+    """Parse the value of header `name`.
+
+    Raises:
+        InvalidRequest: not a positive, finite number.
+    """
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"{name}: must be a positive number of seconds.", param=name)
+    return seconds
 
 
 @asynccontextmanager
 async def prepare_slot(
-    request: Request, service: AppState, terms: RequestContext
+    request: Request, state: AppState, context: RequestContext
 ) -> AsyncIterator[None]:
-    """The way of a request up to the engine, in the block: in the client's turn, and in time.
+    """Prepare the prompt and grammar in the block, one request per client at a time.
 
     Raises:
-        Overloaded: there is no room to wait for that.
-        Overloaded, DeadlineExceeded: it takes too long.
-        ClientDisconnect: nobody waits for it any more.
+        Overloaded: the queue is full, or the queue timeout has passed.
+        DeadlineExceeded: another timeout has passed.
+        ClientDisconnect: the client disconnected before the block began.
     """
-    queue, deadlines = service.engine.queue, terms.timeouts
-    place = queue.admit_or_reject(terms.client, 1, 0)
-    first = deadlines.first
+    queue, timeouts = state.engine.queue, context.timeouts
+    ticket = queue.admit_or_reject(context.client, 1, 0)
+    first = timeouts.first
     try:
         async with (
-            asyncio.timeout_at(deadlines.time(first) if first else None) as timeout,
-            service.one_each.acquire(terms.client),
+            asyncio.timeout_at(timeouts.time(first) if first else None) as timeout,
+            state.client_lock.acquire(context.client),
         ):
             if await request.is_disconnected():
                 raise ClientDisconnect
@@ -96,20 +130,6 @@ async def prepare_slot(
     except TimeoutError:
         if first is None or not timeout.expired():
             raise
-        raise deadlines.error(first, queue.retry_after()) from None
+        raise timeouts.error(first, queue.retry_after()) from None
     finally:
-        queue.release(place)
-
-
-def read_seconds(name: str, value: str) -> float:
-    """
-    Raises:
-        InvalidRequest: it is no number above 0.
-    """
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequest(f"The header {name} must be a number of seconds above 0.", param=name)
-    return seconds
+        queue.release(ticket)

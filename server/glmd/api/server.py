@@ -1,29 +1,38 @@
-"""From settings to a listening server, and its orderly end."""
+"""Run the HTTP server: listening sockets, connection limits, signals, shutdown.
+
+Uvicorn's own limits do not cover a client that is silent: uvicorn waits without a timeout for the
+first request, for the rest of a request's headers, and for a client to read the response. Its
+`limit_concurrency` refuses a request after the headers have arrived, in plain text, and does not
+bound open connections.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
+import os
+import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, cast
 
+import h11
 import uvicorn
 from sse_starlette.sse import AppStatus
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from glmd import __version__
-from glmd.api import connection
-from glmd.api.access import require_key_on_public_bind
 from glmd.api.app import create_app
-from glmd.api.connection import Connection, ConnectionTimeouts
-from glmd.api.middleware import MAX_HEAD
-from glmd.api.reload import has_terminal, reload
+from glmd.api.auth import require_key_on_public_bind
+from glmd.api.error_info import ErrorInfo, overloaded
+from glmd.api.middleware import MAX_HEAD_BYTES
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
@@ -31,74 +40,222 @@ from glmd.utils.gc import freeze_gc_heap
 
 log = logging.getLogger("glmd")
 
-AFTER_DRAIN = 2.0
-"""Seconds for the last error events to leave, after the drain timeout, before connections are
-cut."""
+CLOSE_SECONDS = 2.0
+"""Time for the last error events to be sent, after the drain timeout."""
 
-IDLE_CONNECTION = 75
-"""Seconds that an idle connection stays open: more than the pools of usual clients keep one, so
-that none sends a request into a connection that is just being closed."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the connection pools of common clients keep an idle connection, so that no client
+sends a request on a connection that the server is closing."""
 
 BACKLOG = 2048
-"""Connections that the system holds until they are accepted."""
+"""Connections that the kernel holds until they are accepted."""
 
 SEND_BUFFER = 128 * 1024
-"""Bytes that the system may hold of an answer that nobody reads. Left to itself it takes 4 MB, many
-minutes of a stream, before it is noticed."""
+"""Bytes of a response that the kernel buffers. Its default of 4 MB would hide for minutes that a
+client has stopped reading a stream."""
 
-# Streams that run at shutdown may end in their own time; `Server.shutdown` sets the limit.
+MAX_FILES = 8192
+"""Open files to ask for; macOS refuses more than 10,240."""
+
+RESERVED_FILES = 128
+"""Files for the engine's pipes and sockets, including a restart."""
+
+RELOADABLE = frozenset(
+    {
+        "aliases", "keep_alive", "drain_timeout", "enable_thinking", "clear_thinking",
+        "effort_budgets", "temperature", "top_p", "top_k", "min_p", "max_tokens", "profile",
+        "profiles", "log_level", "slow_request", "queue_timeout", "first_token_timeout",
+        "request_timeout",
+    }
+)  # fmt: skip
+"""Settings that take effect on reload: each request reads them, or they can be passed on. The other
+settings are used once at startup, for weights, KV and listening sockets."""
+
+# `Server.shutdown` bounds the time of streams that run at shutdown.
 AppStatus.enable_automatic_graceful_drain = False
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Limits for one connection, and for their number.
+
+    Attributes:
+        head_timeout: seconds for a request's headers, from their first byte or from connecting.
+        read_timeout: seconds in which a client must read some of a buffered response.
+        connections: maximum number of open connections.
+    """
+
+    head_timeout: float
+    read_timeout: float
+    connections: int
+
+
+class Connection(H11Protocol):
+    """Uvicorn's HTTP/1.1 protocol with timeouts for silent clients.
+
+    Request bodies and responses in progress are bounded by middleware and routes, idle time between
+    requests by uvicorn's keep-alive timer.
+    """
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._unread = 0
+        """Buffered bytes when the read timer was started."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._refuse(overloaded("Too many open connections. Try again later."))
+        else:
+            self._update_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_read_timer()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._update_head_timer()
+        if self._is_responding and not self.flow.write_paused:
+            self._stop_read_timer()  # A client that sends a request is still connected.
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._update_head_timer()
+        self._start_read_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_read_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_read_timer()
+        if not self._is_responding:
+            self._start_read_timer()
+
+    @property
+    def _is_responding(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _update_head_timer(self) -> None:
+        """Bound the time for a request's headers, or for the rest of a body that is not read."""
+        state = self.conn.their_state
+        is_idle = state is h11.IDLE and self.timeout_keep_alive_task is not None
+        if self._is_responding or is_idle or state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(
+                self._limits.head_timeout, self._on_head_timeout
+            )
+
+    def _on_head_timeout(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            seconds = self._limits.head_timeout
+            message = f"The request's headers did not arrive within {seconds:g} s."
+            self._refuse(ErrorInfo(408, "timeout_error", message, code="timeout"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ErrorInfo) -> None:
+        """Send an error in OpenAI's format, since the path is unknown, and close."""
+        body = error.json.encode()
+        headers = {name.lower(): value for name, value in error.headers.items()}
+        headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        response = h11.Response(
+            status_code=error.status,
+            headers=list((headers | {"connection": "close"}).items()),
+            reason=STATUS_PHRASES[error.status],
+        )
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _start_read_timer(self) -> None:
+        """Bound the time in which the client reads none of the buffered response.
+
+        Nothing is added to the buffer meanwhile: a stream is paused, another response is complete.
+        """
+        self._unread = self.transport.get_write_buffer_size()
+        if self._unread and self._read_timer is None:
+            self._read_timer = self.loop.call_later(
+                self._limits.read_timeout, self._on_read_timeout
+            )
+
+    def _on_read_timeout(self) -> None:
+        self._read_timer = None
+        if self.transport.get_write_buffer_size() < self._unread:
+            self._start_read_timer()
+            return
+        log.info("Connection closed: client read nothing for %g s.", self._limits.read_timeout)
+        self.transport.abort()  # `close` would wait for the client to read.
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+
 class Server(uvicorn.Server):
-    """Uvicorn, except at the end.
+    """Uvicorn server that drains on SIGINT and SIGTERM, and reloads settings on SIGHUP.
 
-    The first SIGINT or SIGTERM stops accepting and lets running requests end, those that
-    outlast the drain timeout with an error; the second one leaves at once. Both exit with 0.
-    SIGHUP has the settings read anew, unless it says that the server's terminal is gone, which is
-    an end like the others.
-
-    Args:
-        service: what is served.
-        read_settings: gives the settings as they are now; None: they stay as they are.
+    The first SIGINT or SIGTERM stops accepting connections and lets running requests finish within
+    the drain timeout; remaining requests end with an error. The second signal exits at once. Both
+    exit with status 0. A SIGHUP because the terminal was closed counts as SIGTERM.
     """
 
     def __init__(
-        self, service: AppState, read_settings: Callable[[], Settings] | None = None
+        self, state: AppState, read_settings: Callable[[], Settings] | None = None
     ) -> None:
-        settings = service.settings
-        patience = ConnectionTimeouts(
-            settings.header_timeout, settings.reader_timeout, connection.connection_limit()
+        """
+        Args:
+            state: what to serve.
+            read_settings: loads the current settings on SIGHUP; None: settings never change.
+        """
+        settings = state.settings
+        limits = ConnectionLimits(
+            settings.header_timeout, settings.reader_timeout, connection_limit()
         )
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                create_app(state),
                 lifespan="on",
-                loop="asyncio",  # uvloop, where installed, starts no process in a new group.
+                loop="asyncio",  # uvloop cannot start a process in a new process group.
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 ws="none",
-                http=cast(type[asyncio.Protocol], partial(Connection, patience=patience)),
-                h11_max_incomplete_event_size=MAX_HEAD,
-                timeout_keep_alive=IDLE_CONNECTION,
+                http=cast(type[asyncio.Protocol], partial(Connection, limits=limits)),
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
-        self._service = service
+        self._state = state
         self._read_settings = read_settings
         self._had_terminal = has_terminal()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # Signals reach the main thread only.
+            yield  # Only the main thread can handle signals.
             return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
-        # `nohup` has it ignored, and so it stays.
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as set by `nohup`
             loop.add_signal_handler(signal.SIGHUP, self.handle_hangup)
         try:
             yield
@@ -114,72 +271,107 @@ class Server(uvicorn.Server):
         if self._had_terminal and not has_terminal():
             self.handle_exit(signal.SIGHUP, None)
         elif self._read_settings is not None:
-            reload(self._service, self._read_settings)
+            reload_settings(self._state, self._read_settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._watch = asyncio.create_task(self._leave_without_engine())
+        self._engine_watch = asyncio.create_task(self._exit_on_engine_failure())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._watch.cancel()
-        drain = self._service.settings.drain_timeout
-        self.config.timeout_graceful_shutdown = int(drain + AFTER_DRAIN)
-        deadline = asyncio.get_running_loop().call_later(drain, self._service.engine.abandon)
+        self._engine_watch.cancel()
+        drain = self._state.settings.drain_timeout
+        self.config.timeout_graceful_shutdown = int(drain + CLOSE_SECONDS)
+        timer = asyncio.get_running_loop().call_later(drain, self._state.engine.abandon)
         try:
             await super().shutdown(sockets)
         finally:
-            deadline.cancel()
+            timer.cancel()
 
-    async def _leave_without_engine(self) -> None:
-        """A checkpoint that cannot be served is for its user to mend: say so, and end."""
-        await self._service.engine.wait_for("failed")
+    async def _exit_on_engine_failure(self) -> None:
+        await self._state.engine.wait_for("failed")
         self.should_exit = True
 
 
-def run(service: AppState, read_settings: Callable[[], Settings] | None = None) -> None:
-    """Serve until told to stop.
+def run(state: AppState, read_settings: Callable[[], Settings] | None = None) -> None:
+    """Serve until a signal stops the server.
 
     Args:
-        service: what to serve.
-        read_settings: gives the settings as they are now, when SIGHUP asks for them.
+        state: what to serve.
+        read_settings: loads the current settings on SIGHUP; None: settings never change.
 
     Raises:
-        SettingsError: the address cannot be listened on, or everybody could reach it.
-        CheckpointError: the engine refused the model, or never came up.
+        SettingsError: the address is unavailable, or public without an API key.
+        CheckpointError: the engine cannot serve the model.
     """
-    settings = service.settings
-    require_key_on_public_bind(settings, service.keys)
-    connection.raise_file_limit()
+    settings = state.settings
+    require_key_on_public_bind(settings, state.keys)
+    raise_file_limit()
     sockets = listen(settings.host, settings.port)
-    url = base_url(settings.host, sockets)
     freeze_gc_heap()
-    log.info("glmd %s serves %s at %s/v1", __version__, service.model.id, url)
-    Server(service, read_settings).run(sockets)
-    if service.engine.state == "failed":
-        raise CheckpointError(service.engine.failure or "The engine did not start.")
+    url = base_url(settings.host, sockets)
+    log.info("glmd %s serves %s at %s/v1", __version__, state.model.id, url)
+    Server(state, read_settings).run(sockets)
+    if state.engine.state == "failed":
+        raise CheckpointError(state.engine.failure or "The engine did not start.")
+
+
+def reload_settings(state: AppState, read: Callable[[], Settings]) -> None:
+    """Apply changed settings that can change while the server runs, and log all changes.
+
+    Args:
+        read: loads the current settings. If that fails, the server keeps its settings.
+    """
+    old = state.settings
+    try:
+        new = read()
+    except SettingsError as error:
+        log.error("Settings not reloaded; the old settings stay in effect: %s", error.message)
+        return
+    changed = {name for name in Settings.model_fields if getattr(new, name) != getattr(old, name)}
+    values = {name: getattr(new, name) for name in changed & RELOADABLE}
+    state.configure(old.model_copy(update=values))
+    if "log_level" in values:
+        logging.getLogger("glmd").setLevel(new.log_level)
+        state.engine.set_log_level(new.log_level)
+    log.info("Settings reloaded: changed=%s", _comma_separated(values))
+    if pending := changed - RELOADABLE:
+        log.warning("Settings that need a restart: changed=%s", _comma_separated(pending))
+
+
+def _comma_separated(names: Iterable[str]) -> str:
+    return ",".join(sorted(names)) or "none"
+
+
+def has_terminal() -> bool:
+    """Whether this process has a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to every address of `host` that this machine has.
+    """Listen on every address of `host` that this machine has.
 
     Raises:
-        SettingsError: the host is unknown, or the port is taken or forbidden.
+        SettingsError: the host is unknown, or the port is in use or not permitted.
     """
     sockets: list[socket.socket] = []
-    absent: OSError | None = None
+    unavailable: OSError | None = None
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, _, _, address in dict.fromkeys(addresses):
-            # With port 0 the first address draws one, and the others take the same.
+            # With port 0, the other addresses use the port that the first address got.
             bound_port = port or (sockets[0].getsockname()[1] if sockets else 0)
             try:
-                sockets.append(bind(family, (address[0], bound_port, *address[2:])))
+                sockets.append(_bind(family, (address[0], bound_port, *address[2:])))
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                absent = error  # `localhost` may have an IPv6 address where there is no IPv6.
+                unavailable = error  # `localhost` may name ::1 on a machine without IPv6.
         if not sockets:
-            raise absent or OSError(errno.EADDRNOTAVAIL, "No such address")
+            raise unavailable or OSError(errno.EADDRNOTAVAIL, "No such address")
     except OSError as error:
         for opened in sockets:
             opened.close()
@@ -188,10 +380,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def bind(family: int, address: tuple[Any, ...]) -> socket.socket:
-    """A socket that listens on `address`."""
-    # With the protocol named: asyncio sets TCP_NODELAY only on connections that say they are TCP.
-    # Without it, a response in two writes waits for the client's delayed acknowledgement, 40 ms.
+def _bind(family: int, address: tuple[Any, ...]) -> socket.socket:
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is IPPROTO_TCP. Without TCP_NODELAY, a
+    # response in two writes waits 40 ms for the client's delayed acknowledgement.
     opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -209,3 +400,17 @@ def bind(family: int, address: tuple[Any, ...]) -> socket.socket:
 def base_url(host: str, sockets: list[socket.socket]) -> str:
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{sockets[0].getsockname()[1]}"
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard limit, at most to `MAX_FILES`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connection_limit() -> int:
+    """Number of connections that the limit of open files allows."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (MAX_FILES if soft == resource.RLIM_INFINITY else soft) - RESERVED_FILES

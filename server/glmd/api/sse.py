@@ -12,7 +12,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from glmd.api.errors import ErrorInfo, log_unhandled, to_error
+from glmd.api.error_info import ErrorInfo
+from glmd.api.errors import log_unhandled, to_error
 
 T = TypeVar("T")
 

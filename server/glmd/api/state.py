@@ -1,4 +1,4 @@
-"""What the routes share: the settings, the model's names, the engine's client, the chat layer."""
+"""State that routes share: settings, model names, engine client, chat layer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from glmd import __version__
 from glmd.api.auth import ApiKeyStore
 from glmd.api.defaults import Defaults
 from glmd.api.observability.request_stats import RequestRegistry
-from glmd.api.per_client_lock import PerClientLock
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import build_prompt
 from glmd.chat.request_limits import MAX_NAME, check_length
@@ -45,14 +45,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The one model of a server.
+    """Identity of the model that a server serves.
 
     Attributes:
-        id: what responses call it.
-        folder: where its checkpoint lies.
-        created: Unix time of its config.json.
-        owner: the first half of a hub id, or "local".
-        names: everything that requests may call it; `id` first. `*` stands for any text.
+        id: name in responses.
+        folder: checkpoint folder.
+        created: Unix time of config.json.
+        owner: organisation of a hub id, else "local".
+        names: names that requests may use, `id` first; `*` matches any text.
     """
 
     id: str
@@ -63,41 +63,72 @@ class ServedModel:
 
     @classmethod
     def of(cls, id: str, folder: Path, aliases: tuple[str, ...] = ()) -> ServedModel:
-        """The model in `folder`, called `id`; the last part of a hub id is its short name."""
+        """The model in `folder`, under the name `id` and the last part of a hub id."""
         config = folder / "config.json"
-        owner = id.rpartition("/")[0]
         model = cls(
             id=id,
             folder=folder,
             created=int(config.stat().st_mtime) if config.is_file() else 0,
-            owner=owner or "local",
+            owner=id.rpartition("/")[0] or "local",
             names=(),
         )
-        return model.called(aliases)
+        return model.with_aliases(aliases)
 
-    def called(self, aliases: tuple[str, ...]) -> ServedModel:
-        """The same model under other aliases."""
+    def with_aliases(self, aliases: tuple[str, ...]) -> ServedModel:
         short = self.id.rpartition("/")[2]
-        names = dict.fromkeys((self.id, short, "default", *aliases))
-        return replace(self, names=tuple(names))
+        return replace(self, names=tuple(dict.fromkeys((self.id, short, "default", *aliases))))
 
-    def answers_to(self, name: str) -> bool:
+    def has_name(self, name: str) -> bool:
         return any(fnmatchcase(name, own) for own in self.names)
 
 
+@dataclass(slots=True)
+class _LockUsers:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    count: int = 0
+
+
+class PerClientLock:
+    """Per-client mutex: at most one render or compile job per client is queued on the workers.
+
+    Clients therefore take turns at workers that run one job at a time (the prompt thread, the
+    grammar process).
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[str, _LockUsers] = {}
+
+    @asynccontextmanager
+    async def acquire(self, client: str) -> AsyncIterator[None]:
+        """Hold the client's lock in the block; first come, first served."""
+        users = self._clients.setdefault(client, _LockUsers())
+        users.count += 1
+        try:
+            async with users.lock:
+                yield
+        finally:
+            users.count -= 1
+            if not users.count:
+                del self._clients[client]
+
+    def __len__(self) -> int:
+        """Number of clients that hold the lock or wait for the lock."""
+        return len(self._clients)
+
+
 class AppState:
-    """What the routes work with, for the life of one app.
+    """State of one app, as `app.state.glmd`.
 
     Attributes:
-        settings: of this server; `configure` replaces them.
-        model: what is served.
-        keys: that let requests in.
-        engine: the way to the engine process.
-        tokenizer: the checkpoint's.
-        fingerprint: changes with glmd's version and with the checkpoint.
-        one_each: by which clients take turns at the worker and the grammars.
-        requests: what is known of the requests to the engine.
-        began: in `time.monotonic`'s seconds.
+        settings: current settings; `configure` replaces the object.
+        model: the served model.
+        keys: API keys.
+        engine: client of the engine process.
+        tokenizer: the checkpoint's tokenizer.
+        fingerprint: `system_fingerprint` of responses; depends on glmd's version and the model.
+        client_lock: one prompt or grammar at a time for each client.
+        registry: statistics of the requests to the engine.
+        started: `time.monotonic()` of the start, in seconds.
     """
 
     def __init__(
@@ -107,14 +138,15 @@ class AppState:
         launch: EngineProcessConfig,
         keys: ApiKeyStore | None = None,
     ) -> None:
-        """Read what the API needs of the checkpoint, which is everything but weights.
+        """Load everything but weights from the checkpoint.
 
         Args:
-            keys: that let requests in; None: those that the settings name.
+            launch: how to start the engine process.
+            keys: API keys; None: the keys that the settings name.
 
         Raises:
-            SettingsError: the file of keys cannot be read.
-            CheckpointError: tokenizer, chat template or generation config are missing or bad.
+            SettingsError: the key file cannot be read.
+            CheckpointError: tokenizer, chat template or generation config are missing or invalid.
         """
         self.settings = settings
         self.model = model
@@ -123,73 +155,73 @@ class AppState:
         self.engine = EngineClient(launch, queue=queue)
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
-        self.fingerprint = fingerprint(__version__, model.id, str(model.created))
-        self.requests = RequestRegistry()
-        self.began = time.monotonic()
+        self.fingerprint = system_fingerprint(__version__, model.id, str(model.created))
+        self.registry = RequestRegistry()
+        self.started = time.monotonic()
         self._grammars = GrammarCompiler(self.tokenizer.controls)
         self._template = TemplateProcess.load(model.folder, self.tokenizer.controls)
         self._turns = TurnTokenCache(settings.turn_memory) if settings.turn_memory else None
-        # One thread, because `TurnTokenCache` wants to be used by one, and because encoding a book
-        # must not keep the event loop from passing tokens on.
+        # A thread, because encoding a long prompt must not block the event loop; one thread,
+        # because `TurnTokenCache` is not thread-safe.
         self._worker = ThreadPoolExecutor(1, "prompts")
-        self.one_each = PerClientLock()
+        self.client_lock = PerClientLock()
 
     def configure(self, settings: Settings) -> None:
-        """Go on with these settings, as far as they are read anew by each request."""
+        """Replace the settings that each request reads."""
         self.settings = settings
-        self.model = self.model.called(settings.aliases)
+        self.model = self.model.with_aliases(settings.aliases)
 
     def defaults(self, model: str | None, profile: str | None = None) -> Defaults:
-        """What a request gets that does not say otherwise.
+        """Return the default parameters of a request.
 
         Args:
-            model: what it calls the model; `NAME:PROFILE` names a profile, too; None: nothing.
-            profile: what it calls the profile, where it has a field for that.
+            model: the request's model name; `NAME:PROFILE` also names a profile; None: not given.
+            profile: the request's profile, in APIs with a field for the profile; None: not given.
 
         Raises:
-            ModelNotFound: this model does not answer to the name, or there is no such profile.
-            InvalidRequest: `profile` is unknown, or contradicts the model's name; one of them is
-                no name by its length.
+            ModelNotFound: unknown model, or unknown profile in `model`.
+            InvalidRequest: `profile` is unknown or contradicts `model`, or a name is too long.
         """
         check_length(model, MAX_NAME, "model")
         check_length(profile, MAX_NAME, "profile")
         by_name = self.profile_of(model) if model is not None else None
         if profile is not None and by_name not in (None, profile):
             raise InvalidRequest(
-                f"profile is {profile!r}, but the model's name says {by_name!r}.", param="profile"
+                f"profile: {profile!r} contradicts {by_name!r}, the profile that model names.",
+                param="profile",
             )
         name = by_name or profile
         profiles = self.settings.all_profiles
         if name is not None and name not in profiles:
             raise InvalidRequest(
-                f"There is no profile {name!r} here{did_you_mean(name, profiles)}", param="profile"
+                f"profile: unknown profile {name!r}{did_you_mean(name, profiles)}", param="profile"
             )
         return Defaults.of(
             self.settings, self._sampling, profiles[name] if name is not None else None
         )
 
     def profile_of(self, model: str) -> str | None:
-        """The profile that a model's name chooses; None: none.
+        """Return the profile that a model name selects; None: none.
 
         Raises:
-            ModelNotFound: nothing here has that name.
+            ModelNotFound: the name is neither a model's nor a profile's.
         """
         profiles = self.settings.all_profiles
-        own, colon, suffix = model.rpartition(":")
-        is_ours = bool(colon) and self.model.answers_to(own)
-        if is_ours and suffix in profiles:
+        base, colon, suffix = model.rpartition(":")
+        is_suffixed = bool(colon) and self.model.has_name(base)
+        if is_suffixed and suffix in profiles:
             return suffix
         for name, profile in profiles.items():
             if any(fnmatchcase(model, alias) for alias in profile.aliases):
                 return name
-        if self.model.answers_to(model):
+        if self.model.has_name(model):
             return None
-        if is_ours:
+        if is_suffixed:
             raise ModelNotFound(
-                f"There is no profile {suffix!r} of {own!r} here{did_you_mean(suffix, profiles)}"
+                f"Model {base!r} has no profile {suffix!r}{did_you_mean(suffix, profiles)}"
             )
         raise ModelNotFound(
-            f"There is no model {model!r} here; this server has {self.model.id!r} (or 'default')."
+            f"Model {model!r} not found. This server has {self.model.id!r} (or 'default')."
         )
 
     async def start(self) -> None:
@@ -197,7 +229,7 @@ class AppState:
         await self.engine.start()
 
     async def close(self) -> None:
-        """End the engine, and with it what is still in flight."""
+        """Stop the engine, with the requests that are running."""
         await self.engine.close()
         await self._grammars.close()
         self._worker.shutdown()
@@ -205,14 +237,14 @@ class AppState:
 
     @property
     def is_ready(self) -> bool:
-        """Requests can be served."""
+        """Whether the engine accepts requests."""
         return self.engine.state == "ready"
 
     async def build_prompt(self, conversation: Conversation) -> Prompt:
-        """The conversation as tokens.
+        """Render and tokenize a conversation.
 
         Raises:
-            InvalidRequest: the template refuses it.
+            InvalidRequest: the chat template refuses the conversation.
         """
         return await self.run_in_worker(
             partial(
@@ -227,55 +259,65 @@ class AppState:
     async def compile_grammar(
         self, structure: OutputSpec, prompt: Prompt | None = None
     ) -> GrammarSpec | None:
-        """What holds the answer to `prompt`, or to raw text, to a structure; None if nothing must.
+        """Compile the grammar of an answer; None: the answer is unconstrained.
+
+        Args:
+            prompt: the chat prompt; None: a completion of raw text.
 
         Raises:
             InvalidRequest: the structure cannot be enforced.
         """
         if structure.format is not None and prompt is not None and prompt.content:
             raise InvalidRequest(
-                "An answer that the client has begun cannot be held to a form.", param="messages"
+                "messages: structured output (such as response_format) cannot be combined with an"
+                " assistant prefill.",
+                param="messages",
             )
         in_reasoning = prompt is not None and prompt.in_reasoning
         return await self._grammars.compile(structure, in_reasoning=in_reasoning)
 
     def cache_turn(self, prompt: Prompt, answer: ChatOutputProcessor) -> None:
-        """Keep a finished answer's tokens for when the client sends the turn back."""
+        """Keep the tokens of a finished answer for later requests of the conversation."""
         if self._turns is not None:
-            kept = self._worker.submit(self._turns.remember, prompt, answer.turn())
-            kept.add_done_callback(log_failure)
+            future = self._worker.submit(self._turns.remember, prompt, answer.turn())
+            future.add_done_callback(_log_turn_error)
 
     async def run_in_worker(self, task: Callable[[], T]) -> T:
-        """Run something that may take long beside the event loop."""
+        """Run a slow task on the prompt thread."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, task)
 
     def check_length(self, tokens: int, *, param: str) -> None:
-        """Raise InvalidRequest if a prompt leaves no room for an answer.
+        """Check that a prompt of `tokens` tokens leaves room for an answer.
 
-        Claude Code makes its conversation shorter when it reads `prompt is too long`, other
-        clients by the code.
+        Claude Code compacts its conversation when it reads `prompt is too long`, other clients when
+        they read the code.
+
+        Raises:
+            InvalidRequest: the prompt is too long.
         """
         info = self.engine.info
         if info is not None and tokens >= info.max_context:
             raise InvalidRequest(
-                f"The prompt is too long: {tokens} tokens > {info.max_context} maximum, which is"
-                " for prompt and answer together.",
+                f"{param}: prompt is too long: {tokens} tokens > {info.max_context} maximum,"
+                " which the prompt and the answer share.",
                 param=param,
                 code="context_length_exceeded",
             )
 
 
-def log_failure(done: Future[None]) -> None:
-    error = done.exception()
-    if error is not None:
-        log.error("A turn could not be remembered.", exc_info=error)
+def _log_turn_error(done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        log.error("Turn not cached.", exc_info=error)
 
 
-def fingerprint(*parts: str) -> str:
+def system_fingerprint(*parts: str) -> str:
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:10]}"
 
 
 async def get_state(request: Request) -> AppState:
-    """FastAPI dependency: the app's service."""
-    service: AppState = request.app.state.service
-    return service
+    """FastAPI dependency: the app's state."""
+    state: AppState = request.app.state.glmd
+    return state
+
+
+StateDep = Annotated[AppState, Depends(get_state)]

@@ -1,44 +1,45 @@
-"""What clients ask a model server for that this one does not have, and a sentence on each."""
+"""Messages for paths that clients of model servers request and glmd does not serve."""
 
 from __future__ import annotations
 
 REASONS = {
-    "/v1/embeddings": "it serves a chat model, which makes no embeddings",
-    "/v1/rerank": "it serves a chat model, which ranks nothing",
-    "/v1/moderations": "it serves a chat model, which moderates nothing",
-    "/v1/images": "the model writes text only",
-    "/v1/videos": "the model writes text only",
-    "/v1/audio": "the model reads and writes text only",
-    "/v1/realtime": "the model reads and writes text only",
-    "/v1/files": "it keeps no files",
-    "/v1/uploads": "it keeps no files",
-    "/v1/vector_stores": "it keeps no files",
-    "/v1/batches": "it runs no batches; send requests side by side",
-    "/v1/messages/batches": "it runs no batches; send requests side by side",
-    "/v1/fine_tuning": "it trains no models",
-    "/v1/assistants": "the Assistants API is not served; the Responses API is",
-    "/v1/threads": "the Assistants API is not served; the Responses API is",
-    "/v1/conversations": "it keeps no conversations; send previous_response_id to /v1/responses",
-    "/api/v0/embeddings": "it serves a chat model, which makes no embeddings",
-    "/api/v1": "LM Studio's newer API is not served; /api/v0 is, and OpenAI's under /v1",
+    "/v1/embeddings": "the server runs a chat model, which computes no embeddings",
+    "/v1/rerank": "the server runs a chat model, which ranks no documents",
+    "/v1/moderations": "the server runs a chat model, which moderates no content",
+    "/v1/images": "the model generates text only",
+    "/v1/videos": "the model generates text only",
+    "/v1/audio": "the model reads and generates text only",
+    "/v1/realtime": "the model reads and generates text only",
+    "/v1/files": "the server stores no files",
+    "/v1/uploads": "the server stores no files",
+    "/v1/vector_stores": "the server stores no files",
+    "/v1/batches": "the server runs no batches; send requests in parallel",
+    "/v1/messages/batches": "the server runs no batches; send requests in parallel",
+    "/v1/fine_tuning": "the server trains no models",
+    "/v1/assistants": "the Assistants API is not served; use the Responses API",
+    "/v1/threads": "the Assistants API is not served; use the Responses API",
+    "/v1/conversations": "the server stores no conversations; send previous_response_id to"
+    " /v1/responses",
+    "/api/v0/embeddings": "the server runs a chat model, which computes no embeddings",
+    "/api/v1": "LM Studio's newer API is not served; use /api/v0, or OpenAI's API under /v1",
     **dict.fromkeys(
         (f"/api/{name}" for name in ("chat", "generate", "tags", "show", "ps", "version", "embed")),
-        "Ollama's API is not served; OpenAI's is, under /v1",
+        "Ollama's API is not served; use OpenAI's API under /v1",
     ),
     **{
-        path: f"it is at /v1{path}"
+        path: f"use /v1{path}"
         for path in ("/chat/completions", "/completions", "/responses", "/messages", "/models")
     },
-    "/v1/v1": "a base URL that ends in /v1 is one for OpenAI's clients only, and ends in it once",
+    "/v1/v1": "only OpenAI clients take a base URL that ends in /v1, and it ends in /v1 once",
 }
-"""By path, and for all paths below it."""
+"""By path prefix."""
 
 
-def explain(path: str) -> str:
-    """Why a path is not found."""
-    here = path.rstrip("/") or path
-    while here:
-        if here in REASONS:
-            return f"There is no {path} on this server: {REASONS[here]}."
-        here = here.rpartition("/")[0]
-    return f"There is no {path} here."
+def explain_not_found(path: str) -> str:
+    """Explain why `path` is not found."""
+    prefix = path.rstrip("/") or path
+    while prefix:
+        if prefix in REASONS:
+            return f"{path} is not available on this server: {REASONS[prefix]}."
+        prefix = prefix.rpartition("/")[0]
+    return f"Path {path} not found."

@@ -82,8 +82,7 @@ def serve(
     configure(settings.log_level, log_format)
 
     # Imported late, so that `glmd --help` and errors in the settings take no second.
-    from glmd.api.access import require_key_on_public_bind
-    from glmd.api.auth import ApiKeyStore, default_store
+    from glmd.api.auth import ApiKeyStore, default_store, require_key_on_public_bind
     from glmd.api.server import run
     from glmd.api.state import AppState
     from glmd.engine_client.process import EngineProcessConfig

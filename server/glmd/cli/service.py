@@ -46,8 +46,7 @@ def install(
 
     Example: glmd service install ./GLM-4.7-Flash-5bit-mlx --port 8001
     """
-    from glmd.api.access import require_key_on_public_bind
-    from glmd.api.auth import ApiKeyStore, default_store
+    from glmd.api.auth import ApiKeyStore, default_store, require_key_on_public_bind
     from glmd.cli.serve import find_model
 
     manager = find_manager()

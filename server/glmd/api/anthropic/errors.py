@@ -7,10 +7,12 @@ where `details` is there if the error has a code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from glmd.api.errors import ErrorInfo
+from fastapi.responses import JSONResponse
+from starlette.types import Scope
+
+from glmd.api.error_info import ErrorInfo, register_error_format
 
 PATH = "/v1/messages"
 
@@ -29,11 +31,6 @@ TYPES = {
 """Other statuses below 500 are an `invalid_request_error`, those above an `api_error`."""
 
 
-def is_path(path: str) -> bool:
-    """Whether a path belongs to this API."""
-    return path == PATH or path.startswith(PATH + "/")
-
-
 def status(problem: ErrorInfo) -> int:
     return OVERLOADED if problem.type == "overloaded_error" else problem.status
 
@@ -45,3 +42,10 @@ def body(problem: ErrorInfo, request_id: str) -> dict[str, Any]:
     if problem.code is not None:
         error["details"] = {"error_code": problem.code}
     return {"type": "error", "error": error, "request_id": request_id}
+
+
+def error_response(error: ErrorInfo, scope: Scope) -> JSONResponse:
+    return JSONResponse(body(error, scope["state"]["request_id"]), status(error), error.headers)
+
+
+register_error_format(PATH, error_response)

@@ -12,10 +12,9 @@ from glmd.api.anthropic.input import read_conversation, read_tools
 from glmd.api.anthropic.protocol import Message, TokenCount
 from glmd.api.anthropic.request import REFUSED, CountTokensRequest, MessagesRequest
 from glmd.api.anthropic.stream import MessageBuilder, error_frame
-from glmd.api.client_id import GivenClient
-from glmd.api.context import GivenTerms, RequestContext, prepare_slot
+from glmd.api.context import ClientDep, ContextDep, RequestContext, prepare_slot
 from glmd.api.generation import Generation
-from glmd.api.json_route import JsonRoute
+from glmd.api.request_body import JsonRoute
 from glmd.api.sampling import ignored_header
 from glmd.api.serving import start_generation
 from glmd.api.sse import EventStream, cancel_on_disconnect, prime
@@ -29,7 +28,7 @@ GivenService = Annotated[AppState, Depends(get_state)]
 
 @router.post("/v1/messages", response_model=Message)
 async def create_message(
-    body: MessagesRequest, request: Request, service: GivenService, terms: GivenTerms
+    body: MessagesRequest, request: Request, service: GivenService, terms: ContextDep
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     _, left_out = read_tools(body)
@@ -49,12 +48,12 @@ async def create_message(
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(
-    body: CountTokensRequest, service: GivenService, client: GivenClient
+    body: CountTokensRequest, service: GivenService, client: ClientDep
 ) -> TokenCount:
     """How many tokens the prompt of such a request has."""
     defaults = service.defaults(body.model, body.profile)
     body.unknown(REFUSED)
-    async with service.one_each.acquire(client):
+    async with service.client_lock.acquire(client):
         prompt = await service.build_prompt(read_conversation(body, defaults))
     return TokenCount(input_tokens=len(prompt.tokens))
 

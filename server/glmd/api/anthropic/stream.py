@@ -32,7 +32,7 @@ from glmd.api.anthropic.protocol import (
     ThinkingDelta,
     ToolUseBlock,
 )
-from glmd.api.errors import ErrorInfo
+from glmd.api.error_info import ErrorInfo
 from glmd.api.generation import Generation
 from glmd.api.sse import frame
 from glmd.chat.events import (

@@ -1,1 +1,1 @@
-"""Request statistics, the access log and tracing."""
+"""Request statistics, access log and tracing."""

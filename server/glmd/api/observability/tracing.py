@@ -1,9 +1,9 @@
-"""OpenTelemetry spans: one for each request that generates, and one for each part of its way.
+"""OpenTelemetry spans of requests that generate, with child spans for queue, prefill and decode.
 
-Imported only where the setting `tracing` asks for it; wants the extra `glmd[otel]`. Spans are made
-of the records when a request is over, so that nothing is done for them on the way of a token.
-Attributes are those of the conventions for generative AI
-(https://opentelemetry.io/docs/specs/semconv/gen-ai/), without any text of prompts or answers.
+Needs the extra `glmd[otel]`; imported only with the setting `tracing`. Spans are created from the
+request statistics at the end of a request, so tokens cost nothing extra. Attributes follow the
+GenAI conventions (https://opentelemetry.io/docs/specs/semconv/gen-ai/), without text of prompts or
+answers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from glmd import __version__
-from glmd.api.observability.exchange import HttpExchange
-from glmd.api.observability.request_stats import RequestStats
+from glmd.api.observability.request_stats import HttpExchange, RequestStats
 from glmd.errors import SettingsError
 
 OPERATIONS = {
@@ -34,54 +33,53 @@ OPERATIONS = {
     "/v1/completions": "text_completion",
     "/api/v0/completions": "text_completion",
 }
-"""The routes that generate, and what the conventions call what they do."""
+"""`gen_ai.operation.name` by route."""
 
 
 class Tracing:
-    """Sends the spans of one server.
+    """Creates and exports the spans of one server.
 
     Args:
-        model: what is served.
-        exporter: where to; None: where the OTEL_… variables say.
+        model: id of the served model.
+        exporter: None: as the OTEL_… environment variables say.
 
     Raises:
-        SettingsError: the variables ask for something that there is not.
+        SettingsError: the variables name an unknown exporter or protocol.
     """
 
     def __init__(self, model: str, exporter: SpanExporter | None = None) -> None:
         self._model = model
-        self._provider = TracerProvider(resource=resource())
+        self._provider = TracerProvider(resource=service_resource())
         exporter = exporter or exporter_from_environment()
         if exporter is not None:
             self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("glmd", __version__)
 
     def close(self) -> None:
-        """Send what is left; this may take as long as the exporter's timeout."""
+        """Export the remaining spans; takes up to the exporter's timeout."""
         self._provider.shutdown()
 
     def exchange_ended(self, exchange: HttpExchange) -> None:
-        """An HTTP request is over; if nothing of it goes on in the background, send its span."""
+        """Create the span of an HTTP request, unless a background request is still running."""
         if exchange.method == "POST" and exchange.route in OPERATIONS:
-            self._send_if_over(exchange)
+            self._create_span_if_ended(exchange)
 
-    def record_ended(self, record: RequestStats) -> None:
-        """A request to the engine is over."""
-        if record.exchange.ended is not None:
-            self._send_if_over(record.exchange)
+    def request_ended(self, stats: RequestStats) -> None:
+        """Create the span of an HTTP request whose background request has ended."""
+        if stats.exchange.ended is not None:
+            self._create_span_if_ended(stats.exchange)
 
-    def _send_if_over(self, exchange: HttpExchange) -> None:
-        # One that has not begun never will, its client being gone, unless it is for later.
+    def _create_span_if_ended(self, exchange: HttpExchange) -> None:
+        # After the exchange, only a background request can still be sent to the engine.
         if any(
-            record.ended is None and (record.begun or exchange.background)
-            for record in exchange.records
+            stats.ended is None and (stats.sent or exchange.background) for stats in exchange.stats
         ):
             return
         operation = OPERATIONS[exchange.route or ""]
-        ends = [exchange.ended, *(record.ended for record in exchange.records)]
+        ends = [exchange.ended, *(stats.ended for stats in exchange.stats)]
         span = self._tracer.start_span(
             f"{operation} {exchange.model or self._model}",
-            context=parent_of(exchange),
+            context=parent_context(exchange),
             kind=SpanKind.SERVER,
             attributes={
                 "gen_ai.operation.name": operation,
@@ -89,51 +87,52 @@ class Tracing:
                 "gen_ai.request.model": exchange.model or self._model,
                 "gen_ai.response.model": self._model,
                 **http_attributes(exchange),
-                **answer_attributes(exchange.records),
+                **generation_attributes(exchange.stats),
             },
-            start_time=nanoseconds(exchange, exchange.began),
+            start_time=unix_nanoseconds(exchange, exchange.started),
         )
-        errors = [record.error for record in exchange.records if record.finish == "error"]
+        errors = [stats.error for stats in exchange.stats if stats.finish == "error"]
         if errors or exchange.status is None or exchange.status >= 500:
             span.set_attribute("error.type", str(exchange.status))
             span.set_status(Status(StatusCode.ERROR, errors[0] if errors else None))
-        within = trace.set_span_in_context(span)
-        for record in exchange.records:
-            self._send_parts(record, within)
-        span.end(nanoseconds(exchange, max(end for end in ends if end is not None)))
+        context = trace.set_span_in_context(span)
+        for stats in exchange.stats:
+            self._create_phase_spans(stats, context)
+        span.end(unix_nanoseconds(exchange, max(end for end in ends if end is not None)))
 
-    def _send_parts(self, record: RequestStats, within: Context) -> None:
-        """The spans of a request's way: until its turn, until its first token, until its end."""
-        if record.ended is None:
+    def _create_phase_spans(self, stats: RequestStats, context: Context) -> None:
+        if stats.ended is None:
             return
-        began = record.exchange.began
-        turn = record.ended if record.queue_seconds is None else began + record.queue_seconds
-        first = record.ended if record.first_token is None else record.first_token
-        cache = {"glmd.cache.matched_tokens": record.match.tokens} if record.match else {}
-        reason = {"glmd.cache.reason": record.match.reason} if record.match else {}
-        prefill = {
-            "gen_ai.usage.input_tokens": record.prompt_tokens,
-            "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
-            **cache,
-            **reason,
-        }
-        decode = {
-            "gen_ai.usage.output_tokens": record.generated_tokens,
-            "glmd.drafted_tokens": record.drafted,
-            "glmd.accepted_tokens": record.accepted,
-        }
-        parts: list[tuple[str, float, float, dict[str, Any]]] = [("queue", began, turn, {})]
-        if record.queue_seconds is not None:
-            parts.append(("prefill", turn, first, prefill))
-        if record.first_token is not None:
-            parts.append(("decode", first, record.ended, decode))
-        for name, start, end, attributes in parts:
+        exchange, match = stats.exchange, stats.match
+        queue_seconds = stats.queue_seconds
+        admitted = stats.ended if queue_seconds is None else exchange.started + queue_seconds
+        first_token = stats.ended if stats.first_token is None else stats.first_token
+        phases: list[tuple[str, float, float, dict[str, Any]]] = [
+            ("queue", exchange.started, admitted, {})
+        ]
+        if queue_seconds is not None:
+            prefill: dict[str, Any] = {
+                "gen_ai.usage.input_tokens": stats.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": stats.cached_tokens,
+            }
+            if match is not None:
+                prefill["glmd.cache.matched_tokens"] = match.tokens
+                prefill["glmd.cache.reason"] = match.reason
+            phases.append(("prefill", admitted, first_token, prefill))
+        if stats.first_token is not None:
+            decode = {
+                "gen_ai.usage.output_tokens": stats.generated_tokens,
+                "glmd.drafted_tokens": stats.drafted,
+                "glmd.accepted_tokens": stats.accepted,
+            }
+            phases.append(("decode", first_token, stats.ended, decode))
+        for name, start, end, attributes in phases:
             self._tracer.start_span(
                 name,
-                context=within,
-                attributes={"gen_ai.response.id": record.id, **attributes},
-                start_time=nanoseconds(record.exchange, start),
-            ).end(nanoseconds(record.exchange, end))
+                context=context,
+                attributes={"gen_ai.response.id": stats.id, **attributes},
+                start_time=unix_nanoseconds(exchange, start),
+            ).end(unix_nanoseconds(exchange, end))
 
 
 def http_attributes(exchange: HttpExchange) -> dict[str, Any]:
@@ -150,11 +149,11 @@ def http_attributes(exchange: HttpExchange) -> dict[str, Any]:
     return attributes
 
 
-def answer_attributes(records: Sequence[RequestStats]) -> dict[str, Any]:
-    """What the engine was asked, and what it gave; with several prompts, in all."""
-    if not records:
+def generation_attributes(requests: Sequence[RequestStats]) -> dict[str, Any]:
+    """Return the attributes of the requests to the engine, as totals."""
+    if not requests:
         return {}
-    first = records[0]
+    first = requests[0]
     sampling = first.sampling
     attributes: dict[str, Any] = {
         "gen_ai.request.temperature": sampling.temperature,
@@ -162,57 +161,56 @@ def answer_attributes(records: Sequence[RequestStats]) -> dict[str, Any]:
         "gen_ai.request.top_k": sampling.top_k,
         "gen_ai.request.choice.count": first.sequences,
         "gen_ai.response.id": first.id,
-        "gen_ai.response.finish_reasons": [str(record.finish) for record in records],
-        "gen_ai.usage.input_tokens": sum(record.prompt_tokens for record in records),
-        "gen_ai.usage.output_tokens": sum(record.generated_tokens for record in records),
-        "gen_ai.usage.cache_read.input_tokens": sum(record.cached_tokens for record in records),
+        "gen_ai.response.finish_reasons": [str(stats.finish) for stats in requests],
+        "gen_ai.usage.input_tokens": sum(stats.prompt_tokens for stats in requests),
+        "gen_ai.usage.output_tokens": sum(stats.generated_tokens for stats in requests),
+        "gen_ai.usage.cache_read.input_tokens": sum(stats.cached_tokens for stats in requests),
     }
     if sampling.seed is not None:
         attributes["gen_ai.request.seed"] = sampling.seed
     if first.max_tokens is not None:
         attributes["gen_ai.request.max_tokens"] = first.max_tokens
-    ttfts = [record.ttft for record in records if record.ttft is not None]
+    ttfts = [stats.ttft for stats in requests if stats.ttft is not None]
     if ttfts:
         attributes["gen_ai.response.time_to_first_chunk"] = min(ttfts)
     return attributes
 
 
-def parent_of(exchange: HttpExchange) -> Context:
-    """The client's span, if it sent one (https://www.w3.org/TR/trace-context/)."""
+def parent_context(exchange: HttpExchange) -> Context:
+    """Return the context of the client's span, if sent (https://www.w3.org/TR/trace-context/)."""
     return TraceContextTextMapPropagator().extract(exchange.trace, context=Context())
 
 
-def nanoseconds(exchange: HttpExchange, moment: float) -> int:
-    """A moment of `time.monotonic` in Unix time."""
-    return round((exchange.began_at + moment - exchange.began) * 1e9)
+def unix_nanoseconds(exchange: HttpExchange, moment: float) -> int:
+    """Convert a moment of `time.monotonic()` to Unix time."""
+    return round((exchange.started_at + moment - exchange.started) * 1e9)
 
 
-def resource() -> Resource:
-    """Who sends: the OTEL_… variables' word, else this service's name."""
-    made = Resource.create({"service.version": __version__})
-    if str(made.attributes[SERVICE_NAME]).startswith("unknown_service"):
-        made = made.merge(Resource({SERVICE_NAME: "glmd"}))
-    return made
+def service_resource() -> Resource:
+    """Return the resource that the OTEL_… variables describe; the default name is glmd."""
+    resource = Resource.create({"service.version": __version__})
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "glmd"}))
+    return resource
 
 
 def exporter_from_environment() -> SpanExporter | None:
-    """What OTEL_TRACES_EXPORTER names; None: nothing is to be sent.
+    """Create the exporter that OTEL_TRACES_EXPORTER names; None: export nothing.
 
     Raises:
-        SettingsError: it, or the protocol, is none that there is here.
+        SettingsError: unknown exporter or protocol.
     """
-    name = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
-    match name:
+    match os.environ.get("OTEL_TRACES_EXPORTER") or "otlp":
         case "none":
             return None
         case "console":
             return ConsoleSpanExporter()
         case "otlp":
             pass
-        case _:
-            raise SettingsError(f"OTEL_TRACES_EXPORTER: otlp, console or none, not {name}.")
+        case name:
+            raise SettingsError(f"OTEL_TRACES_EXPORTER: must be otlp, console or none, not {name}.")
     for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         protocol = os.environ.get(variable) or "http/protobuf"
         if protocol != "http/protobuf":
-            raise SettingsError(f"{variable}: glmd speaks http/protobuf, not {protocol}.")
+            raise SettingsError(f"{variable}: must be http/protobuf, not {protocol}.")
     return OTLPSpanExporter()

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from glmd.api.context import GivenTerms, RequestContext, prepare_slot
+from glmd.api.context import ContextDep, RequestContext, prepare_slot
 from glmd.api.generation import Generation
-from glmd.api.json_route import JsonRoute
 from glmd.api.openai.chat_request import ChatCompletionRequest
 from glmd.api.openai.chat_stream import ChatBuilder
 from glmd.api.openai.protocol import ChatCompletion, Header
+from glmd.api.request_body import JsonRoute
 from glmd.api.serving import start_generation
 from glmd.api.sse import EventStream, cancel_on_disconnect, prime
 from glmd.api.state import AppState, get_state
@@ -25,7 +25,7 @@ async def create_chat_completion(
     body: ChatCompletionRequest,
     request: Request,
     service: Annotated[AppState, Depends(get_state)],
-    terms: GivenTerms,
+    terms: ContextDep,
 ) -> Response:
     """Continue a conversation, streamed or whole."""
     headers = body.ignored_header()

@@ -8,12 +8,12 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 
-from glmd.api.context import GivenTerms, RequestContext, prepare_slot
+from glmd.api.context import ContextDep, RequestContext, prepare_slot
 from glmd.api.generation import Generation
-from glmd.api.json_route import JsonRoute
 from glmd.api.openai.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
 from glmd.api.openai.completion_stream import CompletionBuilder
 from glmd.api.openai.protocol import Completion, Header
+from glmd.api.request_body import JsonRoute
 from glmd.api.sse import EventStream, cancel_on_disconnect, prime
 from glmd.api.state import AppState, get_state
 from glmd.chat.output_processor import CompletionOutputProcessor
@@ -31,7 +31,7 @@ async def create_completion(
     body: CompletionRequest,
     request: Request,
     service: Annotated[AppState, Depends(get_state)],
-    terms: GivenTerms,
+    terms: ContextDep,
 ) -> Response:
     """Continue one or several texts, streamed or whole."""
     headers = body.ignored_header()
@@ -88,8 +88,8 @@ async def prepare(
                 CompletionOutputProcessor(service.tokenizer, stop=body.stops)
                 for _ in range(request.n)
             ],
-            requests=service.requests,
-            record=service.requests.record(terms.exchange, request),
+            requests=service.registry,
+            record=service.registry.record(terms.exchange, request),
             deadlines=terms.timeouts,
             report_tokens=bool(body.return_token_ids),
         )

@@ -12,13 +12,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.exceptions import HTTPException
 
-from glmd.api.client_id import GivenClient
-from glmd.api.context import GivenTerms, RequestContext, prepare_slot
+from glmd.api.context import ClientDep, ContextDep, RequestContext, prepare_slot
 from glmd.api.defaults import Defaults
 from glmd.api.errors import log_unhandled, to_error
 from glmd.api.generation import Generation
-from glmd.api.json_route import JsonRoute
 from glmd.api.openai.logprobs import spell_logprobs
+from glmd.api.request_body import JsonRoute
 from glmd.api.responses.input import Item, as_items, read_items
 from glmd.api.responses.protocol import (
     Deleted,
@@ -53,7 +52,7 @@ async def create_response(
     request: Request,
     service: GivenService,
     store: GivenStore,
-    terms: GivenTerms,
+    terms: ContextDep,
 ) -> Response:
     """Continue a conversation: streamed, whole, or in the background."""
     tools = read_tools(body.tools)
@@ -75,14 +74,14 @@ async def create_response(
 
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(
-    body: ResponsesRequest, service: GivenService, store: GivenStore, client: GivenClient
+    body: ResponsesRequest, service: GivenService, store: GivenStore, client: ClientDep
 ) -> InputTokenCount:
     """How many tokens the prompt of such a request has."""
     body.unknown(REFUSED)
     defaults = service.defaults(body.model, body.profile)
     _, earlier, new = items_of(body, store)
     conversation = read_conversation(body, earlier, new, read_tools(body.tools), defaults)
-    async with service.one_each.acquire(client):
+    async with service.client_lock.acquire(client):
         prompt = await service.build_prompt(conversation)
     return InputTokenCount(input_tokens=len(prompt.tokens))
 

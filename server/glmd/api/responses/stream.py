@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import pydantic_core
 
-from glmd.api.errors import ErrorInfo
+from glmd.api.error_info import ErrorInfo
 from glmd.api.generation import Generation
 from glmd.api.openai.protocol import TokenLogprob
 from glmd.api.responses.protocol import (

@@ -1,1 +1,1 @@
-"""Routes that belong to neither API: health, models, tokenize, status, metrics."""
+"""Routes beside the generating APIs: health, models, tokenize, status, metrics."""

@@ -1,13 +1,13 @@
-"""`/livez`: the process answers. `/health`: the model does."""
+"""Routes `/livez` (the process runs) and `/health` (the engine accepts requests)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from glmd.api.state import AppState, get_state
+from glmd.api.state import AppState, StateDep
 
 router = APIRouter(tags=["Health"])
 
@@ -20,33 +20,35 @@ class Loading(BaseModel):
     done_bytes: int
     total_bytes: int
 
+    @classmethod
+    def of(cls, state: AppState) -> Loading | None:
+        progress = state.engine.progress
+        return cls.model_validate(progress, from_attributes=True) if progress else None
+
 
 class Health(BaseModel):
     status: Literal["ready", "loading", "restarting", "failed", "stopped"]
     model: str
-    loading: Loading | None = Field(None, description="Weights read so far, until ready.")
+    loading: Loading | None = Field(None, description="Bytes of weights loaded, until ready.")
     failure: str | None = Field(None, description="Why the engine is not running.")
-    restarts: int = Field(description="How often the engine has been started again.")
+    restarts: int = Field(description="Number of engine restarts.")
 
 
-@router.get("/api/hello", include_in_schema=False)  # where Claude Code asks
+@router.get("/api/hello", include_in_schema=False)  # requested by Claude Code
 @router.get("/livez")
 async def livez() -> Alive:
-    """200 as long as the server runs at all."""
+    """200 while the process runs."""
     return Alive()
 
 
 @router.get("/health", responses={503: {"model": Health, "description": "Not ready"}})
-async def health(response: Response, service: Annotated[AppState, Depends(get_state)]) -> Health:
-    """200 when requests are served, else 503."""
-    engine = service.engine
-    response.status_code = 200 if service.is_ready else 503
+async def health(response: Response, state: StateDep) -> Health:
+    """200 if the engine accepts requests, else 503."""
+    response.status_code = 200 if state.is_ready else 503
     return Health(
-        status=engine.state,
-        model=service.model.id,
-        loading=Loading.model_validate(engine.progress, from_attributes=True)
-        if engine.progress
-        else None,
-        failure=engine.failure,
-        restarts=engine.restarts,
+        status=state.engine.state,
+        model=state.model.id,
+        loading=Loading.of(state),
+        failure=state.engine.failure,
+        restarts=state.engine.restarts,
     )

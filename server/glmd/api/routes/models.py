@@ -1,43 +1,42 @@
-"""`GET /v1/models`: what is served, and the names it answers to."""
+"""Routes `/v1/models` (OpenAI, Anthropic) and `/api/v0/models` (LM Studio)."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from glmd.api.state import AppState, get_state
+from glmd.api.state import AppState, StateDep
+from glmd.checkpoint.config import MODEL_TYPE
 
 router = APIRouter(tags=["Models"])
 
 
 class Model(BaseModel):
-    """OpenAI's and Anthropic's model object, with what clients ask a local server for."""
+    """Model object of OpenAI and Anthropic, with fields for local servers."""
 
     id: str
     object: Literal["model"] = "model"
     type: Literal["model"] = "model"
-    created: int = Field(description="Unix time at which the checkpoint's config was written.")
-    created_at: str = Field(description="The same, as RFC 3339 has it.")
+    created: int = Field(description="Unix time of the checkpoint's config.json.")
+    created_at: str = Field(description="`created` in RFC 3339.")
     owned_by: str
     display_name: str
     lifecycle: Literal["active"] = "active"
-    aliases: list[str] = Field(description="Further names that the model answers to.")
+    aliases: list[str] = Field(description="Other names that requests may use.")
     context_length: int | None = Field(
-        description="Prompt and answer together, in tokens; null until the engine is ready."
+        description="Maximum tokens of prompt and answer together; null until the engine is ready."
     )
     max_model_len: int | None = Field(description="`context_length` under vLLM's name.")
-    max_input_tokens: int | None = Field(description="And under Anthropic's.")
-    has_mtp: bool | None = Field(description="Whether it drafts by multi-token prediction.")
+    max_input_tokens: int | None = Field(description="`context_length` under Anthropic's name.")
+    has_mtp: bool | None = Field(description="Whether multi-token prediction drafts tokens.")
     bits_per_weight: float | None
-    size_bytes: int | None = Field(description="Of all weights in memory.")
-    profile: str | None = Field(
-        description="What requests under this id get where they do not say otherwise."
-    )
+    size_bytes: int | None = Field(description="Size of all weights in memory.")
+    profile: str | None = Field(description="Profile of requests that use this id.")
     profiles: dict[str, dict[str, Any]] = Field(
-        description="Every profile that `ID:PROFILE` chooses, and its values."
+        description="Profiles, used as `ID:PROFILE`, with their values."
     )
 
 
@@ -49,24 +48,49 @@ class ModelList(BaseModel):
     last_id: str
 
 
+class LMStudioModel(BaseModel):
+    """Model object of LM Studio (https://lmstudio.ai/docs/developer/rest/endpoints)."""
+
+    id: str
+    object: Literal["model"] = "model"
+    type: Literal["llm"] = "llm"
+    publisher: str
+    arch: str = MODEL_TYPE
+    compatibility_type: Literal["mlx"] = "mlx"
+    quantization: str | None = Field(description="Bits per weight; null until the engine is ready.")
+    state: Literal["loaded", "not-loaded"]
+    max_context_length: int | None = Field(
+        description="Maximum tokens of prompt and answer together; null until the engine is ready."
+    )
+    loaded_context_length: int | None = Field(description="Equal to `max_context_length`.")
+    capabilities: list[Literal["tool_use"]] = ["tool_use"]
+
+
+class LMStudioModels(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LMStudioModel]
+
+
 @router.get("/v1/models")
-async def list_models(service: Annotated[AppState, Depends(get_state)]) -> ModelList:
-    """The one model of this server, and once more for each profile that its settings define."""
-    listed = [describe(service), *(describe(service, name) for name in service.settings.profiles)]
-    return ModelList(data=listed, first_id=listed[0].id, last_id=listed[-1].id)
+async def list_models(state: StateDep) -> ModelList:
+    """List the model, and the model with each profile of the settings."""
+    data = [describe_model(state)]
+    data += [describe_model(state, profile) for profile in state.settings.profiles]
+    return ModelList(data=data, first_id=data[0].id, last_id=data[-1].id)
 
 
 @router.get("/v1/models/{id:path}")
-async def retrieve_model(id: str, service: Annotated[AppState, Depends(get_state)]) -> Model:
-    """The model, by its id, short name or an alias; with `:PROFILE` as that profile has it."""
-    return describe(service, service.profile_of(id))
+async def retrieve_model(id: str, state: StateDep) -> Model:
+    """Get the model by id, short name or alias; `:PROFILE` selects a profile."""
+    return describe_model(state, state.profile_of(id))
 
 
-def describe(service: AppState, profile: str | None = None) -> Model:
-    model, info = service.model, service.engine.info
+def describe_model(state: AppState, profile: str | None = None) -> Model:
+    model, info = state.model, state.engine.info
     id = model.id if profile is None else f"{model.id}:{profile}"
-    profiles = service.settings.all_profiles
+    profiles = state.settings.all_profiles
     aliases = model.names if profile is None else profiles[profile].aliases
+    context = info.max_context if info else None
     return Model(
         id=id,
         created=model.created,
@@ -74,12 +98,38 @@ def describe(service: AppState, profile: str | None = None) -> Model:
         owned_by=model.owner,
         display_name=id.rpartition("/")[2],
         aliases=[name for name in aliases if name != model.id],
-        context_length=info.max_context if info else None,
-        max_model_len=info.max_context if info else None,
-        max_input_tokens=info.max_context if info else None,
+        context_length=context,
+        max_model_len=context,
+        max_input_tokens=context,
         has_mtp=info.has_mtp if info else None,
         bits_per_weight=info.bits_per_weight if info else None,
         size_bytes=info.weight_bytes if info else None,
-        profile=profile or service.settings.profile,
+        profile=profile or state.settings.profile,
         profiles={name: each.values for name, each in profiles.items()},
+    )
+
+
+@router.get("/api/v0/models")
+async def list_lmstudio_models(state: StateDep) -> LMStudioModels:
+    """List the model in LM Studio's format."""
+    return LMStudioModels(data=[describe_lmstudio_model(state)])
+
+
+@router.get("/api/v0/models/{id:path}")
+async def retrieve_lmstudio_model(id: str, state: StateDep) -> LMStudioModel:
+    """Get the model in LM Studio's format, by id, short name or alias."""
+    state.defaults(id)  # Raises for an unknown name.
+    return describe_lmstudio_model(state)
+
+
+def describe_lmstudio_model(state: AppState) -> LMStudioModel:
+    model, info = state.model, state.engine.info
+    context = info.max_context if info else None
+    return LMStudioModel(
+        id=model.id,
+        publisher=model.owner,
+        quantization=f"{info.bits_per_weight:.1f}bit" if info else None,
+        state="loaded" if state.is_ready else "not-loaded",
+        max_context_length=context,
+        loaded_context_length=context,
     )

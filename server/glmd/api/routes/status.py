@@ -1,4 +1,4 @@
-"""`/glmd/status`: what the server is doing, for its page and for scripts; and ending a request."""
+"""Routes `/glmd/status` and `/glmd/requests/{id}/cancel`, for the web page and for scripts."""
 
 from __future__ import annotations
 
@@ -7,129 +7,132 @@ from itertools import islice
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from glmd import __version__
 from glmd.api.defaults import Defaults
-from glmd.api.observability.exchange import Api
-from glmd.api.observability.request_stats import HISTORY, Finish, RequestStats, State
-from glmd.api.routes import models
+from glmd.api.observability.request_stats import (
+    HISTORY,
+    Api,
+    Finish,
+    RequestState,
+    RequestStats,
+)
 from glmd.api.routes.health import Loading
-from glmd.api.state import AppState, get_state
+from glmd.api.routes.models import Model, describe_model
+from glmd.api.state import AppState, StateDep
 from glmd.errors import Cancelled
 
 router = APIRouter(prefix="/glmd", tags=["Monitoring"])
 
-GivenService = Annotated[AppState, Depends(get_state)]
-
-SHOWN_SECONDS = 120
-"""How much of the timeline a status has."""
+SERIES_SECONDS = 120
+"""Length of the series in a status."""
 
 RATE_SECONDS = 5
-"""Over how many seconds the present rates are taken."""
+"""Seconds that the current rates average over."""
 
-SHOWN_SAMPLING = (
+SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty",
 )  # fmt: skip
 
 
 class RequestStatus(BaseModel):
-    """One request to the engine."""
+    """A request to the engine."""
 
-    id: str = Field(description="The answer's id, such as chatcmpl-….")
-    request_id: str = Field(description="The HTTP request's x-request-id.")
+    id: str = Field(description="Id of the response, such as chatcmpl-….")
+    request_id: str = Field(description="x-request-id of the HTTP request.")
     api: Api
     path: str
-    client: str = Field(description="The address that it came from.")
-    model: str | None = Field(description="The model that it named.")
+    client: str = Field(description="Address of the client.")
+    model: str | None = Field(description="Model name in the request.")
     stream: bool
-    sequences: int = Field(description="Answers to the prompt.")
-    state: State
-    started: float = Field(description="When it arrived, in Unix time.")
-    seconds: float = Field(description="Since then, to its end or to now.")
-    queue_seconds: float | None = Field(description="From its arrival until its turn came.")
-    ttft: float | None = Field(description="Seconds to the first token.")
-    mean_gap: float | None = Field(description="Seconds between two tokens, on average.")
-    longest_gap: float = Field(description="Longest time between two tokens, in seconds.")
+    sequences: int = Field(description="Number of answers (n).")
+    state: RequestState
+    started: float = Field(description="Unix time of arrival.")
+    seconds: float = Field(description="Seconds from arrival to the end, or to now.")
+    queue_seconds: float | None = Field(description="Seconds from arrival to admission.")
+    ttft: float | None = Field(description="Seconds from arrival to the first token.")
+    mean_gap: float | None = Field(description="Mean seconds between two tokens.")
+    longest_gap: float = Field(description="Maximum seconds between two tokens.")
     prompt_tokens: int
-    computed_tokens: int = Field(description="Prompt tokens ready, cached ones included.")
+    computed_tokens: int = Field(description="Prompt tokens in KV, including cached tokens.")
     cached_tokens: int
     cache_reason: str | None = Field(
         None,
-        description="Why no more was cached when its turn came: whole (there is no more), new"
-        " (nothing is stored behind that), differs (what is stored there goes on differently),"
-        " evicted, salt (it is stored with another cache_salt), off.",
+        description="Why no more was cached at admission: whole (all was cached), new (nothing is"
+        " cached beyond that prefix), differs (the cache continues differently), evicted, salt"
+        " (cached with another cache_salt), off.",
     )
     generated_tokens: int
-    drafted: int = Field(description="MTP drafts verified.")
-    accepted: int
+    drafted: int = Field(description="Verified MTP drafts.")
+    accepted: int = Field(description="Accepted MTP drafts.")
     finish: Finish | None = None
-    error: str | None = Field(None, description="Why it ended, if not by itself.")
+    error: str | None = Field(None, description="Why the request failed or was cancelled.")
 
     @classmethod
-    def of(cls, record: RequestStats) -> RequestStatus:
-        exchange = record.exchange
+    def of(cls, stats: RequestStats) -> RequestStatus:
+        exchange = stats.exchange
         return cls(
-            id=record.id,
+            id=stats.id,
             request_id=exchange.id,
-            api=record.api,
+            api=stats.api,
             path=exchange.path,
             client=exchange.client,
             model=exchange.model,
             stream=exchange.stream,
-            sequences=record.sequences,
-            state=record.state,
-            started=exchange.began_at,
-            seconds=record.seconds,
-            queue_seconds=record.queue_seconds,
-            ttft=record.ttft,
-            mean_gap=record.mean_gap,
-            longest_gap=record.longest_gap,
-            prompt_tokens=record.prompt_tokens,
-            computed_tokens=record.computed_tokens,
-            cached_tokens=record.cached_tokens,
-            cache_reason=record.match.reason if record.match else None,
-            generated_tokens=record.generated_tokens,
-            drafted=record.drafted,
-            accepted=record.accepted,
-            finish=record.finish if record.state == "finished" else None,
-            error=record.error,
+            sequences=stats.sequences,
+            state=stats.state,
+            started=exchange.started_at,
+            seconds=stats.seconds,
+            queue_seconds=stats.queue_seconds,
+            ttft=stats.ttft,
+            mean_gap=stats.mean_gap,
+            longest_gap=stats.longest_gap,
+            prompt_tokens=stats.prompt_tokens,
+            computed_tokens=stats.computed_tokens,
+            cached_tokens=stats.cached_tokens,
+            cache_reason=stats.match.reason if stats.match else None,
+            generated_tokens=stats.generated_tokens,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            finish=stats.finish if stats.state == "finished" else None,
+            error=stats.error,
         )
 
 
 class EngineStatus(BaseModel):
     state: Literal["loading", "ready", "restarting", "failed", "stopped"]
     pid: int | None
-    restarts: int = Field(description="How often the engine has been started again.")
-    failure: str | None = Field(description="Why it last died or refused to start.")
-    loading: Loading | None = Field(description="Weights read so far, until ready.")
+    restarts: int = Field(description="Number of engine restarts.")
+    failure: str | None = Field(description="Why the engine last exited or did not start.")
+    loading: Loading | None = Field(description="Bytes of weights loaded, until ready.")
     stats: dict[str, int | float] = Field(
-        description="The engine's counters and gauges, at most a second old: queues, memory, KV,"
+        description="Counters and gauges of the engine, updated every second: queues, memory, KV,"
         " cache, steps, drafts."
     )
 
 
 class FirstToken(BaseModel):
-    time: float = Field(description="When it came, in Unix time.")
-    ttft: float = Field(description="Seconds from the request's arrival.")
+    time: float = Field(description="Unix time.")
+    ttft: float = Field(description="Seconds from arrival.")
 
 
 class Speed(BaseModel):
-    """What the last seconds gave."""
+    """Throughput of the last seconds."""
 
-    generated_per_second: float = Field(description=f"Tokens, over {RATE_SECONDS} seconds.")
-    computed_per_second: float = Field(description="Prompt tokens computed, likewise.")
-    until: int = Field(description="The Unix second at which the series end.")
-    generated: list[int] = Field(description=f"Tokens by second, {SHOWN_SECONDS} of them.")
-    computed: list[int] = Field(description="Prompt tokens computed by second.")
-    first_tokens: list[FirstToken] = Field(description="The last ones, the latest last.")
+    generated_per_second: float = Field(description=f"Mean of {RATE_SECONDS} seconds.")
+    computed_per_second: float = Field(description="Prompt tokens, mean of the same seconds.")
+    until: int = Field(description="Unix second at which the series end.")
+    generated: list[int] = Field(description=f"Tokens by second, {SERIES_SECONDS} s.")
+    computed: list[int] = Field(description="Computed prompt tokens by second.")
+    first_tokens: list[FirstToken] = Field(description="Recent first tokens, latest last.")
 
 
 class DefaultValues(BaseModel):
-    """What a request gets where it leaves something out."""
+    """Values of parameters that a request omits."""
 
     temperature: float
     top_p: float
@@ -138,7 +141,7 @@ class DefaultValues(BaseModel):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    max_tokens: int | None = Field(description="null: up to the context limit.")
+    max_tokens: int | None = Field(description="null: up to the context length.")
     enable_thinking: bool
     clear_thinking: bool
 
@@ -148,83 +151,81 @@ class DefaultValues(BaseModel):
             max_tokens=defaults.max_tokens,
             enable_thinking=defaults.enable_thinking,
             clear_thinking=defaults.clear_thinking,
-            **{name: getattr(defaults.sampling, name) for name in SHOWN_SAMPLING},
+            **{name: getattr(defaults.sampling, name) for name in SAMPLING_FIELDS},
         )
 
 
 class Status(BaseModel):
     version: str
-    time: float = Field(description="Unix time of this status.")
-    uptime: float = Field(description="Seconds since the server began.")
-    model: models.Model
-    defaults: DefaultValues = Field(description="For a request that names no profile.")
-    profiles: dict[str, DefaultValues] = Field(description="For one that names it.")
+    time: float = Field(description="Unix time.")
+    uptime: float = Field(description="Seconds since the server started.")
+    model: Model
+    defaults: DefaultValues = Field(description="Without a profile.")
+    profiles: dict[str, DefaultValues] = Field(description="By profile.")
     engine: EngineStatus
     speed: Speed
-    running: list[RequestStatus] = Field(description="In flight, in order of arrival.")
-    recent: list[RequestStatus] = Field(description="The last that ended, the latest first.")
+    running: list[RequestStatus] = Field(description="Running requests, in order of arrival.")
+    recent: list[RequestStatus] = Field(description="Finished requests, latest first.")
 
 
 class CancelledRequests(BaseModel):
-    cancelled: list[str] = Field(description="Ids of the requests that were ended.")
+    cancelled: list[str] = Field(description="Ids of the cancelled requests.")
 
 
 @router.get("/status")
 async def status(
-    service: GivenService,
+    state: StateDep,
     recent: Annotated[
-        int, Query(ge=0, le=HISTORY, description="Requests that ended, at most so many.")
+        int, Query(ge=0, le=HISTORY, description="Maximum number of finished requests.")
     ] = HISTORY,
 ) -> Status:
-    """The model, the engine, its memory and cache, speeds, and the requests now and lately."""
-    engine, requests = service.engine, service.requests
+    """Model, engine, memory, cache, throughput, running and recent requests."""
+    engine, registry = state.engine, state.registry
     return Status(
         version=__version__,
         time=time.time(),
-        uptime=time.monotonic() - service.began,
-        model=models.describe(service),
-        defaults=DefaultValues.of(service.defaults(None)),
+        uptime=time.monotonic() - state.started,
+        model=describe_model(state),
+        defaults=DefaultValues.of(state.defaults(None)),
         profiles={
-            name: DefaultValues.of(service.defaults(None, name))
-            for name in service.settings.all_profiles
+            name: DefaultValues.of(state.defaults(None, name))
+            for name in state.settings.all_profiles
         },
         engine=EngineStatus(
             state=engine.state,
             pid=engine.pid,
             restarts=engine.restarts,
             failure=engine.failure,
-            loading=Loading.model_validate(engine.progress, from_attributes=True)
-            if engine.progress
-            else None,
+            loading=Loading.of(state),
             stats=msgspec.structs.asdict(engine.stats),
         ),
-        speed=speed(service),
-        running=[RequestStatus.of(record) for record in requests.running.values()],
-        recent=[RequestStatus.of(record) for record in islice(reversed(requests.recent), recent)],
+        speed=measure_speed(state),
+        running=[RequestStatus.of(stats) for stats in registry.running.values()],
+        recent=[RequestStatus.of(stats) for stats in islice(reversed(registry.recent), recent)],
     )
 
 
 @router.post("/requests/{id}/cancel")
-async def cancel(id: str, service: GivenService) -> CancelledRequests:
-    """End a request in flight, by the answer's id or by its x-request-id; its client is told."""
-    found = service.requests.find(id)
+async def cancel(id: str, state: StateDep) -> CancelledRequests:
+    """Cancel a running request, by response id or x-request-id; the client gets an error."""
+    found = state.registry.find(id)
     if not found:
-        raise HTTPException(404, f"There is no request {id!r} in flight here.")
-    for record in found:
-        service.engine.abort(record.id, Cancelled("This request was cancelled at the server."))
-    return CancelledRequests(cancelled=[record.id for record in found])
+        raise HTTPException(404, f"No running request {id!r}.")
+    for stats in found:
+        state.engine.abort(stats.id, Cancelled("The request was cancelled at the server."))
+    return CancelledRequests(cancelled=[stats.id for stats in found])
 
 
-def speed(service: AppState) -> Speed:
-    seconds = service.requests.timeline.last(SHOWN_SECONDS)
-    lately = seconds[-RATE_SECONDS:]
+def measure_speed(state: AppState) -> Speed:
+    seconds = state.registry.last_seconds(SERIES_SECONDS)
+    recent = seconds[-RATE_SECONDS:]
     return Speed(
-        generated_per_second=sum(second.generated for second in lately) / RATE_SECONDS,
-        computed_per_second=sum(second.computed for second in lately) / RATE_SECONDS,
+        generated_per_second=sum(second.generated for second in recent) / RATE_SECONDS,
+        computed_per_second=sum(second.computed for second in recent) / RATE_SECONDS,
         until=seconds[-1].number + 1,
         generated=[second.generated for second in seconds],
         computed=[second.computed for second in seconds],
         first_tokens=[
-            FirstToken(time=moment, ttft=wait) for moment, wait in service.requests.first_tokens
+            FirstToken(time=moment, ttft=wait) for moment, wait in state.registry.first_tokens
         ],
     )

@@ -1,55 +1,57 @@
-"""Between text and token ids, as this server does it: `/tokenize`, `/detokenize`,
-`/apply-template`. Fields are named as in vLLM and, where it differs, as in llama.cpp."""
+"""Routes `/tokenize`, `/detokenize` and `/apply-template`.
+
+Fields have vLLM's names and, where llama.cpp's names differ, also llama.cpp's names.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from glmd.api.client_id import GivenClient
-from glmd.api.json_route import JsonRoute
+from glmd.api.context import ClientDep
 from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import TokenId
+from glmd.api.request_body import JsonRoute
 from glmd.api.sampling import ignored_header
-from glmd.api.state import AppState, get_state
+from glmd.api.state import StateDep
 from glmd.errors import InvalidRequest
 
 router = APIRouter(tags=["Tokens"], route_class=JsonRoute)
-
-GivenService = Annotated[AppState, Depends(get_state)]
 
 
 class TokenizeText(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    prompt: str | None = Field(None, description="Text whose tags are tags.")
-    content: str | None = Field(None, description="The same, under llama.cpp's name.")
-    return_token_strs: bool | None = Field(None, description="Spell the tokens, too.")
+    prompt: str | None = Field(
+        None, description="Text; tags of the chat format are special tokens."
+    )
+    content: str | None = Field(None, description="`prompt` under llama.cpp's name.")
+    return_token_strs: bool | None = Field(None, description="Also return the text of each token.")
 
 
 class TokenizeChat(ConversationFields):
     model: str | None = None
-    profile: str | None = Field(None, description="As in a chat request.")
-    return_token_strs: bool | None = Field(None, description="Spell the tokens, too.")
+    profile: str | None = Field(None, description="As in chat completions.")
+    return_token_strs: bool | None = Field(None, description="Also return the text of each token.")
 
 
-def kind_of(body: object) -> str:
+def request_kind(body: object) -> str:
     return "chat" if isinstance(body, dict) and "messages" in body else "text"
 
 
 TokenizeRequest = Annotated[
     Annotated[TokenizeChat, Tag("chat")] | Annotated[TokenizeText, Tag("text")],
-    Discriminator(kind_of),
+    Discriminator(request_kind),
 ]
 
 
 class Tokenized(BaseModel):
     count: int
-    max_model_len: int | None = Field(description="The context; null until the engine is ready.")
+    max_model_len: int | None = Field(description="Context length; null until the engine is ready.")
     tokens: list[int]
     token_strs: list[str] | None
 
@@ -63,7 +65,7 @@ class DetokenizeRequest(BaseModel):
 
 class Detokenized(BaseModel):
     prompt: str
-    content: str = Field(description="The same, under llama.cpp's name.")
+    content: str = Field(description="`prompt` under llama.cpp's name.")
 
 
 class Rendered(BaseModel):
@@ -71,37 +73,37 @@ class Rendered(BaseModel):
     tokens: list[int]
 
 
-def name_ignored(body: BaseModel, response: Response) -> None:
-    """List in the response's header what nothing here knows."""
+def set_ignored_header(body: BaseModel, response: Response) -> None:
+    """List unknown fields in the response's header."""
     extra = body.model_extra or {}
     response.headers.update(ignored_header(name for name in extra if extra[name] is not None))
 
 
 @router.post("/tokenize")
 async def tokenize(
-    body: TokenizeRequest, response: Response, service: GivenService, client: GivenClient
+    body: TokenizeRequest, response: Response, state: StateDep, client: ClientDep
 ) -> Tokenized:
-    """The tokens of a text, or of a conversation as the model would read it."""
-    name_ignored(body, response)
+    """Tokenize a text, or a conversation as rendered by the chat template."""
+    set_ignored_header(body, response)
     if isinstance(body, TokenizeChat):
-        defaults = service.defaults(body.model, body.profile)
-        async with service.one_each.acquire(client):
-            prompt = await service.build_prompt(body.conversation(defaults))
+        defaults = state.defaults(body.model, body.profile)
+        async with state.client_lock.acquire(client):
+            prompt = await state.build_prompt(body.conversation(defaults))
         ids = prompt.tokens
     else:
-        service.defaults(body.model)
+        state.defaults(body.model)
         text = body.prompt if body.prompt is not None else body.content
         if text is None:
-            raise InvalidRequest("Send prompt, a text, or messages.", param="prompt")
-        async with service.one_each.acquire(client):
-            ids = await service.run_in_worker(partial(service.tokenizer.encode_markup, text))
+            raise InvalidRequest("prompt: missing. Send prompt or messages.", param="prompt")
+        async with state.client_lock.acquire(client):
+            ids = await state.run_in_worker(partial(state.tokenizer.encode_markup, text))
     tokens = ids.tolist()
-    info = service.engine.info
+    info = state.engine.info
     return Tokenized(
         count=len(tokens),
         max_model_len=info.max_context if info else None,
         tokens=tokens,
-        token_strs=[service.tokenizer.decode([id]) for id in tokens]
+        token_strs=[state.tokenizer.decode([id]) for id in tokens]
         if body.return_token_strs
         else None,
     )
@@ -109,24 +111,24 @@ async def tokenize(
 
 @router.post("/detokenize")
 async def detokenize(
-    body: DetokenizeRequest, response: Response, service: GivenService, client: GivenClient
+    body: DetokenizeRequest, response: Response, state: StateDep, client: ClientDep
 ) -> Detokenized:
-    """The text of tokens, tags spelt out."""
-    name_ignored(body, response)
-    service.defaults(body.model)
-    async with service.one_each.acquire(client):
-        text = await service.run_in_worker(partial(service.tokenizer.decode, body.tokens))
+    """Convert tokens to text, special tokens included."""
+    set_ignored_header(body, response)
+    state.defaults(body.model)
+    async with state.client_lock.acquire(client):
+        text = await state.run_in_worker(partial(state.tokenizer.decode, body.tokens))
     return Detokenized(prompt=text, content=text)
 
 
 @router.post("/apply-template")
 async def apply_template(
-    body: TokenizeChat, response: Response, service: GivenService, client: GivenClient
+    body: TokenizeChat, response: Response, state: StateDep, client: ClientDep
 ) -> Rendered:
-    """A conversation as the model would read it."""
-    name_ignored(body, response)
-    defaults = service.defaults(body.model, body.profile)
-    async with service.one_each.acquire(client):
-        prompt = await service.build_prompt(body.conversation(defaults))
+    """Render a conversation with the chat template."""
+    set_ignored_header(body, response)
+    defaults = state.defaults(body.model, body.profile)
+    async with state.client_lock.acquire(client):
+        prompt = await state.build_prompt(body.conversation(defaults))
     tokens = prompt.tokens.tolist()
-    return Rendered(prompt=service.tokenizer.decode(tokens), tokens=tokens)
+    return Rendered(prompt=state.tokenizer.decode(tokens), tokens=tokens)

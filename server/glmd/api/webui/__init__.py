@@ -1,7 +1,7 @@
-"""`GET /`: a page for the browser, with a chat and what the server is doing.
+"""Web page at `/`: a chat, and the status of the server.
 
-The files of this folder, as they are: no build step, nothing fetched from elsewhere. They hold no
-data, so they need no key; the page asks for one when the routes that it calls do.
+Serves the files of this folder without a build step; the page loads nothing from other servers. The
+files hold no data, so they need no API key. The page asks for a key when a route requires one.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ POLICY = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        # Text of the model or of a client cannot become markup, whatever the scripts do.
+        # Scripts cannot turn text of the model or of a client into markup.
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
 )
 
 HEADERS = {
-    "Cache-Control": "no-cache",  # Ask whether it has changed, so that an update shows at once.
+    "Cache-Control": "no-cache",  # Revalidate, so that an update takes effect at once.
     "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -53,26 +53,25 @@ FILES = {
     for file in sorted(Path(__file__).parent.iterdir())
     if file.suffix in TYPES
 }
-"""Read once: they are a few kilobytes, and do not change under a running server."""
 
 PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES if name != INDEX)})
-"""What is answered here."""
+"""Paths of the page and its files."""
 
 
 @router.get("/")
-async def page(request: Request) -> Response:
-    return answer(request, INDEX)
+async def get_page(request: Request) -> Response:
+    return file_response(request, INDEX)
 
 
 @router.get("/page/{name}")
-async def part(name: str, request: Request) -> Response:
+async def get_file(name: str, request: Request) -> Response:
     if request.url.path not in PATHS:
         raise HTTPException(404)
-    return answer(request, name)
+    return file_response(request, name)
 
 
-def answer(request: Request, name: str) -> Response:
-    """A file, or 304 for a browser that has it already."""
+def file_response(request: Request, name: str) -> Response:
+    """Return a file, or 304 if the browser has the current version."""
     content = FILES[name]
     headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
     if request.headers.get("if-none-match") == headers["ETag"]:
