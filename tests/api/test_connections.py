@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from live import LiveServer, live_server
 
-from glmd.api import connection
+from glmd.api import server
 
 PATIENCE = 0.4
 
@@ -237,7 +237,7 @@ def test_clients_that_vanish_in_any_phase_leave_no_task(hasty: LiveServer) -> No
 
 
 def test_connections_beyond_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "connection_limit", lambda: 3)
+    monkeypatch.setattr(server, "connection_limit", lambda: 3)
     with live_server() as live:
         wait_until(lambda: not open_connections(live))
         held = [connect(live) for _ in range(3)]

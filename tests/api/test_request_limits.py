@@ -7,13 +7,23 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from live import LiveServer
+from pydantic import BaseModel, ValidationError
 
+from glmd.api import request_body
+from glmd.api.anthropic.request import MessagesRequest
+from glmd.api.openai.chat_request import ChatCompletionRequest
+from glmd.api.openai.completion_request import CompletionRequest
+from glmd.api.responses.request import ResponsesRequest
+from glmd.api.routes.tokenize import DetokenizeRequest
 from glmd.chat.request_limits import MAX_MESSAGES, MAX_NAME, MAX_PATTERN, MAX_STOP_LENGTH, MAX_TOOLS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 USER = {"role": "user", "content": "Hi"}
+NUMERALS = [str(number) for number in range(10_000)]
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -81,6 +91,90 @@ def test_a_body_that_is_nested_without_end_is_400(http: httpx.Client) -> None:
         headers = {"content-type": "application/json"}
         response = http.post(CHAT, content=body.encode(), headers=headers)
         assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("unit", "name"),
+    [
+        (b"[]", "strings, arrays and objects"),
+        (b"{}", "strings, arrays and objects"),
+        (b'"a"', "strings, arrays and objects"),
+        (b"1", "values"),
+    ],
+)
+def test_a_body_with_too_many_values_is_413_before_it_is_parsed(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, unit: bytes, name: str
+) -> None:
+    monkeypatch.setattr(request_body, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(request_body, "MAX_PARTS", 400)
+    monkeypatch.setattr(request_body, "MAX_COMMAS", 1000)
+    headers = {"content-type": "application/json"}
+    for count, status in ((390, 400), (1100, 413)):
+        body = b'{"messages":[' + b",".join([unit] * count) + b"]}"
+        response = http.post(CHAT, content=body, headers=headers)
+        assert response.status_code == status, response.text
+    assert f"more than {'400' if name != 'values' else '1,000'} {name}" in response.text
+
+
+@given(
+    st.recursive(
+        st.none() | st.floats(allow_nan=False) | st.text('a"\\,[{\x00\n\u00e9', max_size=9),
+        lambda values: st.lists(values) | st.dictionaries(st.text('"\\,[{'), values),
+    ),
+    st.integers(1, 9),
+)
+def test_values_are_counted_as_the_parser_finds_them(value: object, block: int) -> None:
+    def count(value: object) -> tuple[int, int]:
+        """Strings, arrays and objects, and commas."""
+        if isinstance(value, dict):
+            members = [count(member) for member in value.values()]
+            parts, commas = len(value) + 1, max(0, len(value) - 1)
+        elif isinstance(value, list):
+            members = [count(member) for member in value]
+            parts, commas = 1, max(0, len(value) - 1)
+        else:
+            return int(isinstance(value, str)), 0
+        return parts + sum(m[0] for m in members), commas + sum(m[1] for m in members)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request_body, "COUNT_BLOCK", block)
+        for ascii in (True, False):
+            body = json.dumps(value, ensure_ascii=ascii).encode()
+            assert request_body.count_values(body) == count(value)
+
+
+def test_a_large_body_is_parsed_as_strictly_as_a_small_one(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_body, "INLINE_BYTES", 0)
+    headers = {"content-type": "application/json"}
+    for body in (b'{"messages": NaN}', b'{"messages": [}', b'"\xff"', b"[" * 300 + b"]" * 300):
+        response = http.post(CHAT, content=body, headers=headers)
+        assert response.status_code == 400
+        assert "not valid JSON" in response.json()["error"]["message"]
+    body = b'{"tokens": [1], "tokens": [2], "a": "\\ud800\\ud83d\\ude00"}'
+    assert request_body.parse_large_json(body) == {"tokens": [2], "a": "\ufffd\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [0.5] * 10_000}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": dict.fromkeys(NUMERALS, "x")}),
+        (ChatCompletionRequest, {"messages": [0] * 10_000}),
+        (MessagesRequest, {"messages": [0] * 10_000, "max_tokens": 1}),
+        (ResponsesRequest, {"input": [0] * 10_000}),
+        (ResponsesRequest, {"input": "a", "metadata": dict.fromkeys(NUMERALS, 0)}),
+        (DetokenizeRequest, {"tokens": ["a"] * 10_000}),
+    ],
+)
+def test_validation_stops_at_the_first_of_many_errors(
+    model: type[BaseModel], body: dict[str, Any]
+) -> None:
+    """Errors take longer than valid items, and the event loop waits for them."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() < 10
 
 
 def test_an_error_repeats_no_more_than_the_beginning_of_what_was_sent(http: httpx.Client) -> None:

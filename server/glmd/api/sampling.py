@@ -10,6 +10,7 @@ from urllib.parse import quote
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from glmd.api.request_body import limit_members
 from glmd.chat.request_limits import MAX_BIASED_TOKENS
 from glmd.errors import InvalidRequest
 from glmd.ipc import SamplingParams
@@ -44,7 +45,12 @@ def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[str, Bias] | None, BeforeValidator(no_list), AfterValidator(check_bias)]
+LogitBias = Annotated[
+    dict[str, Bias] | None,
+    limit_members(MAX_BIASED_TOKENS),
+    BeforeValidator(no_list),
+    AfterValidator(check_bias),
+]
 
 
 class SamplingFields(BaseModel):

@@ -15,6 +15,7 @@ from glmd.api.anthropic.schemas import MESSAGES_SCHEMA, SYSTEM_SCHEMA, TOOLS_SCH
 from glmd.api.defaults import Defaults
 from glmd.api.openai.input import Effort
 from glmd.api.openai.parameters import MAX_STOPS
+from glmd.api.request_body import FailFastList
 from glmd.api.sampling import NO_OP, SamplingFields
 from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
@@ -79,11 +80,11 @@ class CountTokensRequest(SamplingFields):
     """What decides the prompt. Sampling is here because clients send one body to both routes."""
 
     model: str | None = Field(None, description="The served model's id, short name or an alias.")
-    messages: list[dict[str, Any]] = Field(json_schema_extra=MESSAGES_SCHEMA)
-    system: str | list[dict[str, Any]] | None = Field(
+    messages: FailFastList[dict[str, Any]] = Field(json_schema_extra=MESSAGES_SCHEMA)
+    system: str | FailFastList[dict[str, Any]] | None = Field(
         None, description="Text, or text blocks.", json_schema_extra=SYSTEM_SCHEMA
     )
-    tools: list[dict[str, Any]] | None = Field(
+    tools: FailFastList[dict[str, Any]] | None = Field(
         None,
         description="Tools with an input_schema. Anthropic's server tools are left out.",
         json_schema_extra=TOOLS_SCHEMA,
@@ -161,6 +162,6 @@ class CountTokensRequest(SamplingFields):
 class MessagesRequest(CountTokensRequest):
     max_tokens: int = Field(ge=1, description="Most tokens of the answer, thinking included.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    stop_sequences: Annotated[list[str] | None, AfterValidator(check_stops)] = Field(
+    stop_sequences: Annotated[FailFastList[str] | None, AfterValidator(check_stops)] = Field(
         None, description=f"Strings that end the answer, at most {MAX_STOPS}; not part of it."
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import Limit, Parameters
+from glmd.api.request_body import FailFastList
 from glmd.api.sampling import INT64, NO_OP
 from glmd.chat.messages import read_tools
 from glmd.chat.types import Tool
@@ -46,7 +47,9 @@ class ChatCompletionRequest(Parameters, ConversationFields):
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="And of so many likely others; needs logprobs."
     )
-    modalities: list[Literal["text", "audio"]] | None = Field(None, description="text only.")
+    modalities: FailFastList[Literal["text", "audio"]] | None = Field(
+        None, description="text only."
+    )
     thinking_budget: int | None = Field(
         None,
         ge=0,

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from glmd.api.openai.parameters import Parameters, TokenId
+from glmd.api.request_body import FailFastList
 from glmd.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16
@@ -14,9 +15,9 @@ DEFAULT_MAX_TOKENS = 16
 
 MAX_PROMPTS = 128
 
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenPrompts = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+Tokens = Annotated[FailFastList[TokenId], Field(min_length=1)]
+Prompts = Annotated[FailFastList[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenPrompts = Annotated[FailFastList[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 class CompletionRequest(Parameters):

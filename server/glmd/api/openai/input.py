@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from glmd.api.defaults import Defaults
+from glmd.api.request_body import FailFastList
 from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.types import Conversation
 from glmd.errors import InvalidRequest
@@ -60,8 +61,8 @@ class ConversationFields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    messages: list[dict[str, Any]] = Field(json_schema_extra=MESSAGE_SCHEMA)
-    tools: list[dict[str, Any]] | None = Field(
+    messages: FailFastList[dict[str, Any]] = Field(json_schema_extra=MESSAGE_SCHEMA)
+    tools: FailFastList[dict[str, Any]] | None = Field(
         None, description="Functions that the model may call, in OpenAI's form."
     )
     enable_thinking: bool | None = Field(None, description="Think before answering.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from glmd.api.request_body import FailFastList
 from glmd.api.sampling import INT64, NO_OP, SamplingFields, ignored_header
 from glmd.chat.request_limits import MAX_STOP_LENGTH, MAX_STOP_TOKENS
 from glmd.errors import InvalidRequest
@@ -70,10 +71,10 @@ class Parameters(SamplingFields):
         None, description="Most tokens of the answer, reasoning included; -1: no limit."
     )
     min_tokens: int | None = Field(None, ge=0, description="No end before this many tokens.")
-    stop: Annotated[str | list[str] | None, AfterValidator(check_stops)] = Field(
+    stop: Annotated[str | FailFastList[str] | None, AfterValidator(check_stops)] = Field(
         None, description=f"Strings that end the answer, at most {MAX_STOPS}; not part of it."
     )
-    stop_token_ids: list[TokenId] | None = Field(
+    stop_token_ids: FailFastList[TokenId] | None = Field(
         None, max_length=MAX_STOP_TOKENS, description="Further end tokens."
     )
     ignore_eos: bool | None = Field(None, description="Go on after an end token.")

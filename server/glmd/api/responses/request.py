@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from glmd.api.openai.input import Effort
+from glmd.api.request_body import FailFastList, limit_members
 from glmd.api.responses.schemas import INPUT_SCHEMA, TOOLS_SCHEMA
 from glmd.api.responses.tools import full_name
 from glmd.api.sampling import NO_OP, SamplingFields
@@ -78,12 +79,12 @@ class ResponsesStreamOptions(BaseModel):
 
 class ResponsesRequest(SamplingFields):
     model: str | None = Field(None, description="The served model's id, short name or an alias.")
-    input: str | list[dict[str, Any]] = Field(json_schema_extra=INPUT_SCHEMA)
+    input: str | FailFastList[dict[str, Any]] = Field(json_schema_extra=INPUT_SCHEMA)
     instructions: str | None = Field(None, description="A system message, for this answer alone.")
     previous_response_id: str | None = Field(
         None, description="A stored response, whose conversation this one goes on with."
     )
-    tools: list[dict[str, Any]] | None = Field(
+    tools: FailFastList[dict[str, Any]] | None = Field(
         None,
         description="Functions and custom tools, alone or in namespaces. Hosted tools are left"
         " out.",
@@ -100,7 +101,7 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: int | None = Field(
         None, ge=1, description="Most tokens of the answer, reasoning included."
     )
-    include: list[str] | None = Field(
+    include: FailFastList[str] | None = Field(
         None,
         description=f"{LOGPROBS}: log-probabilities of the answer's tokens."
         " reasoning.encrypted_content: without effect, reasoning comes in plain text.",
@@ -114,9 +115,9 @@ class ResponsesRequest(SamplingFields):
         None, description="Answer at once, and go on; the answer is for retrieval. Not streamed."
     )
     store: bool | None = Field(None, description="False: the response is not kept.")
-    metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(
-        None, max_length=16, description="Kept with the response."
-    )
+    metadata: Annotated[
+        dict[str, Annotated[str, Field(max_length=512)]] | None, limit_members(16)
+    ] = Field(None, max_length=16, description="Kept with the response.")
 
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description=NO_OP + " A prompt that is too long is refused."

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from glmd.api.context import ClientDep
 from glmd.api.openai.input import ConversationFields
 from glmd.api.openai.parameters import TokenId
-from glmd.api.request_body import JsonRoute
+from glmd.api.request_body import FailFastList, JsonRoute
 from glmd.api.sampling import ignored_header
 from glmd.api.state import StateDep
 from glmd.errors import InvalidRequest
@@ -60,7 +60,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: FailFastList[TokenId]
 
 
 class Detokenized(BaseModel):
