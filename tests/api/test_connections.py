@@ -132,7 +132,7 @@ def test_half_a_body_is_408_in_the_apis_shape_and_the_end(hasty: LiveServer, pat
         answer = everything(opened)
     assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     body = json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert "has not arrived within 0.4 s" in body["error"]["message"]
+    assert "did not arrive within 0.4 s" in body["error"]["message"]
     assert body.get("type") == ("error" if path == "/v1/messages" else None)
 
 

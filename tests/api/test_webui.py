@@ -135,7 +135,7 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             assert {http.get(path).status_code for path in pages.PATHS} == {200}
             assert http.get("/v1/models").status_code == 401
         with opened(browser, live.url) as tab:
-            dialog = tab.get_by_role("dialog", name="This server wants an API key")
+            dialog = tab.get_by_role("dialog", name="This server requires an API key")
             expect(dialog.get_by_label("API key")).to_be_focused()
             tab.keyboard.press("Escape")
             expect(dialog).to_be_hidden()
@@ -144,7 +144,7 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             expect(dialog.get_by_label("API key")).to_be_focused()
             tab.keyboard.type("wrong")
             tab.keyboard.press("Enter")
-            expect(dialog.get_by_role("alert")).to_contain_text("does not take the key")
+            expect(dialog.get_by_role("alert")).to_contain_text("did not accept the key")
             tab.keyboard.type("open-sesame")
             tab.keyboard.press("Enter")
             expect(dialog).to_be_hidden()

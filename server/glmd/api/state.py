@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -82,12 +83,6 @@ class ServedModel:
         return any(fnmatchcase(name, own) for own in self.names)
 
 
-@dataclass(slots=True)
-class _LockUsers:
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    count: int = 0
-
-
 class PerClientLock:
     """Per-client mutex: at most one render or compile job per client is queued on the workers.
 
@@ -96,24 +91,19 @@ class PerClientLock:
     """
 
     def __init__(self) -> None:
-        self._clients: dict[str, _LockUsers] = {}
+        # A lock lives while a task holds the lock or waits for the lock.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def acquire(self, client: str) -> AsyncIterator[None]:
         """Hold the client's lock in the block; first come, first served."""
-        users = self._clients.setdefault(client, _LockUsers())
-        users.count += 1
-        try:
-            async with users.lock:
-                yield
-        finally:
-            users.count -= 1
-            if not users.count:
-                del self._clients[client]
+        lock = self._locks.setdefault(client, asyncio.Lock())
+        async with lock:
+            yield
 
     def __len__(self) -> int:
-        """Number of clients that hold the lock or wait for the lock."""
-        return len(self._clients)
+        """Number of clients that hold their lock or wait for their lock."""
+        return len(self._locks)
 
 
 class AppState:

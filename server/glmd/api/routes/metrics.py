@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 from fastapi import APIRouter, Request, Response
@@ -30,6 +30,44 @@ from glmd.engine_client.client import EngineState
 from glmd.utils.memory import process_memory_bytes
 
 router = APIRouter(tags=["Monitoring"])
+
+
+def gauge(name: str, description: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, description, value)
+
+
+def counter(name: str, description: str, value: float) -> Metric:
+    return CounterMetricFamily(name, description, value)
+
+
+ENGINE_METRICS: tuple[tuple[Callable[[str, str, float], Metric], str, str, str], ...] = (
+    (gauge, "num_sequences_running", "running", "Running sequences."),
+    (gauge, "num_sequences_waiting", "waiting", "Sequences waiting in the engine."),
+    (counter, "engine_steps", "steps", "Engine steps."),
+    (counter, "engine_step_rows", "rows", "Token rows of all steps."),
+    (counter, "engine_step_seconds", "step_seconds_total", "Time of all steps."),
+    (counter, "prompt_tokens_computed", "prompt_tokens_computed",
+     "Prompt tokens whose KV was computed."),
+    (counter, "num_preemptions", "preemptions", "Running sequences moved back to the queue."),
+    (gauge, "kv_cache_bytes", "kv_bytes", "Size of KV."),
+    (gauge, "kv_cache_budget_bytes", "kv_budget_bytes", "Maximum size of KV."),
+    (gauge, "kv_cache_tokens", "kv_tokens", "Tokens in the prefix tree."),
+    (gauge, "kv_cache_evictable_tokens", "kv_idle_tokens",
+     "Tokens in the prefix tree that no request uses."),
+    (gauge, "kv_cache_nodes", "kv_segments", "Segments in the prefix tree."),
+    (gauge, "kv_cache_leaves", "kv_branches", "Leaves of the prefix tree."),
+    (counter, "kv_cache_evicted_tokens", "evicted_tokens", "Evicted tokens."),
+    (counter, "out_of_memory", "out_of_memory", "Steps that ran out of device memory."),
+    (gauge, "memory_budget_bytes", "memory_budget_bytes",
+     "Maximum memory of weights, KV and activations."),
+    (counter, "spec_decode_num_drafts", "verified", "Verifications of drafts."),
+    (counter, "spec_decode_num_draft_tokens", "drafted", "Verified draft tokens."),
+    (counter, "spec_decode_num_accepted_tokens", "accepted", "Accepted draft tokens."),
+    (gauge, "spec_decode_acceptance_rate", "acceptance", "Recent share of accepted drafts."),
+    (gauge, "spec_decode_drafts_per_step", "drafts",
+     "Current number of drafts per sequence and step; 0: drafting is off."),
+)  # fmt: skip
+"""Type, name, attribute of `EngineStats`, description."""
 
 
 @router.get("/metrics", include_in_schema=False)
@@ -64,8 +102,6 @@ class Metrics(Collector):
         yield from self._server()
         yield from self._requests()
         yield from self._engine()
-        yield from self._memory()
-        yield from self._drafts()
 
     def _server(self) -> Iterator[Metric]:
         engine = self._state.engine
@@ -123,38 +159,15 @@ class Metrics(Collector):
 
     def _engine(self) -> Iterator[Metric]:
         stats = self._state.engine.stats
-        yield gauge("glmd_num_sequences_running", "Running sequences.", stats.running)
-        yield gauge("glmd_num_sequences_waiting", "Sequences waiting in the engine.", stats.waiting)
-        yield counter("glmd_engine_steps", "Engine steps.", stats.steps)
-        yield counter("glmd_engine_step_rows", "Token rows of all steps.", stats.rows)
-        yield counter("glmd_engine_step_seconds", "Time of all steps.", stats.step_seconds_total)
-        yield counter(
-            "glmd_prompt_tokens_computed",
-            "Prompt tokens whose KV was computed.",
-            stats.prompt_tokens_computed,
-        )
-        yield counter(
-            "glmd_num_preemptions", "Running sequences moved back to the queue.", stats.preemptions
-        )
-
-    def _memory(self) -> Iterator[Metric]:
-        stats = self._state.engine.stats
+        for build, name, attribute, description in ENGINE_METRICS:
+            yield build(f"glmd_{name}", description, getattr(stats, attribute))
         budget = stats.kv_budget_bytes
         usage = stats.kv_bytes / budget if budget else 0.0
         yield gauge("glmd_kv_cache_usage_perc", "Used share of the KV budget, 0 to 1.", usage)
-        yield gauge("glmd_kv_cache_bytes", "Size of KV.", stats.kv_bytes)
-        yield gauge("glmd_kv_cache_budget_bytes", "Maximum size of KV.", budget)
-        yield gauge("glmd_kv_cache_tokens", "Tokens in the prefix tree.", stats.kv_tokens)
         yield gauge(
-            "glmd_kv_cache_evictable_tokens",
-            "Tokens in the prefix tree that no request uses.",
-            stats.kv_idle_tokens,
-        )
-        yield gauge("glmd_kv_cache_nodes", "Segments in the prefix tree.", stats.kv_segments)
-        yield gauge("glmd_kv_cache_leaves", "Leaves of the prefix tree.", stats.kv_branches)
-        yield counter("glmd_kv_cache_evicted_tokens", "Evicted tokens.", stats.evicted_tokens)
-        yield counter(
-            "glmd_out_of_memory", "Steps that ran out of device memory.", stats.out_of_memory
+            "glmd_spec_decode_mean_acceptance_length",
+            "Tokens per verification, including the token that is not drafted.",
+            1 + stats.accepted / stats.verified if stats.verified else 1.0,
         )
         kinds = GaugeMetricFamily(
             "glmd_memory_bytes",
@@ -165,43 +178,9 @@ class Metrics(Collector):
         for kind in ("weight", "kv", "active", "cache"):
             kinds.add_metric([kind], getattr(stats, f"{kind}_bytes"))
         yield kinds
-        yield gauge(
-            "glmd_memory_budget_bytes",
-            "Maximum memory of weights, KV and activations.",
-            stats.memory_budget_bytes,
-        )
         processes = GaugeMetricFamily(
             "glmd_process_footprint_bytes", "Memory footprint of a process.", labels=["process"]
         )
         processes.add_metric(["api"], process_memory_bytes())
         processes.add_metric(["engine"], stats.footprint_bytes)
         yield processes
-
-    def _drafts(self) -> Iterator[Metric]:
-        stats = self._state.engine.stats
-        yield counter("glmd_spec_decode_num_drafts", "Verifications of drafts.", stats.verified)
-        yield counter("glmd_spec_decode_num_draft_tokens", "Verified draft tokens.", stats.drafted)
-        yield counter(
-            "glmd_spec_decode_num_accepted_tokens", "Accepted draft tokens.", stats.accepted
-        )
-        yield gauge(
-            "glmd_spec_decode_mean_acceptance_length",
-            "Tokens per verification, including the token that is not drafted.",
-            1 + stats.accepted / stats.verified if stats.verified else 1.0,
-        )
-        yield gauge(
-            "glmd_spec_decode_acceptance_rate", "Recent share of accepted drafts.", stats.acceptance
-        )
-        yield gauge(
-            "glmd_spec_decode_drafts_per_step",
-            "Current number of drafts per sequence and step; 0: drafting is off.",
-            stats.drafts,
-        )
-
-
-def gauge(name: str, description: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, description, value)
-
-
-def counter(name: str, description: str, value: float) -> Metric:
-    return CounterMetricFamily(name, description, value)

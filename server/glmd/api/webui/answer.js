@@ -53,7 +53,7 @@ export class Answer {
     if (chunk.usage) this.usage = chunk.usage;
     if (chunk.prompt_progress && this.first === null) {
       const { processed, total } = chunk.prompt_progress;
-      say(this.note, `Reading the prompt: ${count(processed)} of ${count(total)} tokens`);
+      say(this.note, `Processing the prompt: ${count(processed)} of ${count(total)} tokens`);
     }
     for (const { delta, finish_reason } of chunk.choices ?? []) {
       if (delta.reasoning_content) this.#think(delta.reasoning_content);
@@ -100,7 +100,7 @@ export class Answer {
     this.thoughts.end();
     this.words.end();
     this.element.setAttribute("aria-busy", "false");
-    if (this.answered === null && this.reasoning) say(this.summary, "Thought, without an answer");
+    if (this.answered === null && this.reasoning) say(this.summary, "Thought without an answer");
     const said = [outcome || REASONS[this.reason]];
     if (this.usage) {
       const { prompt_tokens: prompt, completion_tokens: made } = this.usage;

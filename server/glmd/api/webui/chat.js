@@ -115,7 +115,7 @@ export class Chat {
       this.#announce(answer.take(JSON.parse(data)));
       this.#follow();
     }
-    throw new ApiError("The answer ended before its end.");
+    throw new ApiError("The stream ended before the answer was complete.");
   }
 
   #body() {

@@ -80,7 +80,7 @@ export class Server {
     this.requests.show(running, recent);
     memory(stats);
     list("tree", {
-      "Tokens kept": count(stats.kv_tokens),
+      "Tokens cached": count(stats.kv_tokens),
       "In use": count(stats.kv_tokens - stats.kv_idle_tokens),
       Segments: count(stats.kv_segments),
       Branches: count(stats.kv_branches),
@@ -134,7 +134,7 @@ function memory(stats) {
     say(byId(`bytes-${name}`), bytes(Math.round(part)));
   }
   say(byId("bytes-taken"), `${bytes(Math.round(taken))} of ${bytes(total)}`);
-  say(byId("kv-room"), `KV may take ${bytes(stats.kv_budget_bytes)}.`);
+  say(byId("kv-room"), `KV budget: ${bytes(stats.kv_budget_bytes)}.`);
 }
 
 const share = (part, whole) => (whole ? `${Math.floor((100 * part) / whole)} %` : "–");
