@@ -219,7 +219,7 @@ def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
 def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> None:
     registry = RequestRegistry()
     exchange = HttpExchange("id", "POST", "/v1/completions", "127.0.0.1")
-    exchange.asks("completions", None, stream=False)
+    exchange.set_request("completions", None, stream=False)
     stats = registry.record(exchange, EngineRequest(id="a", prompt=pack_tokens(range(1000))))
     seen = []
     with registry.in_flight(stats):

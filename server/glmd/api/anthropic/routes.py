@@ -66,7 +66,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
-    terms.exchange.asks("messages", body.model, stream=body.stream)
+    terms.exchange.set_request("messages", body.model, stream=body.stream)
     defaults = service.defaults(body.model, body.profile)
     conversation = read_conversation(body, defaults)
     choice = body.tool_choice

@@ -107,7 +107,7 @@ class HttpExchange:
         self.ended = time.monotonic()
         self.status = self.status or 499
 
-    def asks(
+    def set_request(
         self, api: Api, model: str | None, *, stream: bool | None, background: bool | None = False
     ) -> None:
         """Set the properties of a request that generates."""

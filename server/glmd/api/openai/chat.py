@@ -50,7 +50,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
-    terms.exchange.asks("chat", body.model, stream=body.stream)
+    terms.exchange.set_request("chat", body.model, stream=body.stream)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     options = body.engine_options(body.token_limit or defaults.max_tokens)

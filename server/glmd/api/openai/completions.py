@@ -56,7 +56,7 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
-    terms.exchange.asks("completions", body.model, stream=body.stream)
+    terms.exchange.set_request("completions", body.model, stream=body.stream)
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     limit = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
