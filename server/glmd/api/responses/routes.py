@@ -130,7 +130,9 @@ async def prepare(
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
     """
-    terms.exchange.set_request("responses", body.model, stream=body.stream, background=body.background)
+    terms.exchange.set_request(
+        "responses", body.model, stream=body.stream, background=body.background
+    )
     defaults = service.defaults(body.model, body.profile)
     body.refuse_unsupported()
     previous, earlier, new = items_of(body, store)
