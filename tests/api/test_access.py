@@ -1,4 +1,4 @@
-"""Who gets in: the address that is listened on, the names that are answered to, origins, keys."""
+"""Access control: listening address, allowed hosts and origins, API keys."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_public_address_needs_a_key_or_allow_unauthenticated(host: str) -> Non
     require_key_on_public_bind(Settings(host=host, allow_unauthenticated=True), ApiKeyStore())
 
 
-def test_the_command_says_so_in_one_line_before_it_looks_for_the_model(tmp_path: Path) -> None:
+def test_serve_refuses_a_public_address_before_loading_the_model(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "glmd", "serve", "no/such-model", "--host", "0.0.0.0"],
         env={"PYTHONPATH": ":".join(sys.path), "HOME": str(tmp_path)},
@@ -94,9 +94,7 @@ def test_keys_come_from_the_setting_and_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o660])
-def test_a_file_of_keys_that_others_can_read_or_change_is_refused(
-    tmp_path: Path, mode: int
-) -> None:
+def test_a_key_file_accessible_to_other_users_is_refused(tmp_path: Path, mode: int) -> None:
     file = private(tmp_path / "keys", "secret\n")
     file.chmod(mode)
     with pytest.raises(SettingsError, match=r"accessible to other users. Run: chmod 600 .*/keys"):
@@ -106,7 +104,7 @@ def test_a_file_of_keys_that_others_can_read_or_change_is_refused(
 @pytest.mark.parametrize(
     ("content", "why"), [(None, "No such file"), ("# none\n\n", "no API key"), (b"\xff", "UTF-8")]
 )
-def test_a_file_without_keys_is_refused(
+def test_a_key_file_without_keys_is_refused(
     tmp_path: Path, content: str | bytes | None, why: str
 ) -> None:
     file = tmp_path / "keys"
@@ -120,7 +118,7 @@ def test_a_file_without_keys_is_refused(
         ApiKeyStore.of(Settings(api_key_file=file))
 
 
-def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
+def test_key_command_creates_lists_and_revokes_keys_and_stores_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "glmd" / "keys.json"
@@ -153,7 +151,7 @@ def test_the_command_makes_lists_and_revokes_keys_and_keeps_only_hashes(
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"keys": [{"name": "a"}]}', '{"keys": [{"name": "a", "sha256": "x"}]}']
 )
-def test_a_damaged_store_is_not_an_empty_one(tmp_path: Path, text: str) -> None:
+def test_a_damaged_key_store_is_refused(tmp_path: Path, text: str) -> None:
     store = private(tmp_path / "keys.json", text)
     with pytest.raises(SettingsError, match="damaged"):
         ApiKeyStore.of(Settings(), store)
@@ -166,14 +164,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guarded(store: Path) -> Iterator[LiveServer]:
-    """A server that follows a store of keys, called by another name, with a front end allowed."""
+    """A server with a key store, an allowed host and an allowed origin."""
     with live_server(
         keys=store, allowed_hosts=("*.example.org",), cors_origins=(FRONT_END, "app://*")
     ) as live:
         yield live
 
 
-def test_a_running_server_follows_the_store_and_the_last_key_revoked_opens_nothing(
+def test_a_running_server_reloads_keys_and_stays_closed_without_keys(
     guarded: LiveServer, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -216,7 +214,7 @@ def test_a_running_server_follows_the_store_and_the_last_key_revoked_opens_nothi
         "host.docker.internal:8000",
     ],
 )
-def test_the_server_answers_to_this_machines_names(http: httpx.Client, host: str) -> None:
+def test_names_of_this_machine_are_allowed_hosts(http: httpx.Client, host: str) -> None:
     assert http.get("/v1/models", headers={"host": host}).status_code == 200
 
 
@@ -228,9 +226,7 @@ def test_the_server_answers_to_this_machines_names(http: httpx.Client, host: str
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/", "/v1/messages"])
-def test_a_page_whose_name_was_bent_to_this_machine_is_told_nothing(
-    http: httpx.Client, host: str, path: str
-) -> None:
+def test_dns_rebinding_is_refused(http: httpx.Client, host: str, path: str) -> None:
     response = http.get(path, headers={"host": host})
     assert "allowed_hosts" in error_of(response, 421)["message"]
     assert (response.json().get("type") == "error") == (path == "/v1/messages")
@@ -257,7 +253,7 @@ def test_a_client_of_http_1_0_needs_no_host(scripted: LiveServer) -> None:
     "origin",
     ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "x", "http://["],
 )
-def test_what_a_foreign_page_asks_for_is_refused(http: httpx.Client, origin: str) -> None:
+def test_requests_of_foreign_origins_are_refused(http: httpx.Client, origin: str) -> None:
     for path, shape in (("/v1/chat/completions", "openai"), ("/v1/messages", "anthropic")):
         response = http.post(path, json=CHAT, headers={"origin": origin})
         assert error_of(response, 403)["type"] == "permission_error"
@@ -270,14 +266,14 @@ def test_what_a_foreign_page_asks_for_is_refused(http: httpx.Client, origin: str
     assert asked.status_code == 403
 
 
-def test_the_servers_own_page_may_ask(scripted: LiveServer, http: httpx.Client) -> None:
+def test_requests_of_the_same_origin_are_allowed(scripted: LiveServer, http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json=CHAT, headers={"origin": scripted.url})
     assert answer.status_code == 200
     own = {"origin": "http://localhost:5", "host": "localhost:5"}
     assert http.get("/v1/models", headers=own).status_code == 200
 
 
-def test_a_front_end_that_is_allowed_can_ask_and_read_even_that_it_lacks_a_key(
+def test_an_allowed_origin_can_read_responses_including_401(
     guarded: LiveServer, store: Path
 ) -> None:
     key = create_key(store, "front")
@@ -310,7 +306,7 @@ def test_a_front_end_that_is_allowed_can_ask_and_read_even_that_it_lacks_a_key(
 # -- the head of a request ------------------------------------------------------------------
 
 
-def test_a_head_that_is_too_large_is_431_with_the_headers_name(http: httpx.Client) -> None:
+def test_headers_that_are_too_large_are_431_with_the_headers_name(http: httpx.Client) -> None:
     large = http.get("/v1/models", headers={"cookie": "c" * 33_000, "x-small": "s"})
     error = error_of(large, 431)
     assert error["param"] == "headers.cookie"
@@ -319,13 +315,13 @@ def test_a_head_that_is_too_large_is_431_with_the_headers_name(http: httpx.Clien
     assert error_of(many, 431)["param"] == "headers"
 
 
-def test_an_address_that_is_too_long_is_414(http: httpx.Client) -> None:
+def test_a_url_that_is_too_long_is_414(http: httpx.Client) -> None:
     error = error_of(http.get("/v1/models/" + "a" * 9000), 414)
     assert error["param"] == "url"
     assert len(error["message"]) < 100
 
 
-def test_a_head_without_an_end_is_cut_off_at_the_servers_bound(scripted: LiveServer) -> None:
+def test_endless_headers_are_refused_by_the_http_server(scripted: LiveServer) -> None:
     address = scripted.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=30) as opened:
         opened.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
@@ -341,7 +337,7 @@ def test_a_head_without_an_end_is_cut_off_at_the_servers_bound(scripted: LiveSer
         assert http.get("/livez").status_code == 200
 
 
-def test_the_store_holds_what_it_says(store: Path, tmp_path: Path) -> None:
+def test_the_key_store_file_has_the_documented_format(store: Path, tmp_path: Path) -> None:
     key = create_key(tmp_path / "k.json", "one")
     (entry,) = json.loads((tmp_path / "k.json").read_text())["keys"]
     assert entry.keys() == {"name", "sha256", "created"}

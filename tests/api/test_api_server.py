@@ -1,4 +1,4 @@
-"""The server around the routes: health, models, errors, keys, bodies, and the way it ends."""
+"""HTTP behaviour of all routes: health, models, errors, keys, bodies, startup errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glmd.errors import SettingsError
 
 
 def error_of(response: httpx.Response) -> dict[str, str | None]:
-    """The error object, whose shape must be OpenAI's."""
+    """Return the error object; it must have OpenAI's format."""
     body = response.json()
     assert list(body) == ["error"]
     assert list(body["error"]) == ["message", "type", "param", "code"]
@@ -26,7 +26,7 @@ def error_of(response: httpx.Response) -> dict[str, str | None]:
     return body["error"]
 
 
-def test_livez_and_health_say_that_all_is_well(http: httpx.Client) -> None:
+def test_livez_and_health_are_200_when_ready(http: httpx.Client) -> None:
     assert http.get("/livez").json() == {"status": "alive"}
     health = http.get("/health")
     assert health.status_code == 200
@@ -39,7 +39,7 @@ def test_livez_and_health_say_that_all_is_well(http: httpx.Client) -> None:
     }
 
 
-def test_models_lists_the_one_with_its_context_and_names(http: httpx.Client) -> None:
+def test_models_lists_the_model_with_context_and_names(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     assert model["id"] == "test/tiny"
     assert model["object"] == "model"
@@ -49,7 +49,7 @@ def test_models_lists_the_one_with_its_context_and_names(http: httpx.Client) -> 
 
 
 @pytest.mark.parametrize("name", ["test/tiny", "tiny", "default", "gpt-test"])
-def test_a_model_answers_to_all_its_names(http: httpx.Client, name: str) -> None:
+def test_a_model_is_found_by_every_name(http: httpx.Client, name: str) -> None:
     assert http.get(f"/v1/models/{name}").json()["id"] == "test/tiny"
 
 
@@ -61,7 +61,7 @@ def test_an_unknown_model_is_404_in_openais_shape(http: httpx.Client) -> None:
     assert "'gpt-5'" in str(error["message"])
 
 
-def test_an_unknown_path_and_a_wrong_method_keep_the_shape(http: httpx.Client) -> None:
+def test_unknown_paths_and_methods_have_openais_error_format(http: httpx.Client) -> None:
     response = http.get("/v1/nothing")
     assert response.status_code == 404
     assert error_of(response)["message"] == "Path /v1/nothing not found."
@@ -84,7 +84,7 @@ def test_an_unknown_path_and_a_wrong_method_keep_the_shape(http: httpx.Client) -
         b"1",
     ],
 )
-def test_a_broken_body_is_400(http: httpx.Client, body: bytes) -> None:
+def test_invalid_json_is_400(http: httpx.Client, body: bytes) -> None:
     response = http.post(
         "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
     )
@@ -102,10 +102,10 @@ def test_a_broken_body_is_400(http: httpx.Client, body: bytes) -> None:
         (r"\\ud83d \\\ud83d", "\\ud83d \\\ufffd"),
     ],
 )
-def test_half_of_a_surrogate_pair_does_not_end_a_conversation(
+def test_a_lone_surrogate_becomes_a_replacement_character(
     http: httpx.Client, sent: str, read: str
 ) -> None:
-    """As agents send it, who cut what tools print without regard for pairs."""
+    """Agents cut the output of tools inside surrogate pairs."""
     body = f'{{"messages": [{{"role": "user", "content": "{sent}"}}]}}'
     response = http.post(
         "/apply-template", content=body, headers={"content-type": "application/json"}
@@ -114,7 +114,7 @@ def test_half_of_a_surrogate_pair_does_not_end_a_conversation(
     assert f"<|user|>{read}<|assistant|>" in response.json()["prompt"]
 
 
-def test_head_is_answered_wherever_get_is(http: httpx.Client) -> None:
+def test_head_is_answered_like_get(http: httpx.Client) -> None:
     for path in ("/livez", "/health", "/v1/models", "/v1/models/tiny", "/openapi.json"):
         response = http.head(path)
         assert response.status_code == 200
@@ -127,7 +127,7 @@ def test_head_is_answered_wherever_get_is(http: httpx.Client) -> None:
     "content_type",
     ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"],
 )
-def test_another_content_type_is_415(http: httpx.Client, content_type: str) -> None:
+def test_other_content_types_are_415(http: httpx.Client, content_type: str) -> None:
     response = http.post(
         "/v1/chat/completions", content=b"{}", headers={"content-type": content_type}
     )
@@ -135,7 +135,7 @@ def test_another_content_type_is_415(http: httpx.Client, content_type: str) -> N
     assert "application/json" in str(error_of(response)["message"])
 
 
-def test_every_response_has_a_request_id_and_takes_over_the_clients(http: httpx.Client) -> None:
+def test_every_response_has_a_request_id_preferably_the_clients(http: httpx.Client) -> None:
     assert len(http.get("/livez").headers["x-request-id"]) == 32
     mine = http.get("/livez", headers={"x-request-id": "abc-1"})
     assert mine.headers["x-request-id"] == "abc-1"
@@ -143,7 +143,7 @@ def test_every_response_has_a_request_id_and_takes_over_the_clients(http: httpx.
     assert forged.headers["x-request-id"] != "a b\tc"
 
 
-def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length() -> None:
+def test_a_body_over_the_limit_is_413_with_or_without_content_length() -> None:
     with live_server(max_body="2KiB") as live, live.client() as http:
         headers = {"content-type": "application/json"}
         for content in (b" " * 3000, iter([b" " * 1500] * 2)):
@@ -152,7 +152,7 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length() -> Non
             assert "2048 bytes" in str(error_of(response)["message"])
 
 
-def test_with_a_key_everything_but_health_wants_it() -> None:
+def test_with_a_key_all_routes_but_health_require_it() -> None:
     with live_server(api_key="s3cret-ß") as live, live.client() as http:
         assert http.get("/livez").status_code == 200
         assert http.get("/health").status_code == 200
@@ -165,7 +165,7 @@ def test_with_a_key_everything_but_health_wants_it() -> None:
         assert known.status_code == 200
 
 
-def test_while_loading_health_is_503_and_requests_are_told_to_come_back(tmp_path: Path) -> None:
+def test_while_loading_health_and_requests_are_503_with_retry_after(tmp_path: Path) -> None:
     config = {"on_load": "wait"}
     with live_server(engine="fake_engine", config=config, ready=False) as live:
         live.wait_for("loading")
@@ -179,7 +179,7 @@ def test_while_loading_health_is_503_and_requests_are_told_to_come_back(tmp_path
 
 
 def glmd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command, which must end by itself."""
+    """Run a command that exits."""
     return subprocess.run(
         [sys.executable, "-m", "glmd", *arguments],
         capture_output=True,
@@ -190,7 +190,7 @@ def glmd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_mistake_at_start_is_one_line_and_an_exit_code(
+def test_a_startup_error_is_one_line_and_an_exit_code(
     scripted: LiveServer, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "glmd.toml"
@@ -220,7 +220,7 @@ def test_the_api_process_never_imports_the_array_libraries() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_localhost_is_every_address_of_that_name() -> None:
+def test_localhost_listens_on_every_address_of_the_name() -> None:
     sockets = listen("localhost", 0)
     assert len({opened.getsockname()[1] for opened in sockets}) == 1
     for opened in sockets:
@@ -229,13 +229,13 @@ def test_localhost_is_every_address_of_that_name() -> None:
         opened.close()
 
 
-def test_an_unknown_host_is_said_to_be() -> None:
+def test_an_unknown_host_is_reported() -> None:
     with pytest.raises(SettingsError, match=r"Cannot listen on no\.such\.host\.invalid port 1"):
         listen("no.such.host.invalid", 1)
 
 
-def test_what_is_written_leaves_at_once() -> None:
-    """Small writes must not wait for the acknowledgement of the one before (TCP_NODELAY)."""
+def test_connections_have_tcp_nodelay() -> None:
+    """Otherwise a small write waits for the acknowledgement of the previous write."""
 
     async def accepted() -> int:
         found: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Clients that keep a connection and do nothing with it."""
+"""Timeouts of connections whose clients are silent or slow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = 0.4
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[LiveServer]:
-    """A server that waits for nobody."""
+    """A server with short timeouts."""
     with live_server(
         header_timeout=PATIENCE, body_timeout=PATIENCE, reader_timeout=PATIENCE
     ) as live:
@@ -39,7 +39,7 @@ def connect(live: LiveServer, *, receive_buffer: int | None = None) -> socket.so
 
 
 def everything(opened: socket.socket) -> bytes:
-    """What the server sends until it closes."""
+    """Read until the server closes the connection."""
     data = b""
     try:
         while chunk := opened.recv(65536):
@@ -50,7 +50,7 @@ def everything(opened: socket.socket) -> bytes:
 
 
 def drip(opened: socket.socket, data: bytes) -> bytes:
-    """Send a byte whenever the server has said nothing for a while; what it says, in the end."""
+    """Send single bytes until the server answers; return the answer."""
     opened.settimeout(PATIENCE / 8)
     for byte in data:
         try:
@@ -62,7 +62,7 @@ def drip(opened: socket.socket, data: bytes) -> bytes:
             continue
         except ConnectionError:
             return b""
-    raise AssertionError("the server waits for ever")
+    raise AssertionError("no answer from the server")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -91,14 +91,14 @@ def head(path: str, length: int) -> bytes:
 GET = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
-def test_a_connection_that_says_nothing_is_closed(hasty: LiveServer) -> None:
+def test_a_silent_connection_is_closed(hasty: LiveServer) -> None:
     with connect(hasty) as opened:
         assert everything(opened) == b""
     wait_until(lambda: not open_connections(hasty))
 
 
 def is_alive(opened: socket.socket) -> bool:
-    """Send a request and read the answer, which leaves the connection open."""
+    """Send a request and read its response; the connection stays open."""
     opened.sendall(GET)
     data = b""
     while not data.endswith(b"}"):
@@ -107,8 +107,8 @@ def is_alive(opened: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_half_a_head_is_408_and_the_end(hasty: LiveServer, before: bool) -> None:
-    """Also on a connection that has been of use before."""
+def test_incomplete_headers_are_408_and_the_end(hasty: LiveServer, before: bool) -> None:
+    """On a new connection and on a connection with an earlier request."""
     with connect(hasty) as opened:
         if before:
             assert is_alive(opened)
@@ -119,14 +119,14 @@ def test_half_a_head_is_408_and_the_end(hasty: LiveServer, before: bool) -> None
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "timeout_error"
 
 
-def test_dripping_a_head_gains_no_time(hasty: LiveServer) -> None:
+def test_slow_headers_do_not_extend_the_timeout(hasty: LiveServer) -> None:
     with connect(hasty) as opened:
         answer = drip(opened, b"GET /livez HTTP/1.1\r\nX: " + b"x" * 200)
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-def test_half_a_body_is_408_in_the_apis_shape_and_the_end(hasty: LiveServer, path: str) -> None:
+def test_an_incomplete_body_is_408_and_the_end(hasty: LiveServer, path: str) -> None:
     with connect(hasty) as opened:
         opened.sendall(head(path, 1000) + b'{"model":')
         answer = everything(opened)
@@ -136,13 +136,13 @@ def test_half_a_body_is_408_in_the_apis_shape_and_the_end(hasty: LiveServer, pat
     assert body.get("type") == ("error" if path == "/v1/messages" else None)
 
 
-def test_dripping_a_body_gains_no_time(hasty: LiveServer) -> None:
+def test_a_slow_body_does_not_extend_the_timeout(hasty: LiveServer) -> None:
     with connect(hasty) as opened:
         opened.sendall(head("/v1/chat/completions", 1000))
         assert drip(opened, b" " * 200).startswith(b"HTTP/1.1 408 ")
 
 
-def test_the_rest_of_a_body_that_was_refused_is_not_waited_for(hasty: LiveServer) -> None:
+def test_the_rest_of_a_refused_body_is_not_awaited(hasty: LiveServer) -> None:
     with connect(hasty) as opened:
         opened.sendall(head("/v1/chat/completions", 10**9))
         assert opened.recv(65536).startswith(b"HTTP/1.1 413 ")
@@ -150,8 +150,8 @@ def test_the_rest_of_a_body_that_was_refused_is_not_waited_for(hasty: LiveServer
     wait_until(lambda: not open_connections(hasty))
 
 
-def test_an_idle_connection_is_kept_for_the_next_request(hasty: LiveServer) -> None:
-    """Longer than any of the limits, which are for those who owe something."""
+def test_an_idle_connection_stays_open(hasty: LiveServer) -> None:
+    """Longer than every timeout for silent clients."""
     with connect(hasty) as opened, connect(hasty) as other:
         assert is_alive(opened)
         assert everything(other) == b""
@@ -159,14 +159,14 @@ def test_an_idle_connection_is_kept_for_the_next_request(hasty: LiveServer) -> N
 
 
 def long_answer(**fields: Any) -> bytes:
-    """A request whose answer is a few megabytes of log-probabilities."""
+    """A request whose response has a few megabytes of log-probabilities."""
     script = f"⟦</think>{'word ' * 700}⟧"
     messages = [{"role": "user", "content": script}]
     return request({"messages": messages, "logprobs": True, "top_logprobs": 20, **fields})
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_reader_that_stops_reading_is_cut_and_leaves_nothing(
+def test_a_client_that_stops_reading_is_disconnected_without_leftovers(
     hasty: LiveServer, stream: bool
 ) -> None:
     fds = open_files()
@@ -179,7 +179,7 @@ def test_a_reader_that_stops_reading_is_cut_and_leaves_nothing(
     wait_until(lambda: open_files() <= fds)
 
 
-def test_a_slow_reader_gets_everything(hasty: LiveServer) -> None:
+def test_a_slow_reader_gets_the_whole_response(hasty: LiveServer) -> None:
     data = b""
     begin = time.monotonic()
     with connect(hasty, receive_buffer=4096) as opened:
@@ -197,7 +197,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
 
 
-def test_clients_that_vanish_in_any_phase_leave_no_task(hasty: LiveServer) -> None:
+def test_clients_that_disconnect_in_any_phase_leave_no_task(hasty: LiveServer) -> None:
     engine = hasty.service.engine
     assert engine._supervision is not None
     loop = engine._supervision.get_loop()
@@ -236,7 +236,7 @@ def test_clients_that_vanish_in_any_phase_leave_no_task(hasty: LiveServer) -> No
     assert not engine.queue.tokens
 
 
-def test_connections_beyond_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_beyond_the_limit_are_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "connection_limit", lambda: 3)
     with live_server() as live:
         wait_until(lambda: not open_connections(live))
@@ -255,8 +255,8 @@ def test_connections_beyond_the_limit_are_told_so(monkeypatch: pytest.MonkeyPatc
             each.close()
 
 
-def test_bodies_that_do_not_fit_beside_those_held_are_told_to_come_back() -> None:
-    """Sixteen largest bodies are held, half of them by one client; others still find room."""
+def test_bodies_beyond_the_memory_for_bodies_are_503() -> None:
+    """One client can hold half of the memory; other clients still find memory."""
     fields = {"padding": " " * 1500}
     waits = request({"messages": [{"role": "user", "content": "⟦{wait}⟧"}]} | fields)
     hello = request({"messages": [{"role": "user", "content": "⟦</think>Hi⟧"}]} | fields)

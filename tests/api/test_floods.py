@@ -168,7 +168,7 @@ def wait(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 @contextmanager
 def leaving_nothing(server: Flooded) -> Iterator[None]:
-    """After the block there are no more files and threads than before, and no row runs."""
+    """After the block, files and threads are as before, and no sequence runs."""
     wait(server.at_rest)
     before = server.holdings()
     yield
@@ -186,7 +186,7 @@ def leaving_nothing(server: Flooded) -> Iterator[None]:
 
 @asynccontextmanager
 async def undisturbed(server: Flooded) -> AsyncIterator[None]:
-    """A canary sings meanwhile, again and again, and always the same."""
+    """Run a seeded stream repeatedly during the block; its tokens must not change."""
     over = False
     songs = 0
 
@@ -240,7 +240,7 @@ async def test_a_thousand_connections_at_once_are_all_answered(server: Flooded) 
     assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers)
 
 
-async def test_two_hundred_streams_are_all_served_to_the_end(server: Flooded) -> None:
+async def test_two_hundred_streams_all_complete(server: Flooded) -> None:
     async def stream(seed: int) -> str:
         reader, writer = await server.connect()
         writer.write(http_request(body_of(seed)).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
@@ -281,7 +281,7 @@ async def open_only(server: Flooded) -> None:
 
 
 async def send(server: Flooded, data: bytes, until: bytes = b"") -> None:
-    """Send, perhaps wait for something, and vanish."""
+    """Send, optionally wait for data, and disconnect."""
     reader, writer = await server.connect()
     writer.write(data)
     await writer.drain()
@@ -294,7 +294,7 @@ async def send(server: Flooded, data: bytes, until: bytes = b"") -> None:
 
 
 def vanish(writer: asyncio.StreamWriter) -> None:
-    """Close as a process that is killed does: with a reset."""
+    """Close with a reset, as a killed process does."""
     raw = writer.get_extra_info("socket")
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.close()
@@ -323,7 +323,7 @@ PHASES: dict[str, Callable[[Flooded, int], Awaitable[None]]] = {
 }
 
 
-async def test_clients_that_vanish_in_any_phase_leave_nothing(server: Flooded) -> None:
+async def test_clients_that_disconnect_in_any_phase_leave_no_resources(server: Flooded) -> None:
     with leaving_nothing(server):
         async with undisturbed(server):
             # All of them at once, more than there are places in the engine: some wait.

@@ -1,4 +1,4 @@
-"""`/metrics`: in the formats that Prometheus reads, and adding up with what clients were told."""
+"""`/metrics`: formats, and agreement with the usage in responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def scrape(http: httpx.Client) -> Values:
-    """Every sample, by name and labels."""
+    """Parse all samples, by name and labels."""
     response = http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -71,7 +71,7 @@ def chat(text: str) -> dict[str, Any]:
 
 
 def ask_everything(http: httpx.Client, text: str) -> list[dict[str, int]]:
-    """The same question through every API, streamed and whole; each answer's usage, normalised."""
+    """Send one prompt to every API, streamed and not; return the normalised usage of each."""
     usages = []
     for stream in (False, True):
         calls: list[tuple[str, dict[str, Any]]] = [
@@ -132,7 +132,7 @@ def check_sums(before: Values, after: Values, usages: list[dict[str, int]]) -> N
         assert value(after, name) - value(before, name) == told, name
 
 
-def test_counters_add_up_with_the_usage_that_clients_were_told(http: httpx.Client) -> None:
+def test_counters_equal_the_sum_of_reported_usage(http: httpx.Client) -> None:
     before = scrape(http)
     usages = ask_everything(http, "⟦Hm.</think>One two three.⟧")
     after = scrape(http)
@@ -155,7 +155,7 @@ def test_counters_add_up_with_the_usage_that_clients_were_told(http: httpx.Clien
     assert 0 < value(after, gaps) - value(before, gaps) <= generated - 10
 
 
-def test_the_demo_counts_like_its_answers_and_shows_its_drafts() -> None:
+def test_counters_of_the_demo_equal_its_usage_and_count_drafts() -> None:
     with live_server(folder=DEMO, engine="glmd.engine.core") as live, live.client() as http:
         before = scrape(http)
         usages = ask_everything(http, "What is 17 + 25?")
@@ -192,7 +192,7 @@ def test_the_demo_counts_like_its_answers_and_shows_its_drafts() -> None:
         assert info["has_mtp"] == "true"
 
 
-def test_requests_are_counted_by_the_way_they_end(http: httpx.Client) -> None:
+def test_requests_are_counted_by_finish_reason(http: httpx.Client) -> None:
     before = scrape(http)
     path = "/v1/chat/completions"
     http.post(path, json=chat("⟦{refuse}⟧"))
@@ -213,7 +213,7 @@ def test_requests_are_counted_by_the_way_they_end(http: httpx.Client) -> None:
     assert value(after, "glmd_num_requests_running") == 0
 
 
-def test_responses_are_counted_by_route_and_status_but_not_by_made_up_paths(
+def test_responses_are_counted_by_route_and_status_not_by_unknown_paths(
     http: httpx.Client,
 ) -> None:
     before = scrape(http)
@@ -236,19 +236,19 @@ def test_responses_are_counted_by_route_and_status_but_not_by_made_up_paths(
     assert not [key for key in after if "/nowhere" in str(key)]
 
 
-def test_metrics_want_the_key(live: LiveServer) -> None:
+def test_metrics_require_the_key(live: LiveServer) -> None:
     with live.client() as stranger:
         assert stranger.get("/metrics").status_code == 401
 
 
-def test_openmetrics_is_given_to_those_who_ask_for_it(http: httpx.Client) -> None:
+def test_openmetrics_is_chosen_by_the_accept_header(http: httpx.Client) -> None:
     response = http.get("/metrics", headers={"accept": "application/openmetrics-text"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     states = next(f for f in read_openmetrics(response.text) if f.name == "glmd_engine_state")
     assert {s.labels["glmd_engine_state"]: s.value for s in states.samples}["ready"] == 1
 
 
-def test_an_engine_that_was_started_again_is_counted_and_its_state_shown() -> None:
+def test_engine_restarts_are_counted_and_the_state_is_shown() -> None:
     with live_server() as live, live.client() as http:
         assert value(scrape(http), "glmd_engine_restarts_total") == 0
         http.post("/v1/chat/completions", json=chat("⟦{die}⟧"))
@@ -261,7 +261,7 @@ def names_in(expression: str) -> set[str]:
     return set(re.findall(r"\bglmd_\w+", expression))
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_there_are(http: httpx.Client) -> None:
+def test_dashboard_and_alerts_use_existing_metrics(http: httpx.Client) -> None:
     http.post("/v1/chat/completions", json=chat("⟦</think>One two.⟧"))
     there = {key[0] for key in scrape(http)}
     panels = json.loads(DASHBOARD.read_text())["panels"]
@@ -274,7 +274,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(http: httpx.Client)
         assert names_in(query) <= there, query
 
 
-def test_every_metric_is_in_the_book(http: httpx.Client) -> None:
+def test_every_metric_is_documented(http: httpx.Client) -> None:
     text = (DASHBOARD.parents[2] / "docs" / "monitoring.md").read_text()
     families = text_string_to_metric_families(http.get("/metrics").text)
     # Counters' names come without `_total`, infos' with `_info`.

@@ -1,4 +1,4 @@
-"""Clients take turns before the engine, too: at rendering, tokenizing and compiling grammars."""
+"""Per-client lock for rendering, tokenizing and compiling grammars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-async def test_a_hundred_pieces_of_work_let_another_clients_pass_after_the_first() -> None:
+async def test_a_client_waits_for_at_most_one_job_of_another_client() -> None:
     lock = PerClientLock()
     worker = asyncio.Lock()
     done: list[str] = []
@@ -45,7 +45,7 @@ async def test_a_hundred_pieces_of_work_let_another_clients_pass_after_the_first
     assert not len(lock)
 
 
-async def test_who_gives_up_waiting_leaves_no_trace() -> None:
+async def test_a_cancelled_wait_leaves_no_lock() -> None:
     lock = PerClientLock()
     async with lock.acquire("a"):
         with pytest.raises(TimeoutError):
@@ -59,7 +59,7 @@ async def test_who_gives_up_waiting_leaves_no_trace() -> None:
 
 @contextmanager
 def busy(live: LiveServer, authorization: str) -> Iterator[None]:
-    """Something of that client is being prepared meanwhile, for as long as the block takes."""
+    """Hold the client's lock in the block."""
     begun, over = threading.Event(), threading.Event()
     scope: Any = {
         "type": "http",
@@ -91,7 +91,7 @@ def busy(live: LiveServer, authorization: str) -> Iterator[None]:
         ("x-glmd-timeout", (504, "timeout_error")),
     ],
 )
-def test_a_deadline_passes_before_the_engine_as_well(
+def test_timeouts_apply_while_a_prompt_waits_for_preparation(
     scripted: LiveServer, header: str, expected: tuple[int, str]
 ) -> None:
     path = "/v1/chat/completions"
@@ -105,7 +105,7 @@ def test_a_deadline_passes_before_the_engine_as_well(
     assert not scripted.service.engine.queue.sequences
 
 
-def test_nothing_is_prepared_for_a_client_that_has_gone(
+def test_nothing_is_prepared_for_a_disconnected_client(
     scripted: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = scripted.service

@@ -1,4 +1,4 @@
-"""SIGHUP: what changes at once, what does not, and that nothing in flight notices."""
+"""SIGHUP: reload of settings and of the log file while requests run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wait(condition: object) -> None:
         time.sleep(0.02)
 
 
-def test_what_can_change_changes_the_rest_is_named_and_streams_go_on(
+def test_reload_applies_reloadable_settings_names_others_and_keeps_streams(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "glmd.toml"
@@ -62,7 +62,7 @@ def test_what_can_change_changes_the_rest_is_named_and_streams_go_on(
     assert "Settings that need a restart: changed=max_body" in caplog.text
 
 
-def test_a_bad_file_leaves_the_settings_as_they_are_and_says_why(
+def test_an_invalid_file_keeps_the_settings_and_logs_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "glmd.toml"
@@ -74,7 +74,7 @@ def test_a_bad_file_leaves_the_settings_as_they_are_and_says_why(
 
 
 class Told:
-    """The engine's end of the socket, with what it is going to be told."""
+    """The engine's end of the socket, with the messages to deliver."""
 
     def __init__(self, *messages: ToEngine) -> None:
         self._messages = list(messages)
@@ -86,7 +86,7 @@ class Told:
         pass
 
 
-def test_the_engine_process_logs_from_the_level_that_it_is_told() -> None:
+def test_the_engine_process_applies_a_new_log_level() -> None:
     ours = logging.getLogger("glmd")
     before = ours.level
     try:
@@ -96,7 +96,7 @@ def test_the_engine_process_logs_from_the_level_that_it_is_told() -> None:
         ours.setLevel(before)
 
 
-def test_every_reloadable_setting_is_one() -> None:
+def test_every_reloadable_name_is_a_setting() -> None:
     assert Settings.model_fields.keys() >= RELOADABLE
 
 
@@ -112,15 +112,13 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def hear_sighup() -> Iterator[None]:
-    """Whoever runs this suite may have it ignored, and so would its children."""
+    """The test runner may ignore SIGHUP, which child processes inherit."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
-def test_sighup_has_the_server_read_its_file_anew_and_a_renamed_log_is_begun_anew(
-    file: Path, tmp_path: Path
-) -> None:
+def test_sighup_reloads_settings_and_reopens_a_renamed_log(file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = ["serve", "--port", "0", "--config", str(file), "--log-file", str(log)]
     process = subprocess.Popen([sys.executable, "-m", "glmd", *command], start_new_session=True)
@@ -147,7 +145,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_server_ends_with_its_terminal(file: Path) -> None:
+def test_closing_the_terminal_stops_the_server(file: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         arguments = ["-m", "glmd", "serve", "--port", "0", "--config", str(file)]

@@ -1,4 +1,4 @@
-"""Every request has a largest size in every direction, and is told which one it exceeds."""
+"""Limits of sizes and counts in requests, named in errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ TOO_MUCH = [
 @pytest.mark.parametrize(
     ("path", "body", "param"), TOO_MUCH, ids=[f"{path} {param}" for path, _, param in TOO_MUCH]
 )
-def test_too_much_of_anything_is_400_with_its_name(
+def test_a_field_over_its_limit_is_400_with_its_name(
     http: httpx.Client, path: str, body: dict[str, Any], param: str
 ) -> None:
     response = http.post(path, json=body)
@@ -85,7 +85,7 @@ def test_too_much_of_anything_is_400_with_its_name(
         assert error["param"].startswith(param)
 
 
-def test_a_body_that_is_nested_without_end_is_400(http: httpx.Client) -> None:
+def test_a_deeply_nested_body_is_400(http: httpx.Client) -> None:
     for opening, closing in (("[", "]"), ('{"a":', "}")):
         body = opening * 100_000 + "1" + closing * 100_000
         headers = {"content-type": "application/json"}
@@ -177,7 +177,7 @@ def test_validation_stops_at_the_first_of_many_errors(
     assert caught.value.error_count() < 10
 
 
-def test_an_error_repeats_no_more_than_the_beginning_of_what_was_sent(http: httpx.Client) -> None:
+def test_an_error_quotes_a_bounded_part_of_the_request(http: httpx.Client) -> None:
     long = "x" * 1_000_000
     for path, body in [
         (CHAT, {"messages": [{"role": long, "content": "a"}]}),
@@ -191,10 +191,7 @@ def test_an_error_repeats_no_more_than_the_beginning_of_what_was_sent(http: http
         assert len(response.content) < 2500
 
 
-def test_names_that_point_elsewhere_are_names_of_nothing(
-    http: httpx.Client, scripted: LiveServer
-) -> None:
-    """No name that a client sends is ever a path."""
+def test_names_are_never_used_as_paths(http: httpx.Client, scripted: LiveServer) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "..%2f..%2fetc%2fpasswd", "C:\\x", "\0", "."):
         assert http.post(CHAT, json={"messages": [USER], "model": name}).status_code == 404
         follow = {"input": "a", "previous_response_id": name}

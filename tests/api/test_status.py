@@ -1,4 +1,4 @@
-"""`/glmd/status`: each request while it runs and after, speeds, and the end of a request by id."""
+"""`/glmd/status`: running and finished requests, throughput, cancellation by id."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def status(http: httpx.Client) -> dict[str, Any]:
 def wait_for(
     http: httpx.Client, where: str, matches: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Wait until a request that matches is among `running` or `recent`."""
+    """Wait until `running` or `recent` has a matching request."""
     deadline = time.monotonic() + 20
     while True:
         shown = status(http)
@@ -71,7 +71,7 @@ def wait_for(
 def asked(
     http: httpx.Client, api: str, script: str, **fields: Any
 ) -> Iterator[list[httpx.Response]]:
-    """A request that runs beside the block; its response is in the list after the block."""
+    """Run a request during the block; the list has its response after the block."""
     path, body = BODIES[api]
     answers: list[httpx.Response] = []
     headers = {"x-request-id": f"test-{api}"}
@@ -87,7 +87,7 @@ def asked(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("api", BODIES)
-def test_a_request_is_shown_while_it_runs_and_ends_when_it_is_cancelled(
+def test_a_running_request_is_shown_and_can_be_cancelled(
     http: httpx.Client, api: str, stream: bool
 ) -> None:
     with asked(http, api, "</think>One{wait}", stream=stream) as answers:
@@ -116,7 +116,7 @@ def test_a_request_is_shown_while_it_runs_and_ends_when_it_is_cancelled(
     assert not [r for r in status(http)["running"] if r["id"] == shown["id"]]
 
 
-def test_a_request_whose_client_leaves_is_shown_as_cancelled(http: httpx.Client) -> None:
+def test_a_request_of_a_disconnected_client_is_shown_as_cancelled(http: httpx.Client) -> None:
     path, body = BODIES["chat"]
     with http.stream("POST", path, json={**body("</think>One{wait}"), "stream": True}) as response:
         next(response.iter_raw())
@@ -127,9 +127,7 @@ def test_a_request_whose_client_leaves_is_shown_as_cancelled(http: httpx.Client)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_shown_of_a_finished_request_agrees_with_its_usage(
-    http: httpx.Client, stream: bool
-) -> None:
+def test_a_finished_request_shows_its_usage(http: httpx.Client, stream: bool) -> None:
     path, body = BODIES["chat"]
     request = {**body("Hm.</think>One two three."), "stream": stream, "n": 2}
     if stream:
@@ -147,21 +145,21 @@ def test_what_is_shown_of_a_finished_request_agrees_with_its_usage(
     assert (shown["finish"], shown["error"], shown["sequences"]) == ("stop", None, 2)
 
 
-def test_each_prompt_of_a_completion_is_a_request_of_its_own(http: httpx.Client) -> None:
+def test_each_prompt_of_a_completion_is_one_request(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"prompt": ["⟦a⟧", "⟦b⟧"]})
     id = answer.headers["x-request-id"]
     ids = [r["id"] for r in status(http)["recent"] if r["request_id"] == id]
     assert sorted(ids) == [f"{answer.json()['id']}-0", f"{answer.json()['id']}-1"]
 
 
-def test_an_error_is_shown_with_its_sentence(http: httpx.Client) -> None:
+def test_a_failed_request_shows_its_error(http: httpx.Client) -> None:
     path, body = BODIES["chat"]
     id = http.post(path, json=body("{refuse}")).headers["x-request-id"]
     shown = wait_for(http, "recent", lambda r: r["request_id"] == id)
     assert (shown["finish"], shown["error"]) == ("error", "As you wish.")
 
 
-def test_tokens_and_first_tokens_are_shown_by_time(http: httpx.Client) -> None:
+def test_status_has_series_of_tokens_and_first_tokens(http: httpx.Client) -> None:
     path, body = BODIES["chat"]
     before = sum(status(http)["speed"]["generated"])
     http.post(path, json=body("</think>One two three."))
@@ -175,7 +173,7 @@ def test_tokens_and_first_tokens_are_shown_by_time(http: httpx.Client) -> None:
     assert speed["first_tokens"][-1]["ttft"] > 0
 
 
-def test_status_says_what_is_served_and_how_the_engine_is(http: httpx.Client) -> None:
+def test_status_has_the_model_and_the_engine(http: httpx.Client) -> None:
     shown = status(http)
     assert shown["model"]["id"] == "test/tiny"
     assert shown["engine"]["state"] == "ready"
@@ -184,7 +182,7 @@ def test_status_says_what_is_served_and_how_the_engine_is(http: httpx.Client) ->
     assert shown["uptime"] > 0
 
 
-def test_as_many_ended_requests_are_shown_as_are_asked_for(http: httpx.Client) -> None:
+def test_the_number_of_recent_requests_is_limited_by_the_query(http: httpx.Client) -> None:
     for _ in range(3):
         path, body = BODIES["chat"]
         http.post(path, json=body("</think>x"))
@@ -194,7 +192,7 @@ def test_as_many_ended_requests_are_shown_as_are_asked_for(http: httpx.Client) -
     assert http.get("/glmd/status", params={"recent": -1}).status_code == 400
 
 
-def test_status_says_what_a_request_gets_with_a_profile_and_without() -> None:
+def test_status_has_the_defaults_with_and_without_profiles() -> None:
     with (
         live_server(ready=False, temperature=0.6, enable_thinking=False) as server,
         server.client() as http,
@@ -205,7 +203,7 @@ def test_status_says_what_a_request_gets_with_a_profile_and_without() -> None:
     assert shown["profiles"]["general"]["enable_thinking"] is False
 
 
-def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
+def test_status_and_cancel_require_the_key_and_a_running_request(
     live: LiveServer, http: httpx.Client
 ) -> None:
     with live.client() as stranger:
@@ -216,7 +214,7 @@ def test_status_and_cancel_want_the_key_and_a_request_that_is_there(
     assert "'chatcmpl-x'" in gone.json()["error"]["message"]
 
 
-def test_prompt_tokens_count_as_they_are_computed_and_cached_ones_do_not() -> None:
+def test_computed_prompt_tokens_are_counted_without_cached_tokens() -> None:
     registry = RequestRegistry()
     exchange = HttpExchange("id", "POST", "/v1/completions", "127.0.0.1")
     exchange.set_request("completions", None, stream=False)

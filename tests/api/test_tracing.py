@@ -1,4 +1,4 @@
-"""Spans: one for each request that generates, with its parts, in the client's own trace."""
+"""Spans of requests that generate, with phases, in the client's trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADERS = {"traceparent": f"00-{TRACE:032x}-{PARENT:016x}-01", "tracestate": "ve
 
 
 class Spans(InMemorySpanExporter):
-    """Spans by trace, which come when the processor sends them."""
+    """Exported spans, by trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", BODIES)
-def test_a_request_is_a_span_with_its_parts_in_the_clients_trace(
+def test_a_request_is_a_span_with_phases_in_the_clients_trace(
     http: httpx.Client, spans: Spans, path: str, stream: bool
 ) -> None:
     response = http.post(
@@ -133,28 +133,26 @@ def test_a_request_is_a_span_with_its_parts_in_the_clients_trace(
     assert "One" not in span.to_json()
 
 
-def test_a_request_without_a_trace_begins_one(http: httpx.Client, spans: Spans) -> None:
+def test_a_request_without_a_trace_starts_a_trace(http: httpx.Client, spans: Spans) -> None:
     span, *_ = spans.of(http.post("/v1/completions", json={"prompt": "⟦a⟧"}))
     assert span.parent is None
 
 
-def test_each_prompt_of_a_completion_has_parts_of_its_own(http: httpx.Client, spans: Spans) -> None:
+def test_each_prompt_of_a_completion_has_its_own_phases(http: httpx.Client, spans: Spans) -> None:
     response = http.post("/v1/completions", json={"prompt": ["⟦a⟧", "⟦b⟧"]})
     span, *parts = spans.of(response)
     assert len(parts) == 6
     assert (span.attributes or {})["gen_ai.response.finish_reasons"] == ("stop", "stop")
 
 
-def test_what_is_asked_for_in_the_background_is_a_span_when_it_is_done(
-    http: httpx.Client, spans: Spans
-) -> None:
+def test_a_background_request_is_a_span_when_finished(http: httpx.Client, spans: Spans) -> None:
     response = http.post("/v1/responses", json={"input": SCRIPT, "background": True})
     span, *parts = spans.of(response)
     assert (span.attributes or {})["gen_ai.response.finish_reasons"] == ("stop",)
     assert len(parts) == 3
 
 
-def test_errors_of_the_server_are_errors_and_mistakes_of_clients_are_not(
+def test_server_errors_set_the_error_status_and_client_errors_do_not(
     http: httpx.Client, spans: Spans
 ) -> None:
     path = "/v1/chat/completions"
@@ -166,7 +164,7 @@ def test_errors_of_the_server_are_errors_and_mistakes_of_clients_are_not(
     assert parts == []
 
 
-def test_what_is_polled_is_no_span(http: httpx.Client, spans: Spans) -> None:
+def test_polled_routes_have_no_span(http: httpx.Client, spans: Spans) -> None:
     http.get("/health")
     spans.of(http.post("/v1/completions", json={"prompt": "⟦a⟧"}))
     routes = {(s.attributes or {}).get("http.route") for s in spans.get_finished_spans()}
@@ -178,14 +176,14 @@ def service(**settings: Any) -> AppState:
     return AppState(Settings(**settings), model, EngineProcessConfig(CHECKPOINT, {}))
 
 
-def test_without_the_extra_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_the_extra_is_a_settings_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "glmd.api.observability.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsError, match=r"^tracing: .* Run: pip install 'glmd\[otel\]'$"):
         create_app(service(tracing=True))
 
 
-def test_nothing_of_the_sdk_is_imported_unless_it_is_asked_for() -> None:
+def test_the_sdk_is_imported_only_for_tracing() -> None:
     script = (
         "import sys, glmd.cli, glmd.api.server, glmd.api.state; "
         "sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"

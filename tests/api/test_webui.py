@@ -1,4 +1,4 @@
-"""The page at `/`, in a browser: what people see, do and hear there, and what it never does."""
+"""The web page at `/` in a browser: chat, status, accessibility, security policy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    """The page in a browser of its own; at the end it has broken no rule."""
+    """The page in a new browser; fails if the page violated its policy or logged errors."""
     context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
     context.set_default_timeout(20_000)
     context.add_init_script(path=CHECKS)
@@ -64,7 +64,7 @@ def demo() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def tab(browser: Any, scripted: LiveServer) -> Iterator[Any]:
-    """The page of a server whose engine writes what the prompt says."""
+    """The page of a server with a scripted engine."""
     with opened(browser, scripted.url) as tab:
         yield tab
 
@@ -75,7 +75,7 @@ def send(tab: Any, text: str) -> None:
 
 
 def answers(tab: Any) -> Any:
-    """Answers that have come to their end."""
+    """Complete answers."""
     return tab.locator("article.answer[aria-busy=false]")
 
 
@@ -88,7 +88,7 @@ def asked(live: LiveServer, text: str) -> Iterator[httpx.Response]:
 
 
 def rows(tab: Any) -> Any:
-    """Requests in flight, as the page lists them."""
+    """Running requests in the page's list."""
     return tab.locator("#running tr")
 
 
@@ -97,7 +97,7 @@ def figure(tab: Any, name: str) -> Any:
 
 
 def endless(tab: Any) -> None:
-    """Let the real engine go on after end tokens, so that there is something to stop."""
+    """Make the real engine ignore end tokens, so that answers are long."""
 
     def go_on(route: Any) -> None:
         body = route.request.post_data_json | {"ignore_eos": True}
@@ -124,12 +124,12 @@ def test_every_file_is_served_with_its_type_and_a_strict_policy(http: httpx.Clie
     assert http.get("/page/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
 
 
-def test_nothing_else_is_served(http: httpx.Client) -> None:
+def test_other_files_are_not_served(http: httpx.Client) -> None:
     for path in ("/page/", "/page/index.html", "/page/__init__.py", "/page/..%2fapp.py"):
         assert http.get(path).status_code == 404, path
 
 
-def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
+def test_the_page_needs_no_key_and_asks_for_the_key(browser: Any) -> None:
     with live_server(api_key="open-sesame") as live:
         with live.client() as http:
             assert {http.get(path).status_code for path in pages.PATHS} == {200}
@@ -155,7 +155,7 @@ def test_with_a_key_the_page_is_open_and_asks_for_it(browser: Any) -> None:
             assert "open-sesame" not in tab.content()
 
 
-def test_the_picture_of_the_page_is_small_enough_for_a_repository() -> None:
+def test_the_screenshot_of_the_page_is_small() -> None:
     picture = (ROOT / "docs" / "page.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) <= 300_000
@@ -164,7 +164,7 @@ def test_the_picture_of_the_page_is_small_enough_for_a_repository() -> None:
 # -- the chat -------------------------------------------------------------------------------
 
 
-def test_the_demo_thinks_and_then_answers_in_view(browser: Any, demo: LiveServer) -> None:
+def test_the_demo_shows_reasoning_then_the_answer(browser: Any, demo: LiveServer) -> None:
     with opened(browser, demo.url) as tab:
         tab.evaluate("checks.watch()")
         send(tab, "What is 17 + 25?")
@@ -177,7 +177,7 @@ def test_the_demo_thinks_and_then_answers_in_view(browser: Any, demo: LiveServer
         assert "written" in tab.locator(".note").inner_text()
 
 
-def test_reasoning_is_shown_while_it_comes_and_apart_from_the_answer(tab: Any) -> None:
+def test_reasoning_is_streamed_apart_from_the_answer(tab: Any) -> None:
     send(tab, "⟦First I think.{wait}⟧")
     expect(tab.locator(".reasoning .prose")).to_have_text("First I think.")
     expect(tab.locator(".reasoning")).to_have_attribute("open", "")
@@ -189,7 +189,7 @@ def test_reasoning_is_shown_while_it_comes_and_apart_from_the_answer(tab: Any) -
     assert dim != plain
 
 
-def test_a_conversation_goes_on_from_what_was_stopped(tab: Any) -> None:
+def test_a_conversation_continues_after_a_stopped_answer(tab: Any) -> None:
     send(tab, "⟦First I think.{wait}⟧")
     expect(tab.locator(".reasoning .prose")).to_have_text("First I think.")
     tab.get_by_role("button", name="Stop").click()
@@ -200,7 +200,7 @@ def test_a_conversation_goes_on_from_what_was_stopped(tab: Any) -> None:
     assert sent.value.post_data_json["messages"][1]["reasoning_content"] == "First I think."
 
 
-def test_escape_stops_the_answer_and_frees_its_row(browser: Any, demo: LiveServer) -> None:
+def test_escape_cancels_the_request(browser: Any, demo: LiveServer) -> None:
     with opened(browser, demo.url) as tab:
         endless(tab)
         send(tab, "Hello, I am Nora.")
@@ -213,7 +213,7 @@ def test_escape_stops_the_answer_and_frees_its_row(browser: Any, demo: LiveServe
         demo.wait_until_idle()
 
 
-def test_each_turn_is_sent_with_those_before_it_and_the_switches(tab: Any) -> None:
+def test_each_request_has_the_earlier_turns_and_the_options(tab: Any) -> None:
     tab.get_by_role("button", name="Options").click()
     tab.get_by_label("System prompt").fill("Be brief.")
     tab.get_by_label("Temperature").fill("0.5")
@@ -237,7 +237,7 @@ def test_each_turn_is_sent_with_those_before_it_and_the_switches(tab: Any) -> No
     assert "top_p" not in body
 
 
-def test_trying_again_replaces_the_last_answer_and_a_new_chat_forgets_all(tab: Any) -> None:
+def test_try_again_replaces_the_last_answer_and_new_chat_clears_all(tab: Any) -> None:
     send(tab, "⟦</think>Once.⟧")
     expect(answers(tab)).to_have_count(1)
     with tab.expect_request("**/v1/chat/completions") as sent:
@@ -252,7 +252,7 @@ def test_trying_again_replaces_the_last_answer_and_a_new_chat_forgets_all(tab: A
     expect(answers(tab)).to_have_count(1)
 
 
-def test_a_refusal_is_shown_and_the_conversation_goes_on(tab: Any) -> None:
+def test_an_error_is_shown_and_the_conversation_continues(tab: Any) -> None:
     send(tab, "⟦{refuse}⟧")
     expect(tab.get_by_role("alert").filter(has_text="As you wish.")).to_be_visible()
     expect(answers(tab)).to_have_count(1)
@@ -260,7 +260,7 @@ def test_a_refusal_is_shown_and_the_conversation_goes_on(tab: Any) -> None:
     expect(answers(tab).last).to_contain_text("Better.")
 
 
-def test_an_engine_that_dies_is_an_error_beside_what_had_come(
+def test_an_engine_crash_is_an_error_beside_the_partial_answer(
     tab: Any, scripted: LiveServer
 ) -> None:
     send(tab, "⟦</think>So far{wait}⟧")
@@ -275,7 +275,7 @@ def test_an_engine_that_dies_is_an_error_beside_what_had_come(
     expect(figure(tab, "Restarts")).not_to_have_text("0")
 
 
-def test_the_options_show_what_the_server_has_and_a_profile_changes_it(browser: Any) -> None:
+def test_the_options_show_the_defaults_of_the_server_and_of_a_profile(browser: Any) -> None:
     with (
         live_server(enable_thinking=False, temperature=0.6) as live,
         opened(browser, live.url) as tab,
@@ -293,7 +293,7 @@ def test_the_options_show_what_the_server_has_and_a_profile_changes_it(browser: 
         expect(answers(tab)).to_contain_text("Done.")
 
 
-def test_a_bad_option_is_shown_and_nothing_is_sent(tab: Any) -> None:
+def test_an_invalid_option_is_shown_and_not_sent(tab: Any) -> None:
     tab.get_by_role("button", name="Options").click()
     tab.get_by_label("Temperature").fill("3")
     tab.get_by_role("button", name="Options").click()
@@ -307,7 +307,7 @@ MARKUP = "<img src=x onerror=alert(1)> <b>bold</b>"
 CODE = "if a < b:\n    pass\n"
 
 
-def test_text_is_shown_as_it_is_and_code_apart(tab: Any) -> None:
+def test_text_is_shown_unchanged_and_code_in_blocks(tab: Any) -> None:
     send(tab, f"⟦</think>{MARKUP}\n\n  two  spaces\n```python\n{CODE}```\nafter `x`⟧")
     expect(answers(tab)).to_have_count(1)
     texts = tab.locator(".content > .text").evaluate_all("(all) => all.map((e) => e.textContent)")
@@ -321,7 +321,7 @@ def test_text_is_shown_as_it_is_and_code_apart(tab: Any) -> None:
 # -- the server -----------------------------------------------------------------------------
 
 
-def test_a_request_of_another_client_is_listed_and_can_be_cancelled(
+def test_requests_of_other_clients_are_listed_and_can_be_cancelled(
     tab: Any, scripted: LiveServer
 ) -> None:
     with asked(scripted, "⟦</think>Still here{wait}⟧") as response:
@@ -337,14 +337,14 @@ def test_a_request_of_another_client_is_listed_and_can_be_cancelled(
     scripted.wait_until_idle()
 
 
-def test_cancelling_ones_own_request_in_the_list_is_an_error_in_the_chat(tab: Any) -> None:
+def test_cancelling_the_pages_own_request_is_an_error_in_the_chat(tab: Any) -> None:
     send(tab, "⟦</think>Mine{wait}⟧")
     rows(tab).get_by_role("button").click()
     expect(tab.locator(".answer").get_by_role("alert")).to_contain_text("cancelled at the server")
     expect(tab.locator(".content")).to_have_text("Mine")
 
 
-def test_the_figures_are_those_of_the_engine(browser: Any, demo: LiveServer) -> None:
+def test_the_figures_equal_the_engines_statistics(browser: Any, demo: LiveServer) -> None:
     with opened(browser, demo.url) as tab:
         send(tab, "Hello, I am Nora.")
         expect(answers(tab)).to_have_count(1)
@@ -366,7 +366,7 @@ def test_the_figures_are_those_of_the_engine(browser: Any, demo: LiveServer) -> 
         assert "undefined" not in tab.locator("#server").inner_text()
 
 
-def test_a_server_that_is_gone_is_said_to_be_and_found_again(tab: Any) -> None:
+def test_an_unreachable_server_is_shown_and_reconnected(tab: Any) -> None:
     expect(tab.locator("#state")).to_have_text("ready")
     tab.context.set_offline(True)
     expect(tab.locator("#state")).to_have_text("unreachable")
@@ -376,7 +376,7 @@ def test_a_server_that_is_gone_is_said_to_be_and_found_again(tab: Any) -> None:
     expect(tab.locator("#state")).to_have_text("ready")
 
 
-def test_a_long_answer_is_shown_whole_in_blocks_of_its_lines(tab: Any) -> None:
+def test_a_long_answer_is_shown_completely(tab: Any) -> None:
     lines = [f"{number}. line" + "\n" * (number % 3 == 0) for number in range(120)]
     text = "\n".join(lines)
     send(tab, f"⟦</think>{text}\n```\n{text}\n```⟧")
@@ -390,7 +390,7 @@ def test_a_long_answer_is_shown_whole_in_blocks_of_its_lines(tab: Any) -> None:
 # -- for everyone ---------------------------------------------------------------------------
 
 
-def test_the_keyboard_alone_is_enough(tab: Any) -> None:
+def test_the_page_can_be_used_by_keyboard(tab: Any) -> None:
     expect(tab.get_by_label("Message")).to_be_focused()
     tab.keyboard.type("⟦</think>a")
     tab.keyboard.press("Shift+Enter")
@@ -410,7 +410,7 @@ def test_the_keyboard_alone_is_enough(tab: Any) -> None:
     expect(tab.get_by_label("Message")).to_be_focused()
 
 
-def test_screen_readers_hear_how_it_goes_and_every_control_has_a_name(tab: Any) -> None:
+def test_progress_is_announced_and_every_control_has_a_name(tab: Any) -> None:
     assert tab.evaluate("checks.unnamed()") == []
     assert tab.get_by_role("log").get_attribute("aria-live") in (None, "polite")
     progress = tab.locator("#progress")
@@ -424,7 +424,7 @@ def test_screen_readers_hear_how_it_goes_and_every_control_has_a_name(tab: Any) 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_can_be_read_by_day_and_by_night(
+def test_text_has_enough_contrast_in_both_color_schemes(
     browser: Any, scripted: LiveServer, scheme: str
 ) -> None:
     with opened(browser, scripted.url, color_scheme=scheme, reduced_motion="reduce") as tab:
@@ -440,7 +440,7 @@ def test_all_text_can_be_read_by_day_and_by_night(
         assert tab.evaluate("checks.faint()") == []
 
 
-def test_a_narrow_window_shows_one_view_at_a_time_and_scrolls_down_only(tab: Any) -> None:
+def test_a_narrow_window_shows_one_view_without_horizontal_scrolling(tab: Any) -> None:
     tab.set_viewport_size({"width": 360, "height": 640})
     send(tab, f"⟦</think>{'word' * 60}\n```\n{'code ' * 60}\n```⟧")
     expect(answers(tab)).to_have_count(1)

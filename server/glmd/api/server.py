@@ -18,7 +18,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -75,31 +74,22 @@ settings are used once at startup, for weights, KV and listening sockets."""
 AppStatus.enable_automatic_graceful_drain = False
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Limits for one connection, and for their number.
-
-    Attributes:
-        head_timeout: seconds for a request's headers, from their first byte or from connecting.
-        read_timeout: seconds in which a client must read some of a buffered response.
-        connections: maximum number of open connections.
-    """
-
-    head_timeout: float
-    read_timeout: float
-    connections: int
-
-
 class Connection(H11Protocol):
     """Uvicorn's HTTP/1.1 protocol with timeouts for silent clients.
 
     Request bodies and responses in progress are bounded by middleware and routes, idle time between
     requests by uvicorn's keep-alive timer.
+
+    Args:
+        settings: `header_timeout` bounds a request's headers, from the first byte or from
+            connecting; `reader_timeout` the time in which a client reads none of a response.
+        max_connections: further connections are refused.
     """
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: Settings, max_connections: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._limits = limits
+        self._settings = settings
+        self._max_connections = max_connections
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._unread = 0
@@ -107,7 +97,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
+        if len(self.connections) > self._max_connections:
             self._refuse(overloaded("Too many open connections. Try again later."))
         else:
             self._update_head_timer()
@@ -150,7 +140,7 @@ class Connection(H11Protocol):
             self._stop_head_timer()
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(
-                self._limits.head_timeout, self._on_head_timeout
+                self._settings.header_timeout, self._on_head_timeout
             )
 
     def _on_head_timeout(self) -> None:
@@ -158,7 +148,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-            seconds = self._limits.head_timeout
+            seconds = self._settings.header_timeout
             message = f"The request's headers did not arrive within {seconds:g} s."
             self._refuse(ErrorInfo(408, "timeout_error", message, code="timeout"))
         else:
@@ -191,7 +181,7 @@ class Connection(H11Protocol):
         self._unread = self.transport.get_write_buffer_size()
         if self._unread and self._read_timer is None:
             self._read_timer = self.loop.call_later(
-                self._limits.read_timeout, self._on_read_timeout
+                self._settings.reader_timeout, self._on_read_timeout
             )
 
     def _on_read_timeout(self) -> None:
@@ -199,7 +189,7 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size() < self._unread:
             self._start_read_timer()
             return
-        log.info("Connection closed: client read nothing for %g s.", self._limits.read_timeout)
+        log.info("Connection closed: client read nothing for %g s.", self._settings.reader_timeout)
         self.transport.abort()  # `close` would wait for the client to read.
 
     def _stop_read_timer(self) -> None:
@@ -225,9 +215,7 @@ class Server(uvicorn.Server):
             read_settings: loads the current settings on SIGHUP; None: settings never change.
         """
         settings = state.settings
-        limits = ConnectionLimits(
-            settings.header_timeout, settings.reader_timeout, connection_limit()
-        )
+        connection = partial(Connection, settings=settings, max_connections=connection_limit())
         super().__init__(
             uvicorn.Config(
                 create_app(state),
@@ -238,7 +226,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 ws="none",
-                http=cast(type[asyncio.Protocol], partial(Connection, limits=limits)),
+                http=cast(type[asyncio.Protocol], connection),
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -14,7 +15,6 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
-from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -91,15 +91,21 @@ class PerClientLock:
     """
 
     def __init__(self) -> None:
-        # A lock lives while a task holds the lock or waits for the lock.
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
 
     @asynccontextmanager
     async def acquire(self, client: str) -> AsyncIterator[None]:
         """Hold the client's lock in the block; first come, first served."""
         lock = self._locks.setdefault(client, asyncio.Lock())
-        async with lock:
-            yield
+        self._users[client] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[client] -= 1
+            if not self._users[client]:
+                del self._users[client], self._locks[client]
 
     def __len__(self) -> int:
         """Number of clients that hold their lock or wait for their lock."""

@@ -144,7 +144,9 @@ class RequestStats:
         first_token: when the first token arrived; None: no token.
         last_tokens: by sequence, when the last tokens arrived.
         longest_gap: longest time between two outputs with tokens.
+        sequence_finish: finish reason of the sequence that finished last; None: all are running.
         ended: when the request ended.
+        finish: how the request ended; None: the request is running.
         error: why the request failed or was cancelled.
         running_sequences: sequences that have not finished.
     """
@@ -168,6 +170,7 @@ class RequestStats:
     first_token: float | None = None
     last_tokens: list[float | None] = field(init=False)
     longest_gap: float = 0.0
+    sequence_finish: FinishReason | None = None
     ended: float | None = None
     finish: Finish | None = None
     error: str | None = None
@@ -307,7 +310,7 @@ class RequestRegistry:
             self._end(stats, "error", message)
             raise
         else:
-            self._end(stats, stats.finish or "stop", None)
+            self._end(stats, stats.sequence_finish or "stop", None)
 
     def observe(self, stats: RequestStats, output: SequenceOutput) -> None:
         """Update statistics with an output of the engine."""
@@ -334,7 +337,7 @@ class RequestRegistry:
 
     def finished(self, stats: RequestStats, reason: FinishReason) -> None:
         """Note that one of the request's sequences has finished."""
-        stats.finish = reason
+        stats.sequence_finish = reason
         stats.running_sequences -= 1
 
     def last_seconds(self, count: int) -> list[SecondCount]:
@@ -374,8 +377,8 @@ class RequestRegistry:
         stats.last_tokens[index] = now
 
     def _end(self, stats: RequestStats, finish: Finish, error: str | None) -> None:
-        if finish == "cancelled" and not stats.running_sequences and stats.finish is not None:
-            finish, error = stats.finish, None  # The answer was complete.
+        if finish == "cancelled" and not stats.running_sequences and stats.sequence_finish:
+            finish, error = stats.sequence_finish, None  # The answer was complete.
         stats.state = "finished"
         stats.finish = finish
         stats.error = error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import AliasPath, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from glmd import __version__
@@ -18,7 +18,6 @@ from glmd.api.observability.request_stats import (
     Api,
     Finish,
     RequestState,
-    RequestStats,
 )
 from glmd.api.routes.health import Loading
 from glmd.api.routes.models import Model, describe_model
@@ -39,19 +38,26 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
+def of_exchange(name: str, description: str | None = None) -> Any:
+    """A field whose value is an attribute of the request's `HttpExchange`."""
+    return Field(validation_alias=AliasPath("exchange", name), description=description)
+
+
 class RequestStatus(BaseModel):
-    """A request to the engine."""
+    """A request to the engine, read from its `RequestStats`."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     id: str = Field(description="Id of the response, such as chatcmpl-….")
-    request_id: str = Field(description="x-request-id of the HTTP request.")
+    request_id: str = of_exchange("id", "x-request-id of the HTTP request.")
     api: Api
-    path: str
-    client: str = Field(description="Address of the client.")
-    model: str | None = Field(description="Model name in the request.")
-    stream: bool
+    path: str = of_exchange("path")
+    client: str = of_exchange("client", "Address of the client.")
+    model: str | None = of_exchange("model", "Model name in the request.")
+    stream: bool = of_exchange("stream")
     sequences: int = Field(description="Number of answers (n).")
     state: RequestState
-    started: float = Field(description="Unix time of arrival.")
+    started: float = of_exchange("started_at", "Unix time of arrival.")
     seconds: float = Field(description="Seconds from arrival to the end, or to now.")
     queue_seconds: float | None = Field(description="Seconds from arrival to admission.")
     ttft: float | None = Field(description="Seconds from arrival to the first token.")
@@ -62,6 +68,7 @@ class RequestStatus(BaseModel):
     cached_tokens: int
     cache_reason: str | None = Field(
         None,
+        validation_alias=AliasPath("match", "reason"),
         description="Why no more was cached at admission: whole (all was cached), new (nothing is"
         " cached beyond that prefix), differs (the cache continues differently), evicted, salt"
         " (cached with another cache_salt), off.",
@@ -71,36 +78,6 @@ class RequestStatus(BaseModel):
     accepted: int = Field(description="Accepted MTP drafts.")
     finish: Finish | None = None
     error: str | None = Field(None, description="Why the request failed or was cancelled.")
-
-    @classmethod
-    def of(cls, stats: RequestStats) -> RequestStatus:
-        exchange = stats.exchange
-        return cls(
-            id=stats.id,
-            request_id=exchange.id,
-            api=stats.api,
-            path=exchange.path,
-            client=exchange.client,
-            model=exchange.model,
-            stream=exchange.stream,
-            sequences=stats.sequences,
-            state=stats.state,
-            started=exchange.started_at,
-            seconds=stats.seconds,
-            queue_seconds=stats.queue_seconds,
-            ttft=stats.ttft,
-            mean_gap=stats.mean_gap,
-            longest_gap=stats.longest_gap,
-            prompt_tokens=stats.prompt_tokens,
-            computed_tokens=stats.computed_tokens,
-            cached_tokens=stats.cached_tokens,
-            cache_reason=stats.match.reason if stats.match else None,
-            generated_tokens=stats.generated_tokens,
-            drafted=stats.drafted,
-            accepted=stats.accepted,
-            finish=stats.finish if stats.state == "finished" else None,
-            error=stats.error,
-        )
 
 
 class EngineStatus(BaseModel):
@@ -200,8 +177,11 @@ async def status(
             stats=msgspec.structs.asdict(engine.stats),
         ),
         speed=measure_speed(state),
-        running=[RequestStatus.of(stats) for stats in registry.running.values()],
-        recent=[RequestStatus.of(stats) for stats in islice(reversed(registry.recent), recent)],
+        running=list(map(RequestStatus.model_validate, registry.running.values())),
+        recent=[
+            RequestStatus.model_validate(stats)
+            for stats in islice(reversed(registry.recent), recent)
+        ],
     )
 
 
