@@ -44,7 +44,7 @@ def of_exchange(name: str, description: str | None = None) -> Any:
 
 
 class RequestStatus(BaseModel):
-    """A request to the engine, read from its `RequestStats`."""
+    """A request to the engine."""
 
     model_config = ConfigDict(from_attributes=True)
 
