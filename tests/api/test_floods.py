@@ -227,16 +227,25 @@ async def test_a_thousand_silent_connections_are_closed_and_harm_nobody(
 
 
 async def test_a_thousand_connections_at_once_are_all_answered(server: Flooded) -> None:
-    async def ask() -> bytes:
-        reader, writer = await server.connect()
-        writer.write(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    request = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+    def send() -> socket.socket:
+        """Connect and send at once, so that a slow test machine is no slow client."""
+        opened = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        opened.sendall(request)
+        opened.setblocking(False)
+        return opened
+
+    async def receive(opened: socket.socket) -> bytes:
+        reader, writer = await asyncio.open_connection(sock=opened)
         answer = await read_all(reader)
         writer.close()
         return answer
 
     with leaving_nothing(server):
         async with undisturbed(server):
-            answers = await asyncio.gather(*(ask() for _ in range(CONNECTIONS)))
+            opened = [send() for _ in range(CONNECTIONS)]
+            answers = await asyncio.gather(*map(receive, opened))
     assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers)
 
 
