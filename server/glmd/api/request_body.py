@@ -2,7 +2,7 @@
 
 Parsing holds the GIL, in a worker thread too. The time depends on the number of values in the body
 and hardly on the length of its strings, so large bodies are counted before they are parsed:
-`MAX_PARTS` and `MAX_COMMAS` bound the longest pause of the event loop at about 0.2 s
+`MAX_PARTS` and `MAX_COMMAS` bound the longest pause of the event loop to 0.1 to 0.5 s
 (benchmarks/body_stall.py).
 """
 
