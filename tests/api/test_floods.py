@@ -211,7 +211,7 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
         return b""
 
 
-async def test_a_thousand_silent_connections_are_closed_and_harm_nobody(
+async def test_a_thousand_silent_connections_disturb_no_stream(
     short_timeouts: Flooded,
 ) -> None:
     server = short_timeouts
@@ -270,7 +270,7 @@ async def test_two_hundred_streams_all_complete(server: Flooded) -> None:
     assert together == [",".join(each) for each in alone]
 
 
-async def test_bodies_that_stay_half_written_are_given_up(short_timeouts: Flooded) -> None:
+async def test_incomplete_bodies_time_out(short_timeouts: Flooded) -> None:
     server = short_timeouts
     whole = http_request(body_of(1))
     with leaving_nothing(server):
