@@ -29,7 +29,7 @@ from glmd.api.middleware import (
 )
 from glmd.api.observability.access_log import AccessLog
 from glmd.api.openai import chat, completions
-from glmd.api.openai.protocol import ChatCompletionChunk, Completion
+from glmd.api.openai.protocol import ChatCompletionChunk, TextCompletion
 from glmd.api.request_body import BodyLimitMiddleware
 from glmd.api.responses import routes as responses
 from glmd.api.responses.protocol import ResponseStreamEvent
@@ -47,7 +47,7 @@ ROUTERS = (
 
 STREAM_EVENTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionChunk,
-    "/v1/completions": Completion,
+    "/v1/completions": TextCompletion,
     "/v1/responses": ResponseStreamEvent,
     "/v1/messages": MessageEvent,
 }

@@ -14,13 +14,12 @@ import re
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message as MimeHeaders
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pydantic_core
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BeforeValidator, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,24 +54,6 @@ SURROGATE = re.compile(
 
 # One thread, so that the event loop never waits for more than one parser to release the GIL.
 _parser = ThreadPoolExecutor(1, "json")
-
-T = TypeVar("T")
-
-FailFastList = Annotated[list[T], Field(fail_fast=True)]
-"""List field of a request whose validation stops at the first invalid item.
-
-An error takes ten times as long as a valid item, and a body may have millions of items."""
-
-
-def limit_members(most: int) -> BeforeValidator:
-    """Refuse an object with more than `most` members before the members are validated."""
-
-    def check(value: object) -> object:
-        if isinstance(value, dict) and len(value) > most:
-            raise ValueError(f"must have at most {most} members, not {len(value)}")
-        return value
-
-    return BeforeValidator(check)
 
 
 class BodyLimitMiddleware:

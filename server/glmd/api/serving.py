@@ -1,74 +1,160 @@
-"""A conversation's next turn, on its way: what every chat API has in common."""
+"""From a request model to a response: what all generating routes do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
-from glmd.api.context import RequestContext
-from glmd.api.generation import Generation
+import numpy as np
+from fastapi import Request, Response
+
+from glmd.api.context import RequestContext, prepare_slot
+from glmd.api.generation_request import Defaults, GenerationRequest, RequestFields, ignored_header
+from glmd.api.sse import EventStream, cancel_on_disconnect
 from glmd.api.state import AppState
-from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.types import Prompt, Tool
-from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
+from glmd.api.streaming import (
+    Generation,
+    OutputProcessor,
+    PromptRun,
+    ResponseBuilder,
+    drain,
+    stream_frames,
+)
+from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
+from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.types import Conversation, Prompt
+from glmd.errors import invalid_field
+from glmd.ipc import EngineRequest, pack_tokens
+
+Builder = TypeVar("Builder", bound=ResponseBuilder)
 
 
-def start_generation(
-    service: AppState,
-    prompt: Prompt,
-    terms: RequestContext,
+async def serve(
+    http: Request,
+    state: AppState,
+    context: RequestContext,
+    body: RequestFields,
+    read: Callable[[Defaults], GenerationRequest],
+    build: Callable[[Generation], Builder],
     *,
-    id: str,
-    sampling: SamplingParams,
-    param: str,
-    tools: Sequence[Tool] = (),
-    stop: Sequence[str] = (),
-    reasoning_limit: int | None = None,
-    single_call: bool = False,
-    report_tokens: bool = False,
-    report_progress: bool = False,
-    **options: Any,
-) -> Generation:
-    """The request to the engine, which begins when its events are read.
+    run_in_background: Callable[[Builder, Coroutine[Any, Any, None]], None] | None = None,
+) -> Response:
+    """Generate an answer, streamed or whole.
 
     Args:
-        id: of the request.
-        param: what holds the messages, in the client's spelling.
-        tools: what the answer may call.
-        stop: strings that end the answer.
-        reasoning_limit: tokens after which the reasoning is closed, if the prompt opens one.
-        single_call: end the answer after its first tool call.
-        report_tokens, report_progress: as of `Generation`.
-        options: further fields of `EngineRequest`.
+        read: Turns `body` into a `GenerationRequest`.
+        build: Makes the response builder.
+        run_in_background: Takes over the builder and the work of generating; the response then
+            holds the answer as it is before. None: respond with the answer.
 
     Raises:
-        InvalidRequest: the prompt is too long.
+        ModelNotFound, InvalidRequest: the request cannot be served.
+        Overloaded, DeadlineExceeded, EngineUnavailable: see `prepare_slot` and the engine client.
     """
-    service.check_length(len(prompt.tokens), param=param)
-    answers = [
-        ChatOutputProcessor(
-            service.tokenizer, prompt, tools=tools, stop=stop, single_call=single_call
+    context.exchange.set_request(
+        body.api, body.model, stream=body.stream, background=run_in_background is not None
+    )
+    unknown = body.unknown_parameters()
+    async with prepare_slot(http, state, context):
+        request = read(state.defaults(body.model, body.profile))
+        generation = await start_generation(state, context, request)
+    builder = build(generation)
+    headers = ignored_header([*unknown, *request.ignored])
+    if run_in_background is not None:
+        run_in_background(builder, drain(stream_frames(builder, generation)))
+    elif body.stream:
+        keep_alive = state.settings.keep_alive
+        frames = stream_frames(builder, generation, heartbeat_interval=keep_alive)
+        comments = keep_alive if builder.heartbeat is None else 0
+        stream = EventStream(frames, builder.fail, comments=comments, headers=headers)
+        return await stream.prime()
+    else:
+        await cancel_on_disconnect(http, drain(stream_frames(builder, generation)))
+    return json_response(builder.to_json(), headers)
+
+
+async def start_generation(
+    state: AppState, context: RequestContext, request: GenerationRequest
+) -> Generation:
+    """Make the prompts, the grammar and the engine requests.
+
+    Raises:
+        InvalidRequest: a prompt is empty or too long, or the required form cannot be enforced.
+    """
+    is_chat = isinstance(request.prompt, Conversation)
+    if isinstance(request.prompt, Conversation):
+        prompts = [await state.build_prompt(request.prompt)]
+    else:
+        prompts = await state.run_in_worker(partial(encode, request.prompt, state.tokenizer))
+    for prompt in prompts:
+        state.check_length(len(prompt.tokens), param=request.param)
+    grammar = await state.compile_grammar(request.output, prompts[0])
+
+    def process(prompt: Prompt) -> OutputProcessor:
+        if not is_chat:
+            return CompletionOutputProcessor(state.tokenizer, stop=request.stop)
+        return ChatOutputProcessor(
+            state.tokenizer,
+            prompt,
+            tools=request.tools,
+            stop=request.stop,
+            single_call=request.single_call,
         )
-        for _ in range(options.get("n", 1))
-    ]
-    request = EngineRequest(
-        id=id,
-        prompt=pack_tokens(prompt.tokens),
-        sampling=sampling,
-        client=terms.client,
-        thinking_budget=reasoning_limit if prompt.in_reasoning else None,
-        thinking_close=(service.tokenizer.special_tokens.end_think,),
-        prompt_progress=True,
-        **options,
-    )
+
+    runs = []
+    for number, prompt in enumerate(prompts):
+        sent = EngineRequest(
+            id=request.id if is_chat else f"{request.id}-{number}",
+            prompt=pack_tokens(prompt.tokens),
+            sampling=request.sampling,
+            n=request.n,
+            max_tokens=request.max_tokens,
+            min_tokens=request.min_tokens,
+            stop_token_ids=request.stop_token_ids,
+            ignore_eos=request.ignore_eos,
+            thinking_budget=request.thinking_budget if prompt.in_reasoning else None,
+            thinking_close=(state.tokenizer.special_tokens.end_think,),
+            grammar=grammar,
+            client=context.client,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            prompt_progress=True,
+        )
+        processors = [process(prompt) for _ in range(request.n)]
+        stats = state.registry.record(context.exchange, sent)
+        runs.append(PromptRun(prompt, sent, stats, processors))
     return Generation(
-        service.engine,
         request,
-        answers,
-        deadlines=terms.timeouts,
-        requests=service.registry,
-        record=service.registry.record(terms.exchange, request),
-        report_progress=report_progress,
-        report_tokens=report_tokens,
-        on_finished=lambda index: service.cache_turn(prompt, answers[index]),
+        runs,
+        engine=state.engine,
+        registry=state.registry,
+        timeouts=context.timeouts,
+        on_finished=state.cache_turn,
     )
+
+
+def encode(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[Prompt]:
+    """Raw prompts as token ids.
+
+    Raises:
+        InvalidRequest: a prompt is empty.
+    """
+    encoded = [
+        tokenizer.encode_markup(prompt) if isinstance(prompt, str) else np.array(prompt, np.int32)
+        for prompt in prompts
+    ]
+    if not all(map(len, encoded)):
+        raise invalid_field("prompt", "must have at least one token.")
+    return [Prompt(tokens, in_reasoning=False, turn_start=0, turn_key=b"") for tokens in encoded]
+
+
+async def count_prompt_tokens(state: AppState, client: str, conversation: Conversation) -> int:
+    """Number of tokens of a conversation's prompt."""
+    async with state.client_lock.acquire(client):
+        prompt = await state.build_prompt(conversation)
+    return len(prompt.tokens)
+
+
+def json_response(body: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body, media_type="application/json", headers=headers)

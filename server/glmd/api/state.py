@@ -20,7 +20,7 @@ from fastapi import Depends, Request
 
 from glmd import __version__
 from glmd.api.auth import ApiKeyStore
-from glmd.api.defaults import Defaults
+from glmd.api.generation_request import Defaults
 from glmd.api.observability.request_stats import RequestRegistry
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import build_prompt

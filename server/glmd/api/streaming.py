@@ -1,87 +1,249 @@
-"""An answer told as named events, which is how the Responses and the Messages API stream.
+"""From the engine's outputs to the frames of a stream, or to a whole answer.
 
-A `ResponseBuilder` turns the chat layer's events into its API's own and folds them into one object
-on the way. A stream writes each event; a whole answer drains them and takes the object.
+`Generation` reads the outputs as events. An API's `ResponseBuilder` turns the events into frames,
+and into the whole answer that the frames add up to.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from glmd.api.generation import Generation, Produced, Progress
-from glmd.api.sse import frame, with_heartbeat
-from glmd.chat.events import Event
+from glmd.api.error_info import ErrorInfo
+from glmd.api.generation_request import GenerationRequest
+from glmd.api.observability.request_stats import RequestRegistry, RequestStats
+from glmd.api.sse import with_heartbeat
+from glmd.chat.events import Event, Finished
+from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
+from glmd.chat.types import Prompt
+from glmd.engine_client.client import EngineClient
+from glmd.engine_client.timeouts import RequestTimeouts
+from glmd.errors import EngineUnavailable
+from glmd.ipc import EngineRequest
 
 
-class NamedEvent(Protocol):
-    """A pydantic model of an event."""
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """Progress of the prompt, if the request asks for it."""
+
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedTokens:
+    """Token ids of the events that follow, if the request asks for them."""
+
+    ids: list[int]
+
+
+StreamEvent = Event | PrefillProgress | GeneratedTokens
+
+OutputProcessor = ChatOutputProcessor | CompletionOutputProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Token counts of a request, over all its sequences. A prompt counts once."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRun:
+    """One prompt in the engine.
+
+    Attributes:
+        processors: One for each of the request's sequences.
+        cached: Cached prompt tokens, by sequence.
+    """
+
+    prompt: Prompt
+    request: EngineRequest
+    stats: RequestStats
+    processors: Sequence[OutputProcessor]
+    cached: dict[int, int] = field(default_factory=dict)
+
+
+class Generation:
+    """Events of a request's answers. The request is sent when the events are read.
+
+    Args:
+        on_finished: Called with each sequence that ended by itself.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        runs: Sequence[PromptRun],
+        *,
+        engine: EngineClient,
+        registry: RequestRegistry,
+        timeouts: RequestTimeouts,
+        on_finished: Callable[[Prompt, ChatOutputProcessor], None],
+    ) -> None:
+        self.request = request
+        self._runs = runs
+        self._engine = engine
+        self._registry = registry
+        self._timeouts = timeouts
+        self._on_finished = on_finished
 
     @property
-    def type(self) -> str: ...
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt."""
+        return [run.prompt.tokens.tolist() for run in self._runs]
 
-    def model_dump_json(self) -> str: ...
+    @property
+    def usage(self) -> TokenUsage:
+        runs = self._runs
+        processors = [processor for run in runs for processor in run.processors]
+        return TokenUsage(
+            prompt_tokens=sum(run.stats.prompt_tokens for run in runs),
+            # All sequences of a prompt but the first find the prompt cached by the first.
+            cached_tokens=sum(min(run.cached.values(), default=0) for run in runs),
+            completion_tokens=sum(processor.completion_tokens for processor in processors),
+            reasoning_tokens=sum(processor.reasoning_tokens for processor in processors),
+            drafted=sum(run.stats.drafted for run in runs),
+            accepted=sum(run.stats.accepted for run in runs),
+        )
+
+    def events(self) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+        """Events with the index of their answer; each answer ends with `Finished`.
+
+        Answer `p * n + i` is the i-th answer to prompt p.
+
+        Raises: as `EngineClient.generate`.
+        """
+        sources = [self._run(run, n * self.request.n) for n, run in enumerate(self._runs)]
+        return sources[0] if len(sources) == 1 else merge(sources)
+
+    async def _run(
+        self, run: PromptRun, offset: int
+    ) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+        ended: set[int] = set()
+        registry, request = self._registry, self.request
+        with registry.in_flight(run.stats):
+            async with aclosing(self._engine.generate(run.request, self._timeouts)) as outputs:
+                async for output in outputs:
+                    index = output.index
+                    if index in ended:
+                        continue
+                    registry.observe(run.stats, output)
+                    if output.prompt_tokens:
+                        run.cached[index] = output.cached_tokens
+                    if output.computed_tokens and request.report_progress:
+                        yield offset + index, PrefillProgress(output.computed_tokens)
+                    if output.tokens and request.report_tokens:
+                        yield offset + index, GeneratedTokens(output.tokens)
+                    processor = run.processors[index]
+                    for event in processor.feed(output):
+                        if isinstance(event, Finished):
+                            ended.add(index)
+                            registry.finished(run.stats, event.reason)
+                            if isinstance(processor, ChatOutputProcessor):
+                                self._on_finished(run.prompt, processor)
+                        yield offset + index, event
+                    if index in ended and output.finish_reason is None:
+                        self._engine.cancel(run.request.id, index)
+            if len(ended) < len(run.processors):
+                raise EngineUnavailable("The engine cancelled this request.")
 
 
-E = TypeVar("E", bound=NamedEvent)
-E_co = TypeVar("E_co", bound=NamedEvent, covariant=True)
+async def merge(
+    sources: Sequence[AsyncGenerator[tuple[int, StreamEvent], None]],
+) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+    """Items of several sources in order of arrival.
+
+    The first error, or closing the merged generator, closes all sources.
+    """
+    pending = {asyncio.ensure_future(anext(source)): source for source in sources}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                source = pending.pop(future)
+                try:
+                    item = future.result()
+                except StopAsyncIteration:
+                    continue
+                pending[asyncio.ensure_future(anext(source))] = source
+                yield item
+    finally:
+        for future in pending:
+            future.cancel()
+        if pending:
+            await asyncio.wait(pending)
+        for source in sources:
+            await source.aclose()
 
 
-class ResponseBuilder(Protocol[E_co]):
-    """One answer on its way."""
+class ResponseBuilder(Protocol):
+    """One answer in an API's form: events in; frames of a stream or the whole answer out.
 
-    def start(self) -> Iterator[E_co]:
-        """What comes first."""
+    A builder may leave out frames that are not streamed, and the whole answer of a stream.
+    """
 
-    def add(self, event: Event) -> Iterator[E_co]:
-        """What an event becomes."""
+    def start(self) -> Iterator[bytes]:
+        """Frames before the first event."""
 
-    def keep_alive(self) -> E_co:
-        """What says that the answer is still on its way."""
+    def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
+        """Frames of an event of answer `index`."""
 
-    def end(self) -> Iterator[E_co]:
-        """What comes last, after `Finished`."""
+    def end(self) -> Iterator[bytes]:
+        """Frames after the last event."""
+
+    @property
+    def heartbeat(self) -> Callable[[], bytes] | None:
+        """Makes a frame for a silent stream. None: the API has no such event."""
+
+    def fail(self, error: ErrorInfo) -> bytes:
+        """Last frame of a stream that failed."""
+
+    def to_json(self) -> str:
+        """The whole answer, after `end`."""
 
 
-async def stream_events(
-    teller: ResponseBuilder[E], generation: Generation, *, keep_alive: float
-) -> AsyncGenerator[E, None]:
-    """All that a stream says, with a sign of life for each `keep_alive` seconds of silence.
+async def stream_frames(
+    builder: ResponseBuilder, generation: Generation, *, heartbeat_interval: float | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Frames of an answer.
+
+    Args:
+        heartbeat_interval: Seconds of silence before a heartbeat. None: no heartbeats.
 
     Raises: as `Generation.events`.
     """
     source = generation.events()
-    begun = False
-    async with aclosing(source), aclosing(with_heartbeat(source, keep_alive)) as items:
+    heartbeat = builder.heartbeat
+    items: AsyncGenerator[tuple[int, StreamEvent] | None, None] = source
+    if heartbeat is not None and heartbeat_interval is not None:
+        items = with_heartbeat(source, heartbeat_interval)
+    started = False
+    async with aclosing(source), aclosing(items):
         async for item in items:
-            if not begun:
-                begun = True
-                for told in teller.start():
-                    yield told
-            elif item is None:
-                yield teller.keep_alive()
-            if item is not None and not isinstance(item[1], Progress | Produced):
-                for told in teller.add(item[1]):
-                    yield told
-    for told in teller.end():
-        yield told
+            if not started:
+                started = True
+                for frame in builder.start():
+                    yield frame
+            elif item is None and heartbeat is not None:
+                yield heartbeat()
+            if item is not None:
+                for frame in builder.add(*item):
+                    yield frame
+    for frame in builder.end():
+        yield frame
 
 
-async def encode_sse(events: AsyncGenerator[NamedEvent, None]) -> AsyncGenerator[bytes, None]:
-    """The events as they go over the wire."""
-    async with aclosing(events):
-        async for event in events:
-            yield write(event)
-
-
-async def drain(events: AsyncGenerator[NamedEvent, None]) -> None:
-    """Let everything be told, for the sake of what it adds up to."""
-    async with aclosing(events):
-        async for _ in events:
+async def drain(frames: AsyncGenerator[bytes, None]) -> None:
+    """Make all frames, for the whole answer that they add up to."""
+    async with aclosing(frames):
+        async for _ in frames:
             pass
-
-
-def write(event: NamedEvent) -> bytes:
-    """A frame, named as the event's type is."""
-    return frame(event.model_dump_json(), event.type)

@@ -1,7 +1,7 @@
 """Read messages and tools in the shape of OpenAI's chat API.
 
 The Responses and Anthropic APIs build the same types from their own shapes, with `text_of`,
-`arguments_of`, `order_tool_results` and `is_strict`.
+`arguments_of`, `order_tool_results` and `read_function`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,30 @@ def arguments_of(value: object, param: str) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise invalid_field(param, "must be a JSON object.")
     return value
+
+
+def read_function(
+    raw: Mapping[str, Any], param: str, definition: dict[str, Json], schema_key: str = "parameters"
+) -> Tool:
+    """Check a function's name, JSON schema and `strict`.
+
+    Args:
+        definition: the tool in the shape of OpenAI's chat API, for the template.
+        schema_key: key of the JSON schema in `raw`.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    name, schema = raw.get("name"), raw.get(schema_key)
+    param_of_schema = f"{param}.{schema_key}"
+    if not isinstance(name, str) or not name.strip():
+        raise invalid_field(f"{param}.name", "must be a non-empty string.")
+    if schema is None:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise invalid_field(param_of_schema, "must be a JSON schema (an object).")
+    check_schema(schema, param_of_schema)
+    return Tool(name, schema, definition, is_strict(raw, param), param_of_schema)
 
 
 def is_strict(function: Mapping[str, Any], param: str) -> bool:
@@ -214,17 +238,7 @@ def _read_tool(raw: object, param: str) -> Tool:
     param = f"{param}.function"
     if not isinstance(function, Mapping):
         raise invalid_field(param, "must be an object.")
-    name = function.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise invalid_field(f"{param}.name", "must be a non-empty string.")
-    parameters = function.get("parameters")
-    if parameters is None:
-        parameters = {}
-    if not isinstance(parameters, dict):
-        raise invalid_field(f"{param}.parameters", "must be a JSON schema (an object).")
-    check_schema(parameters, f"{param}.parameters")
-    strict = is_strict(function, param)
-    return Tool(name, parameters, {"type": "function", **raw}, strict, f"{param}.parameters")
+    return read_function(function, param, {"type": "function", **raw})
 
 
 def _text_of_part(part: object, param: str) -> str:

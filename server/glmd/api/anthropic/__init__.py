@@ -1,1 +1,1 @@
-"""Anthropic's Messages API: requests, answers and errors in its shapes."""
+"""Anthropic's Messages API."""

@@ -1,18 +1,15 @@
-"""From Anthropic's messages, blocks and tools to a neutral conversation."""
+"""Anthropic's messages, blocks and tools in neutral form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glmd.api.anthropic.request import CountTokensRequest
-from glmd.api.defaults import Defaults
-from glmd.api.tools import numbered, read_flat_tools
+from glmd.api.generation_request import numbered_tools, object_schema, read_flat_tools
 from glmd.chat.messages import arguments_of, order_tool_results
 from glmd.chat.request_limits import MAX_MESSAGES, check_count
 from glmd.chat.types import (
     AssistantMessage,
-    Conversation,
     Message,
     SystemMessage,
     Tool,
@@ -20,65 +17,114 @@ from glmd.chat.types import (
     ToolMessage,
     UserMessage,
 )
-from glmd.errors import InvalidRequest
+from glmd.errors import invalid_field
 
 SEPARATOR = "\n\n"
-"""Between the text blocks of a user, of the system, and of a tool's result, which are pieces of
-their own. An assistant's are parts of one text."""
+"""Between text blocks of the system, a user or a tool result. An assistant's text blocks are parts
+of one text."""
 
 ATTRIBUTION = "x-anthropic-billing-header:"
-"""How a system block begins that Claude Code means for Anthropic's accounting. It differs from
-request to request, so as the prompt's first line it would keep every prefix out of the cache;
-Anthropic's own servers take it out, too."""
+"""Start of a system block that Claude Code sends for Anthropic's accounting. It differs in each
+request, so it would keep every prefix out of the cache; Anthropic's servers remove it too."""
 
 HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search", "advisor")
-"""How the types of tools begin that Anthropic's servers run."""
+"""Prefixes of the types of tools that Anthropic's servers run."""
+
+# -- schemas for the OpenAPI document -----------------------------------------------------
+
+TEXT: dict[str, Any] = {"type": "string"}
 
 
-def read_conversation(body: CountTokensRequest, defaults: Defaults) -> Conversation:
-    """What decides the prompt; a last message of the assistant is the answer's beginning.
+def text_or(*blocks: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [TEXT, {"type": "array", "items": {"oneOf": list(blocks)}}]}
+
+
+def message_schema(role: str, *blocks: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": [role]}, "content": text_or(*blocks)},
+    }
+
+
+TEXT_BLOCK = object_schema("text", {"text": TEXT})
+DOCUMENT = object_schema("document", {"source": object_schema("text", {"data": TEXT})})
+MESSAGES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "oneOf": [
+            message_schema(
+                "user",
+                TEXT_BLOCK,
+                DOCUMENT,
+                object_schema(
+                    "tool_result",
+                    {"tool_use_id": TEXT},
+                    content=text_or(TEXT_BLOCK, DOCUMENT),
+                    is_error={"type": "boolean"},
+                ),
+            ),
+            message_schema(
+                "assistant",
+                TEXT_BLOCK,
+                object_schema("thinking", {"thinking": TEXT}, signature=TEXT),
+                object_schema("redacted_thinking", {"data": TEXT}),
+                object_schema("tool_use", {"id": TEXT, "name": TEXT, "input": {"type": "object"}}),
+            ),
+            message_schema("system", TEXT_BLOCK),
+        ]
+    },
+}
+SYSTEM_SCHEMA: dict[str, Any] = {
+    "anyOf": [TEXT, {"type": "array", "items": TEXT_BLOCK}, {"type": "null"}]
+}
+TOOL = {
+    "type": "object",
+    "required": ["name", "input_schema"],
+    "properties": {
+        "type": {"enum": ["custom", None]},
+        "name": {"type": "string", "minLength": 1},
+        "description": TEXT,
+        "input_schema": {"type": "object"},
+    },
+}
+TOOLS_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "array", "items": TOOL}, {"type": "null"}]}
+
+# -- readers ------------------------------------------------------------------------------
+
+
+def read_messages(
+    raw: Sequence[Mapping[str, Any]], system: str | Sequence[Any] | None
+) -> list[Message]:
+    """The system prompt and the messages.
 
     Raises:
-        InvalidRequest: something in it cannot be honoured.
+        InvalidRequest: a message is malformed, or there is none.
     """
-    if body.thread is not None:
-        raise InvalidRequest(
-            "thread: conversations are not kept here; send all messages, without thread.",
-            param="thread",
-            code="thread_unsupported_request",  # Anthropic's clients then do so by themselves.
-        )
-    if not body.messages:
-        raise InvalidRequest("messages must hold at least one message.", param="messages")
-    check_count(body.messages, MAX_MESSAGES, "messages")
-    messages, params = _read_system(body.system)
-    for index, raw in enumerate(body.messages):
+    if not raw:
+        raise invalid_field("messages", "must hold at least one message.")
+    check_count(raw, MAX_MESSAGES, "messages")
+    messages, params = _read_system(system)
+    for index, message in enumerate(raw):
         where = f"messages[{index}]"
-        for message in _read_message(raw, where):
-            messages.append(message)
-            params.append(where)
-    tools, _ = read_tools(body)
-    return Conversation(
-        messages=order_tool_results(messages, params, id_key="tool_use_id"),
-        tools=tools,
-        template_kwargs={
-            "enable_thinking": body.thinks(defaults),
-            "clear_thinking": defaults.clear_thinking,
-        },
-        continue_final=isinstance(messages[-1], AssistantMessage),
-    )
+        read = _read_message(message, where)
+        messages += read
+        params += [where] * len(read)
+    return order_tool_results(messages, params, id_key="tool_use_id")
 
 
-def read_tools(body: CountTokensRequest) -> tuple[list[Tool], list[str]]:
-    """The functions that the model is told of, and the names of tools that are left out.
+def read_tools(raw: Sequence[Mapping[str, Any]] | None) -> tuple[list[Tool], list[str]]:
+    """Functions, and the names of hosted tools, which are ignored.
 
     Raises:
-        InvalidRequest: a tool is malformed, or is none that can be left out.
+        InvalidRequest: a tool is malformed or not supported.
     """
     return read_flat_tools(
-        numbered(body.tools),
+        numbered_tools(raw),
         schema_key="input_schema",
         function_types=(None, "custom"),
-        is_hosted=lambda type: type.startswith(HOSTED),
+        hosted=HOSTED,
     )
 
 
@@ -98,19 +144,17 @@ def _read_message(raw: Mapping[str, Any], param: str) -> list[Message]:
     elif isinstance(content, list):
         blocks = content
     else:
-        field = f"{param}.content"
-        raise InvalidRequest(f"{field} must be a string or a list of blocks.", param=field)
-    numbered = [(block, f"{param}.content[{index}]") for index, block in enumerate(blocks)]
+        raise invalid_field(f"{param}.content", "must be a string or a list of blocks.")
+    placed = [(block, f"{param}.content[{index}]") for index, block in enumerate(blocks)]
     match role:
         case "assistant":
-            return [_read_assistant(numbered)]
+            return [_read_assistant(placed)]
         case "user":
-            return _read_user(numbered, UserMessage)
+            return _read_user(placed, UserMessage)
         case "system":
-            return _read_user(numbered, SystemMessage)
+            return _read_user(placed, SystemMessage)
         case _:
-            field = f"{param}.role"
-            raise InvalidRequest(f"{field} must be user, assistant or system.", param=field)
+            raise invalid_field(f"{param}.role", "must be user, assistant or system.")
 
 
 def _read_assistant(blocks: Sequence[tuple[Any, str]]) -> AssistantMessage:
@@ -118,11 +162,11 @@ def _read_assistant(blocks: Sequence[tuple[Any, str]]) -> AssistantMessage:
     thoughts: list[str] = []
     calls: list[ToolCall] = []
     for raw, where in blocks:
-        match type_of(raw, where):
+        match _type_of(raw, where):
             case "thinking":
                 thoughts.append(_string(raw, "thinking", where))
             case "redacted_thinking":
-                pass  # Another model's, which nobody but its maker can read.
+                pass  # Only Anthropic's servers can read it.
             case "tool_use":
                 arguments = arguments_of(raw.get("input"), f"{where}.input")
                 name = _string(raw, "name", where)
@@ -133,11 +177,11 @@ def _read_assistant(blocks: Sequence[tuple[Any, str]]) -> AssistantMessage:
 
 
 def _read_user(blocks: Sequence[tuple[Any, str]], kind: Callable[[str], Message]) -> list[Message]:
-    """Tool results, and runs of text as one message each, in order."""
+    """Tool results, and one message for each run of text blocks, in order."""
     messages: list[Message] = []
     texts: list[str] = []
     for raw, where in blocks:
-        if kind is UserMessage and type_of(raw, where) == "tool_result":
+        if kind is UserMessage and _type_of(raw, where) == "tool_result":
             if texts:
                 messages.append(kind(SEPARATOR.join(texts)))
                 texts = []
@@ -158,37 +202,30 @@ def _text_of_result(content: object, param: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise InvalidRequest(f"{param} must be a string or a list of blocks.", param=param)
+        raise invalid_field(param, "must be a string or a list of blocks.")
     return SEPARATOR.join(
         _text_of_block(block, f"{param}[{index}]") for index, block in enumerate(content)
     )
 
 
 def _text_of_block(raw: Any, param: str) -> str:
-    type = type_of(raw, param)
+    type = _type_of(raw, param)
     if type == "text":
         return _string(raw, "text", param)
     source = raw.get("source")
     if type == "document" and isinstance(source, Mapping) and source.get("type") == "text":
         return _string(source, "data", f"{param}.source")
-    raise InvalidRequest(
-        f"{param}: the model reads text only, no block of type {type!r}.", param=param
-    )
+    raise invalid_field(param, f"{type!r} blocks are not supported; the model reads text.")
 
 
-def type_of(raw: Any, param: str) -> str:
-    """A block's type.
-
-    Raises:
-        InvalidRequest: it is no block.
-    """
+def _type_of(raw: Any, param: str) -> str:
     if not isinstance(raw, Mapping) or not isinstance(raw.get("type"), str):
-        raise InvalidRequest(f"{param} must be a block: an object with a type.", param=param)
+        raise invalid_field(param, "must be a block: an object with a type.")
     return str(raw["type"])
 
 
 def _string(raw: Mapping[str, Any], key: str, param: str) -> str:
     value = raw.get(key)
     if not isinstance(value, str):
-        raise InvalidRequest(f"{param}.{key} must be a string.", param=f"{param}.{key}")
+        raise invalid_field(f"{param}.{key}", "must be a string.")
     return value

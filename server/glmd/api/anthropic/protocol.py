@@ -1,12 +1,182 @@
-"""The shapes of Anthropic's answers (https://docs.anthropic.com/en/api/messages)."""
+"""Requests, responses and events of `/v1/messages`.
+
+See https://docs.anthropic.com/en/api/messages. Only what the model reads is checked closely:
+clients send cache marks and much else that concerns Anthropic's own servers.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, RootModel
+from pydantic import AfterValidator, BaseModel, Field, RootModel
 
-from glmd.api.generation import Usage as Counted
+from glmd.api.anthropic.input import (
+    MESSAGES_SCHEMA,
+    SYSTEM_SCHEMA,
+    TOOLS_SCHEMA,
+    read_messages,
+    read_tools,
+)
+from glmd.api.generation_request import (
+    NO_OP,
+    Defaults,
+    Effort,
+    FailFastList,
+    GenerationRequest,
+    NoOp,
+    RequestFields,
+    StrictModel,
+    check_stops,
+    new_id,
+    optional,
+)
+from glmd.api.observability.request_stats import Api
+from glmd.api.streaming import TokenUsage
+from glmd.chat.types import AssistantMessage, Conversation, Tool
+from glmd.errors import InvalidRequest, invalid_field
+from glmd.structured_output import make_structure, read_response_format
+
+# -- the request --------------------------------------------------------------------------
+
+
+class ThinkingConfig(StrictModel):
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = optional(
+        "Tokens after which the thinking is closed and the answer continues. With"
+        " adaptive, 0 (sent by Claude Code) is no limit.",
+        ge=0,
+    )
+    display: Literal["summarized", "omitted"] | None = optional(
+        "omitted: thinking blocks are empty."
+    )
+
+
+class OutputConfig(StrictModel):
+    effort: Effort | None = optional(
+        "Limits the thinking to the tokens of the server's setting effort_budgets,"
+        " unless a budget is given."
+    )
+    format: dict[str, Any] | None = optional("json_schema with its schema.")
+
+
+class ToolChoice(StrictModel):
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = optional("The tool's name, with type tool.")
+    disable_parallel_tool_use: bool | None = optional("True: end the answer after a tool call.")
+
+
+class CountTokensRequest(RequestFields):
+    """Fields that decide the prompt, and others, because clients send one body to both routes."""
+
+    refused: ClassVar = {
+        "output_format": "use output_config.format.",
+        "container": "code containers are not available.",
+        "mcp_servers": "MCP servers are called by the client.",
+    }
+
+    messages: FailFastList[dict[str, Any]] = Field(json_schema_extra=MESSAGES_SCHEMA)
+    system: str | FailFastList[dict[str, Any]] | None = optional(
+        "Text, or text blocks.", json_schema_extra=SYSTEM_SCHEMA
+    )
+    tools: FailFastList[dict[str, Any]] | None = optional(
+        "Tools with an input_schema. Anthropic's server tools are ignored.",
+        json_schema_extra=TOOLS_SCHEMA,
+    )
+    tool_choice: ToolChoice | None = None
+    thinking: ThinkingConfig | None = optional("Absent: off, unless the profile enables it.")
+    output_config: OutputConfig | None = None
+    thread: Any = optional("Refused: conversations are sent whole.")
+    cache_control: Any = optional(NO_OP + " Prefixes are cached by content.")
+    context_management: Any = optional(NO_OP + " Nothing is dropped or edited.")
+    metadata: NoOp = None
+    service_tier: NoOp = None
+    speed: NoOp = None
+    inference_geo: NoOp = None
+    diagnostics: NoOp = None
+    user_profile_id: NoOp = None
+    betas: NoOp = None
+
+    def conversation(self, defaults: Defaults, tools: list[Tool]) -> Conversation:
+        """The conversation; a last message of the assistant is continued.
+
+        Thinking is off unless requested: other clients do not expect thinking blocks.
+
+        Raises:
+            InvalidRequest: a message is malformed.
+        """
+        if self.thread is not None:
+            raise InvalidRequest(
+                "thread: conversations are not stored. Send all messages, without thread.",
+                param="thread",
+                code="thread_unsupported_request",  # On this code, Anthropic's clients do so.
+            )
+        enable_thinking = defaults.asked_to_think
+        if self.thinking is not None:
+            enable_thinking = self.thinking.type != "disabled"
+        messages = read_messages(self.messages, self.system)
+        return Conversation(
+            messages=messages,
+            tools=tools,
+            template_kwargs={
+                "enable_thinking": enable_thinking,
+                "clear_thinking": defaults.clear_thinking,
+            },
+            continue_final=isinstance(messages[-1], AssistantMessage),
+        )
+
+
+StopSequences = Annotated[FailFastList[str] | None, AfterValidator(check_stops)]
+
+
+class MessagesRequest(CountTokensRequest):
+    api: ClassVar[Api] = "messages"
+
+    max_tokens: int = Field(ge=1, description="Limit of the answer's tokens, thinking included.")
+    stop_sequences: StopSequences = optional("Strings that end the answer; not part of it.")
+
+    def to_generation_request(self, defaults: Defaults) -> GenerationRequest:
+        """Check the request and put it into neutral form.
+
+        Raises:
+            InvalidRequest: a field is malformed, unsupported or contradicts another field.
+        """
+        tools, ignored = read_tools(self.tools)
+        choice = self.tool_choice or ToolChoice.model_validate({"type": "auto"})
+        callable_tools = [] if choice.type == "none" else tools
+        if choice.type == "tool" and choice.name is None:
+            raise invalid_field("tool_choice.name", "is missing.")
+        form = self.output_config.format if self.output_config else None
+        return GenerationRequest(
+            id=new_id("msg_"),
+            prompt=self.conversation(defaults, tools),
+            param="messages",
+            sampling=self.sampling(defaults.sampling),
+            tools=callable_tools,
+            output=make_structure(
+                read_response_format(form, "output_config.format", flat=True, strict=True),
+                callable_tools,
+                required=choice.type == "any",
+                named=choice.name if choice.type == "tool" else None,
+                parallel=not choice.disable_parallel_tool_use,
+            ),
+            max_tokens=self.max_tokens,
+            stop=self.stop_sequences or (),
+            thinking_budget=self._thinking_budget(defaults),
+            single_call=bool(choice.disable_parallel_tool_use),
+            ignored=ignored,
+        )
+
+    def _thinking_budget(self, defaults: Defaults) -> int | None:
+        budget = self.thinking.budget_tokens if self.thinking else None
+        if budget:
+            return budget
+        if budget == 0 and self.thinking is not None and self.thinking.type == "enabled":
+            raise invalid_field("thinking.budget_tokens", "must be 1 or more.")
+        effort = self.output_config.effort if self.output_config else None
+        return defaults.effort_budgets.get(effort)
+
+
+# -- the message --------------------------------------------------------------------------
 
 StopReason = Literal[
     "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
@@ -21,7 +191,7 @@ class TextBlock(BaseModel):
 class ThinkingBlock(BaseModel):
     type: Literal["thinking"] = "thinking"
     thinking: str
-    signature: str = Field(description="A digest of the thinking. Nothing needs it sent back.")
+    signature: str = Field(description="Digest of the thinking. Not checked if it is sent back.")
 
 
 class ToolUseBlock(BaseModel):
@@ -39,25 +209,25 @@ class MessageTokensDetails(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    input_tokens: int = Field(description="Prompt tokens that had to be computed.")
+    input_tokens: int = Field(description="Prompt tokens that were computed.")
     cache_creation_input_tokens: int = Field(
-        default=0, description="Everything is cached; always 0."
+        default=0, description="Always 0: all prompt tokens are cached."
     )
-    cache_read_input_tokens: int = Field(description="Prompt tokens that were in the cache.")
+    cache_read_input_tokens: int = Field(description="Prompt tokens found in the cache.")
     output_tokens: int
     output_tokens_details: MessageTokensDetails
 
     @classmethod
-    def of(cls, counted: Counted) -> MessageUsage:
+    def of(cls, usage: TokenUsage) -> MessageUsage:
         return cls(
-            input_tokens=counted.prompt_tokens - counted.cached_tokens,
-            cache_read_input_tokens=counted.cached_tokens,
-            output_tokens=counted.completion_tokens,
-            output_tokens_details=MessageTokensDetails(thinking_tokens=counted.reasoning_tokens),
+            input_tokens=usage.prompt_tokens - usage.cached_tokens,
+            cache_read_input_tokens=usage.cached_tokens,
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=MessageTokensDetails(thinking_tokens=usage.reasoning_tokens),
         )
 
 
-class Message(BaseModel):
+class AnthropicMessage(BaseModel):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
@@ -72,7 +242,10 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-class TextDelta(BaseModel):
+# -- events of a stream -------------------------------------------------------------------
+
+
+class TextBlockDelta(BaseModel):
     type: Literal["text_delta"] = "text_delta"
     text: str
 
@@ -93,13 +266,13 @@ class InputJsonDelta(BaseModel):
 
 
 BlockDelta = Annotated[
-    TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta, Field(discriminator="type")
+    TextBlockDelta | ThinkingDelta | SignatureDelta | InputJsonDelta, Field(discriminator="type")
 ]
 
 
 class MessageStart(BaseModel):
     type: Literal["message_start"] = "message_start"
-    message: Message
+    message: AnthropicMessage
 
 
 class ContentBlockStart(BaseModel):
@@ -119,14 +292,14 @@ class ContentBlockStop(BaseModel):
     index: int
 
 
-class Stop(BaseModel):
+class StopDetails(BaseModel):
     stop_reason: StopReason
     stop_sequence: str | None
 
 
 class MessageDelta(BaseModel):
     type: Literal["message_delta"] = "message_delta"
-    delta: Stop
+    delta: StopDetails
     usage: MessageUsage
 
 
@@ -138,17 +311,16 @@ class Ping(BaseModel):
     type: Literal["ping"] = "ping"
 
 
-StreamEvent = Annotated[
+AnyMessageEvent = (
     MessageStart
     | ContentBlockStart
     | ContentBlockDelta
     | ContentBlockStop
     | MessageDelta
     | MessageStop
-    | Ping,
-    Field(discriminator="type"),
-]
+    | Ping
+)
 
 
-class MessageEvent(RootModel[StreamEvent]):
-    """An event of a stream, where it is named as its type is."""
+class MessageEvent(RootModel[Annotated[AnyMessageEvent, Field(discriminator="type")]]):
+    """An event of a stream, whose SSE name is its type."""

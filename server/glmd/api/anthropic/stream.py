@@ -1,4 +1,4 @@
-"""From events to Anthropic's messages: stream events, or the message that they add up to."""
+"""Events of a message's stream, and the message that they add up to."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ import pydantic_core
 
 from glmd.api.anthropic import errors
 from glmd.api.anthropic.protocol import (
+    AnthropicMessage,
+    AnyMessageEvent,
     BlockDelta,
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
     InputJsonDelta,
-    Message,
     MessageDelta,
     MessageStart,
     MessageStop,
     MessageUsage,
     Ping,
     SignatureDelta,
-    Stop,
+    StopDetails,
     StopReason,
-    StreamEvent,
     TextBlock,
-    TextDelta,
+    TextBlockDelta,
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
 )
 from glmd.api.error_info import ErrorInfo
-from glmd.api.generation import Generation
-from glmd.api.sse import frame
+from glmd.api.sse import sse_frame
+from glmd.api.streaming import Generation, StreamEvent
 from glmd.chat.events import (
     ContentDelta,
-    Event,
     Finished,
     ReasoningDelta,
     ToolCallDelta,
@@ -52,115 +51,124 @@ STOP_REASONS: dict[str, StopReason] = {
 
 
 class MessageBuilder:
-    """Tells an answer's events, and adds them to the message (a `ResponseBuilder`).
+    """Events of a message, and the message that they add up to.
 
-    What it tells holds parts of the message as they are at that moment.
-
-    Attributes:
-        message: what there is of it.
+    Args:
+        max_tokens: The request's limit.
+        omit_thinking: Leave thinking blocks empty.
+        request_id: ID of the HTTP request, for errors.
     """
 
     def __init__(
-        self, id: str, model: str, generation: Generation, *, max_tokens: int, omit_thinking: bool
+        self,
+        generation: Generation,
+        *,
+        model: str,
+        max_tokens: int,
+        omit_thinking: bool,
+        request_id: str,
     ) -> None:
-        """
-        Args:
-            max_tokens: the request's.
-            omit_thinking: thinking blocks are to come without thoughts.
-        """
         self._generation = generation
         self._max_tokens = max_tokens
         self._omit_thinking = omit_thinking
+        self._request_id = request_id
+        self._block: TextBlock | ThinkingBlock | ToolUseBlock | None = None
+        """The open block, which is the last of the content."""
         self._thinking = ""
-        """The open block's, shown or not."""
+        """Thinking of the open block, omitted or not."""
         self._input = ""
         """JSON of the open block's input."""
-        self._is_open = False
-        self.message = Message(
-            id=id, model=model, content=[], stop_reason=None, stop_sequence=None, usage=self._usage
+        self._message = AnthropicMessage(
+            id=generation.request.id,
+            model=model,
+            content=[],
+            stop_reason=None,
+            stop_sequence=None,
+            usage=self._usage,
         )
+
+    def start(self) -> Iterator[bytes]:
+        self._message.usage = self._usage
+        yield write(MessageStart(message=self._message))
+        yield self.heartbeat()
+
+    def heartbeat(self) -> bytes:
+        return write(Ping())
+
+    def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
+        match event:
+            case ReasoningDelta(text):
+                if not isinstance(self._block, ThinkingBlock):
+                    yield from self._open(ThinkingBlock(thinking="", signature=""))
+                self._thinking += text
+                if text and not self._omit_thinking:
+                    yield self._delta(ThinkingDelta(thinking=text))
+            case ContentDelta(text) if text:
+                if not isinstance(self._block, TextBlock):
+                    yield from self._open(TextBlock(text=""))
+                yield self._delta(TextBlockDelta(text=text))
+            case ToolCallStart(_, id, name):
+                yield from self._open(ToolUseBlock(id=id, name=name, input={}))
+            case ToolCallDelta(_, arguments):
+                self._input += arguments
+                yield self._delta(InputJsonDelta(partial_json=arguments))
+            case Finished(reason, stop_sequence):
+                yield from self._close()
+                self._message.stop_reason = self._stop_reason(reason, stop_sequence)
+                self._message.stop_sequence = stop_sequence
+
+    def end(self) -> Iterator[bytes]:
+        message = self._message
+        message.usage = self._usage
+        assert message.stop_reason is not None, "an answer ends with Finished"
+        stop = StopDetails(stop_reason=message.stop_reason, stop_sequence=message.stop_sequence)
+        yield write(MessageDelta(delta=stop, usage=message.usage))
+        yield write(MessageStop())
+
+    def fail(self, error: ErrorInfo) -> bytes:
+        body = errors.body(error, self._request_id)
+        return sse_frame(json.dumps(body, ensure_ascii=False), "error")
+
+    def to_json(self) -> str:
+        return self._message.model_dump_json()
 
     @property
     def _usage(self) -> MessageUsage:
         return MessageUsage.of(self._generation.usage)
 
-    def start(self) -> Iterator[StreamEvent]:
-        """The first events; the usage is what is known by now, that of the last event is final."""
-        self.message.usage = self._usage
-        yield MessageStart(message=self.message)
-        yield self.keep_alive()
-
-    def keep_alive(self) -> StreamEvent:
-        return Ping()
-
-    def add(self, event: Event) -> Iterator[StreamEvent]:
-        match event:
-            case ReasoningDelta(text):
-                yield from self._think(text)
-            case ContentDelta(text) if text:
-                if not isinstance(self._open_block, TextBlock):
-                    yield from self._open(TextBlock(text=""))
-                yield self._delta(TextDelta(text=text))
-            case ToolCallStart(_, id, name):
-                yield from self._open(ToolUseBlock(id=id, name=name, input={}))
-            case ToolCallDelta(_, arguments):
-                yield self._delta(InputJsonDelta(partial_json=arguments))
-            case Finished(reason, stop_sequence):
-                yield from self._close()
-                self.message.stop_reason = self._stop_reason(reason, stop_sequence)
-                self.message.stop_sequence = stop_sequence
-
-    def end(self) -> Iterator[StreamEvent]:
-        """The events after the last block."""
-        self.message.usage = self._usage
-        assert self.message.stop_reason is not None, "a generation ends with Finished"
-        stop = Stop(stop_reason=self.message.stop_reason, stop_sequence=self.message.stop_sequence)
-        yield MessageDelta(delta=stop, usage=self.message.usage)
-        yield MessageStop()
-
     @property
-    def _open_block(self) -> TextBlock | ThinkingBlock | ToolUseBlock | None:
-        return self.message.content[-1] if self._is_open else None
+    def _index(self) -> int:
+        return len(self._message.content) - 1
 
-    def _think(self, text: str) -> Iterator[StreamEvent]:
-        if not isinstance(self._open_block, ThinkingBlock):
-            yield from self._open(ThinkingBlock(thinking="", signature=""))
-        self._thinking += text
-        if text and not self._omit_thinking:
-            yield self._delta(ThinkingDelta(thinking=text))
-
-    def _open(self, block: TextBlock | ThinkingBlock | ToolUseBlock) -> Iterator[StreamEvent]:
+    def _open(self, block: TextBlock | ThinkingBlock | ToolUseBlock) -> Iterator[bytes]:
         yield from self._close()
-        self._is_open = True
+        self._block = block
         self._thinking = self._input = ""
-        self.message.content.append(block)
-        yield ContentBlockStart(index=len(self.message.content) - 1, content_block=block)
+        self._message.content.append(block)
+        yield write(ContentBlockStart(index=self._index, content_block=block))
 
-    def _delta(self, delta: BlockDelta) -> StreamEvent:
-        match self._open_block, delta:
-            case TextBlock() as block, TextDelta(text=text):
+    def _delta(self, delta: BlockDelta) -> bytes:
+        """Add a delta to the open block."""
+        match self._block, delta:
+            case TextBlock() as block, TextBlockDelta(text=text):
                 block.text += text
             case ThinkingBlock() as block, ThinkingDelta(thinking=thinking):
                 block.thinking += thinking
             case ThinkingBlock() as block, SignatureDelta(signature=signature):
                 block.signature = signature
-            case ToolUseBlock(), InputJsonDelta(partial_json=partial_json):
-                self._input += partial_json
-            case block, _:
-                raise TypeError(f"{delta} does not belong into {block}")
-        return ContentBlockDelta(index=len(self.message.content) - 1, delta=delta)
+        return write(ContentBlockDelta(index=self._index, delta=delta))
 
-    def _close(self) -> Iterator[StreamEvent]:
-        block = self._open_block
+    def _close(self) -> Iterator[bytes]:
+        block = self._block
         if block is None:
             return
         if isinstance(block, ThinkingBlock):
             yield self._delta(SignatureDelta(signature=sign(self._thinking)))
         if isinstance(block, ToolUseBlock):
-            # Of arguments that were cut off, those that are whole. Clients do the same.
+            # Incomplete arguments of a truncated answer are dropped, as Anthropic's clients do.
             block.input = pydantic_core.from_json(self._input or "{}", allow_partial=True)
-        self._is_open = False
-        yield ContentBlockStop(index=len(self.message.content) - 1)
+        self._block = None
+        yield write(ContentBlockStop(index=self._index))
 
     def _stop_reason(self, reason: str, stop_sequence: str | None) -> StopReason:
         if stop_sequence is not None:
@@ -170,13 +178,11 @@ class MessageBuilder:
         return STOP_REASONS[reason]
 
 
-def error_frame(problem: ErrorInfo, request_id: str) -> bytes:
-    """An error after the first byte."""
-    body = json.dumps(errors.body(problem, request_id), ensure_ascii=False)
-    return frame(body, "error")
+def write(event: AnyMessageEvent) -> bytes:
+    return sse_frame(event.model_dump_json(), event.type)
 
 
 def sign(thinking: str) -> str:
-    """What stands for a signature: clients keep only thinking blocks that have one."""
+    """Digest in place of a signature: clients keep only thinking blocks that have a signature."""
     digest = blake2b(thinking.encode("utf-8", "surrogatepass"), digest_size=24).digest()
     return base64.b64encode(digest).decode()

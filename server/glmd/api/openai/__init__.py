@@ -1,1 +1,1 @@
-"""OpenAI's API: requests read and checked, answers written, over `glmd.chat` and the engine."""
+"""OpenAI's chat and text completions."""

@@ -1,31 +1,37 @@
-"""The part of a request that decides the prompt: messages, tools, and how to think."""
+"""Fields that several OpenAI requests share: the conversation, and limits and output options."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from glmd.api.defaults import Defaults
-from glmd.api.request_body import FailFastList
+from glmd.api.generation_request import (
+    INT64,
+    NO_OP,
+    Defaults,
+    Effort,
+    FailFastList,
+    NoOp,
+    RequestFields,
+    StrictModel,
+    TokenId,
+    check_stops,
+    optional,
+)
 from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.request_limits import MAX_STOP_TOKENS
 from glmd.chat.types import Conversation
-from glmd.errors import InvalidRequest
+from glmd.errors import invalid_field
+from glmd.structured_output import GUIDED, AnswerFormat, read_guided
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-class Thinking(BaseModel):
-    """Anthropic's and z.ai's way to say how to think."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["enabled", "disabled"] | None = None
-    budget_tokens: int | None = Field(None, ge=0, description="As thinking_budget.")
-    clear_thinking: bool | None = None
-
-
-MESSAGE_SCHEMA: dict[str, Any] = {
+TEXT = {"type": "string"}
+TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"enum": ["text"]}, "text": TEXT},
+}
+MESSAGES_SCHEMA: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
     "items": {
@@ -33,127 +39,193 @@ MESSAGE_SCHEMA: dict[str, Any] = {
         "required": ["role"],
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {
-                "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "array",
-                        "items": {
-                            "type": "object",
-                            "required": ["type", "text"],
-                            "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}},
-                        },
-                    },
-                    {"type": "null"},
-                ]
-            },
+            "content": {"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}, {"type": "null"}]},
             "reasoning_content": {"type": ["string", "null"]},
             "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
             "tool_call_id": {"type": ["string", "null"]},
         },
     },
 }
-"""For the OpenAPI document; `glmd.chat.messages.read_messages` checks, and names the field."""
+
+
+def check_limit(value: int | None) -> int | None:
+    if value == 0:
+        raise ValueError("must be at least 1")
+    return None if value == -1 else value
+
+
+Limit = Annotated[int | None, Field(ge=-1), AfterValidator(check_limit)]
+"""Number of tokens. -1, which LM Studio's clients send: no limit."""
+
+
+Stops = Annotated[str | FailFastList[str] | None, AfterValidator(check_stops)]
+StopTokens = Annotated[FailFastList[TokenId] | None, Field(max_length=MAX_STOP_TOKENS)]
+
+
+class Thinking(StrictModel):
+    """Thinking options in Anthropic's and z.ai's form."""
+
+    type: Literal["enabled", "disabled"] | None = None
+    budget_tokens: int | None = optional("The same as thinking_budget.", ge=0)
+    clear_thinking: bool | None = None
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = optional("End with a chunk that holds the usage.")
+    include_obfuscation: NoOp = None
+
+
+class OpenAINoOps(BaseModel):
+    """Fields without effect of all OpenAI requests."""
+
+    prompt_cache_key: Any = optional(NO_OP + " Prefixes are cached by content.")
+    prompt_cache_retention: NoOp = None
+    prompt_cache_options: NoOp = None
+    safety_identifier: NoOp = None
+    service_tier: NoOp = None
+    user: NoOp = None
 
 
 class ConversationFields(BaseModel):
-    """Fields of the chat request, of `/tokenize` and of `/apply-template`."""
+    """Fields that decide the prompt; `/tokenize` and `/apply-template` have them too."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    messages: FailFastList[dict[str, Any]] = Field(json_schema_extra=MESSAGE_SCHEMA)
-    tools: FailFastList[dict[str, Any]] | None = Field(
-        None, description="Functions that the model may call, in OpenAI's form."
+    messages: FailFastList[dict[str, Any]] = Field(json_schema_extra=MESSAGES_SCHEMA)
+    tools: FailFastList[dict[str, Any]] | None = optional("Functions that the model may call.")
+    enable_thinking: bool | None = optional("Think before answering.")
+    clear_thinking: bool | None = optional("Drop the reasoning of earlier turns from the prompt.")
+    thinking: Thinking | None = optional("The same in another form.")
+    reasoning_effort: Effort | None = optional(
+        "none: no thinking. Other efforts limit the reasoning to the tokens of the"
+        " server's setting effort_budgets, unless a budget is given."
     )
-    enable_thinking: bool | None = Field(None, description="Think before answering.")
-    clear_thinking: bool | None = Field(
-        None, description="Drop the reasoning of earlier turns from the prompt."
-    )
-    thinking: Thinking | None = Field(None, description="The same in another form.")
-    reasoning_effort: Effort | None = Field(
-        None,
-        description="none: no thinking. The others allow as many tokens of reasoning as the"
-        " server's setting effort_budgets says, unless a budget is given.",
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Variables of the chat template, these two among them."
-    )
-    continue_final_message: bool | None = Field(
-        None, description="The last message, the assistant's, is the beginning of the answer."
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="The opposite of continue_final_message, where clients send both."
-    )
-    cache_salt: str | None = Field(
-        None, description="Requests with different salts share no cached prefix."
-    )
+    chat_template_kwargs: dict[str, Any] | None = optional("Variables of the chat template.")
+    continue_final_message: bool | None = optional("Continue the last message, the assistant's.")
+    add_generation_prompt: bool | None = optional("The opposite of continue_final_message.")
+    cache_salt: str | None = optional("Requests with different salts share no cached prefix.")
 
     def conversation(self, defaults: Defaults) -> Conversation:
-        """What decides the prompt.
+        """The conversation, with all tools.
 
         Raises:
-            InvalidRequest: something in it cannot be honoured.
+            InvalidRequest: a field is malformed or contradicts another field.
         """
         if self.add_generation_prompt is not None and (
             self.add_generation_prompt == bool(self.continue_final_message)
         ):
-            raise InvalidRequest(
-                "add_generation_prompt must be the opposite of continue_final_message.",
-                param="add_generation_prompt",
-            )
-        kwargs = {
-            **(self.chat_template_kwargs or {}),
-            "enable_thinking": self._enable_thinking(defaults.enable_thinking),
-            "clear_thinking": self._clear_thinking(defaults.clear_thinking),
-        }
-        return Conversation(
-            messages=read_messages(self.messages),
-            tools=read_tools(self.tools),
-            template_kwargs=kwargs,
-            continue_final=bool(self.continue_final_message),
-            cache_salt=self.cache_salt or "",
-        )
-
-    def _enable_thinking(self, default: bool) -> bool:
-        type = self.thinking.type if self.thinking else None
-        return agreed(
+            raise invalid_field("add_generation_prompt", "contradicts continue_final_message.")
+        thinking_type = self.thinking.type if self.thinking else None
+        enable_thinking = agreed_value(
             {
                 "enable_thinking": self.enable_thinking,
                 "chat_template_kwargs.enable_thinking": self._template_flag("enable_thinking"),
-                "thinking.type": None if type is None else type == "enabled",
-                # Any other effort is one that no thinking at all stays below.
+                "thinking.type": thinking_type and thinking_type == "enabled",
+                # Other efforts change the default only.
                 "reasoning_effort": False if self.reasoning_effort == "none" else None,
             },
-            default or self.reasoning_effort is not None,
+            default=defaults.enable_thinking or self.reasoning_effort is not None,
         )
-
-    def _clear_thinking(self, default: bool) -> bool:
-        return agreed(
+        clear_thinking = agreed_value(
             {
                 "clear_thinking": self.clear_thinking,
                 "chat_template_kwargs.clear_thinking": self._template_flag("clear_thinking"),
                 "thinking.clear_thinking": self.thinking.clear_thinking if self.thinking else None,
             },
-            default,
+            default=defaults.clear_thinking,
+        )
+        return Conversation(
+            messages=read_messages(self.messages),
+            tools=read_tools(self.tools),
+            template_kwargs={
+                **(self.chat_template_kwargs or {}),
+                "enable_thinking": enable_thinking,
+                "clear_thinking": clear_thinking,
+            },
+            continue_final=bool(self.continue_final_message),
+            cache_salt=self.cache_salt or "",
         )
 
     def _template_flag(self, name: str) -> bool | None:
         value = (self.chat_template_kwargs or {}).get(name)
         if value is not None and not isinstance(value, bool):
             param = f"chat_template_kwargs.{name}"
-            raise InvalidRequest(f"{param} must be true or false.", param=param)
+            raise invalid_field(param, "must be true or false.")
         return value
 
 
-def agreed(said: dict[str, bool | None], default: bool) -> bool:
-    """The value that all who say something agree on.
+def agreed_value(fields: dict[str, bool | None], *, default: bool) -> bool:
+    """Value of all fields that are set, else the default.
 
     Raises:
-        InvalidRequest: two of them disagree; it names both.
+        InvalidRequest: two fields contradict each other.
     """
-    voices = [(name, value) for name, value in said.items() if value is not None]
-    for name, value in voices[1:]:
-        first, expected = voices[0]
-        if value != expected:
-            raise InvalidRequest(f"{name} contradicts {first}.", param=name)
-    return voices[0][1] if voices else default
+    given = [(name, value) for name, value in fields.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise invalid_field(name, f"contradicts {given[0][0]}.")
+    return given[0][1] if given else default
+
+
+class OpenAIFields(RequestFields, OpenAINoOps):
+    """Fields of chat and text completions."""
+
+    refused: ClassVar = {
+        "grammar": "use guided_grammar.",
+        "guided_whitespace_pattern": "whitespace between the parts of JSON cannot be restricted.",
+        "chat_template": "the checkpoint's template is used. Send chat_template_kwargs.",
+        "functions": "this is deprecated. Send tools.",
+        "function_call": "this is deprecated. Send tool_choice.",
+        "audio": "the model writes text only.",
+        "web_search_options": "there is no web search.",
+        "prompt_logprobs": "log-probabilities of the prompt are not available.",
+        "use_beam_search": "beam search is not available.",
+        "logits_processors": "code in requests is not run.",
+    }
+
+    stream_options: StreamOptions | None = None
+    n: int | None = optional("Answers per prompt.", ge=1, le=128)
+    max_tokens: Limit = optional("Limit of the answer, reasoning included; -1: none.")
+    min_tokens: int | None = optional("No end before this many tokens.", ge=0)
+    stop: Stops = optional("Strings that end the answer; not part of it.")
+    stop_token_ids: StopTokens = optional("Further end tokens.")
+    ignore_eos: bool | None = optional("Continue after an end token.")
+    guided_json: Any = optional("JSON schema of the answer, as an object or a string.")
+    guided_regex: Any = optional("Regular expression, without lookaround.")
+    guided_choice: Any = optional("List of strings to choose from.")
+    guided_grammar: Any = optional("Grammar in GBNF or llguidance's variant of Lark.")
+    structured_outputs: Any = optional("json, json_object, regex, choice or grammar, as in vLLM.")
+    return_token_ids: bool | None = optional("Return the token ids of prompt and answer.")
+    priority: int | None = optional(
+        "Larger goes first among the client's own waiting requests; below 0 lets"
+        " requests of all clients go first.",
+        ge=-INT64,
+        lt=INT64,
+    )
+    cache_salt: str | None = optional("Requests with different salts share no cached prefix.")
+    metadata: NoOp = None
+    store: NoOp = None
+    prediction: NoOp = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def guided_format(self) -> AnswerFormat | None:
+        """Form that the `guided_…` fields and `structured_outputs` require.
+
+        Raises:
+            InvalidRequest: a field is malformed, or several are set.
+        """
+        return read_guided({name: getattr(self, name) for name in GUIDED})
+
+    def checked_min_tokens(self, max_tokens: int | None) -> int:
+        """`min_tokens`, or 0.
+
+        Raises:
+            InvalidRequest: `min_tokens` exceeds the answer's limit.
+        """
+        min_tokens = self.min_tokens or 0
+        if max_tokens is not None and min_tokens > max_tokens:
+            raise invalid_field("min_tokens", f"{min_tokens} exceeds the limit, {max_tokens}.")
+        return min_tokens

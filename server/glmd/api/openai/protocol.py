@@ -1,49 +1,198 @@
-"""The shapes of OpenAI's answers.
+"""Requests and responses of `/v1/chat/completions` and `/v1/completions`.
 
-Fields are written out exactly when they were set, so that an explicit null stays one and an
-absent field stays absent, as OpenAI has it.
+Response fields are written only if they were set: an explicit null stays, an absent field stays
+absent.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from glmd.api.generation import Usage as Counted
+from glmd.api.generation_request import (
+    INT64,
+    Defaults,
+    FailFastList,
+    GenerationRequest,
+    NoOp,
+    StrictModel,
+    TokenId,
+    new_id,
+    optional,
+)
+from glmd.api.observability.request_stats import Api
+from glmd.api.openai.input import ConversationFields, Limit, OpenAIFields
+from glmd.api.streaming import TokenUsage
+from glmd.chat.events import FinishReason, TokenInfo
+from glmd.chat.tokenizer import Tokenizer
+from glmd.errors import invalid_field
+from glmd.structured_output import OutputSpec, make_structure, only_format, read_response_format
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, for `/v1/completions`."""
+
+MAX_PROMPTS = 128
+
+# -- requests -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What an answer and each of its chunks begin with."""
+ToolChoiceMode = Literal["none", "auto", "required"]
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
 
-    @classmethod
-    def new(cls, prefix: str, model: str, system_fingerprint: str) -> Header:
-        """A new answer's, with an id `prefix-…`."""
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, system_fingerprint)
+class FunctionName(StrictModel):
+    name: str
+
+
+class FunctionToolChoice(StrictModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatCompletionRequest(OpenAIFields, ConversationFields):
+    api: ClassVar[Api] = "chat"
+
+    tool_choice: ToolChoiceMode | FunctionToolChoice | None = optional("auto: the default.")
+    parallel_tool_calls: bool | None = optional("False: the answer ends after its first tool call.")
+    response_format: dict[str, Any] | None = optional("text, json_object or json_schema.")
+    max_completion_tokens: Limit = optional("The newer name of max_tokens.")
+    logprobs: bool | None = optional("Log-probabilities of the answer's tokens.")
+    top_logprobs: int | None = optional("Alternatives per token; needs logprobs.", ge=0, le=20)
+    modalities: FailFastList[Literal["text", "audio"]] | None = optional("text only.")
+    thinking_budget: int | None = optional(
+        "Tokens after which the reasoning is closed and the answer continues.", ge=0, lt=INT64
+    )
+    return_progress: bool | None = optional("While streaming, report the prompt's progress.")
+    verbosity: NoOp = None
+
+    def to_generation_request(self, defaults: Defaults) -> GenerationRequest:
+        """Check the request and put it into neutral form.
+
+        Raises:
+            InvalidRequest: a field is malformed, unsupported or contradicts another field.
+        """
+        if "audio" in (self.modalities or ()):
+            raise invalid_field("modalities", "the model writes text only.")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid_field("top_logprobs", "needs logprobs to be true.")
+        max_tokens = self._limit() or defaults.max_tokens
+        min_tokens = self.checked_min_tokens(max_tokens)
+        conversation = self.conversation(defaults)
+        choice = self.tool_choice
+        tools = () if choice == "none" else conversation.tools
+        return GenerationRequest(
+            id=new_id("chatcmpl-"),
+            prompt=conversation,
+            param="messages",
+            sampling=self.sampling(
+                defaults.sampling, (self.top_logprobs or 0) if self.logprobs else None
+            ),
+            tools=tools,
+            output=make_structure(
+                only_format(read_response_format(self.response_format), self.guided_format()),
+                tools,
+                required=choice == "required",
+                named=choice.function.name if isinstance(choice, FunctionToolChoice) else None,
+                parallel=self.parallel_tool_calls is not False,
+            ),
+            n=self.n or 1,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            thinking_budget=self._thinking_budget(defaults),
+            single_call=self.parallel_tool_calls is False,
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
+            report_tokens=bool(self.return_token_ids),
+            report_progress=bool(self.return_progress and self.stream),
+        )
+
+    def _limit(self) -> int | None:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise invalid_field("max_tokens", "contradicts max_completion_tokens.")
+        return limits.pop() if limits else None
+
+    def _thinking_budget(self, defaults: Defaults) -> int | None:
+        budget = self.thinking.budget_tokens if self.thinking else None
+        if budget is None:
+            budget = self.thinking_budget
+        elif self.thinking_budget not in (None, budget):
+            raise invalid_field("thinking.budget_tokens", "contradicts thinking_budget.")
+        return defaults.effort_budgets.get(self.reasoning_effort) if budget is None else budget
+
+
+Tokens = Annotated[FailFastList[TokenId], Field(min_length=1)]
+Prompts = Annotated[FailFastList[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenPrompts = Annotated[FailFastList[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class CompletionRequest(OpenAIFields):
+    api: ClassVar[Api] = "completions"
+
+    prompt: str | Tokens | Prompts | TokenPrompts = Field(
+        description="Text in which tags are tags, or token ids; or a list of either."
+    )
+    echo: bool | None = optional("Begin the answer with the prompt.")
+    logprobs: int | None = optional("Log-probabilities, and alternatives per token.", ge=0, le=20)
+    best_of: int | None = optional("1 only.", ge=1)
+    suffix: str | None = optional("Refused: the model cannot fill in.")
+
+    def to_generation_request(self, defaults: Defaults) -> GenerationRequest:
+        """Check the request and put it into neutral form.
+
+        Raises:
+            InvalidRequest: a field is malformed, unsupported or contradicts another field.
+        """
+        if self.suffix:
+            raise invalid_field("suffix", "the model cannot fill in the middle.")
+        if self.best_of is not None and self.best_of != 1:
+            raise invalid_field("best_of", "must be 1. For several answers, send n.")
+        if self.echo and self.logprobs is not None:
+            raise invalid_field("logprobs", "not available for the prompt, which echo returns.")
+        max_tokens = self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
+        return GenerationRequest(
+            id=new_id("cmpl-"),
+            prompt=self._prompts(),
+            param="prompt",
+            sampling=self.sampling(defaults.sampling, self.logprobs),
+            output=OutputSpec(self.guided_format()),
+            n=self.n or 1,
+            max_tokens=max_tokens,
+            min_tokens=self.checked_min_tokens(max_tokens),
+            stop=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
+            report_tokens=bool(self.return_token_ids),
+        )
+
+    def _prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[id for id in self.prompt if isinstance(id, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+# -- responses ----------------------------------------------------------------------------
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Prompt tokens that were not computed again.")
+    cached_tokens: int = Field(description="Prompt tokens found in the cache.")
 
 
 class CompletionTokensDetails(BaseModel):
     reasoning_tokens: int
-    accepted_prediction_tokens: int = Field(description="Drafted tokens that were kept.")
-    rejected_prediction_tokens: int = Field(description="Drafted tokens that were not.")
+    accepted_prediction_tokens: int = Field(description="Accepted draft tokens.")
+    rejected_prediction_tokens: int = Field(description="Rejected draft tokens.")
 
 
-class Usage(BaseModel):
+class CompletionUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -51,36 +200,57 @@ class Usage(BaseModel):
     completion_tokens_details: CompletionTokensDetails
 
     @classmethod
-    def of(cls, counted: Counted) -> Usage:
+    def of(cls, usage: TokenUsage) -> CompletionUsage:
         return cls(
-            prompt_tokens=counted.prompt_tokens,
-            completion_tokens=counted.completion_tokens,
-            total_tokens=counted.prompt_tokens + counted.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=counted.cached_tokens),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
             completion_tokens_details=CompletionTokensDetails(
-                reasoning_tokens=counted.reasoning_tokens,
-                accepted_prediction_tokens=counted.accepted,
-                rejected_prediction_tokens=counted.drafted - counted.accepted,
+                reasoning_tokens=usage.reasoning_tokens,
+                accepted_prediction_tokens=usage.accepted,
+                rejected_prediction_tokens=usage.drafted - usage.accepted,
             ),
         )
 
 
 class TopLogprob(BaseModel):
-    token: str
+    token: str = Field(description="Text, with U+FFFD for bytes that are not UTF-8.")
     logprob: float
     bytes: list[int]
+
+    @staticmethod
+    def spell(tokenizer: Tokenizer, id: int) -> dict[str, Any]:
+        """A token's text and bytes."""
+        data = tokenizer.token_bytes(id)
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data)}
 
 
 class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> list[TokenLogprob]:
+        """Tokens with their log-probabilities and alternatives."""
+        return [
+            cls(
+                **cls.spell(tokenizer, token.id),
+                logprob=token.logprobs.logprob,
+                top_logprobs=[
+                    TopLogprob(**cls.spell(tokenizer, id), logprob=logprob)
+                    for id, logprob in zip(
+                        token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True
+                    )
+                ],
+            )
+            for token in tokens
+        ]
+
 
 class ChatLogprobs(BaseModel):
     content: list[TokenLogprob] | None
     refusal: None = None
-    reasoning_content: list[TokenLogprob] | None = Field(
-        default=None, description="Of the tokens in the reasoning."
-    )
+    reasoning_content: list[TokenLogprob] | None = optional("Tokens of the reasoning.")
 
 
 class FunctionCall(BaseModel):
@@ -88,7 +258,7 @@ class FunctionCall(BaseModel):
     arguments: str = Field(description="A JSON object, as text.")
 
 
-class ToolCall(BaseModel):
+class FunctionToolCall(BaseModel):
     id: str
     type: Literal["function"]
     function: FunctionCall
@@ -98,8 +268,8 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
-    reasoning_content: str | None = Field(default=None, description="Absent if there was none.")
-    tool_calls: list[ToolCall] | None = Field(default=None, description="Absent if there was none.")
+    reasoning_content: str | None = optional("Absent without reasoning.")
+    tool_calls: list[FunctionToolCall] | None = optional("Absent if none.")
 
 
 class ChatChoice(BaseModel):
@@ -107,7 +277,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    token_ids: list[int] | None = Field(default=None, description="If asked for.")
+    token_ids: list[int] | None = optional("With return_token_ids.")
 
 
 class ChatCompletion(BaseModel):
@@ -117,8 +287,8 @@ class ChatCompletion(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | None = Field(default=None, description="If asked for.")
+    usage: CompletionUsage
+    prompt_token_ids: list[int] | None = optional("With return_token_ids.")
 
 
 class FunctionDelta(BaseModel):
@@ -133,7 +303,7 @@ class CallDelta(BaseModel):
     function: FunctionDelta
 
 
-class Delta(BaseModel):
+class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -142,10 +312,10 @@ class Delta(BaseModel):
 
 class ChunkChoice(BaseModel):
     index: int
-    delta: Delta
+    delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    token_ids: list[int] | None = Field(default=None, description="If asked for.")
+    token_ids: list[int] | None = optional("With return_token_ids.")
 
 
 class PromptProgress(BaseModel):
@@ -162,13 +332,9 @@ class ChatCompletionChunk(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: Usage | None = Field(
-        default=None, description="Only in the last chunk, and if asked for."
-    )
-    prompt_progress: PromptProgress | None = Field(default=None, description="If asked for.")
-    prompt_token_ids: list[int] | None = Field(
-        default=None, description="If asked for, in the first chunk."
-    )
+    usage: CompletionUsage | None = optional("In the last chunk, with include_usage.")
+    prompt_progress: PromptProgress | None = optional("With return_progress.")
+    prompt_token_ids: list[int] | None = optional("In the first chunk, with return_token_ids.")
 
 
 class CompletionLogprobs(BaseModel):
@@ -183,14 +349,14 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    prompt_token_ids: list[int] | None = Field(
-        default=None, description="If asked for; in a stream, in the choice's first chunk."
+    prompt_token_ids: list[int] | None = optional(
+        "With return_token_ids; in a stream, first chunk only."
     )
-    token_ids: list[int] | None = Field(default=None, description="If asked for.")
+    token_ids: list[int] | None = optional("With return_token_ids.")
 
 
-class Completion(BaseModel):
-    """Of `/v1/completions`, whole or as a chunk."""
+class TextCompletion(BaseModel):
+    """Answer of `/v1/completions`, whole or as a chunk."""
 
     id: str
     object: Literal["text_completion"]
@@ -198,4 +364,4 @@ class Completion(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: CompletionUsage | None = None

@@ -1,1 +1,1 @@
-"""OpenAI's Responses API: requests, answers and what is kept of them."""
+"""OpenAI's Responses API."""

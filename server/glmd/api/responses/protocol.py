@@ -1,15 +1,193 @@
-"""The shapes of the Responses API (https://platform.openai.com/docs/api-reference/responses)."""
+"""Requests, responses and events of `/v1/responses`.
+
+See https://platform.openai.com/docs/api-reference/responses.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, RootModel
 
-from glmd.api.generation import Usage as Counted
-from glmd.api.openai.protocol import TokenLogprob
+from glmd.api.generation_request import (
+    NO_OP,
+    Defaults,
+    Effort,
+    FailFastList,
+    GenerationRequest,
+    NoOp,
+    RequestFields,
+    StrictModel,
+    limit_members,
+    new_id,
+    optional,
+)
+from glmd.api.observability.request_stats import Api
+from glmd.api.openai.input import OpenAINoOps
+from glmd.api.openai.protocol import TokenLogprob, ToolChoiceMode
+from glmd.api.responses.input import (
+    INPUT_SCHEMA,
+    TOOLS_SCHEMA,
+    InputItems,
+    RequestTools,
+    full_name,
+)
+from glmd.api.streaming import TokenUsage
+from glmd.chat.types import Conversation
+from glmd.errors import invalid_field
+from glmd.structured_output import make_structure, read_response_format
 
-Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
+LOGPROBS = "message.output_text.logprobs"
+
+# -- the request --------------------------------------------------------------------------
+
+
+Summary = Literal["auto", "concise", "detailed"]
+
+
+class Reasoning(StrictModel):
+    effort: Effort | None = optional(
+        "none: no thinking. Other efforts limit the reasoning to the tokens of the"
+        " server's setting effort_budgets."
+    )
+    summary: Summary | None = optional("Write the reasoning as a summary, in full.")
+    generate_summary: Summary | None = optional("The older name of summary.")
+    context: Literal["auto", "current_turn", "all_turns"] | None = optional(
+        "current_turn: drop earlier reasoning."
+    )
+    mode: Literal["standard"] | None = None
+
+    @property
+    def any_summary(self) -> str | None:
+        return self.summary or self.generate_summary
+
+
+class TextConfig(StrictModel):
+    format: dict[str, Any] | None = optional("text, json_object or json_schema.")
+    verbosity: NoOp = None
+
+
+Metadata = dict[str, Annotated[str, Field(max_length=512)]]
+
+
+class ToolChoiceName(StrictModel):
+    """Function or custom tool to call."""
+
+    type: Literal["function", "custom"]
+    name: str
+    namespace: str | None = None
+
+
+class ResponsesStreamOptions(StrictModel):
+    include_obfuscation: NoOp = None
+
+
+class ResponsesRequest(RequestFields, OpenAINoOps):
+    api: ClassVar[Api] = "responses"
+    refused: ClassVar = {
+        "conversation": "conversations are not stored. Send previous_response_id.",
+        "prompt": "there are no stored prompts. Send instructions and input.",
+        "moderation": "moderation is not available.",
+        "stop": "the Responses API has no stop strings. Use /v1/chat/completions.",
+        "n": "the Responses API gives one answer. Use /v1/chat/completions.",
+        "max_tokens": "use max_output_tokens.",
+        "max_completion_tokens": "use max_output_tokens.",
+        "messages": "use input.",
+        "response_format": "use text.format.",
+    }
+
+    input: str | FailFastList[dict[str, Any]] = Field(json_schema_extra=INPUT_SCHEMA)
+    instructions: str | None = optional("System message for this answer only.")
+    previous_response_id: str | None = optional("Stored response to continue.")
+    tools: FailFastList[dict[str, Any]] | None = optional(
+        "Functions and custom tools, also in namespaces. Hosted tools are ignored.",
+        json_schema_extra=TOOLS_SCHEMA,
+    )
+    tool_choice: ToolChoiceMode | ToolChoiceName | None = optional("auto: the default.")
+    parallel_tool_calls: bool | None = optional("False: the answer ends after its first tool call.")
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    max_output_tokens: int | None = optional("Limit of the answer, reasoning included.", ge=1)
+    include: FailFastList[str] | None = optional(
+        f"{LOGPROBS}: log-probabilities of the answer's tokens."
+        " reasoning.encrypted_content: no effect, because reasoning is plain text."
+    )
+    top_logprobs: int | None = optional("Alternatives per token; implies logprobs.", ge=0, le=20)
+    stream_options: ResponsesStreamOptions | None = None
+    background: bool | None = optional("Respond at once; retrieve the answer later.")
+    store: bool | None = optional("False: the response is not stored.")
+    metadata: Annotated[Metadata | None, limit_members(16)] = optional(
+        "Stored with the response.", max_length=16
+    )
+    truncation: Literal["auto", "disabled"] | None = optional(NO_OP + " Long prompts are refused.")
+    max_tool_calls: Any = optional(NO_OP + " It counts hosted tools.")
+    context_management: Any = optional(NO_OP + " Nothing is dropped or edited.")
+    client_metadata: NoOp = None
+
+    def to_generation_request(
+        self, defaults: Defaults, items: InputItems, tools: RequestTools
+    ) -> GenerationRequest:
+        """Check the request and put it into neutral form.
+
+        Raises:
+            InvalidRequest: a field is malformed, unsupported or contradicts another field.
+        """
+        if self.background and self.stream:
+            raise invalid_field("background", "cannot be combined with stream.")
+        if self.background and self.store is False:
+            raise invalid_field("background", "needs store to be true.")
+        logprobs = self.top_logprobs
+        if logprobs is None and LOGPROBS in (self.include or ()):
+            logprobs = 0
+        choice = self.tool_choice
+        named = None
+        if isinstance(choice, ToolChoiceName):
+            named = full_name(choice.namespace, choice.name)
+        callable_tools = () if choice == "none" else tools.functions
+        effort = self.reasoning.effort if self.reasoning else None
+        return GenerationRequest(
+            id=new_id("resp_"),
+            prompt=self.conversation(defaults, items, tools),
+            param="input",
+            sampling=self.sampling(defaults.sampling, logprobs),
+            tools=callable_tools,
+            output=make_structure(
+                read_response_format(
+                    self.text.format if self.text else None, "text.format", flat=True
+                ),
+                callable_tools,
+                required=choice == "required",
+                named=named,
+                parallel=self.parallel_tool_calls is not False,
+            ),
+            max_tokens=self.max_output_tokens or defaults.max_tokens,
+            thinking_budget=defaults.effort_budgets.get(effort),
+            single_call=self.parallel_tool_calls is False,
+            ignored=tools.ignored,
+        )
+
+    def conversation(
+        self, defaults: Defaults, items: InputItems, tools: RequestTools
+    ) -> Conversation:
+        """The conversation, with all tools.
+
+        Raises:
+            InvalidRequest: an item is malformed.
+        """
+        enable_thinking, clear_thinking = defaults.enable_thinking, defaults.clear_thinking
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            enable_thinking = self.reasoning.effort != "none"
+        if self.reasoning is not None and self.reasoning.context not in (None, "auto"):
+            clear_thinking = self.reasoning.context == "current_turn"
+        return Conversation(
+            messages=items.messages(self.instructions),
+            tools=tools.functions,
+            template_kwargs={"enable_thinking": enable_thinking, "clear_thinking": clear_thinking},
+        )
+
+
+# -- the response -------------------------------------------------------------------------
+
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -17,15 +195,7 @@ class OutputText(BaseModel):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[Any] = Field(default_factory=list)
-    logprobs: list[TokenLogprob] = Field(default_factory=list, description="If asked for.")
-
-
-class MessageItem(BaseModel):
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus
-    content: list[OutputText]
+    logprobs: list[TokenLogprob] = Field(default_factory=list, description="If included.")
 
 
 class ReasoningText(BaseModel):
@@ -38,12 +208,20 @@ class SummaryText(BaseModel):
     text: str
 
 
+class MessageItem(BaseModel):
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus
+    content: list[OutputText]
+
+
 class ReasoningItem(BaseModel):
     id: str
     type: Literal["reasoning"] = "reasoning"
     status: ItemStatus
-    summary: list[SummaryText] = Field(description="All the reasoning, if a summary was asked for.")
-    content: list[ReasoningText] = Field(description="All the reasoning, if none was.")
+    summary: list[SummaryText] = Field(description="The reasoning, if a summary is requested.")
+    content: list[ReasoningText] = Field(description="The reasoning, if no summary is requested.")
     encrypted_content: None = None
 
 
@@ -74,8 +252,8 @@ OutputItem = Annotated[
 
 
 class InputTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Prompt tokens that were not computed again.")
-    cache_write_tokens: int = Field(description="Those that were, and are cached now.")
+    cached_tokens: int = Field(description="Prompt tokens found in the cache.")
+    cache_write_tokens: int = Field(description="Prompt tokens computed and added to the cache.")
 
 
 class OutputTokensDetails(BaseModel):
@@ -90,16 +268,16 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
     @classmethod
-    def of(cls, counted: Counted) -> ResponseUsage:
+    def of(cls, usage: TokenUsage) -> ResponseUsage:
         return cls(
-            input_tokens=counted.prompt_tokens,
+            input_tokens=usage.prompt_tokens,
             input_tokens_details=InputTokensDetails(
-                cached_tokens=counted.cached_tokens,
-                cache_write_tokens=counted.prompt_tokens - counted.cached_tokens,
+                cached_tokens=usage.cached_tokens,
+                cache_write_tokens=usage.prompt_tokens - usage.cached_tokens,
             ),
-            output_tokens=counted.completion_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=counted.reasoning_tokens),
-            total_tokens=counted.prompt_tokens + counted.completion_tokens,
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
         )
 
 
@@ -122,13 +300,13 @@ class TextOptions(BaseModel):
 
 
 class ResponseObject(BaseModel):
-    """A response, on its way or done."""
+    """A response, in progress or done."""
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Status = "in_progress"
+    status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"] = "in_progress"
     background: bool
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
@@ -145,7 +323,7 @@ class ResponseObject(BaseModel):
     store: bool
     temperature: float
     text: TextOptions
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any]
+    tool_choice: ToolChoiceMode | dict[str, Any]
     tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
@@ -159,16 +337,16 @@ class InputTokenCount(BaseModel):
     input_tokens: int
 
 
-class Deleted(BaseModel):
+class DeletedResponse(BaseModel):
     id: str
     object: Literal["response"] = "response"
     deleted: Literal[True] = True
 
 
-# -- what a stream holds ----------------------------------------------------------------------
+# -- events of a stream -------------------------------------------------------------------
 
 
-class Numbered(BaseModel):
+class NumberedEvent(BaseModel):
     sequence_number: int = Field(description="0 for the stream's first event.")
 
 
@@ -181,115 +359,69 @@ ResponseEventType = Literal[
 ]
 
 
-class ResponseEvent(Numbered):
+class ResponseEvent(NumberedEvent):
     type: ResponseEventType
     response: ResponseObject
 
 
-class OfItem(Numbered):
-    output_index: int
-
-
-class ItemEvent(OfItem):
+class ItemEvent(NumberedEvent):
     type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
     item: OutputItem
 
 
-class OfPart(OfItem):
+class EventInItem(NumberedEvent):
+    """Optional fields are present where the type has them."""
+
+    output_index: int
     item_id: str
+    content_index: Literal[0] | None = None
+    summary_index: Literal[0] | None = None
 
 
-class ContentPartEvent(OfPart):
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    content_index: Literal[0] = 0
-    part: OutputText | ReasoningText
+class PartEvent(EventInItem):
+    type: Literal[
+        "response.content_part.added",
+        "response.content_part.done",
+        "response.reasoning_summary_part.added",
+        "response.reasoning_summary_part.done",
+    ]
+    part: OutputText | ReasoningText | SummaryText
 
 
-class OutputTextDelta(OfPart):
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
-    content_index: Literal[0] = 0
-    delta: str
-    logprobs: list[TokenLogprob]
+class DeltaEvent(EventInItem):
+    type: Literal[
+        "response.output_text.delta",
+        "response.reasoning_text.delta",
+        "response.reasoning_summary_text.delta",
+        "response.function_call_arguments.delta",
+        "response.custom_tool_call_input.delta",
+    ]
+    delta: str = Field(description="Of a custom tool call: the whole input.")
+    logprobs: list[TokenLogprob] | None = None
 
 
-class OutputTextDone(OfPart):
-    type: Literal["response.output_text.done"] = "response.output_text.done"
-    content_index: Literal[0] = 0
-    text: str
-    logprobs: list[TokenLogprob]
+class DoneEvent(EventInItem):
+    type: Literal[
+        "response.output_text.done",
+        "response.reasoning_text.done",
+        "response.reasoning_summary_text.done",
+        "response.function_call_arguments.done",
+        "response.custom_tool_call_input.done",
+    ]
+    text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    name: str | None = optional("The function's.")
+    arguments: str | None = None
+    input: str | None = None
 
 
-class ReasoningTextDelta(OfPart):
-    type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
-    content_index: Literal[0] = 0
-    delta: str
-
-
-class ReasoningTextDone(OfPart):
-    type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
-    content_index: Literal[0] = 0
-    text: str
-
-
-class SummaryPartEvent(OfPart):
-    type: Literal["response.reasoning_summary_part.added", "response.reasoning_summary_part.done"]
-    summary_index: Literal[0] = 0
-    part: SummaryText
-
-
-class SummaryTextDelta(OfPart):
-    type: Literal["response.reasoning_summary_text.delta"] = "response.reasoning_summary_text.delta"
-    summary_index: Literal[0] = 0
-    delta: str
-
-
-class SummaryTextDone(OfPart):
-    type: Literal["response.reasoning_summary_text.done"] = "response.reasoning_summary_text.done"
-    summary_index: Literal[0] = 0
-    text: str
-
-
-class ArgumentsDelta(OfPart):
-    type: Literal["response.function_call_arguments.delta"] = (
-        "response.function_call_arguments.delta"
-    )
-    delta: str
-
-
-class ArgumentsDone(OfPart):
-    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
-    name: str
-    arguments: str
-
-
-class CustomInputDelta(OfPart):
-    type: Literal["response.custom_tool_call_input.delta"] = "response.custom_tool_call_input.delta"
-    delta: str = Field(description="All of the input.")
-
-
-class CustomInputDone(OfPart):
-    type: Literal["response.custom_tool_call_input.done"] = "response.custom_tool_call_input.done"
-    input: str
-
-
-StreamEvent = Annotated[
-    ResponseEvent
-    | ItemEvent
-    | ContentPartEvent
-    | OutputTextDelta
-    | OutputTextDone
-    | ReasoningTextDelta
-    | ReasoningTextDone
-    | SummaryPartEvent
-    | SummaryTextDelta
-    | SummaryTextDone
-    | ArgumentsDelta
-    | ArgumentsDone
-    | CustomInputDelta
-    | CustomInputDone,
-    Field(discriminator="type"),
-]
-
-
-class ResponseStreamEvent(RootModel[StreamEvent]):
-    """An event of a stream, where it is named as its type is."""
+class ResponseStreamEvent(
+    RootModel[
+        Annotated[
+            ResponseEvent | ItemEvent | PartEvent | DeltaEvent | DoneEvent,
+            Field(discriminator="type"),
+        ]
+    ]
+):
+    """An event of a stream, whose SSE name is its type."""

@@ -1,83 +1,82 @@
-"""Responses that are kept, so that later ones may go on from them: bounded, and in memory only."""
+"""Stored responses, which later requests can continue: in memory, with a size limit."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 
-from glmd.api.responses.input import Item
+from glmd.api.responses.input import InputItems, Item
 from glmd.api.responses.protocol import ResponseObject
-from glmd.errors import InvalidRequest
+from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.lru import LRUCache
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A response and the conversation that led to it.
-
-    Attributes:
-        items: the conversation before the response's output, without instructions.
-        size: of the items, in bytes of JSON.
-    """
+class StoredResponse:
+    """A response and the conversation before its output, without instructions."""
 
     response: ResponseObject
-    items: Sequence[Item]
-    size: int
+    items: InputItems
 
     @property
     def conversation(self) -> list[Item]:
         """The items, then the output."""
         output = [item.model_dump(exclude_none=True) for item in self.response.output]
-        return [*self.items, *output]
+        return [*self.items.earlier, *self.items.new, *output]
 
 
 class ResponseStore:
-    """Keeps the responses used last, and runs those in the background."""
+    """The responses used last, and those that run in the background.
+
+    Args:
+        capacity: Bytes of JSON of all conversations; shared items count in each conversation.
+    """
 
     def __init__(self, capacity: int) -> None:
-        """
-        Args:
-            capacity: bytes of JSON of all conversations together; what they share counts in each.
-        """
-        self._kept: LRUCache[str, Stored] = LRUCache(capacity)
-        self._running: dict[str, tuple[Stored, asyncio.Task[None]]] = {}
+        self._kept: LRUCache[str, StoredResponse] = LRUCache(capacity)
+        self._running: dict[str, tuple[StoredResponse, asyncio.Task[None]]] = {}
 
-    def find(self, id: str) -> Stored | None:
-        """The response, finished or not."""
+    def find(self, id: str) -> StoredResponse | None:
+        """The response, finished or running."""
         running = self._running.get(id)
         return running[0] if running is not None else self._kept.get(id)
 
-    def previous(self, id: str) -> Stored:
-        """The response that another one goes on from.
+    def read_input(self, input: str | list[Item], previous_id: str | None) -> InputItems:
+        """Items of a request's input, after the conversation of the previous response.
 
         Raises:
-            InvalidRequest: it is not here, or not done.
+            InvalidRequest: a response or item is not stored, or the response is not done.
         """
+        if isinstance(input, str):
+            input = [{"type": "message", "role": "user", "content": input}]
+        new = [self._resolve(item, f"input[{index}]") for index, item in enumerate(input)]
+        size = len(json.dumps(new, ensure_ascii=False))
+        if not previous_id:
+            return InputItems([], new, size)
+        previous = self._previous(previous_id)
+        return InputItems(previous.conversation, new, previous.items.size + size)
+
+    def _previous(self, id: str) -> StoredResponse:
         stored = self.find(id)
         if stored is None:
             raise InvalidRequest(
-                f"previous_response_id: there is no response {id!r} here (any more).",
+                f"previous_response_id: response {id!r} is not stored, or not any more.",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
         if stored.response.status not in ("completed", "incomplete"):
-            raise InvalidRequest(
-                f"previous_response_id: the response {id!r} is {stored.response.status}.",
-                param="previous_response_id",
+            raise invalid_field(
+                "previous_response_id", f"response {id!r} is {stored.response.status}."
             )
         return stored
 
-    def resolve(self, item: Item, param: str) -> Item:
-        """The item, or what it refers to by its id, which tells the response that it is of.
-
-        Raises:
-            InvalidRequest: that is not here.
-        """
+    def _resolve(self, item: Item, param: str) -> Item:
+        """The item, or the item that it refers to; an item's ID holds its response's ID."""
         if item.get("type") != "item_reference":
             return item
         id = item.get("id")
@@ -86,17 +85,15 @@ class ResponseStore:
         for output in stored.response.output if stored is not None else ():
             if output.id == id:
                 return output.model_dump(exclude_none=True)
-        raise InvalidRequest(
-            f"{param}.id: there is no item {id!r} here (any more).", param=f"{param}.id"
-        )
+        raise invalid_field(f"{param}.id", f"item {id!r} is not stored, or not any more.")
 
-    def keep(self, stored: Stored) -> None:
-        """Keep a finished response, if it fits."""
-        size = stored.size + len(stored.response.model_dump_json())
+    def keep(self, stored: StoredResponse) -> None:
+        """Store a finished response, if it fits."""
+        size = stored.items.size + len(stored.response.model_dump_json())
         self._kept.put(stored.response.id, stored, size)
 
-    def run(self, stored: Stored, work: Coroutine[Any, Any, None]) -> None:
-        """Do what finishes a response in the background, and keep it then."""
+    def run(self, stored: StoredResponse, work: Coroutine[Any, Any, None]) -> None:
+        """Finish a response in the background, then store it."""
         id = stored.response.id
         task = asyncio.create_task(work, name=id)
         self._running[id] = (stored, task)
@@ -107,8 +104,8 @@ class ResponseStore:
 
         task.add_done_callback(done)
 
-    async def cancel(self, id: str) -> Stored | None:
-        """End a response in the background; None: there is none."""
+    async def cancel(self, id: str) -> StoredResponse | None:
+        """Cancel a running response. None: no such response runs."""
         running = self._running.get(id)
         if running is None:
             return None
@@ -118,7 +115,7 @@ class ResponseStore:
         return stored
 
     async def delete(self, id: str) -> bool:
-        """Forget a response, and end it if it is not done; False: it is not here."""
+        """Delete a response, and cancel it if it runs. False: it is not stored."""
         running = self._running.pop(id, None)
         if running is not None:
             running[1].cancel()
@@ -126,16 +123,12 @@ class ResponseStore:
         return self._kept.pop(id) is not None or running is not None
 
     async def close(self) -> None:
-        """End what runs."""
+        """Cancel the running responses."""
         for id in list(self._running):
             await self.delete(id)
 
 
-def size_of(items: Sequence[Item]) -> int:
-    return len(json.dumps(items, ensure_ascii=False))
-
-
 def get_store(request: Request) -> ResponseStore:
-    """FastAPI dependency: the app's store."""
+    """FastAPI dependency: the app's response store."""
     store: ResponseStore = request.app.state.responses
     return store

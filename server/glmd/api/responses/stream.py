@@ -1,24 +1,23 @@
-"""From events to a response: the events of its stream, and the object that they add up to."""
+"""Events of a response's stream, and the response that they add up to."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
-from typing import TypedDict
+from typing import Any, Literal
 
 import pydantic_core
 
 from glmd.api.error_info import ErrorInfo
-from glmd.api.generation import Generation
 from glmd.api.openai.protocol import TokenLogprob
+from glmd.api.responses.input import CUSTOM_INPUT, RequestTools
 from glmd.api.responses.protocol import (
-    ArgumentsDelta,
-    ArgumentsDone,
-    ContentPartEvent,
-    CustomInputDelta,
-    CustomInputDone,
     CustomToolCallItem,
+    DeltaEvent,
+    DoneEvent,
+    EventInItem,
     FunctionCallItem,
     IncompleteDetails,
     ItemEvent,
@@ -26,264 +25,252 @@ from glmd.api.responses.protocol import (
     MessageItem,
     OutputItem,
     OutputText,
-    OutputTextDelta,
-    OutputTextDone,
+    PartEvent,
     ReasoningItem,
     ReasoningText,
-    ReasoningTextDelta,
-    ReasoningTextDone,
     ResponseError,
     ResponseEvent,
     ResponseEventType,
-    ResponseObject,
     ResponseUsage,
-    StreamEvent,
-    SummaryPartEvent,
     SummaryText,
-    SummaryTextDelta,
-    SummaryTextDone,
 )
-from glmd.api.responses.tools import INPUT, Tools
+from glmd.api.responses.store import StoredResponse
+from glmd.api.sse import sse_frame
+from glmd.api.streaming import Generation, StreamEvent
 from glmd.chat.events import (
     ContentDelta,
-    Event,
     Finished,
     ReasoningDelta,
-    TokenInfo,
     ToolCallDelta,
     ToolCallStart,
 )
+from glmd.chat.tokenizer import Tokenizer
 
 
-class Place(TypedDict):
-    sequence_number: int
-    output_index: int
-    item_id: str
+@dataclass(frozen=True, slots=True)
+class PartNames:
+    """Names in the events of a part with text."""
+
+    part: str
+    text: str
+    index: Literal["content_index", "summary_index"]
+
+
+PART_NAMES = {
+    "output_text": PartNames("content_part", "output_text", "content_index"),
+    "reasoning_text": PartNames("content_part", "reasoning_text", "content_index"),
+    "summary_text": PartNames("reasoning_summary_part", "reasoning_summary_text", "summary_index"),
+}
 
 
 class ResponsesBuilder:
-    """Tells an answer's events, and adds them to the response (a `glmd.api.streaming.Teller`).
+    """Events of a response, and the response that they add up to.
 
-    What it tells holds parts of the response as they are at that moment.
-
-    Attributes:
-        response: what there is of it.
+    Args:
+        stored: The response and its conversation.
+        summarise: Write the reasoning as a summary.
+        on_done: Called when the response is done, before its last event.
     """
 
     def __init__(
         self,
-        response: ResponseObject,
+        stored: StoredResponse,
         generation: Generation,
         *,
+        tools: RequestTools,
+        tokenizer: Tokenizer,
         summarise: bool,
-        tools: Tools,
-        spell: Callable[[Sequence[TokenInfo]], list[TokenLogprob]],
-        on_end: Callable[[], None] | None = None,
+        on_done: Callable[[StoredResponse], None],
     ) -> None:
-        """
-        Args:
-            summarise: the reasoning is to come as a summary.
-            tools: that the answer may call.
-            spell: log-probabilities as the client reads them.
-            on_end: called when the response is done, before the last event tells it.
-        """
-        self.response = response
+        self.stored = stored
+        self.response = stored.response
         self._generation = generation
-        self._summarise = summarise
         self._tools = tools
+        self._tokenizer = tokenizer
+        self._summarise = summarise
+        self._on_done = on_done
+        self._numbers = count()
+        self._item: OutputItem | None = None
+        """The open item, which is the last of the output."""
+        self._part: OutputText | ReasoningText | SummaryText | None = None
+        """The open part of the open item."""
         self._arguments = ""
         """JSON of the open call's arguments."""
-        self._spell = spell
-        self._on_end = on_end
-        self._numbers = count()
-        self._is_open = False
-        self._cut = False
-        """The answer reached its limit."""
+        self._is_incomplete = False
 
-    def start(self) -> Iterator[StreamEvent]:
-        yield self._of_response("response.created")
-        yield self.keep_alive()
+    def start(self) -> Iterator[bytes]:
+        yield self._response_event("response.created")
+        yield self.heartbeat()
 
-    def keep_alive(self) -> StreamEvent:
-        return self._of_response("response.in_progress")
+    def heartbeat(self) -> bytes:
+        return self._response_event("response.in_progress")
 
-    def add(self, event: Event) -> Iterator[StreamEvent]:
+    def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
         match event:
             case ReasoningDelta(text) if text:
-                yield from self._think(text)
+                if not isinstance(self._item, ReasoningItem):
+                    yield from self._open_reasoning()
+                yield from self._write(text)
             case ContentDelta(text, tokens) if text or tokens:
-                yield from self._say(text, self._spell(tokens))
+                if not isinstance(self._item, MessageItem):
+                    yield from self._open_message()
+                yield from self._write(text, TokenLogprob.of(self._tokenizer, tokens))
             case ToolCallStart(_, id, name):
-                yield from self._close()
-                yield from self._open(self._call(id, name))
+                yield from self._open(self._new_call(id, name))
                 self._arguments = ""
             case ToolCallDelta(_, arguments):
                 self._arguments += arguments
-                if isinstance(call := self._item, FunctionCallItem):
-                    call.arguments += arguments
-                    yield ArgumentsDelta(**self._place, delta=arguments)
+                if isinstance(self._item, FunctionCallItem):
+                    self._item.arguments += arguments
+                    name = "function_call_arguments.delta"
+                    yield self._event(DeltaEvent, name, delta=arguments)
             case Finished(reason):
-                self._cut = reason == "length"
-                yield from self._close("incomplete" if self._cut else "completed")
+                self._is_incomplete = reason == "length"
+                yield from self._close("incomplete" if self._is_incomplete else "completed")
 
-    def end(self) -> Iterator[StreamEvent]:
+    def end(self) -> Iterator[bytes]:
         response = self.response
         response.usage = ResponseUsage.of(self._generation.usage)
-        response.status = "incomplete" if self._cut else "completed"
-        if self._cut:
+        response.status = "incomplete" if self._is_incomplete else "completed"
+        if self._is_incomplete:
             response.incomplete_details = IncompleteDetails(reason="max_output_tokens")
         else:
             response.completed_at = int(time.time())
-        if self._on_end is not None:
-            self._on_end()
-        yield self._of_response("response.incomplete" if self._cut else "response.completed")
+        self._on_done(self.stored)
+        yield self._response_event(
+            "response.incomplete" if self._is_incomplete else "response.completed"
+        )
 
-    def fail(self, problem: ErrorInfo) -> StreamEvent:
-        """The last event of an answer that broke off."""
+    def fail(self, error: ErrorInfo) -> bytes:
         self.response.status = "failed"
         self.response.error = ResponseError(
-            code="invalid_prompt" if problem.status == 400 else "server_error",
-            message=problem.message,
+            code="invalid_prompt" if error.status == 400 else "server_error",
+            message=error.message,
         )
-        return self._of_response("response.failed")
+        return self._response_event("response.failed")
+
+    def to_json(self) -> str:
+        return self.response.model_dump_json()
 
     # -- items ----------------------------------------------------------------------------
 
-    @property
-    def _item(self) -> OutputItem | None:
-        """The open one."""
-        return self.response.output[-1] if self._is_open else None
-
-    @property
-    def _index(self) -> int:
-        return len(self.response.output) - 1
-
-    @property
-    def _place(self) -> Place:
-        """Of the next event, within the open item."""
-        return {
-            "sequence_number": next(self._numbers),
-            "output_index": self._index,
-            "item_id": self.response.output[-1].id,
-        }
-
     def _new_id(self, kind: str) -> str:
-        """An item's id tells its response's: `store` finds what is referred to by id alone."""
+        """ID of a new item; it holds the response's ID, by which `ResponseStore` finds the item."""
         return f"{kind}_{self.response.id.removeprefix('resp_')}_{len(self.response.output)}"
 
-    def _of_response(self, type: ResponseEventType) -> ResponseEvent:
-        return ResponseEvent(type=type, sequence_number=next(self._numbers), response=self.response)
+    def _new_call(self, id: str, full_name: str) -> FunctionCallItem | CustomToolCallItem:
+        namespace, name = self._tools.namespaces.get(full_name, (None, full_name))
+        fields: dict[str, Any] = {
+            "status": "in_progress",
+            "call_id": id,
+            "name": name,
+            "namespace": namespace,
+        }
+        if full_name in self._tools.custom:
+            return CustomToolCallItem(id=self._new_id("ctc"), input="", **fields)
+        return FunctionCallItem(id=self._new_id("fc"), arguments="", **fields)
 
-    def _open(self, item: OutputItem) -> Iterator[StreamEvent]:
-        self.response.output.append(item)
-        self._is_open = True
-        yield ItemEvent(
-            type="response.output_item.added",
-            sequence_number=next(self._numbers),
-            output_index=self._index,
-            item=item,
-        )
+    def _open_message(self) -> Iterator[bytes]:
+        item = MessageItem(id=self._new_id("msg"), status="in_progress", content=[])
+        yield from self._open(item)
+        part = OutputText(text="")
+        yield from self._open_part(part)
+        item.content.append(part)
 
-    def _call(self, id: str, name: str) -> FunctionCallItem | CustomToolCallItem:
-        """The item of a call that begins."""
-        is_custom = name in self._tools.custom
-        namespace, name = self._tools.names.get(name, (None, name))
-        if is_custom:
-            return CustomToolCallItem(
-                id=self._new_id("ctc"),
-                status="in_progress",
-                call_id=id,
-                name=name,
-                namespace=namespace,
-                input="",
-            )
-        return FunctionCallItem(
-            id=self._new_id("fc"),
-            status="in_progress",
-            call_id=id,
-            name=name,
-            namespace=namespace,
-            arguments="",
-        )
-
-    def _say(self, text: str, logprobs: list[TokenLogprob]) -> Iterator[StreamEvent]:
-        item = self._item
-        if not isinstance(item, MessageItem):
-            yield from self._close()
-            item = MessageItem(id=self._new_id("msg"), status="in_progress", content=[])
-            yield from self._open(item)
-            part = OutputText(text="")
-            yield ContentPartEvent(type="response.content_part.added", **self._place, part=part)
-            item.content.append(part)
-        item.content[0].text += text
-        item.content[0].logprobs += logprobs
-        yield OutputTextDelta(**self._place, delta=text, logprobs=logprobs)
-
-    def _think(self, text: str) -> Iterator[StreamEvent]:
-        item = self._item
-        if not isinstance(item, ReasoningItem):
-            yield from self._close()
-            item = ReasoningItem(
-                id=self._new_id("rs"), status="in_progress", summary=[], content=[]
-            )
-            yield from self._open(item)
-            if self._summarise:
-                summary = SummaryText(text="")
-                yield SummaryPartEvent(
-                    type="response.reasoning_summary_part.added", **self._place, part=summary
-                )
-                item.summary.append(summary)
-            else:
-                part = ReasoningText(text="")
-                yield ContentPartEvent(type="response.content_part.added", **self._place, part=part)
-                item.content.append(part)
+    def _open_reasoning(self) -> Iterator[bytes]:
+        item = ReasoningItem(id=self._new_id("rs"), status="in_progress", summary=[], content=[])
+        yield from self._open(item)
         if self._summarise:
-            item.summary[0].text += text
-            yield SummaryTextDelta(**self._place, delta=text)
+            summary = SummaryText(text="")
+            yield from self._open_part(summary)
+            item.summary.append(summary)
         else:
-            item.content[0].text += text
-            yield ReasoningTextDelta(**self._place, delta=text)
+            part = ReasoningText(text="")
+            yield from self._open_part(part)
+            item.content.append(part)
 
-    def _close(self, status: ItemStatus = "completed") -> Iterator[StreamEvent]:
-        item = self._item
-        match item:
-            case None:
-                return
-            case MessageItem(content=[said]):
-                yield OutputTextDone(**self._place, text=said.text, logprobs=said.logprobs)
-                yield ContentPartEvent(type="response.content_part.done", **self._place, part=said)
-            case ReasoningItem(summary=[summary]):
-                yield SummaryTextDone(**self._place, text=summary.text)
-                yield SummaryPartEvent(
-                    type="response.reasoning_summary_part.done", **self._place, part=summary
-                )
-            case ReasoningItem(content=[thought]):
-                yield ReasoningTextDone(**self._place, text=thought.text)
-                yield ContentPartEvent(
-                    type="response.content_part.done", **self._place, part=thought
-                )
-            case FunctionCallItem():
-                yield ArgumentsDone(**self._place, name=item.name, arguments=item.arguments)
-            case CustomToolCallItem():
-                item.input = input_of(self._arguments)
-                yield CustomInputDelta(**self._place, delta=item.input)
-                yield CustomInputDone(**self._place, input=item.input)
+    def _open(self, item: OutputItem) -> Iterator[bytes]:
+        yield from self._close()
+        self.response.output.append(item)
+        self._item = item
+        yield self._item_event("response.output_item.added", item)
+
+    def _open_part(self, part: OutputText | ReasoningText | SummaryText) -> Iterator[bytes]:
+        self._part = part
+        names = PART_NAMES[part.type]
+        yield self._event(PartEvent, f"{names.part}.added", **{names.index: 0}, part=part)
+
+    def _write(self, text: str, logprobs: list[TokenLogprob] | None = None) -> Iterator[bytes]:
+        """Add text to the open part."""
+        part = self._part
+        assert part is not None
+        part.text += text
+        if isinstance(part, OutputText):
+            part.logprobs += logprobs or []
+        names = PART_NAMES[part.type]
+        fields: dict[str, Any] = {names.index: 0, "logprobs": logprobs}
+        yield self._event(DeltaEvent, f"{names.text}.delta", delta=text, **fields)
+
+    def _close(self, status: ItemStatus = "completed") -> Iterator[bytes]:
+        item, part = self._item, self._part
+        if item is None:
+            return
+        if part is not None:
+            names = PART_NAMES[part.type]
+            index = {names.index: 0}
+            logprobs = part.logprobs if isinstance(part, OutputText) else None
+            fields: dict[str, Any] = {"text": part.text, "logprobs": logprobs}
+            yield self._event(DoneEvent, f"{names.text}.done", **index, **fields)
+            yield self._event(PartEvent, f"{names.part}.done", **index, part=part)
+        elif isinstance(item, FunctionCallItem):
+            fields = {"name": item.name, "arguments": item.arguments}
+            yield self._event(DoneEvent, "function_call_arguments.done", **fields)
+        elif isinstance(item, CustomToolCallItem):
+            item.input = custom_input(self._arguments)
+            yield self._event(DeltaEvent, "custom_tool_call_input.delta", delta=item.input)
+            yield self._event(DoneEvent, "custom_tool_call_input.done", input=item.input)
         is_call = isinstance(item, FunctionCallItem | CustomToolCallItem)
-        whole = is_call and is_json(self._arguments)
-        item.status = "completed" if whole else status
-        self._is_open = False
-        yield ItemEvent(
-            type="response.output_item.done",
+        item.status = "completed" if is_call and is_json(self._arguments) else status
+        self._item = self._part = None
+        yield self._item_event("response.output_item.done", item)
+
+    # -- frames ---------------------------------------------------------------------------
+
+    def _response_event(self, type: ResponseEventType) -> bytes:
+        event = ResponseEvent(
+            type=type, sequence_number=next(self._numbers), response=self.response
+        )
+        return sse_frame(event.model_dump_json(), event.type)
+
+    def _item_event(
+        self,
+        type: Literal["response.output_item.added", "response.output_item.done"],
+        item: OutputItem,
+    ) -> bytes:
+        event = ItemEvent(
+            type=type,
             sequence_number=next(self._numbers),
-            output_index=self._index,
+            output_index=len(self.response.output) - 1,
             item=item,
         )
+        return sse_frame(event.model_dump_json(), event.type)
+
+    def _event(self, model: Callable[..., EventInItem], type: str, **fields: Any) -> bytes:
+        """An event within the open item."""
+        event = model(
+            type=f"response.{type}",
+            sequence_number=next(self._numbers),
+            output_index=len(self.response.output) - 1,
+            item_id=self.response.output[-1].id,
+            **fields,
+        )
+        return sse_frame(event.model_dump_json(exclude_none=True), f"response.{type}")
 
 
-def input_of(arguments: str) -> str:
-    """The text that a custom tool is called with, as far as it was written."""
-    given = pydantic_core.from_json(arguments or "{}", allow_partial="trailing-strings")
-    text = given.get(INPUT)
+def custom_input(arguments: str) -> str:
+    """Input of a custom tool call, as far as it was generated."""
+    partial = pydantic_core.from_json(arguments or "{}", allow_partial="trailing-strings")
+    text = partial.get(CUSTOM_INPUT)
     return text if isinstance(text, str) else ""
 
 

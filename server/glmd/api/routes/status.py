@@ -12,7 +12,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from glmd import __version__
-from glmd.api.defaults import Defaults
+from glmd.api.generation_request import Defaults
 from glmd.api.observability.request_stats import (
     HISTORY,
     Api,

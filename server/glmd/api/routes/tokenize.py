@@ -12,10 +12,9 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from glmd.api.context import ClientDep
+from glmd.api.generation_request import FailFastList, TokenId, ignored_header
 from glmd.api.openai.input import ConversationFields
-from glmd.api.openai.parameters import TokenId
-from glmd.api.request_body import FailFastList, JsonRoute
-from glmd.api.sampling import ignored_header
+from glmd.api.request_body import JsonRoute
 from glmd.api.state import StateDep
 from glmd.errors import InvalidRequest
 

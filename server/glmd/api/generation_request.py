@@ -1,0 +1,351 @@
+"""Fields, defaults and tools that the requests of all APIs share, and the form they are read into.
+
+Each API's request model turns itself into a `GenerationRequest`; `glmd.api.serving` takes it from
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from glmd.api.observability.request_stats import Api
+from glmd.chat.messages import read_function
+from glmd.chat.request_limits import (
+    MAX_BIASED_TOKENS,
+    MAX_STOP_LENGTH,
+    MAX_TOOLS,
+    check_count,
+)
+from glmd.chat.types import Conversation, Tool
+from glmd.config import Profile, Settings
+from glmd.errors import invalid_field
+from glmd.ipc import SamplingParams
+from glmd.structured_output import OutputSpec
+
+log = logging.getLogger("glmd.api")
+
+INT64 = 2**63
+
+IGNORED_HEADER = "x-glmd-ignored-parameters"
+
+MAX_LISTED, MAX_NAME = 32, 64
+"""Names in `IGNORED_HEADER`, and characters of each name."""
+
+MAX_STOPS = 16
+
+NO_OP = "Accepted, without effect."
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Values of the parameters that a request leaves out.
+
+    Attributes:
+        sampling: Sampling parameters.
+        enable_thinking: Think before answering.
+        clear_thinking: Drop the reasoning of earlier turns from the prompt.
+        asked_to_think: The profile that the request names enables thinking.
+        max_tokens: Limit of an answer. None: up to the context limit.
+        effort_budgets: Tokens of reasoning by `reasoning_effort`. Absent effort: no limit.
+    """
+
+    sampling: SamplingParams
+    enable_thinking: bool
+    clear_thinking: bool
+    asked_to_think: bool
+    max_tokens: int | None
+    effort_budgets: Mapping[Any, int]
+
+    @classmethod
+    def of(
+        cls, settings: Settings, checkpoint: SamplingParams, named: Profile | None = None
+    ) -> Defaults:
+        """Values of the profile, else of the settings, else of the checkpoint.
+
+        Args:
+            checkpoint: Sampling parameters of the checkpoint's generation config.
+            named: Profile that the request names. None: the settings' profile, if any.
+        """
+        default = settings.all_profiles[settings.profile] if settings.profile else None
+        profile = named or default
+        values = profile.values if profile else {}
+
+        def choose(name: str) -> Any:
+            return values.get(name, getattr(settings, name, None))
+
+        chosen = {name: choose(name) for name in SamplingParams.__struct_fields__}
+        sampling = {name: value for name, value in chosen.items() if value is not None}
+        return cls(
+            sampling=msgspec.structs.replace(checkpoint, **sampling),
+            enable_thinking=choose("enable_thinking"),
+            clear_thinking=choose("clear_thinking"),
+            asked_to_think=bool(named and named.enable_thinking),
+            max_tokens=choose("max_tokens"),
+            effort_budgets=settings.effort_budgets,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A checked request of any API.
+
+    Attributes:
+        id: ID of the answer that the client reads, such as `chatcmpl-…`.
+        prompt: A conversation, or raw prompts as text or token ids.
+        param: Name of the field that holds the prompt, for errors.
+        sampling: Sampling parameters, with defaults filled in.
+        output: Required form of the answer.
+        tools: Functions that the answer may call.
+        n: Answers per prompt.
+        max_tokens: Limit of an answer, reasoning included. None: up to the context limit.
+        stop: Strings that end an answer.
+        thinking_budget: Tokens after which reasoning is closed. None: no limit.
+        single_call: End the answer after its first tool call.
+        report_tokens: Emit `GeneratedTokens` events.
+        report_progress: Emit `PrefillProgress` events.
+        ignored: Names of unknown parameters and of hosted tools, for the response header.
+
+    The other attributes are those of `EngineRequest`.
+    """
+
+    id: str
+    prompt: Conversation | Sequence[str | list[int]]
+    param: str
+    sampling: SamplingParams
+    output: OutputSpec
+    tools: Sequence[Tool] = ()
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    thinking_budget: int | None = None
+    single_call: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    report_tokens: bool = False
+    report_progress: bool = False
+    ignored: Sequence[str] = ()
+
+
+def new_id(prefix: str) -> str:
+    """A unique ID, such as `msg_…`."""
+    return prefix + uuid.uuid4().hex
+
+
+# -- fields of requests -------------------------------------------------------------------
+
+
+def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
+    for key in value or {}:
+        if not (key.isascii() and key.isdigit()):
+            raise ValueError(f"keys must be token ids, not {key!r}")
+    return value
+
+
+def check_stops(value: str | list[str] | None) -> str | list[str] | None:
+    strings = [value] if isinstance(value, str) else value or []
+    if len(strings) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings are allowed")
+    if any(len(string) > MAX_STOP_LENGTH for string in strings):
+        raise ValueError(f"a stop string must not have more than {MAX_STOP_LENGTH} characters")
+    if "" in strings:
+        raise ValueError("a stop string must not be empty")
+    return value
+
+
+def optional(description: str, **constraints: Any) -> Any:
+    """A field that may be absent or null."""
+    return Field(default=None, description=description, **constraints)
+
+
+def limit_members(most: int) -> BeforeValidator:
+    """Refuse an object with more than `most` members before the members are validated."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"must have at most {most} members, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+T = TypeVar("T")
+
+FailFastList = Annotated[list[T], Field(fail_fast=True)]
+"""List field of a request whose validation stops at the first invalid item.
+
+An error takes ten times as long as a valid item, and a body may have millions of items."""
+
+NoOp: TypeAlias = Annotated[Any, Field(description=NO_OP)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[str, Bias] | None,
+    Field(max_length=MAX_BIASED_TOKENS),
+    limit_members(MAX_BIASED_TOKENS),
+    # Lua programs serialise an empty table as a list.
+    BeforeValidator(lambda value: None if value == [] else value),
+    AfterValidator(check_bias),
+]
+
+
+class StrictModel(BaseModel):
+    """Object inside a request."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class RequestFields(BaseModel):
+    """Fields of every generating request. null means absent."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    api: ClassVar[Api]
+    refused: ClassVar[Mapping[str, str]]
+    """Parameters that would change the answer and are not supported, with the reason."""
+
+    model: str | None = optional("The served model's id, short name or an alias.")
+    profile: str | None = optional("Profile of the server, for omitted parameters.")
+    stream: bool | None = optional("Answer with server-sent events.")
+    temperature: float | None = optional("0: greedy.", ge=0, le=2)
+    top_p: float | None = optional("0: the likeliest token only.", ge=0, le=1)
+    top_k: int | None = optional("0 or -1: off.", ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = optional("1: off.", gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias = optional("Values to add to logits, by token id.")
+    seed: int | None = optional("Equal seeds give equal answers.", ge=-INT64, lt=INT64)
+
+    def sampling(self, defaults: SamplingParams, logprobs: int | None = None) -> SamplingParams:
+        """The request's sampling parameters, else the defaults."""
+        given = self.model_dump(include=SAMPLING_NAMES, exclude_none=True)
+        if self.top_k is not None:
+            given["top_k"] = max(self.top_k, 0)
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(id): bias for id, bias in self.logit_bias.items()}
+        return msgspec.structs.replace(defaults, **given, logprobs=logprobs)
+
+    def unknown_parameters(self) -> list[str]:
+        """Names of the parameters that glmd does not know.
+
+        Raises:
+            InvalidRequest: one of `refused` is set, and not to an empty value or false.
+        """
+        extra = self.model_extra or {}
+        names = [name for name, value in extra.items() if value is not None]
+        for name in names:
+            is_off = extra[name] is False or extra[name] in ("", [], {})
+            if name in self.refused and not is_off:
+                raise invalid_field(name, self.refused[name])
+        return [name for name in names if name not in self.refused]
+
+
+SAMPLING_NAMES = set(SamplingParams.__struct_fields__).intersection(RequestFields.model_fields)
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """Response header that lists the parameters that were ignored, if any."""
+    names = list(names)
+    if not names:
+        return {}
+    # An empty name is spelt "", because a header's value must not end in a space.
+    spelt = [quote(name[:MAX_NAME], safe="[].=") or '""' for name in names[:MAX_LISTED]]
+    listed = ", ".join(spelt)
+    log.info("Parameters ignored: names=%s", listed)
+    return {IGNORED_HEADER: listed}
+
+
+def object_schema(type: str, required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    """JSON schema of an object with a `type`, for the OpenAPI document.
+
+    Messages, items and tools are documented by schemas and not read by pydantic models, because
+    the readers are more lenient, and name the wrong field more precisely.
+    """
+    return {
+        "type": "object",
+        "required": ["type", *required],
+        "properties": {"type": {"enum": [type]}, **required, **optional},
+    }
+
+
+# -- tools of the Responses and Messages APIs ---------------------------------------------
+
+
+def numbered_tools(
+    raw: Sequence[Mapping[str, Any]] | None,
+) -> list[tuple[Mapping[str, Any], str]]:
+    """Each tool with its place in the request, such as `tools[0]`.
+
+    Raises:
+        InvalidRequest: there are too many tools.
+    """
+    check_count(raw, MAX_TOOLS, "tools")
+    return [(tool, f"tools[{index}]") for index, tool in enumerate(raw or ())]
+
+
+def read_flat_tools(
+    raw: Iterable[tuple[Mapping[str, Any], str]],
+    *,
+    schema_key: str,
+    function_types: Sequence[str | None],
+    hosted: tuple[str, ...],
+) -> tuple[list[Tool], list[str]]:
+    """Functions among the tools, and the names of hosted tools, which are left out.
+
+    A hosted tool runs on the provider's servers (a web search). Beside functions it is left out;
+    alone it is refused, because the model would make up its results.
+
+    Args:
+        raw: Each tool and its place in the request.
+        schema_key: Key of a function's JSON schema.
+        function_types: Values of `type` that mean a function. None: `type` may be absent.
+        hosted: Prefixes of the types of hosted tools.
+
+    Raises:
+        InvalidRequest: a tool is malformed or of an unknown type, or all tools are hosted.
+    """
+    tools: dict[str, Tool] = {}
+    ignored: list[str] = []
+    for definition, where in raw:
+        type = definition.get("type")
+        if isinstance(type, str) and type.startswith(hosted):
+            ignored.append(f"{where}.type={type}")
+            continue
+        if type not in function_types:
+            problem = f"{type!r} is not supported. Send a function with name and {schema_key}."
+            raise invalid_field(f"{where}.type", problem)
+        tool = _read_flat_function(definition, where, schema_key)
+        if tool.name in tools:
+            name = f"{where}.name"
+            raise invalid_field(name, f"duplicate tool name {tool.name!r}.")
+        tools[tool.name] = tool
+    if ignored and not tools:
+        param, _, type = ignored[0].partition("=")
+        raise invalid_field(param, f"this server runs no hosted tools ({type}).")
+    return list(tools.values()), ignored
+
+
+def _read_flat_function(raw: Mapping[str, Any], param: str, schema_key: str) -> Tool:
+    description = raw.get("description")
+    if description is not None and not isinstance(description, str):
+        raise invalid_field(f"{param}.description", "must be a string.")
+    fields = {
+        "name": raw.get("name"),
+        "description": description,
+        "parameters": raw.get(schema_key),
+    }
+    function = {key: value for key, value in fields.items() if value is not None}
+    return read_function(raw, param, {"type": "function", "function": function}, schema_key)
