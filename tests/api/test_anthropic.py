@@ -1,4 +1,4 @@
-"""`/v1/messages` as bytes on the wire: streams, whole answers, what is taken and what refused."""
+"""`/v1/messages`: streams, whole answers, prompts and refusals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import sse
+from chat_apis import fold_message
 from live import LiveServer, live_server
 
 TOOL = {
@@ -48,59 +49,14 @@ def ask_streaming(http: httpx.Client, script: str, **parameters: Any) -> list[di
         return sse.read_named(response.read())
 
 
-def fold(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message that a client puts together from a stream, each event being in its place."""
-    first, *rest = [event for event in events if event["type"] != "ping"]
-    message: dict[str, Any] = first["message"]
-    assert first["type"] == "message_start"
-    assert message["content"] == []
-    open_block: dict[str, Any] | None = None
-    arguments = ""
-    for event in rest:
-        match event:
-            case {"type": "content_block_start", "index": index, "content_block": block}:
-                assert open_block is None
-                assert index == len(message["content"])
-                open_block = dict(block)
-                message["content"].append(open_block)
-                arguments = ""
-            case {"type": "content_block_delta", "index": index, "delta": delta}:
-                assert open_block is not None
-                assert index == len(message["content"]) - 1
-                delta = dict(delta)
-                assert (
-                    delta.pop("type")
-                    in {
-                        "text": ("text_delta",),
-                        "thinking": ("thinking_delta", "signature_delta"),
-                        "tool_use": ("input_json_delta",),
-                    }[open_block["type"]]
-                )
-                arguments += delta.pop("partial_json", "")
-                for key, piece in delta.items():
-                    open_block[key] += piece
-            case {"type": "content_block_stop"}:
-                assert open_block is not None
-                if open_block["type"] == "tool_use":
-                    open_block["input"] = json.loads(arguments)
-                open_block = None
-            case {"type": "message_delta", "delta": delta, "usage": usage}:
-                assert open_block is None
-                message |= delta
-                message["usage"] |= usage
-    assert rest[-1] == {"type": "message_stop"}
-    assert rest[-2]["type"] == "message_delta"
-    return message
-
-
 def request_of(answer: dict[str, Any]) -> dict[str, Any]:
-    """What reached the engine, from an answer to `{request}`."""
+    """The engine request, from an answer to `{request}`."""
     request: dict[str, Any] = json.loads(answer["content"][-1]["text"])
     return request
 
 
 def check_prompt(http: httpx.Client, body: dict[str, Any], as_chat: dict[str, Any]) -> None:
-    """Check that a body makes the same prompt as one in the form of chat completions."""
+    """Check that a body makes the same prompt as a chat completions body."""
     counted = http.post("/v1/messages/count_tokens", json=body)
     assert counted.status_code == 200, counted.text
     expected = http.post("/tokenize", json=as_chat).json()
@@ -138,7 +94,7 @@ def test_a_whole_message_is_the_fold_of_its_stream(http: httpx.Client) -> None:
     whole = ask(http, CALLS, **parameters)
     events = ask_streaming(http, CALLS, **parameters)
     assert [event["type"] for event in events[:2]] == ["message_start", "ping"]
-    streamed = fold(events)
+    streamed = fold_message(events)
     for message in (whole, streamed):
         del message["id"]
         for block in message["content"]:
@@ -149,7 +105,7 @@ def test_a_whole_message_is_the_fold_of_its_stream(http: httpx.Client) -> None:
     assert streamed == whole
 
 
-def test_without_a_word_there_is_no_thinking(http: httpx.Client) -> None:
+def test_thinking_is_off_by_default(http: httpx.Client) -> None:
     assert [block["type"] for block in ask(http, "Hello.")["content"]] == ["text"]
     disabled = ask(http, "Hello.", thinking={"type": "disabled"})
     assert disabled["content"] == [{"type": "text", "text": "Hello."}]
@@ -167,7 +123,7 @@ def test_without_a_word_there_is_no_thinking(http: httpx.Client) -> None:
         ({"thinking": THINK, "output_config": {"effort": "low"}}, 2000),
     ],
 )
-def test_thinking_has_the_budget_it_is_given(
+def test_the_thinking_budget_reaches_the_engine(
     http: httpx.Client, parameters: dict[str, Any], budget: int | None
 ) -> None:
     request = request_of(ask(http, "</think>{request}", **parameters))
@@ -181,14 +137,17 @@ def test_omitted_thinking_comes_as_a_signed_empty_block(http: httpx.Client) -> N
     assert thinking["thinking"] == ""
     assert thinking["signature"]
     assert text["text"] == "Yes."
-    assert fold(ask_streaming(http, "Hm.</think>Yes.", **parameters))["content"] == [thinking, text]
+    assert fold_message(ask_streaming(http, "Hm.</think>Yes.", **parameters))["content"] == [
+        thinking,
+        text,
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_way_to_end_has_its_stop_reason(http: httpx.Client, stream: bool) -> None:
+def test_stop_reasons(http: httpx.Client, stream: bool) -> None:
     def message(script: str, **parameters: Any) -> dict[str, Any]:
         if stream:
-            return fold(ask_streaming(http, script, **parameters))
+            return fold_message(ask_streaming(http, script, **parameters))
         return ask(http, script, **parameters)
 
     assert message("Yes.")["stop_reason"] == "end_turn"
@@ -201,7 +160,7 @@ def test_every_way_to_end_has_its_stop_reason(http: httpx.Client, stream: bool) 
     assert call["content"][0]["input"] == {}
 
 
-def test_a_call_that_was_cut_off_keeps_its_whole_arguments(http: httpx.Client) -> None:
+def test_a_truncated_call_keeps_its_complete_arguments(http: httpx.Client) -> None:
     tool = {"name": "f", "input_schema": {"properties": {"a": {}, "b": {"type": "string"}}}}
     script = (
         "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b</arg_key><arg_value>"
@@ -210,18 +169,6 @@ def test_a_call_that_was_cut_off_keeps_its_whole_arguments(http: httpx.Client) -
     message = ask(http, f"{script}two</arg_value></tool_call>", tools=[tool], max_tokens=cut)
     assert message["stop_reason"] == "max_tokens"
     assert message["content"][0]["input"] == {"a": 1}
-
-
-def test_without_parallel_calls_the_answer_ends_after_the_first(http: httpx.Client) -> None:
-    choice = {"type": "auto", "disable_parallel_tool_use": True}
-    message = ask(http, CALLS + "{wait}", thinking=THINK, tools=[TOOL], tool_choice=choice)
-    assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
-
-
-def test_tool_choice_none_leaves_calls_out(http: httpx.Client) -> None:
-    message = ask(http, CALLS, thinking=THINK, tools=[TOOL], tool_choice={"type": "none"})
-    assert [block["type"] for block in message["content"]] == ["thinking", "text"]
-    assert message["stop_reason"] == "end_turn"
 
 
 def test_a_last_message_of_the_assistant_is_continued(http: httpx.Client) -> None:
@@ -308,7 +255,7 @@ def test_a_tool_loop_makes_the_same_prompt_as_in_chat(http: httpx.Client) -> Non
     ("content", "text"),
     [(None, "Error"), ("It broke.", "Error: It broke."), ("error: no", "error: no")],
 )
-def test_the_model_is_told_of_a_tool_that_failed(
+def test_a_failed_tool_result_is_marked_as_an_error(
     http: httpx.Client, content: str | None, text: str
 ) -> None:
     call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
@@ -369,7 +316,7 @@ def test_tokens_are_counted_as_a_message_would_count_them(
     assert counted.json() == {"input_tokens": size}
 
 
-def test_claude_codes_accounting_line_does_not_part_the_cache(http: httpx.Client) -> None:
+def test_claude_codes_billing_line_does_not_split_the_cache(http: httpx.Client) -> None:
     def cached(number: int) -> int:
         line = f"x-anthropic-billing-header: cc_version=2.1.{number}; cch={number:05x};"
         system = [{"type": "text", "text": text} for text in (line, "You help with code. " * 20)]
@@ -382,10 +329,10 @@ def test_claude_codes_accounting_line_does_not_part_the_cache(http: httpx.Client
 
 
 @pytest.mark.parametrize("returned", ["whole", "without thinking"])
-def test_a_returning_turn_keeps_its_place_in_the_cache(
+def test_a_returning_turn_is_cached(
     scripted: LiveServer, http: httpx.Client, returned: str
 ) -> None:
-    """The scripted engine caches prompts only, so the turn's ids are seen in the one after next."""
+    """The scripted engine caches prompts only, so a turn's ids are found two turns later."""
     messages = [user(f"⟦A {returned} thought.</think>First  answer ⟧")]
     sizes = []
     for number in range(3):
@@ -403,7 +350,7 @@ def test_a_returning_turn_keeps_its_place_in_the_cache(
 # -- Claude Code --------------------------------------------------------------------------
 
 
-def test_what_claude_code_sends_is_taken(http: httpx.Client) -> None:
+def test_a_request_of_claude_code_is_accepted(http: httpx.Client) -> None:
     body = {
         "model": "tiny",
         "max_tokens": 32000,
@@ -461,7 +408,7 @@ def test_what_claude_code_sends_is_taken(http: httpx.Client) -> None:
     }
     response = http.post("/v1/messages?beta=true", json=body, headers=headers)
     assert response.status_code == 200, response.text
-    message = fold(sse.read_named(response.content))
+    message = fold_message(sse.read_named(response.content))
     assert [block["type"] for block in message["content"]] == ["thinking", "text"]
     # A search that only Anthropic's servers could run is not offered to the model, and not hidden.
     assert response.headers["x-glmd-ignored-parameters"] == "tools[1].type=web_search_20250305"
@@ -523,7 +470,7 @@ def test_what_claude_code_sends_is_taken(http: httpx.Client) -> None:
         ({"container": "c"}, "container"),
     ],
 )
-def test_what_cannot_be_honoured_is_400_in_anthropics_shape(
+def test_an_invalid_field_is_400_in_anthropics_shape(
     http: httpx.Client, body: dict[str, Any], named: str
 ) -> None:
     response = http.post("/v1/messages", json=body_of("Yes.") | body)
@@ -553,15 +500,7 @@ def test_other_errors_have_anthropics_types(http: httpx.Client) -> None:
     assert error_of(refused) == (400, "invalid_request_error")
 
 
-def test_a_prompt_over_the_context_is_named_as_claude_code_knows_it(http: httpx.Client) -> None:
-    response = http.post("/v1/messages", json=body_of("1 " * 5000))
-    assert response.status_code == 400
-    message = response.json()["error"]["message"]
-    assert "prompt is too long" in message
-    assert "> 4096 maximum" in message
-
-
-def test_the_key_is_taken_in_anthropics_header_too() -> None:
+def test_the_key_may_be_in_anthropics_header() -> None:
     with live_server(api_key="s3cret") as live, live.client() as http:
         for headers in ({"x-api-key": "s3cret"}, {"authorization": "Bearer s3cret"}):
             assert http.post("/v1/messages", json=body_of("Yes."), headers=headers).is_success

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` as bytes on the wire: streams, whole answers, parameters, refusals."""
+"""`/v1/chat/completions`: streams, whole answers, parameters and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import sse
 from live import LiveServer, live_server
 
-from glmd.api.openai.chat_request import ChatCompletionRequest
+from glmd.api.openai.protocol import ChatCompletionRequest
 
 TOOL = {
     "type": "function",
@@ -44,16 +44,8 @@ def ask_streaming(http: httpx.Client, script: str, **parameters: Any) -> sse.Eve
         return sse.read(response.read())
 
 
-def refusal(http: httpx.Client, **body: Any) -> dict[str, Any]:
-    """The error of a request that must be refused with 400."""
-    response = http.post("/v1/chat/completions", json={"messages": [user("Hi")]} | body)
-    assert response.status_code == 400, response.text
-    error: dict[str, Any] = response.json()["error"]
-    return error
-
-
 def request_of(answer: dict[str, Any]) -> dict[str, Any]:
-    """What reached the engine, from an answer to `</think>{request}`."""
+    """The engine request, from an answer to `</think>{request}`."""
     request: dict[str, Any] = json.loads(answer["choices"][0]["message"]["content"])
     return request
 
@@ -91,22 +83,6 @@ def test_a_whole_answer_keeps_reasoning_apart_and_counts_its_tokens(http: httpx.
     assert drafted == usage["completion_tokens"]
 
 
-def test_a_stream_is_role_deltas_finish_done(http: httpx.Client) -> None:
-    events = ask_streaming(http, "Hm.</think>Yes: ä€😀.")
-    assert events.done
-    assert [chunk["choices"][0]["delta"] for chunk in events.chunks[:1]] == [
-        {"role": "assistant", "content": ""}
-    ]
-    assert text_of(events, "reasoning_content") == "Hm."
-    assert text_of(events) == "Yes: ä€😀."
-    finishes = [chunk["choices"][0]["finish_reason"] for chunk in events.chunks]
-    assert finishes == [None] * (len(finishes) - 1) + ["stop"]
-    assert events.chunks[-1]["choices"][0]["delta"] == {}
-    assert len({(chunk["id"], chunk["created"]) for chunk in events.chunks}) == 1
-    assert all(chunk["object"] == "chat.completion.chunk" for chunk in events.chunks)
-    assert not any("usage" in chunk for chunk in events.chunks)
-
-
 def test_the_usage_chunk_comes_last_with_no_choices_and_the_others_say_null(
     http: httpx.Client,
 ) -> None:
@@ -121,33 +97,11 @@ def test_the_usage_chunk_comes_last_with_no_choices_and_the_others_say_null(
     assert last["usage"] == whole
 
 
-CALLS = (
-    "I look.</think>One moment.<tool_call>get_weather<arg_key>city</arg_key>"
-    "<arg_value> São\n Paulo </arg_value></tool_call>"
-    "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Rome</arg_value></tool_call>"
-)
-
-
-def test_a_whole_answer_is_the_fold_of_its_stream(http: httpx.Client) -> None:
-    whole = ask(http, CALLS, tools=[TOOL])["choices"][0]
-    events = ask_streaming(http, CALLS, tools=[TOOL])
-    message = whole["message"]
-    assert text_of(events, "reasoning_content") == message["reasoning_content"] == "I look."
-    assert text_of(events) == message["content"] == "One moment."
-    calls: dict[int, dict[str, str]] = {}
-    for chunk in events.chunks:
-        for delta in chunk["choices"][0]["delta"].get("tool_calls", ()):
-            function = delta["function"]
-            if "id" in delta:
-                assert delta["type"] == "function"
-                calls[delta["index"]] = {"name": function["name"], "arguments": ""}
-            calls[delta["index"]]["arguments"] += function["arguments"]
-    assert [calls[index] for index in range(2)] == [
-        call["function"] for call in message["tool_calls"]
-    ]
-    assert json.loads(calls[0]["arguments"]) == {"city": " São\n Paulo "}
-    assert events.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
-    assert whole["finish_reason"] == "tool_calls"
+def test_the_usage_counts_the_prompt_once_and_all_answers(http: httpx.Client) -> None:
+    one = ask(http, "</think>Yes.")["usage"]
+    three = ask(http, "</think>Yes.", n=3)["usage"]
+    assert three["prompt_tokens"] == one["prompt_tokens"]
+    assert three["completion_tokens"] == 3 * one["completion_tokens"]
 
 
 def test_content_beside_nothing_but_calls_is_null(http: httpx.Client) -> None:
@@ -159,22 +113,6 @@ def test_content_beside_nothing_but_calls_is_null(http: httpx.Client) -> None:
     assert "reasoning_content" not in message
 
 
-def test_without_parallel_calls_the_answer_ends_after_the_first(
-    scripted: LiveServer, http: httpx.Client
-) -> None:
-    choice = ask(http, CALLS + "{wait}", tools=[TOOL], parallel_tool_calls=False)["choices"][0]
-    assert len(choice["message"]["tool_calls"]) == 1
-    assert choice["finish_reason"] == "tool_calls"
-    scripted.wait_until_idle()
-
-
-def test_an_answer_cut_in_its_reasoning_has_no_content(http: httpx.Client) -> None:
-    choice = ask(http, "Let me see, let me see.", max_tokens=4)["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert choice["message"]["content"] == ""
-    assert "Let me see, let me see.".startswith(choice["message"]["reasoning_content"])
-
-
 def test_a_stop_string_ends_the_answer_and_frees_the_row(
     scripted: LiveServer, http: httpx.Client
 ) -> None:
@@ -182,15 +120,6 @@ def test_a_stop_string_ends_the_answer_and_frees_the_row(
     assert choice["message"]["content"] == "one, two"
     assert choice["finish_reason"] == "stop"
     scripted.wait_until_idle()
-
-
-def test_n_answers_are_n_choices(http: httpx.Client) -> None:
-    answer = ask(http, "</think>Yes.", n=3)
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
-    assert {choice["message"]["content"] for choice in answer["choices"]} == {"Yes."}
-    events = ask_streaming(http, "</think>Yes.", n=3)
-    assert [text_of(events, index=index) for index in range(3)] == ["Yes."] * 3
-    assert answer["usage"]["completion_tokens"] % 3 == 0
 
 
 def test_logprobs_have_openais_shape_and_cover_every_token_of_the_content(
@@ -219,7 +148,7 @@ def test_logprobs_have_openais_shape_and_cover_every_token_of_the_content(
     assert streamed == tokens
 
 
-def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:
+def test_token_ids_on_request(http: httpx.Client) -> None:
     script = "Hm.</think>Yes."
     answer = ask(http, script, return_token_ids=True)
     prompt = http.post("/apply-template", json={"messages": [user(f"⟦{script}⟧")]}).json()
@@ -234,7 +163,7 @@ def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:
     assert streamed == ids
 
 
-def test_progress_is_streamed_if_asked_for(http: httpx.Client) -> None:
+def test_progress_on_request(http: httpx.Client) -> None:
     events = ask_streaming(http, "</think>Yes.", return_progress=True)
     progress = [chunk["prompt_progress"] for chunk in events.chunks if "prompt_progress" in chunk]
     assert progress[-1]["processed"] == progress[-1]["total"]
@@ -267,7 +196,7 @@ def test_every_sampling_parameter_reaches_the_engine(http: httpx.Client) -> None
     assert {name: request[name] for name in limits} == limits
 
 
-def test_unsaid_and_null_parameters_are_the_checkpoints(http: httpx.Client) -> None:
+def test_absent_and_null_parameters_are_the_checkpoints(http: httpx.Client) -> None:
     nulls = dict.fromkeys(set(ChatCompletionRequest.model_fields) - {"messages"})
     expected = {"temperature": 0.2, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     assert request_of(ask(http, "</think>{request}"))["sampling"] == expected
@@ -279,7 +208,7 @@ def test_no_limit_may_be_written_as_minus_one(http: httpx.Client, name: str) -> 
     assert request_of(ask(http, "</think>{request}", **{name: -1}))["max_tokens"] is None
 
 
-def test_settings_change_the_defaults_and_requests_still_win() -> None:
+def test_requests_override_settings() -> None:
     with live_server(temperature=0.9, max_tokens=500) as live, live.client() as http:
         request = request_of(ask(http, "</think>{request}", top_k=-1))
         assert request["sampling"]["temperature"] == 0.9
@@ -304,7 +233,7 @@ def test_settings_change_the_defaults_and_requests_still_win() -> None:
         ({"reasoning_effort": "high"}, True),
     ],
 )
-def test_thinking_is_switched_in_every_spelling(
+def test_every_spelling_of_the_thinking_switch(
     http: httpx.Client, parameters: dict[str, Any], thinks: bool
 ) -> None:
     body = {"messages": [user("Hi")], **parameters}
@@ -320,7 +249,7 @@ def test_thinking_is_switched_in_every_spelling(
         {"chat_template_kwargs": {"clear_thinking": True}},
     ],
 )
-def test_earlier_reasoning_stays_unless_it_is_to_be_cleared(
+def test_clear_thinking_drops_earlier_reasoning(
     http: httpx.Client, parameters: dict[str, Any]
 ) -> None:
     messages = [
@@ -349,7 +278,7 @@ def test_earlier_reasoning_stays_unless_it_is_to_be_cleared(
         ({"enable_thinking": False, "reasoning_effort": "low"}, None),
     ],
 )
-def test_the_reasoning_has_a_budget_if_one_is_given(
+def test_the_thinking_budget_reaches_the_engine(
     http: httpx.Client, parameters: dict[str, Any], budget: int | None
 ) -> None:
     close = "" if parameters.get("enable_thinking") is False else "</think>"
@@ -357,7 +286,7 @@ def test_the_reasoning_has_a_budget_if_one_is_given(
     assert request["thinking_budget"] == budget
 
 
-def test_thinking_by_default_is_a_setting() -> None:
+def test_thinking_and_its_budgets_are_settings() -> None:
     budgets = {"low": 2048, "max": 9}
     with live_server(enable_thinking=False, effort_budgets=budgets) as live, live.client() as http:
         for effort, budget in (("low", 2048), ("medium", 8192), ("max", 9), ("xhigh", None)):
@@ -392,8 +321,8 @@ def test_unknown_parameters_are_named_in_a_header(http: httpx.Client) -> None:
     )
 
 
-def test_what_is_sent_to_leave_it_off_is_off(http: httpx.Client) -> None:
-    """As front ends do that send every parameter they know."""
+def test_unsupported_parameters_may_be_empty_or_false(http: httpx.Client) -> None:
+    """Some front ends send every parameter that they know."""
     off = {
         "use_beam_search": False,
         "logits_processors": [],
@@ -488,7 +417,7 @@ def test_what_is_sent_to_leave_it_off_is_off(http: httpx.Client) -> None:
         ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
     ],
 )
-def test_what_cannot_be_honoured_is_400_and_names_the_field(
+def test_an_invalid_field_is_400_and_named(
     http: httpx.Client, body: dict[str, Any], param: str
 ) -> None:
     text = json.dumps({"messages": [user("Hi")]} | body).replace("Infinity", "1e999")
@@ -502,7 +431,7 @@ def test_what_cannot_be_honoured_is_400_and_names_the_field(
     assert param.rpartition(".")[2].rpartition("[")[0] in error["message"]
 
 
-def test_numbers_that_are_none_do_not_reach_the_prompt(http: httpx.Client) -> None:
+def test_infinite_numbers_do_not_reach_the_prompt(http: httpx.Client) -> None:
     function = {"name": "f", "parameters": {"properties": {"x": {"maximum": 1e999}}}}
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1e999}'}}
     for body, param in (
@@ -526,24 +455,6 @@ def test_an_unknown_model_is_404(http: httpx.Client) -> None:
     assert response.json()["error"]["code"] == "model_not_found"
 
 
-def test_a_prompt_over_the_context_is_400_with_both_numbers(http: httpx.Client) -> None:
-    error = refusal(http, messages=[user("1 " * 5000)])
-    assert error["code"] == "context_length_exceeded"
-    assert error["param"] == "messages"
-    assert "4096" in error["message"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_engines_refusals_keep_their_status(http: httpx.Client, stream: bool) -> None:
-    body = {"messages": [user("⟦{refuse}⟧")], "stream": stream}
-    assert http.post("/v1/chat/completions", json=body).status_code == 400
-    body = {"messages": [user("⟦{busy}⟧")], "stream": stream}
-    response = http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 503
-    assert response.json()["error"]["type"] == "overloaded_error"
-    assert response.headers["retry-after"] == "1"
-
-
 # -- the client's and the engine's absence --------------------------------------------------
 
 
@@ -560,7 +471,7 @@ def test_comments_keep_a_silent_stream_open(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("script", ["{wait}", "Hm{wait}", "</think>Yes{wait}"])
-def test_a_client_that_leaves_a_stream_frees_its_row(
+def test_disconnecting_from_a_stream_frees_its_row(
     scripted: LiveServer, http: httpx.Client, script: str
 ) -> None:
     scripted.wait_until_idle()
@@ -572,7 +483,7 @@ def test_a_client_that_leaves_a_stream_frees_its_row(
     scripted.wait_until_idle()
 
 
-def test_a_client_that_leaves_a_whole_answer_frees_its_row(
+def test_disconnecting_from_a_whole_answer_frees_its_row(
     scripted: LiveServer, http: httpx.Client
 ) -> None:
     body = {"messages": [user("⟦Hm{wait}⟧")]}

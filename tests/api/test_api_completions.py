@@ -34,7 +34,7 @@ def test_tags_in_a_raw_prompt_are_tags_and_in_a_raw_answer_text(http: httpx.Clie
     assert complete(http, prompt=tokens)["choices"][0]["text"] == "a</think>b"
 
 
-def test_max_tokens_is_16_unless_said(http: httpx.Client) -> None:
+def test_max_tokens_defaults_to_16(http: httpx.Client) -> None:
     response = http.post("/v1/completions", json={"prompt": f"⟦{'1' * 50}⟧"}).json()
     assert response["usage"]["completion_tokens"] == 16
     assert response["choices"][0]["finish_reason"] == "length"
@@ -89,8 +89,8 @@ def test_logprobs_have_the_completions_shape(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("stop", [None, "!!"])
-def test_logprobs_say_where_each_token_stands(http: httpx.Client, stop: str | None) -> None:
-    """Also within a character, and where text was withheld for a stop string."""
+def test_logprobs_have_the_offset_of_each_token(http: httpx.Client, stop: str | None) -> None:
+    """Also within a character, and where text is held back for a stop string."""
     body = {"prompt": "⟦a€!b! !!c⟧", "logprobs": 0, "stop": stop}
     choice = complete(http, **body)["choices"][0]
     logprobs = choice["logprobs"]
@@ -101,7 +101,7 @@ def test_logprobs_say_where_each_token_stands(http: httpx.Client, stop: str | No
         assert choice["text"][offset:].startswith(token)
 
 
-def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:
+def test_token_ids_on_request(http: httpx.Client) -> None:
     prompts = [[5, 6, 7], [5, 6]]
     answer = complete(http, prompt=prompts, return_token_ids=True)
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
@@ -116,7 +116,7 @@ def test_token_ids_are_given_if_asked_for(http: httpx.Client) -> None:
     assert streamed == ids
 
 
-def test_the_usage_of_a_stream_comes_if_asked_for(http: httpx.Client) -> None:
+def test_the_usage_of_a_stream_on_request(http: httpx.Client) -> None:
     body = {
         "prompt": ["⟦one⟧", "⟦two⟧"],
         "stream": True,
@@ -148,7 +148,7 @@ def test_the_usage_of_a_stream_comes_if_asked_for(http: httpx.Client) -> None:
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ],
 )
-def test_what_cannot_be_honoured_is_400_and_names_the_field(
+def test_an_invalid_field_is_400_and_named(
     http: httpx.Client, body: dict[str, Any], param: str
 ) -> None:
     response = http.post("/v1/completions", json=body)
@@ -196,7 +196,7 @@ def test_a_conversation_is_tokenised_as_the_model_reads_it(http: httpx.Client) -
         ("/apply-template", {"prompt": "Hi"}, "messages"),
     ],
 )
-def test_a_mistake_names_the_field(
+def test_an_invalid_field_of_a_tokenizer_route_is_named(
     http: httpx.Client, path: str, body: dict[str, Any], param: str
 ) -> None:
     response = http.post(path, json=body)
@@ -213,10 +213,10 @@ def test_a_mistake_names_the_field(
         ("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]}),
     ],
 )
-def test_what_is_unknown_beside_tokens_is_named(
+def test_unknown_parameters_of_tokenizer_routes_are_named(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
-    """Such as llama.cpp's and vLLM's switches."""
+    """For example llama.cpp's and vLLM's switches."""
     response = http.post(path, json=body | {"add_special": False, "with_pieces": None})
     assert response.status_code == 200, response.text
     assert response.headers["x-glmd-ignored-parameters"] == "add_special"

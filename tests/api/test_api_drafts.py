@@ -1,4 +1,4 @@
-"""Whether a server drafts is told to users: by /v1/models, in the log, and in each usage."""
+"""/v1/models, the log and each usage show whether a server drafts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmd.bench.random_checkpoint import write_random_checkpoint
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_models_log_and_usage_say_whether_there_are_drafts(
+def test_models_log_and_usage_show_whether_there_are_drafts(
     tmp_path: Path, layers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_random_checkpoint(tmp_path, num_nextn_predict_layers=layers)

@@ -1,4 +1,4 @@
-"""No body, however odd, is answered with a 500 or a broken shape, or alters another's answer."""
+"""No body causes a 500, a malformed response or a change of another answer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import LiveServer, live_server
 
-from glmd.api.anthropic.request import MessagesRequest
-from glmd.api.openai.chat_request import ChatCompletionRequest
-from glmd.api.openai.completion_request import CompletionRequest
-from glmd.api.responses.request import ResponsesRequest
+from glmd.api.anthropic.protocol import MessagesRequest
+from glmd.api.openai.protocol import ChatCompletionRequest, CompletionRequest
+from glmd.api.responses.protocol import ResponsesRequest
 from glmd.api.routes.tokenize import TokenizeChat, TokenizeText
 
 EXAMPLES, BESIDE = 100, 20
-"""Per route, and beside the canary: some 10 seconds in all."""
+"""Examples per route, and beside the canary: about 10 seconds in all."""
 
 JSON = {"content-type": "application/json"}
 LAST = {"response.completed", "response.incomplete", "response.failed", "message_stop", "error"}
@@ -63,7 +62,7 @@ few = st.just(8)
 
 
 def bodies(model: type[Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Bodies with some of a request's fields, most of them wrong in some way."""
+    """Bodies with some of a request's fields, most of them invalid."""
     names = st.sampled_from([*model.model_fields, "surprise"])
     return st.builds(
         lambda some, given: {**some, **given},
@@ -73,7 +72,7 @@ def bodies(model: type[Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrat
 
 
 def mutated(model: type[Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Bodies that are in order, but for one field of some."""
+    """Valid bodies, some with one invalid field."""
     names = st.sampled_from([*model.model_fields, "surprise"])
     return st.builds(
         lambda given, some: {**given, **some},
@@ -103,11 +102,11 @@ ROUTES: dict[str, st.SearchStrategy[Any]] = {
     | bodies(TokenizeChat, messages=messages)
     | mutated(TokenizeText, prompt=text),
 }
-"""What is sent where."""
+"""Bodies by route."""
 
 
 def check_refusal(path: str, response: httpx.Response) -> None:
-    """One sentence, in the shape of the route's API."""
+    """Check that a refusal is one sentence in the shape of the route's API."""
     assert response.status_code in (400, 404, 413), (response.status_code, response.text)
     body = response.json()
     if path == "/v1/messages":
@@ -141,7 +140,7 @@ def as_json(body: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def restarts(scripted: LiveServer) -> int:
-    """Of the engine before these tests: those of other files may have had it die."""
+    """Restarts of the engine before these tests, caused by tests of other files."""
     return scripted.service.engine.restarts
 
 
@@ -152,7 +151,7 @@ def http(scripted: LiveServer, restarts: int) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_odd_bodies_are_answered_or_refused_in_the_apis_shape(
+def test_arbitrary_bodies_are_answered_or_refused_in_the_apis_shape(
     http: httpx.Client, path: str
 ) -> None:
     @settings(max_examples=EXAMPLES)
@@ -165,11 +164,11 @@ def test_odd_bodies_are_answered_or_refused_in_the_apis_shape(
 
 @settings(max_examples=EXAMPLES)
 @given(path=st.sampled_from(list(ROUTES)), content=st.binary(max_size=200))
-def test_bytes_that_are_no_json_are_refused(http: httpx.Client, path: str, content: bytes) -> None:
+def test_bytes_that_are_not_json_are_refused(http: httpx.Client, path: str, content: bytes) -> None:
     check(http, path, content)
 
 
-def test_afterwards_the_engine_is_the_same_and_says_the_same(
+def test_afterwards_the_engine_has_not_restarted(
     scripted: LiveServer, http: httpx.Client, restarts: int
 ) -> None:
     body = {"messages": [{"role": "user", "content": "⟦Hm.</think>Tweet.⟧"}]}
@@ -178,10 +177,10 @@ def test_afterwards_the_engine_is_the_same_and_says_the_same(
     assert scripted.service.engine.restarts == restarts
 
 
-def test_odd_requests_alter_no_answer_of_a_conversation_beside_them(
+def test_arbitrary_requests_do_not_change_a_concurrent_conversation(
     random_checkpoint: Path,
 ) -> None:
-    """On the real engine, where they share steps, KV and the prefix tree."""
+    """On the real engine, requests share steps, KV and the prefix tree."""
     config = {"dtype": "float32", "max_context": 128}
     with (
         live_server(folder=random_checkpoint, engine="glmd.engine.core", config=config) as real,

@@ -1,4 +1,4 @@
-"""OpenAI's own Python client against a live server."""
+"""OpenAI's Python client against a live server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def user(text: str) -> ChatCompletionMessageParam:
 
 
 def reasoning_of(message: Any) -> str | None:
-    """The field that OpenAI's types do not know and its models keep."""
+    """`reasoning_content`, an extra field in OpenAI's models."""
     return (message.model_extra or {}).get("reasoning_content")
 
 
@@ -86,7 +86,7 @@ def test_the_stream_helper_accumulates_tool_calls(client: openai.OpenAI) -> None
     assert answer.choices[0].finish_reason == "tool_calls"
 
 
-def test_a_tool_loop_comes_round(client: openai.OpenAI) -> None:
+def test_a_tool_loop(client: openai.OpenAI) -> None:
     call = "<tool_call>get_weather<arg_key>city</arg_key><arg_value>{}</arg_value></tool_call>"
     messages = [user(f"⟦Two.</think>{call.format('Rome')}{call.format('Oslo')}⟧")]
     answer = client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER])
@@ -101,8 +101,8 @@ def test_a_tool_loop_comes_round(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == "Oslo came last."
 
 
-def test_a_returning_turn_keeps_its_place_in_the_cache(client: openai.OpenAI) -> None:
-    """OpenAI's client drops the reasoning; the server remembers what the model wrote."""
+def test_a_returning_turn_is_cached(client: openai.OpenAI) -> None:
+    """OpenAI's client drops the reasoning; the server caches the generated turn."""
     messages = [user("⟦A long thought.</think>First  answer ⟧")]
     earlier = 0
     for number in range(3):
@@ -125,7 +125,7 @@ def test_completions_and_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("test/tiny").id == "test/tiny"
 
 
-def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
+def test_errors_have_the_sdks_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=[user("Hi")], temperature=9)
     assert bad.value.param == "temperature"

@@ -1,4 +1,4 @@
-"""The smaller routes: models in every API's shape, and what is not here."""
+"""Smaller routes: models in every API's shape, and unsupported routes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from live import LiveServer, live_server
 
 
-def test_lm_studios_front_ends_learn_state_and_context(http: httpx.Client) -> None:
+def test_lm_studios_model_list_has_state_and_context(http: httpx.Client) -> None:
     (model,) = http.get("/api/v0/models").json()["data"]
     assert model["id"] == "test/tiny"
     assert model["type"] == "llm"
@@ -22,8 +22,8 @@ def test_lm_studios_front_ends_learn_state_and_context(http: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_lm_studios_front_ends_may_ask_beside_its_list(http: httpx.Client, stream: bool) -> None:
-    """Zed's LM Studio provider does, and clients that copied `max_tokens: -1` from its pages."""
+def test_lm_studios_completion_paths(http: httpx.Client, stream: bool) -> None:
+    """Zed's LM Studio provider uses them, and some clients send `max_tokens: -1`."""
     chat = {"messages": [{"role": "user", "content": "⟦</think>Yes.⟧"}], "max_tokens": -1}
     for path, body in (("chat/completions", chat), ("completions", {"prompt": "⟦Yes.⟧"})):
         response = http.post(f"/api/v0/{path}", json=body | {"stream": stream})
@@ -31,7 +31,7 @@ def test_lm_studios_front_ends_may_ask_beside_its_list(http: httpx.Client, strea
         assert '"choices"' in response.text
 
 
-def test_claude_code_is_answered_when_it_asks_whether_anyone_is_there() -> None:
+def test_claude_codes_connection_check_needs_no_key() -> None:
     with live_server(api_key="secret", ready=False) as live, live.client() as http:
         assert http.head("/api/hello").status_code == 200
         assert http.get("/api/hello").status_code == 200
@@ -46,7 +46,7 @@ def test_while_loading_the_model_is_not_loaded(tmp_path: Path) -> None:
     assert model["max_context_length"] is None
 
 
-def test_models_speak_openai_and_anthropic_at_once(http: httpx.Client) -> None:
+def test_models_have_the_fields_of_openai_and_anthropic(http: httpx.Client) -> None:
     models = http.get("/v1/models").json()
     assert models["object"] == "list"
     assert models["has_more"] is False
@@ -80,7 +80,7 @@ def test_an_alias_may_stand_for_many_names() -> None:
         ("/v1/nothing", "Path /v1/nothing not found."),
     ],
 )
-def test_what_is_not_here_is_404_with_a_reason(
+def test_unsupported_routes_are_404_with_a_reason(
     scripted: LiveServer, http: httpx.Client, path: str, reason: str
 ) -> None:
     response = http.post(path, json={})

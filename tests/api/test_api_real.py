@@ -1,7 +1,6 @@
 """The API over the real engine, on a tiny checkpoint of random weights.
 
-What it says is noise; that it says the same when it must, counts right, frees its rows and comes
-back from the dead does not depend on that.
+The answers are noise; reproducibility, counts, freed rows and restarts do not depend on them.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def ask(http: httpx.Client, **parameters: Any) -> dict[str, Any]:
     return answer
 
 
-def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(http: httpx.Client) -> None:
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(http: httpx.Client) -> None:
     alone = ask(http, seed=7, temperature=1.0)["choices"][0]["message"]
     with ThreadPoolExecutor(8) as pool:
         seeds = [7, 1, 2, 7, 3, 4, 5, 7]
@@ -59,7 +58,7 @@ def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(http: httpx.Client) -
     assert len({json.dumps(answer) for answer in answers}) == 6
 
 
-def test_a_stream_says_what_the_whole_answer_says(http: httpx.Client) -> None:
+def test_a_stream_adds_up_to_the_whole_answer(http: httpx.Client) -> None:
     body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -99,7 +98,7 @@ def test_the_reasoning_ends_at_its_budget(http: httpx.Client) -> None:
     assert answer["usage"]["completion_tokens"] == 12
 
 
-def test_a_client_that_leaves_frees_its_row(real: LiveServer, http: httpx.Client) -> None:
+def test_disconnecting_frees_the_row(real: LiveServer, http: httpx.Client) -> None:
     body = {"messages": MESSAGES, "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as response:
         pieces = response.iter_raw()
@@ -131,7 +130,7 @@ def test_the_engine_killed_mid_stream_is_an_error_event_and_the_next_request_wor
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`glmd serve` as users run it; its process, and the URL that it prints."""
+    """`glmd serve`: its process and the URL that it prints."""
     process = subprocess.Popen(
         [sys.executable, "-m", "glmd", "serve", *arguments, "--port", "0"],
         stderr=subprocess.PIPE,
@@ -207,7 +206,7 @@ def test_a_second_sigterm_does_not_wait_for_streams(random_checkpoint: Path) -> 
             engine.wait(20)
 
 
-def test_a_checkpoint_of_another_kind_ends_the_server_with_one_line(
+def test_an_unsupported_checkpoint_ends_the_server_with_one_line(
     random_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "other"
@@ -230,7 +229,7 @@ def test_a_checkpoint_of_another_kind_ends_the_server_with_one_line(
     assert "Traceback" not in run.stderr
 
 
-def test_stats_say_what_the_engine_did(real: LiveServer, http: httpx.Client) -> None:
+def test_stats_count_the_engines_work(real: LiveServer, http: httpx.Client) -> None:
     ask(http)
     real.wait_until_idle()
     stats: EngineStats = real.service.engine.stats

@@ -1,7 +1,7 @@
-"""Turns that come back through the Responses and Messages APIs cost only what is new.
+"""A returning turn of the Responses and Messages APIs is found in the cache.
 
-Over the real engine, on weights that are noise: what it wrote is in its cache token by token, and
-no client could send it back so that it would be tokenised the same again.
+Over the real engine, with random weights: the generated tokens are cached, and their text would not
+be tokenized to the same tokens again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from live import LiveServer, live_server
 TURNS = 4
 
 SLACK = 4
-"""Tokens that a returning turn may cost: the one it ended with, whose KV nobody needed, the end of
-the turn, and at least one of every prompt is computed."""
+"""Tokens that a returning turn may compute: its last token, which has no KV, the end of the turn,
+and the prompt's last token."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def http(real: LiveServer) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def text_only(real: LiveServer) -> dict[str, float]:
-    """A bias against tags in the midst of noise, which a client would not see."""
+    """Biases against tags, which the client would not see in the noise."""
     return {str(id): -100 for id in real.service.tokenizer.controls.values()}
 
 

@@ -1,4 +1,4 @@
-"""Structure through the APIs, over the real engine with a model of random weights and drafts."""
+"""Structured output over the real engine, with random weights and drafts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ import httpx
 import openai
 import pytest
 import sse
+from chat_apis import CLOSING
 from grammars import CONTROLS, validate
 from live import LiveServer, live_server
 from pydantic import BaseModel, Field
 from schemas import INTEGER, SHORT, obj
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something in form."}]
-
-CLOSING = {str(id): 6 for id in [*b'"}]', CONTROLS["</think>"], CONTROLS["</arg_value>"]]}
-CLOSING |= {str(CONTROLS[name]): 6 for name in ("</tool_call>", "<|observation|>")}
-CLOSING |= {str(ord(",")): -3}
-"""Biases under which a random model comes to an end before long."""
 
 SCHEMA = obj({"name": SHORT, "size": INTEGER, "parts": {"type": "array", "items": SHORT}})
 
@@ -85,7 +81,7 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[str], object]]] = {
         ["xy"].__contains__,
     ),
 }
-"""Ways to ask for a form, and what is one."""
+"""Fields that require a format, and a check of the format."""
 
 
 class Part(BaseModel):
@@ -135,7 +131,7 @@ def ask(http: httpx.Client, path: str = "/v1/chat/completions", **fields: Any) -
 
 
 def stream(http: httpx.Client, **fields: Any) -> tuple[str, str]:
-    """The content of a streamed answer, and why it ended."""
+    """Content and finish reason of a streamed answer."""
     body = {"messages": MESSAGES, "max_tokens": 1000, "logit_bias": CLOSING, "temperature": 1}
     body |= {"stream": True} | fields
     with http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -152,15 +148,15 @@ def content_of(answer: dict[str, Any]) -> str:
     return content
 
 
-def test_raw_completions_are_constrained_as_well(http: httpx.Client) -> None:
+def test_text_completions_are_constrained(http: httpx.Client) -> None:
     answer = ask(http, "/v1/completions", prompt="Say it: ", guided_regex="[0-9]{4}")
     assert answer["choices"][0]["text"].isdecimal()
     assert len(answer["choices"][0]["text"]) == 4
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_answer_has_its_form_streamed_or_not(http: httpx.Client, form: str) -> None:
-    """Behind reasoning, which its budget ends, and with drafts."""
+def test_an_answer_follows_its_format_streamed_or_not(http: httpx.Client, form: str) -> None:
+    """After reasoning, which a budget ends, and with drafts."""
     fields, right = FORMS[form]
     asked = fields | {"seed": 3, "enable_thinking": True, "thinking_budget": 20}
     text, reason = stream(http, **asked)
@@ -170,7 +166,9 @@ def test_an_answer_has_its_form_streamed_or_not(http: httpx.Client, form: str) -
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_an_answer_cut_off_says_length_in_every_api(http: httpx.Client, streamed: bool) -> None:
+def test_a_truncated_answer_ends_with_length_in_every_api(
+    http: httpx.Client, streamed: bool
+) -> None:
     schema = obj({"text": {"type": "string", "minLength": 500}})
     body = {"messages": MESSAGES, "max_tokens": 40, "stream": streamed}
     form = {"type": "json_schema", "schema": schema}
@@ -259,43 +257,6 @@ def test_the_anthropic_client_parses_pydantic_models_streamed_or_not(real: LiveS
         assert isinstance(stream.get_final_message().parsed_output, Plain)
 
 
-def test_the_responses_api_requires_calls(client: openai.OpenAI) -> None:
-    tool: Any = {"type": "function", "strict": True, **TOOL["function"]}
-    for choice in ("required", {"type": "function", "name": "search"}):
-        response = client.responses.create(
-            model="default",
-            input="Search.",
-            tools=[tool],
-            tool_choice=choice,  # type: ignore[arg-type]
-            extra_body={"logit_bias": CLOSING, "temperature": 1},
-        )
-        calls = [item for item in response.output if item.type == "function_call"]
-        assert calls
-        for call in calls:
-            validate(call.arguments, TOOL["function"]["parameters"])
-
-
-def test_the_messages_api_requires_calls_and_keeps_schemas(real: LiveServer) -> None:
-    client = anthropic.Anthropic(base_url=real.url, api_key="none", max_retries=0)
-    options: Any = {
-        "model": "default",
-        "max_tokens": 1000,
-        "messages": MESSAGES,
-        "extra_body": {"logit_bias": CLOSING, "temperature": 1},
-    }
-    tool = {"name": "search", "input_schema": TOOL["function"]["parameters"]}
-    for choice in ({"type": "any"}, {"type": "tool", "name": "search"}):
-        message = client.messages.create(tools=[tool], tool_choice=choice, **options)
-        assert message.stop_reason == "tool_use"
-        for block in message.content:
-            assert block.type == "tool_use"
-            validate(json.dumps(block.input), tool["input_schema"])
-    form = {"type": "json_schema", "schema": SCHEMA}
-    message = client.messages.create(output_config={"format": form}, **options)
-    assert message.content[-1].type == "text"
-    validate(message.content[-1].text, SCHEMA)
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -336,7 +297,7 @@ def test_the_messages_api_requires_calls_and_keeps_schemas(real: LiveServer) -> 
         ),
     ],
 )
-def test_what_cannot_be_enforced_is_400_by_field(
+def test_a_keyword_that_cannot_be_enforced_is_400_and_named(
     http: httpx.Client, fields: dict[str, Any], param: str
 ) -> None:
     body = {"messages": MESSAGES, **fields}
@@ -345,7 +306,7 @@ def test_what_cannot_be_enforced_is_400_by_field(
     assert response.json()["error"]["param"] == param
 
 
-def test_what_is_not_strict_is_held_to_what_can_be_enforced(http: httpx.Client) -> None:
+def test_other_schemas_are_enforced_as_far_as_possible(http: httpx.Client) -> None:
     schema = obj({"tags": {"type": "array", "items": SHORT, "maxItems": 2, "uniqueItems": True}})
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     del (relaxed := json.loads(json.dumps(schema)))["properties"]["tags"]["uniqueItems"]
@@ -362,13 +323,13 @@ PATHOLOGICAL: list[tuple[dict[str, Any], str]] = [
     ({"guided_json": json.loads('{"items":' * 70 + "{}" + "}" * 70)}, "more than 64 deep"),
     ({"guided_choice": ["a" * 2_000_000]}, "larger than 1 MiB"),
 ]
-"""Forms beyond a limit, and words of their refusals."""
+"""Formats beyond a limit, and words of their refusals."""
 
 
-def test_forms_beyond_the_limits_are_400_and_no_stream_notices(
+def test_formats_beyond_the_limits_are_400_and_stall_no_stream(
     real: LiveServer, http: httpx.Client
 ) -> None:
-    """A canary that streams before, beside and after them says what it says alone."""
+    """A concurrent stream gives the same answer as alone."""
     silent = {str(id): -100 for id in CONTROLS.values()}
     body = {"messages": MESSAGES, "temperature": 1, "seed": 1, "logit_bias": silent}
     singing, stop = threading.Event(), threading.Event()

@@ -13,10 +13,9 @@ from live import LiveServer
 from pydantic import BaseModel, ValidationError
 
 from glmd.api import request_body
-from glmd.api.anthropic.request import MessagesRequest
-from glmd.api.openai.chat_request import ChatCompletionRequest
-from glmd.api.openai.completion_request import CompletionRequest
-from glmd.api.responses.request import ResponsesRequest
+from glmd.api.anthropic.protocol import MessagesRequest
+from glmd.api.openai.protocol import ChatCompletionRequest, CompletionRequest
+from glmd.api.responses.protocol import ResponsesRequest
 from glmd.api.routes.tokenize import DetokenizeRequest
 from glmd.chat.request_limits import MAX_MESSAGES, MAX_NAME, MAX_PATTERN, MAX_STOP_LENGTH, MAX_TOOLS
 

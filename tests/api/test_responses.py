@@ -1,4 +1,4 @@
-"""`/v1/responses` as bytes on the wire: events, whole responses, what is kept, what refused."""
+"""`/v1/responses`: events, whole responses, the store and refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import sse
+from chat_apis import fold_response
 from live import LiveServer, live_server
 
 TOOL = {
@@ -59,82 +60,16 @@ def text_of(response: dict[str, Any]) -> str:
 
 
 def request_of(response: dict[str, Any]) -> dict[str, Any]:
-    """What reached the engine, from an answer to `</think>{request}`."""
+    """The engine request, from an answer to `</think>{request}`."""
     request: dict[str, Any] = json.loads(text_of(response))
     return request
 
 
 def check_prompt(http: httpx.Client, as_chat: dict[str, Any], **body: Any) -> None:
-    """Check that a body makes the same prompt as one in the form of chat completions."""
+    """Check that a body makes the same prompt as a chat completions body."""
     usage = post(http, **body)["usage"]
     expected = http.post("/tokenize", json=as_chat).json()
     assert usage["input_tokens"] == expected["count"]
-
-
-def fold(events: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: PLR0912
-    """The response that a client puts together from a stream, each event being in its place."""
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    first, second, *rest, last = events
-    assert (first["type"], second["type"]) == ("response.created", "response.in_progress")
-    assert first["response"]["output"] == []
-    output: list[dict[str, Any]] = []
-    item: dict[str, Any] | None = None
-    for event in rest:
-        kind = event["type"]
-        if kind == "response.in_progress":
-            continue
-        if kind == "response.output_item.added":
-            assert item is None
-            assert event["output_index"] == len(output)
-            item = event["item"]
-            assert item["status"] == "in_progress"
-            continue
-        assert item is not None
-        assert event["output_index"] == len(output)
-        if kind == "response.output_item.done":
-            assert event["item"]["status"] != "in_progress"
-            assert event["item"] | {"status": None} == item | {"status": None}
-            output.append(event["item"])
-            item = None
-            continue
-        assert event["item_id"] == item["id"]
-        match kind.removeprefix("response."):
-            case "content_part.added":
-                assert event["content_index"] == len(item["content"]) == 0
-                item["content"].append(event["part"])
-            case "reasoning_summary_part.added":
-                assert event["summary_index"] == len(item["summary"]) == 0
-                item["summary"].append(event["part"])
-            case "output_text.delta":
-                item["content"][0]["text"] += event["delta"]
-                item["content"][0]["logprobs"] += event["logprobs"]
-            case "reasoning_text.delta":
-                item["content"][0]["text"] += event["delta"]
-            case "reasoning_summary_text.delta":
-                item["summary"][0]["text"] += event["delta"]
-            case "function_call_arguments.delta":
-                item["arguments"] += event["delta"]
-            case "output_text.done" | "reasoning_text.done":
-                assert event["text"] == item["content"][0]["text"]
-            case "reasoning_summary_text.done":
-                assert event["text"] == item["summary"][0]["text"]
-            case "custom_tool_call_input.delta":
-                item["input"] += event["delta"]
-            case "custom_tool_call_input.done":
-                assert event["input"] == item["input"]
-            case "function_call_arguments.done":
-                assert event["arguments"] == item["arguments"]
-            case "content_part.done":
-                assert event["part"] == item["content"][0]
-            case "reasoning_summary_part.done":
-                assert event["part"] == item["summary"][0]
-            case _:
-                raise AssertionError(kind)
-    assert item is None
-    response: dict[str, Any] = last["response"]
-    assert last["type"] == f"response.{response['status']}"
-    assert response["output"] == output
-    return response
 
 
 # -- answers ------------------------------------------------------------------------------
@@ -171,7 +106,7 @@ def test_a_whole_response_is_the_fold_of_its_stream(
     http: httpx.Client, parameters: dict[str, Any]
 ) -> None:
     whole = ask(http, CALLS, tools=[TOOL], **parameters)
-    streamed = fold(ask_streaming(http, CALLS, tools=[TOOL], **parameters))
+    streamed = fold_response(ask_streaming(http, CALLS, tools=[TOOL], **parameters))
     for response in (whole, streamed):
         for key in ("id", "created_at", "completed_at"):
             del response[key]
@@ -189,23 +124,13 @@ def test_a_summary_is_the_whole_reasoning_and_replaces_its_content(http: httpx.C
     assert reasoning["content"] == []
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_reaches_its_limit_is_incomplete(http: httpx.Client, stream: bool) -> None:
-    def cut(script: str, limit: int) -> dict[str, Any]:
-        parameters = {"max_output_tokens": limit, "tools": [TOOL]}
-        if stream:
-            return fold(ask_streaming(http, script, **parameters))
-        return ask(http, script, **parameters)
-
-    response = cut("Let me see, let me see.", 4)
-    assert response["status"] == "incomplete"
-    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert response["completed_at"] is None
-    (reasoning,) = response["output"]
+def test_the_last_item_of_an_answer_at_its_limit_is_incomplete(http: httpx.Client) -> None:
+    (reasoning,) = ask(http, "Let me see, let me see.", max_output_tokens=4)["output"]
     assert reasoning["status"] == "incomplete"
     script = "</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>"
     limit = http.post("/tokenize", json={"prompt": script}).json()["count"] + 1
-    call = cut(f"{script}Rome and Oslo</arg_value></tool_call>", limit)["output"][-1]
+    script += "Rome and Oslo</arg_value></tool_call>"
+    call = ask(http, script, tools=[TOOL], max_output_tokens=limit)["output"][-1]
     assert call["status"] == "incomplete"
     with pytest.raises(json.JSONDecodeError):
         json.loads(call["arguments"])
@@ -217,20 +142,11 @@ def test_logprobs_come_if_they_are_included(http: httpx.Client) -> None:
     tokens = response["output"][-1]["content"][0]["logprobs"]
     assert bytes(byte for token in tokens for byte in token["bytes"]).decode() == "Yes: ä€"
     assert {len(token["top_logprobs"]) for token in tokens} == {2}
-    streamed = fold(ask_streaming(http, "Hm.</think>Yes: ä€", include=include, top_logprobs=2))
+    streamed = fold_response(
+        ask_streaming(http, "Hm.</think>Yes: ä€", include=include, top_logprobs=2)
+    )
     assert streamed["output"][-1]["content"][0]["logprobs"] == tokens
     assert ask(http, "</think>Yes.")["output"][-1]["content"][0]["logprobs"] == []
-
-
-def test_without_parallel_calls_the_answer_ends_after_the_first(http: httpx.Client) -> None:
-    response = ask(http, CALLS + "{wait}", tools=[TOOL], parallel_tool_calls=False)
-    kinds = [item["type"] for item in response["output"]]
-    assert kinds == ["reasoning", "message", "function_call"]
-
-
-def test_tool_choice_none_leaves_calls_out(http: httpx.Client) -> None:
-    response = ask(http, CALLS, tools=[TOOL], tool_choice="none")
-    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
 
 
 def test_functions_in_a_namespace_are_called_in_it(http: httpx.Client) -> None:
@@ -286,7 +202,7 @@ def test_a_custom_tool_is_called_with_raw_text(http: httpx.Client, stream: bool)
         "</tool_call>"
     )
     if stream:
-        response = fold(ask_streaming(http, script, tools=[APPLY]))
+        response = fold_response(ask_streaming(http, script, tools=[APPLY]))
     else:
         response = ask(http, script, tools=[APPLY])
     assert response["tools"] == [APPLY]
@@ -310,7 +226,7 @@ def test_a_custom_tool_is_called_with_raw_text(http: httpx.Client, stream: bool)
     check_prompt(http, as_chat, input=[user("Go."), call, output], tools=[APPLY])
 
 
-def test_a_custom_call_that_was_cut_off_keeps_what_was_written(http: httpx.Client) -> None:
+def test_a_truncated_custom_call_keeps_its_input(http: httpx.Client) -> None:
     script = f"</think><tool_call>apply_patch<arg_key>input</arg_key><arg_value>{PATCH}"
     response = ask(http, script, tools=[APPLY], max_output_tokens=50)
     assert response["status"] == "incomplete"
@@ -321,7 +237,7 @@ def test_a_custom_call_that_was_cut_off_keeps_what_was_written(http: httpx.Clien
 
 
 def test_a_custom_tool_can_be_required_and_its_turn_returns(http: httpx.Client) -> None:
-    """The scripted engine caches prompts only, so a turn's ids are seen in the one after next."""
+    """The scripted engine caches prompts only, so a turn's ids are found two turns later."""
     script = (
         "A thought of its own.</think>"
         "<tool_call>apply_patch<arg_key>input</arg_key><arg_value>*** x</arg_value></tool_call>"
@@ -363,14 +279,14 @@ def test_limits_reach_the_engine(
     assert {name: request[name] for name in expected} == expected
 
 
-def test_sampling_reaches_the_engine_and_is_told(http: httpx.Client) -> None:
+def test_sampling_reaches_the_engine_and_comes_back(http: httpx.Client) -> None:
     response = ask(http, "</think>{request}", temperature=0.5, top_p=0.8, seed=4)
     sampling = request_of(response)["sampling"]
     assert (sampling["temperature"], sampling["top_p"], sampling["seed"]) == (0.5, 0.8, 4)
     assert (response["temperature"], response["top_p"]) == (0.5, 0.8)
 
 
-def test_thinking_is_switched_by_the_effort_and_earlier_thinking_by_the_context(
+def test_effort_switches_thinking_and_context_earlier_thinking(
     http: httpx.Client,
 ) -> None:
     assert ask(http, "Yes.", reasoning={"effort": "none"})["output"][0]["type"] == "message"
@@ -471,8 +387,8 @@ def input_text(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("returned", ["by id", "whole", "without reasoning", "by reference"])
-def test_a_returning_turn_keeps_its_place_in_the_cache(http: httpx.Client, returned: str) -> None:
-    """The scripted engine caches prompts only, so a turn's ids are seen in the one after next."""
+def test_a_returning_turn_is_cached(http: httpx.Client, returned: str) -> None:
+    """The scripted engine caches prompts only, so a turn's ids are found two turns later."""
     new = [user(f"⟦{returned}: a thought.</think>First  answer <tool_call>f</tool_call>⟧")]
     items: list[dict[str, Any]] = []
     previous, size = None, 0
@@ -503,7 +419,9 @@ def test_a_returning_turn_keeps_its_place_in_the_cache(http: httpx.Client, retur
 # -- what is kept -------------------------------------------------------------------------
 
 
-def test_a_response_goes_on_from_a_stored_one_without_its_instructions(http: httpx.Client) -> None:
+def test_a_response_continues_a_stored_response_without_its_instructions(
+    http: httpx.Client,
+) -> None:
     first = ask(http, "Hm.</think>Hello.", instructions="Speak up.")
     second = post(http, input="⟦</think>Bye.⟧", previous_response_id=first["id"])
     assert second["previous_response_id"] == first["id"]
@@ -537,7 +455,7 @@ def test_tokens_are_counted_as_a_response_would_count_them(http: httpx.Client) -
 def test_a_response_is_retrieved_until_it_is_deleted(http: httpx.Client) -> None:
     for made in (
         ask(http, "Hm.</think>Hello."),
-        fold(ask_streaming(http, "Hm.</think>Hello.")),
+        fold_response(ask_streaming(http, "Hm.</think>Hello.")),
     ):
         path = f"/v1/responses/{made['id']}"
         assert http.get(path).json() == made
@@ -550,13 +468,13 @@ def test_a_response_is_retrieved_until_it_is_deleted(http: httpx.Client) -> None
         assert gone.json()["error"]["code"] == "previous_response_not_found"
 
 
-def test_what_is_not_to_be_stored_is_not(http: httpx.Client) -> None:
+def test_store_false_stores_nothing(http: httpx.Client) -> None:
     made = ask(http, "Hm.</think>Hello.", store=False)
     assert made["store"] is False
     assert http.get(f"/v1/responses/{made['id']}").status_code == 404
 
 
-def test_the_store_forgets_what_was_not_used_for_longest() -> None:
+def test_the_store_evicts_the_least_recently_used() -> None:
     with live_server(response_store="6KiB") as live, live.client() as http:
         ids = [ask(http, f"</think>Number {number}.")["id"] for number in range(8)]
         found = [http.get(f"/v1/responses/{id}").status_code == 200 for id in ids]
@@ -564,7 +482,7 @@ def test_the_store_forgets_what_was_not_used_for_longest() -> None:
         assert 0 < sum(found) < 8
 
 
-def test_a_response_in_the_background_is_there_when_it_is_done(http: httpx.Client) -> None:
+def test_a_background_response_is_retrieved_when_it_is_done(http: httpx.Client) -> None:
     made = ask(http, "Hm.</think>Hello.", background=True)
     assert made["status"] == "in_progress"
     deadline = time.monotonic() + 20
@@ -577,9 +495,7 @@ def test_a_response_in_the_background_is_there_when_it_is_done(http: httpx.Clien
     assert text_of(go_on) == "Yes."
 
 
-def test_a_response_in_the_background_can_be_cancelled(
-    scripted: LiveServer, http: httpx.Client
-) -> None:
+def test_a_background_response_can_be_cancelled(scripted: LiveServer, http: httpx.Client) -> None:
     made = ask(http, "Hm{wait}", background=True)
     path = f"/v1/responses/{made['id']}"
     too_early = http.post("/v1/responses", json={"input": "Hi", "previous_response_id": made["id"]})
@@ -604,7 +520,7 @@ def test_a_failure_in_the_background_is_in_the_response(http: httpx.Client) -> N
 # -- Codex --------------------------------------------------------------------------------
 
 
-def test_what_codex_sends_is_taken(http: httpx.Client) -> None:
+def test_a_request_of_codex_is_accepted(http: httpx.Client) -> None:
     shell = {
         "type": "function",
         "name": "exec_command",
@@ -647,7 +563,7 @@ def test_what_codex_sends_is_taken(http: httpx.Client) -> None:
     response = http.post("/v1/responses", json=body)
     assert response.status_code == 200, response.text
     assert response.headers["x-glmd-ignored-parameters"] == "tools[2].type=web_search"
-    reasoning, call = fold(sse.read_named(response.content))["output"]
+    reasoning, call = fold_response(sse.read_named(response.content))["output"]
     assert reasoning["summary"][0]["text"] == "Hm."
     # It sends the summary back, never the content.
     body["input"] += [
@@ -656,11 +572,11 @@ def test_what_codex_sends_is_taken(http: httpx.Client) -> None:
         {"type": "function_call_output", "call_id": call["call_id"], "output": "⟦</think>Done.⟧"},
     ]
     response = http.post("/v1/responses", json=body)
-    assert text_of(fold(sse.read_named(response.content))) == "Done."
+    assert text_of(fold_response(sse.read_named(response.content))) == "Done."
 
 
 def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
-    """As `codex --oss` does, and front ends made for LM Studio."""
+    """`codex --oss` sends it, and front ends made for LM Studio."""
     assert post(http, input="", max_output_tokens=1)["status"] in ("completed", "incomplete")
 
 
@@ -725,7 +641,7 @@ def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
         ({"n": 2}, "n"),
     ],
 )
-def test_what_cannot_be_honoured_is_400_and_names_the_field(
+def test_an_invalid_field_is_400_and_named(
     http: httpx.Client, body: dict[str, Any], param: str
 ) -> None:
     response = http.post("/v1/responses", json={"input": "⟦</think>Yes.⟧"} | body)
@@ -736,24 +652,11 @@ def test_what_cannot_be_honoured_is_400_and_names_the_field(
     assert param.partition(".")[0] in error["message"]
 
 
-def test_a_prompt_over_the_context_is_400_with_its_code(http: httpx.Client) -> None:
-    response = http.post("/v1/responses", json={"input": "1 " * 5000, "stream": True})
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_engines_refusals_keep_their_status(http: httpx.Client, stream: bool) -> None:
-    for script, status in (("{refuse}", 400), ("{busy}", 503)):
-        body = {"input": f"⟦{script}⟧", "stream": stream}
-        assert http.post("/v1/responses", json=body).status_code == status
-
-
 # -- time ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", ["{wait}", "Wait…{wait}"])
-def test_a_silent_stream_says_that_it_is_in_progress(
+def test_in_progress_events_keep_a_silent_stream_open(
     scripted: LiveServer, http: httpx.Client, script: str
 ) -> None:
     mark = b"event: response.in_progress"
@@ -790,6 +693,6 @@ def test_an_engine_that_dies_mid_stream_is_a_failed_response() -> None:
         assert kept["status"] == "failed"
 
 
-def test_what_runs_in_the_background_ends_with_the_server() -> None:
+def test_background_responses_end_with_the_server() -> None:
     with live_server(drain_timeout=0.2) as live, live.client() as http:
         ask(http, "On and on{wait}", background=True)

@@ -1,4 +1,4 @@
-"""Anthropic's own Python client against a live server."""
+"""Anthropic's Python client against a live server."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_stream_helper_accumulates_thinking_text_and_calls(client: Any) -> N
 
 @pytest.mark.parametrize("with_thinking", [True, False])
 def test_ten_turns_with_a_tool_compute_only_what_is_new(client: Any, with_thinking: bool) -> None:
-    """Whether the client sends its thinking blocks back or drops them."""
+    """With thinking blocks sent back or dropped."""
     script = f"{with_thinking} {{}}.</think>{CALL.format('City {}')}{CALL.format('Rome')}"
     messages = [user(f"⟦{script.format(0, 0)}⟧")]
     size = 0
@@ -91,7 +91,7 @@ def test_ten_turns_with_a_tool_compute_only_what_is_new(client: Any, with_thinki
         messages.append({"role": "user", "content": results})
 
 
-def test_the_tool_runner_comes_round(client: Any) -> None:
+def test_the_tool_runner(client: Any) -> None:
     @anthropic.beta_tool
     def get_weather(city: str) -> str:
         """The weather in a city.
@@ -120,7 +120,7 @@ def test_counting_and_models(client: Any) -> None:
     assert client.models.retrieve("tiny").display_name == "tiny"
 
 
-def test_errors_are_the_sdks_own(client: Any) -> None:
+def test_errors_have_the_sdks_types(client: Any) -> None:
     def create(**parameters: Any) -> None:
         client.messages.create(
             **{"model": "tiny", "max_tokens": 9, "messages": [user("Hi")]} | parameters

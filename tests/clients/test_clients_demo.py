@@ -1,7 +1,7 @@
 """Long conversations with a tool through the official clients, on the demo checkpoint.
 
-None of them sends all of a turn back as the model wrote it, and yet every turn computes only what
-is new: what the user or the tool said, and the tags around it.
+No client sends a turn back as the model wrote it, but every turn computes only the new tokens: the
+user's or the tool's text, and the tags around it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from glmd.checkpoint.hub import DEMO
 TURNS = 10
 
 SLACK = 4
-"""Tokens that a returning turn may cost: the one it ended with, whose KV nobody needed, the end of
-the turn, and at least one of every prompt is computed."""
+"""Tokens that a returning turn may compute: its last token, which has no KV, the end of the turn,
+and the prompt's last token."""
 
 SCHEMA = {
     "type": "object",
@@ -42,7 +42,7 @@ def result(turn: int) -> str:
 
 
 def test_chat_completions_without_reasoning(demo: LiveServer) -> None:
-    """OpenAI's client knows no reasoning, and sends none back."""
+    """OpenAI's client does not send reasoning back."""
     function = {"name": "get_weather", "parameters": SCHEMA}
     messages: list[Any] = [{"role": "user", "content": "How is the weather in Rome?"}]
     whole = 0

@@ -1,4 +1,4 @@
-"""Frameworks that speak OpenAI's or Anthropic's API, each with a call and its result."""
+"""Frameworks on OpenAI's or Anthropic's API, each with a tool call and its result."""
 
 from __future__ import annotations
 

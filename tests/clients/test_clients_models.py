@@ -1,4 +1,4 @@
-"""Every answer and every event is one by the official SDKs' own types."""
+"""Every answer and every event is valid by the official SDKs' types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def post(http: httpx.Client, path: str, body: dict[str, Any]) -> bytes:
 
 
 def limited(script: str, key: str) -> dict[str, int]:
-    """Some of the answers are cut."""
+    """A limit, which truncates some of the answers."""
     return {key: 4} if script.startswith(("Cut", "</think>one")) else {key: 500}
 
 

@@ -25,7 +25,7 @@ def node() -> str:
 
 
 def run(node: str, live: LiveServer, script: str, case: str) -> dict[str, Any]:
-    """What a script found."""
+    """JSON output of a script."""
     command = [node, script, f"{live.url}/v1", case]
     done = subprocess.run(
         command, cwd=CLIENTS, capture_output=True, text=True, timeout=60, check=False
@@ -35,7 +35,7 @@ def run(node: str, live: LiveServer, script: str, case: str) -> dict[str, Any]:
     return found
 
 
-def test_run_tools_comes_round(node: str, scripted: LiveServer) -> None:
+def test_run_tools(node: str, scripted: LiveServer) -> None:
     found = run(node, scripted, "openai.mjs", "runTools")
     assert found["asked"] == [{"city": "Rome"}]
     assert found["content"] == "Rome is warm."
@@ -43,13 +43,13 @@ def test_run_tools_comes_round(node: str, scripted: LiveServer) -> None:
     assert found["usage"]["completion_tokens"] > 0
 
 
-def test_streamed_run_tools_comes_round(node: str, scripted: LiveServer) -> None:
+def test_streamed_run_tools(node: str, scripted: LiveServer) -> None:
     found = run(node, scripted, "openai.mjs", "streamedRunTools")
     assert found["content"] == "Rome is warm."
     assert found["deltas"] == "Wait.Rome is warm."
 
 
-def test_responses_go_on_from_one_another(node: str, scripted: LiveServer) -> None:
+def test_responses_continue_stored_responses(node: str, scripted: LiveServer) -> None:
     found = run(node, scripted, "openai.mjs", "responses")
     assert found["types"][0] == "response.created"
     assert found["types"][-1] == "response.completed"
@@ -57,7 +57,7 @@ def test_responses_go_on_from_one_another(node: str, scripted: LiveServer) -> No
     assert found["content"] == "Rome is warm."
 
 
-def test_errors_are_the_packages_own(node: str, scripted: LiveServer) -> None:
+def test_errors_have_the_packages_types(node: str, scripted: LiveServer) -> None:
     found = run(node, scripted, "openai.mjs", "errors")
     assert found == {"name": "NotFoundError", "status": 404, "code": "model_not_found"}
 

@@ -1,4 +1,4 @@
-"""OpenAI's Python client on the Responses API, and its helpers that read answers for one."""
+"""OpenAI's Python client and its helpers on the Responses API."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_stream_helper_puts_a_response_together(client: openai.OpenAI) -> No
 
 
 def test_ten_turns_with_a_tool_compute_only_what_is_new(client: openai.OpenAI) -> None:
-    """By previous_response_id, and with items sent back: each turn finds the one before."""
+    """With previous_response_id, and with items sent back."""
     for by_id in (True, False):
         call = (
             "Hm {}.</think><tool_call>GetWeather<arg_key>city</arg_key><arg_value>{}</arg_value>"
@@ -120,7 +120,7 @@ def test_retrieve_cancel_and_delete(client: openai.OpenAI) -> None:
     assert client.responses.cancel(waiting.id).status == "cancelled"
 
 
-def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
+def test_errors_have_the_sdks_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model="tiny", input="Hi", temperature=9)
     assert bad.value.param == "temperature"

@@ -1,7 +1,7 @@
-"""An engine without a model, for tests whose subject is the process around it.
+"""An engine without a model, for tests of the process around the engine.
 
-A sequence's tokens are its prompt's, from the first on, over and over, one per step, until
-`max_tokens`. The first prompt token may ask for trouble instead.
+A sequence repeats its prompt's tokens, one per step, until `max_tokens`. The first prompt token may
+cause a failure instead.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from glmd.errors import CheckpointError
 from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
 
 DIE, RAISE, REFUSE, OVERLOAD = 901, 902, 903, 904
-"""First prompt tokens: killed by SIGKILL, an exception in a step, a 400, a 503."""
+"""First prompt tokens that cause SIGKILL, an exception in a step, a 400, and a 503."""
 
 SILENT = 905
-"""First prompt token: admitted, and never a token."""
+"""First prompt token of a request that is admitted and generates nothing."""
 
 UNDECODABLE = 906
 """First prompt token: an output that the client cannot decode."""

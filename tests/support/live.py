@@ -1,4 +1,4 @@
-"""A live server in this process, on a free port, around any engine module."""
+"""A live server in this process, on a free port, with any engine module."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def live_server(
 ) -> Iterator[LiveServer]:
     """Serve until the block ends; `ready=False` does not wait for the engine.
 
-    `keys` is the file of `glmd key`, which no test shares with the user who runs it.
+    `keys` is the file of `glmd key`, so that no test uses the user's file.
     """
     model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
     made = Settings(port=0, **settings)

@@ -1,4 +1,4 @@
-"""Requests to the scripted engine, for each API by its path."""
+"""Requests to the scripted engine, by the path of an API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATHS: dict[str, dict[str, Any]] = {
 
 
 def body_of(path: str, script: str, **fields: Any) -> dict[str, Any]:
-    """A request of any API that makes the scripted engine say `script`."""
+    """A request of any API whose answer is `script`."""
     text = f"⟦{script}⟧"
     field = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path, "messages")
     said = [{"role": "user", "content": text}] if field == "messages" else text

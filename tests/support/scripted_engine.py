@@ -1,11 +1,12 @@
-"""An engine that writes what the prompt tells it to, for tests of the API around the engine.
+"""An engine that generates the text in the prompt, for tests of the API around the engine.
 
-The last `⟦…⟧` in the prompt is the script: text in the model's own language, tags included,
-then an end token. In braces stand stage directions:
+The last `⟦…⟧` in the prompt is the script: text with tags, followed by an end token. Directions in
+braces:
 
-    {die}     the process is killed          {raise}   an exception in the step
-    {wait}    nothing more, until cancelled  {request} the request itself, as JSON
-    {refuse}  the engine refuses (400)       {busy}    the engine has no room (503)
+    {die}     kill the process               {raise}   raise an exception in the step
+    {wait}    generate nothing until cancelled
+    {request} the engine request, as JSON
+    {refuse}  refuse the request (400)       {busy}    no room for the request (503)
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LINE = re.compile(r"(event|data|id|retry|): ([^\r\0]*)")
-"""A field or, with no name, a comment. The grammar has looser forms, which glmd never writes."""
+"""A field or, with no name, a comment; only the forms that glmd writes."""
 
 
 @dataclass
 class Frame:
-    """What stands between two blank lines: an event, or comments alone."""
+    """Lines between two blank lines: an event, or comments alone."""
 
     event: str | None = None
     data: str | None = None
@@ -25,7 +25,7 @@ class Frame:
 
 @dataclass
 class Events:
-    """What a whole stream held.
+    """Content of a whole stream.
 
     Attributes:
         chunks: the JSON of each event but the last.
@@ -41,8 +41,8 @@ class Events:
 def frames(body: bytes) -> Iterator[Frame]:
     """The frames of a whole stream, each checked against the grammar.
 
-    Lines end in LF alone, each frame in a blank line, the last one too, and no frame is empty. A
-    browser would drop an event without data, so it is taken for a mistake.
+    Lines end in LF, each frame ends in a blank line, and no frame is empty. An event without data,
+    which a browser drops, is an error.
     """
     text = body.decode("utf-8")
     assert text.endswith("\n\n"), f"broken off: {text[-80:]!r}"
@@ -63,13 +63,13 @@ def frames(body: bytes) -> Iterator[Frame]:
 
 
 def read(body: bytes) -> Events:
-    """Parse a stream, of which every byte must be as OpenAI's clients expect it."""
+    """Parse a stream of chat or text completions strictly."""
     events = Events()
     for frame in frames(body):
-        assert not events.done, f"{frame} after [DONE]"
         events.comments += frame.comments
-        if frame.data is None:
+        if frame.data is None:  # a keep-alive comment, which may also follow [DONE]
             continue
+        assert not events.done, f"{frame} after [DONE]"
         assert frame == Frame(data=frame.data), frame
         if frame.data == "[DONE]":
             events.done = True
@@ -79,7 +79,7 @@ def read(body: bytes) -> Events:
 
 
 def read_named(body: bytes) -> list[dict[str, Any]]:
-    """The JSON of each event, of a stream whose events are named as their type is."""
+    """JSON of each event of a stream whose events are named by their type."""
     events = []
     for frame in frames(body):
         assert frame.data is not None, frame
