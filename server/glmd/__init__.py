@@ -9,14 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glmd.llm import LLM
-    from glmd.mlx_lm_compat import generate, load
+    from glmd.llm import LLM, generate, load
 
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "__version__", "generate", "load"]
 
-_MODULES = {"LLM": "glmd.llm", "generate": "glmd.mlx_lm_compat", "load": "glmd.mlx_lm_compat"}
+_MODULES = {"LLM": "glmd.llm", "generate": "glmd.llm", "load": "glmd.llm"}
 
 
 def __getattr__(name: str) -> Any:

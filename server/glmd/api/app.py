@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from glmd import __version__
 from glmd.api import webui
 from glmd.api.anthropic import routes as messages
-from glmd.api.anthropic.errors import PATH as MESSAGES_PATH
+from glmd.api.anthropic.protocol import PATH as MESSAGES_PATH
 from glmd.api.anthropic.protocol import MessageEvent
 from glmd.api.error_info import is_below
 from glmd.api.errors import add_exception_handlers

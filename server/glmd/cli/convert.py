@@ -16,8 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from glmd.convert.atomic_dir import check_new
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, find_recipe, total
+from glmd.utils.files import check_new
 from glmd.utils.units import gb, gib
 
 

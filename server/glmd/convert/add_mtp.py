@@ -9,11 +9,11 @@ import mlx.core as mx
 from glmd.checkpoint.config import ModelConfig, load_config, read_json_object
 from glmd.checkpoint.layout import Component, main_weights
 from glmd.checkpoint.weights import list_tensors
-from glmd.convert.atomic_dir import check_room, sync, write_error
 from glmd.convert.convert import MTP_FILE, Conversion, Source, open_source
 from glmd.convert.recipes import Plan, Recipe, total
 from glmd.convert.weights import Progress, WeightReader, WeightWriter, write_json
 from glmd.errors import CheckpointError
+from glmd.utils.files import check_room, sync, write_error
 
 _MAY_DIFFER = {
     "eos_token_ids", "max_position_embeddings", "mtp", "num_nextn_predict_layers", "pad_token_id",

@@ -2,7 +2,7 @@
 
 The files are planned from the headers of the source; then each weight is read, quantised and
 written. The source is only read, and the output folder appears when it is complete
-(`glmd.convert.atomic_dir`).
+(`glmd.utils.files`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from glmd.checkpoint.layout import (
     source_shapes,
 )
 from glmd.checkpoint.weights import check_tensors, list_tensors
-from glmd.convert.atomic_dir import check_new, staged_folder
 from glmd.convert.model_card import model_card
 from glmd.convert.recipes import RECIPES, SHARD_BYTES, Plan, Recipe, plan_recipe, shard, total
 from glmd.convert.weights import (
@@ -41,6 +40,7 @@ from glmd.convert.weights import (
     write_json,
 )
 from glmd.errors import CheckpointError
+from glmd.utils.files import check_new, staged_folder
 
 MTP_FILE = "mtp.safetensors"
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field, RootModel
+from starlette.types import Scope
 
 from glmd.api.anthropic.input import (
     MESSAGES_SCHEMA,
@@ -17,6 +19,7 @@ from glmd.api.anthropic.input import (
     read_messages,
     read_tools,
 )
+from glmd.api.error_info import ErrorInfo, register_error_format
 from glmd.api.generation_request import (
     NO_OP,
     Defaults,
@@ -324,3 +327,42 @@ AnyMessageEvent = (
 
 class MessageEvent(RootModel[Annotated[AnyMessageEvent, Field(discriminator="type")]]):
     """An event of a stream, whose SSE name is its type."""
+
+
+PATH = "/v1/messages"
+
+OVERLOADED = 529
+"""Anthropic's own status, which its clients wait out; other APIs say 503."""
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    OVERLOADED: "overloaded_error",
+}
+"""Other statuses below 500 are an `invalid_request_error`, those above an `api_error`."""
+
+
+def error_status(problem: ErrorInfo) -> int:
+    return OVERLOADED if problem.type == "overloaded_error" else problem.status
+
+
+def error_body(problem: ErrorInfo, request_id: str) -> dict[str, Any]:
+    code = error_status(problem)
+    type = ERROR_TYPES.get(code, "invalid_request_error" if code < 500 else "api_error")
+    error: dict[str, Any] = {"type": type, "message": problem.message}
+    if problem.code is not None:
+        error["details"] = {"error_code": problem.code}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def error_response(error: ErrorInfo, scope: Scope) -> JSONResponse:
+    return JSONResponse(
+        error_body(error, scope["state"]["request_id"]), error_status(error), error.headers
+    )
+
+
+register_error_format(PATH, error_response)

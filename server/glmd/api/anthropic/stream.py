@@ -9,7 +9,6 @@ from hashlib import blake2b
 
 import pydantic_core
 
-from glmd.api.anthropic import errors
 from glmd.api.anthropic.protocol import (
     AnthropicMessage,
     AnyMessageEvent,
@@ -31,6 +30,7 @@ from glmd.api.anthropic.protocol import (
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
+    error_body,
 )
 from glmd.api.error_info import ErrorInfo
 from glmd.api.sse import sse_frame
@@ -126,7 +126,7 @@ class MessageBuilder:
         yield write(MessageStop())
 
     def fail(self, error: ErrorInfo) -> bytes:
-        body = errors.body(error, self._request_id)
+        body = error_body(error, self._request_id)
         return sse_frame(json.dumps(body, ensure_ascii=False), "error")
 
     def to_json(self) -> str:
