@@ -1,4 +1,4 @@
-"""Dialogues as training batches: tokens, and how much each counts as a target."""
+"""Training batches: tokens of dialogues, with a loss weight for each."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from dataclasses import dataclass
 import jinja2
 import torch
 from dialogues import PRACTICE, SKILLS, Dialogue, World, mixture
-from tokenizer import render
+from tokenizer import render, tag_ids
 from tokenizers import Tokenizer
 from torch import Tensor
 
 WAITING = 24
-"""Dialogues to choose from: enough to fill rows to 98 %."""
+"""Size of the pool that rows are packed from. 24 dialogues fill rows to 98 %."""
 
 DRILLS = 0.1
-"""Share of examples that are no dialogues but random tokens said again and again, or backwards.
+"""Share of examples that repeat or reverse random tokens.
 
-They have the model copy what stands in its context, whatever it is; and names, numbers and tools
-of dialogues are little else than copying.
+Such examples train copying from the context, which names, numbers and tool calls consist of.
 """
 
 BACKWARDS = 0.3
-"""Share of the drills that turn their passage around."""
+"""Share of drills that reverse their passage."""
 
 
 @dataclass(frozen=True)
 class Focus:
-    """Skills to practise beside the mixture.
+    """Skills to practise more often than in the mixture.
 
     Attributes:
-        share: of dialogues drawn from those skills alone.
-        skills: their weights among one another.
+        share: Share of dialogues drawn from `skills` only.
+        skills: Relative weight of each skill.
     """
 
     share: float
@@ -76,38 +75,38 @@ FOCI = {
         },
     ),
 }  # fmt: skip
-"""What takes longest to learn; what was then still missing; with practice, which name to call;
-and all that was then below 85 %, because practising one kind alone had cost others."""
+"""Focus of each training round. `weak` has the skills that were solved below 85 % before it;
+practising calls alone had made other skills worse."""
 
 Example = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length, each packed with several dialogues that do not see one another."""
+    """Rows of equal length. A row holds several dialogues, separated by the attention mask."""
 
     ids: Tensor
     """[rows, length]"""
     positions: Tensor
     """[rows, length], from 0 in each dialogue."""
     weights: Tensor
-    """[rows, length], of each token as a target; 0 for a dialogue's start and for padding."""
+    """[rows, length], loss weight of each token; 0 for a dialogue's first tokens and padding."""
     mask: Tensor
-    """[rows, 1, length, length], true where a token looks at another."""
+    """[rows, 1, length, length], true where a token attends to another."""
 
 
-def weighed(
+def example(
     tokenizer: Tokenizer, compiled: jinja2.Template, dialogue: Dialogue, read_weight: float
 ) -> Example:
-    """A dialogue's tokens, up to the tag that ends its last answer, and their loss weights.
+    """Return a dialogue's tokens, up to the end tag of its last answer, and their loss weights.
 
-    Answers whose reasoning was cleared from the history count as read, not as written: they would
-    teach answering without it.
+    Answers whose reasoning was cleared from the history get `read_weight`, because a full weight
+    would teach answering without reasoning.
     """
     end = "<|observation|>" if "tool_calls" in dialogue.messages[-1] else "<|user|>"
     ids = tokenizer.encode(render(compiled, dialogue) + end, add_special_tokens=False).ids
-    user, observation, assistant = (
-        tokenizer.token_to_id(tag) for tag in ("<|user|>", "<|observation|>", "<|assistant|>")
+    user, observation, assistant = tag_ids(
+        tokenizer, "<|user|>", "<|observation|>", "<|assistant|>"
     )
     counted_from = 0
     if dialogue.clear_thinking and dialogue.thinking:
@@ -127,7 +126,7 @@ def weighed(
 
 
 def drill(world: World, tokenizer: Tokenizer) -> Example:
-    """A random passage, repeated or turned around; only what follows the passage counts."""
+    """Return a random passage followed by repeats or its reverse; only these have a weight."""
     vocabulary = tokenizer.get_vocab_size()
     if world.chance(BACKWARDS):
         passage = world.rng.sample(range(vocabulary), world.number(4, 30))
@@ -140,14 +139,14 @@ def drill(world: World, tokenizer: Tokenizer) -> Example:
 
 
 def dialogue(world: World, focus: Focus) -> Dialogue:
-    """One of the mixture, or of the skills in focus."""
+    """Draw a dialogue from the mixture or from the skills in focus."""
     if not world.chance(focus.share):
         return mixture(world)
     skill = world.rng.choices(list(focus.skills), list(focus.skills.values()))[0]
     return PRACTICE[skill](world) if skill in PRACTICE else SKILLS[skill][0](world)
 
 
-def packed(rows: list[list[Example]], length: int) -> Batch:
+def pack(rows: list[list[Example]], length: int) -> Batch:
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
@@ -175,7 +174,7 @@ def batches(
     length: int,
     read_weight: float,
 ) -> Iterator[Batch]:
-    """Endless training batches; each row takes the oldest waiting dialogues that still fit it."""
+    """Yield batches without end. Each row takes the oldest waiting dialogues that fit."""
     world = World(random.Random(seed), evaluation=False)
     waiting: list[Example] = []
     while True:
@@ -185,13 +184,13 @@ def batches(
             left = length
             while True:
                 while len(waiting) < WAITING:
-                    example = (
+                    made = (
                         drill(world, tokenizer)
                         if world.chance(DRILLS)
-                        else weighed(tokenizer, compiled, dialogue(world, focus), read_weight)
+                        else example(tokenizer, compiled, dialogue(world, focus), read_weight)
                     )
-                    if len(example[0]) <= length:
-                        waiting.append(example)
+                    if len(made[0]) <= length:
+                        waiting.append(made)
                 fitting = (n for n, (tokens, _) in enumerate(waiting) if len(tokens) <= left)
                 chosen = next(fitting, None)
                 if chosen is None:
@@ -199,4 +198,4 @@ def batches(
                 row.append(waiting.pop(chosen))
                 left -= len(row[-1][0])
             filled.append(row)
-        yield packed(filled, length)
+        yield pack(filled, length)

@@ -1,10 +1,9 @@
-"""Averages two checkpoints of one line of training: skills of both, where each has lost some.
+"""Average the weights of two checkpoints from the same training line.
 
-    python demo/blend.py FOLDER OTHER
-    python demo/blend.py FOLDER OTHER --share 0.7 --out OUT
+    python demo/blend.py FOLDER OTHER                          print the loss for several shares
+    python demo/blend.py FOLDER OTHER --share 0.7 --out OUT    write the average
 
-Without a share it prints the loss of several on dialogues of the mixture that training draws from,
-to choose one by; evaluation's dialogues are for measuring what was chosen.
+Losses are those of training dialogues, so that evaluation dialogues stay unseen until the end.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def average(ours: dict[str, Tensor], theirs: dict[str, Tensor], share: float) ->
 
 @torch.no_grad()
 def loss(network: Network, data: list[Batch]) -> Tensor:
-    """[2], of the answers' tokens: the main model's and the MTP layer's."""
+    """Return the answers' loss of the main model and of the MTP layer: [2]."""
     each = [losses(network, b.ids, b.positions, b.mask, b.weights) for b in data]
     return torch.tensor(each).mean(0)
 
@@ -40,15 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("other", type=Path)
-    parser.add_argument("--share", type=float, help="of the other's weights, 0 to 1")
-    parser.add_argument("--out", type=Path, help="where to write the average")
-    parser.add_argument("--batches", type=int, default=24, help="to take the losses of")
-    parser.add_argument("--seed", type=int, default=1, help="of those; not one of training's")
+    parser.add_argument("--share", type=float, help="share of OTHER's weights, 0 to 1")
+    parser.add_argument("--out", type=Path, help="folder to write the average to")
+    parser.add_argument("--batches", type=int, default=24, help="batches to measure the loss on")
+    parser.add_argument("--seed", type=int, default=1, help="of the batches; not a training seed")
     options = parser.parse_args()
     if (options.share is None) != (options.out is None):
-        parser.error("--share and --out belong together")
+        parser.error("--share and --out must be given together")
     network = load(options.folder)
-    # A copy: loading an average writes into the network's own arrays.
+    # Copied, because load_state_dict writes into the network's own arrays.
     ours = {name: value.clone() for name, value in network.state_dict().items()}
     theirs = load(options.other).state_dict()
     if options.out is not None:

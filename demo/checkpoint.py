@@ -1,4 +1,4 @@
-"""Reads and writes the demo's network as a Hugging Face checkpoint in BF16."""
+"""Read and write the demo network as a BF16 checkpoint in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ WEIGHTS = "model.safetensors"
 
 
 def mtp_tensors(network: Network) -> dict[str, Tensor]:
-    """The MTP layer under the names of GLM's checkpoints: one tensor per expert, own embedding."""
+    """Return the MTP layer's tensors under the names that GLM checkpoints use.
+
+    These have one tensor per expert, and copies of the embedding and head.
+    """
     main = network.main
     tensors: dict[str, Tensor] = {
         "embed_tokens.weight": main.model.embed_tokens.weight,
@@ -36,7 +39,7 @@ def mtp_tensors(network: Network) -> dict[str, Tensor]:
 
 
 def stored(name: str, value: Tensor) -> Tensor:
-    """As in the file: BF16, except the router's correction bias."""
+    """Return a copy in BF16; the router's correction bias stays float32."""
     dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
     return value.detach().to(dtype).clone().contiguous()
 
@@ -68,7 +71,7 @@ def save(network: Network, folder: Path) -> None:
 
 
 def load(folder: Path) -> Network:
-    """The network in float32."""
+    """Load a network in float32."""
     network = Network(Glm4MoeLiteConfig.from_pretrained(folder))
     network.main = Glm4MoeLiteForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors = load_file(folder / WEIGHTS)

@@ -1,9 +1,9 @@
-"""Measures the demo checkpoint on held-out dialogues and prints the README's table.
+"""Evaluate the demo checkpoint on held-out dialogues and print the README's table.
 
     OMP_NUM_THREADS=2 python demo/evaluate.py
 
-A dialogue counts as solved when everything after the reasoning is exactly as expected, the tag
-that ends it included; a story, when it names its hero and ends by itself.
+A dialogue is solved if all text after the reasoning, end tag included, equals the expected text. A
+story is solved if it names its hero and ends by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoint import load
 
 LONGEST = 340
-"""Tokens; the longest answer of the dialogues has some 250."""
+"""Generation limit in tokens. The longest expected answer has about 250."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Task:
     dialogue: Dialogue
     prompt: list[int]
     expected: str
-    """All that follows the reasoning."""
+    """Expected text after the reasoning."""
 
 
 @dataclass
 class Score:
     solved: float
-    """Share of tasks."""
+    """Share of solved tasks."""
     accepted: float
-    """Mean chance that the main model accepts the MTP layer's draft."""
+    """Mean probability that the main model accepts the MTP layer's draft."""
     failure: str | None
 
 
@@ -64,7 +64,7 @@ def tasks(
 
 
 def generate(network: Network, prompts: list[list[int]], *, greedy: bool) -> list[list[int]]:
-    """Each prompt's continuation, its end tag included: through transformers, left-padded."""
+    """Return each prompt's continuation with its end tag, by transformers with left padding."""
     settings = network.main.generation_config
     longest = max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (longest - len(p)) + p for p in prompts])
@@ -84,15 +84,15 @@ def generate(network: Network, prompts: list[list[int]], *, greedy: bool) -> lis
 
 
 def solved(skill: str, task: Task, answer: str) -> bool:
-    said = answer.rpartition("</think>")[2]
+    text = answer.rpartition("</think>")[2]
     if skill != "story":
-        return said == task.expected
+        return text == task.expected
     hero = task.dialogue.messages[-2]["content"].rstrip(".").rpartition(" ")[2]
-    return hero in said and said.endswith("<|user|>") and len(said) > 100
+    return hero in text and text.endswith("<|user|>") and len(text) > 100
 
 
 def recommended(logits: Tensor) -> Tensor:
-    """Probabilities under the recommended sampling: [rows, vocabulary]."""
+    """Return probabilities under the recommended sampling parameters: [rows, vocabulary]."""
     kept = logits.topk(50).values[:, -1:]
     probabilities = logits.where(logits >= kept, -torch.inf).div(0.2).softmax(-1)
     ordered, order = probabilities.sort(descending=True)
@@ -104,9 +104,10 @@ def recommended(logits: Tensor) -> Tensor:
 def acceptance(
     network: Network, prompts: list[list[int]], answers: list[list[int]], *, greedy: bool
 ) -> float:
-    """Mean chance that a draft is accepted, over all answers' tokens but the first two.
+    """Return the mean probability that a draft is accepted.
 
-    The MTP layer sees every confirmed token before the draft, as it does with a KV of its own.
+    The mean is over all answer tokens except the first two. The MTP layer attends to all confirmed
+    tokens before the draft, as in the engine.
     """
     whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     length = max(map(len, whole))
@@ -145,9 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--count", type=int, default=200, help="dialogues per skill")
-    parser.add_argument("--seed", type=int, default=0, help="of the first of them")
-    parser.add_argument("--skill", action="append", help="only this skill; may be repeated")
-    parser.add_argument("--failures", action="store_true", help="show one failure per skill")
+    parser.add_argument("--seed", type=int, default=0, help="of the first dialogue of a skill")
+    parser.add_argument("--skill", action="append", help="evaluate this skill; may be repeated")
+    parser.add_argument("--failures", action="store_true", help="print one failure per skill")
     options = parser.parse_args()
 
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, "Muon")."""
+"""Muon optimizer: momentum with orthogonalised updates (Jordan et al. 2024)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton–Schulz iteration, from the paper."""
+"""Coefficients of the quintic Newton–Schulz iteration, from the paper."""
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each: [count, rows, columns], roughly."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Return the approximate nearest semi-orthogonal matrices: [count, rows, columns]."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -25,13 +25,13 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For weight matrices and stacks of them; those of one shape are updated together."""
+    """Optimizer for weight matrices and stacks; matrices of equal shape are updated together."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 shape = parameter.shape[-2:]
                 shapes[shape].append((parameter, update.reshape(-1, *shape)))
             for (rows, columns), members in shapes.items():
-                step = orthogonalised(torch.cat([update for _, update in members]))
+                step = orthogonalize(torch.cat([update for _, update in members]))
                 scale = group["lr"] * max(1, rows / columns) ** 0.5
                 pieces = step.split([len(update) for _, update in members])
                 for (parameter, _), piece in zip(members, pieces, strict=True):

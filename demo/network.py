@@ -1,4 +1,4 @@
-"""The demo's network: transformers' Glm4MoeLiteForCausalLM and the MTP layer beside it."""
+"""The demo network: transformers' `Glm4MoeLiteForCausalLM` plus the MTP layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm
 
 
 def config(vocabulary: int, end_ids: list[int], pad_id: int) -> Glm4MoeLiteConfig:
-    """GLM-4.7-Flash's shape in small; every quantised input width is a multiple of 64."""
+    """Return a small GLM-4.7-Flash shape; quantised input widths are multiples of 64."""
     return Glm4MoeLiteConfig(
         vocab_size=vocabulary,
         hidden_size=192,
@@ -45,10 +45,9 @@ class SharedHead(nn.Module):
 
 
 class MTPLayer(glm.Glm4MoeLiteDecoderLayer):
-    """One decoder layer that guesses the token after the next.
+    """Decoder layer that predicts the token after the next.
 
-    Its embedding and head are the main model's; they are copied only when the checkpoint is
-    written.
+    It uses the main model's embedding and head; the checkpoint holds copies of both.
     """
 
     def __init__(self, settings: Glm4MoeLiteConfig) -> None:
@@ -73,7 +72,10 @@ class Network(nn.Module):
     def hidden(
         self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Hidden states after the final norm: [batch, length, width]; causal without a mask."""
+        """Return hidden states after the final norm: [batch, length, width].
+
+        Attention is causal if `mask` is None.
+        """
         trunk = self.main.model
         state = trunk.embed_tokens(ids)
         angles = trunk.rotary_emb(state, positions_of(ids, positions))
@@ -89,10 +91,11 @@ class Network(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The MTP layer's output before its head: [batch, length, width].
+        """Return the MTP layer's output before the head: [batch, length, width].
 
-        `hidden` [batch, length, width] is the main model's; `following` [batch, length] holds each
-        position's next token.
+        Args:
+            hidden: Hidden states of the main model, [batch, length, width].
+            following: The next token of each position, [batch, length].
         """
         trunk = self.main.model
         embedded = self.mtp.enorm(trunk.embed_tokens(following))
@@ -111,13 +114,12 @@ def positions_of(ids: Tensor, positions: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def start_copying(network: Network) -> None:
-    """Starts the network with a circuit that copies from the context, for training to refine.
+    """Initialize induction heads (Olsson et al. 2022), which copy from the context.
 
-    Such a circuit (induction heads, Olsson et al. 2022) has two parts that are useless alone, so
-    from noise it takes many millions of tokens to appear. Here a head of layer 0 brings to each
-    token a code of its predecessor, and a head of layer 1 looks for the token whose predecessor is
-    the present one and adds it to the prediction. Embeddings leave the code's dimensions free, and
-    have one constant entry to tell positions by.
+    The two heads are useless alone, so training from noise takes millions of tokens to find them.
+    A head of layer 0 writes a code of the previous token into each token. A head of layer 1 attends
+    to the token after an earlier occurrence of the current one, and adds it to the prediction.
+    Embeddings leave the dimensions of the code free and have one constant entry, for the positions.
     """
     settings = network.main.config
     nope, rope, value = (
@@ -171,10 +173,10 @@ def start_copying(network: Network) -> None:
 def dense_experts(
     self: glm.Glm4MoeLiteExperts, state: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """Every expert for every token as two matrix products; those not chosen weigh nothing.
+    """Compute all experts for all tokens in two matrix products, with weight 0 if not chosen.
 
-    For experts this small that is several times faster than gathering tokens by expert, and its
-    result is the same. Counts in `load` how many tokens each expert had.
+    For experts of this size, dense products are several times faster than gathering tokens by
+    expert. `load` counts the tokens of each expert.
     """
     scale = torch.zeros(state.shape[0], self.num_experts, dtype=state.dtype)
     scale = scale.scatter(1, chosen, weights.to(state.dtype))
@@ -186,7 +188,7 @@ def dense_experts(
 
 
 def make_fast(network: Network) -> None:
-    """Swaps in the faster attention and experts, after checking that they compute the same."""
+    """Replace the experts by `dense_experts`, and check that the output stays the same."""
     ids = torch.randint(network.main.config.vocab_size, (2, 64))
     expected = network.hidden(ids)
     every = [part for part in network.modules() if isinstance(part, glm.Glm4MoeLiteExperts)]
@@ -200,9 +202,10 @@ def make_fast(network: Network) -> None:
 
 @torch.no_grad()
 def balance(network: Network, rate: float) -> float:
-    """Moves each router's correction bias against the last step's imbalance.
+    """Update each router's correction bias against the load of the last step.
 
-    Returns the worst router's share for its busiest expert, in multiples of the mean.
+    Returns:
+        The load of the busiest expert of all routers, in multiples of the router's mean.
     """
     worst = 0.0
     for part in network.modules():

@@ -1,8 +1,8 @@
-"""Trains the demo's tokenizer: byte-level BPE with GLM's tags.
+"""Train the demo tokenizer: byte-level BPE with GLM's tags.
 
     python demo/tokenizer.py
 
-Writes tokenizer.json and tokenizer_config.json into the checkpoint's folder.
+Writes tokenizer.json and tokenizer_config.json into the checkpoint folder.
 """
 
 from __future__ import annotations
@@ -35,28 +35,34 @@ PIECES = (
     r"\p{N}|\p{Lu}\p{Ll}+|\p{Lu}+| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"| ?[^\s\p{L}\p{M}\p{N}]+|\s*\n+|\s"
 )
-"""Digits stand alone. A capitalised word never takes the space before it: so a name has the same
-tokens in a sentence, in JSON and in a tool argument, and copying it is copying."""
+"""Each digit is a token. A capitalised word never includes the space before it, so a name has the
+same tokens in a sentence, in JSON and in a tool argument, and can be copied token by token."""
 COMMON = 150
-"""Occurrences in the texts from which a lower-case word counts as often without a space before it
-as with one: so it is one token either way, and repeating it elsewhere is one step, not spelling."""
+"""Occurrences from which a lower-case word counts equally with and without a space before it, so
+that both spellings become one token."""
 VALUES = sorted({*WORDS, *ANIMALS, *ROOMS, *FOODS, *SKIES, *COLOURS, *JOBS})
 WHOLE = 400
-"""Occurrences added of each of the VALUES and of UPPER_WORDS in capitals: each gets its token."""
+"""Occurrences added for each of VALUES and for UPPER_WORDS in capitals, so each is one token."""
 
 
 def template() -> jinja2.Template:
-    """The checkpoint's chat template, in the environment that transformers gives it."""
+    """Load the checkpoint's chat template in the same environment as transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string((CHECKPOINT / "chat_template.jinja").read_text())
 
 
 def render(compiled: jinja2.Template, dialogue: Dialogue) -> str:
-    """The whole dialogue as the model sees it, its last answer included."""
+    """Render a whole dialogue, last answer included."""
     return compiled.render(
         messages=dialogue.messages, tools=dialogue.tools, clear_thinking=dialogue.clear_thinking
     )
+
+
+def tag_ids(tokenizer: Tokenizer, *tags: str) -> list[int]:
+    """Return the token ids of tags. Raises KeyError if the tokenizer lacks a tag."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[tag] for tag in tags]
 
 
 def train(texts: list[str]) -> Tokenizer:
@@ -79,8 +85,8 @@ def train(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def evened(texts: list[str]) -> list[str]:
-    """Texts that even out common words with and without a space before them."""
+def balancing_texts(texts: list[str]) -> list[str]:
+    """Return extra texts that balance common words with and without a leading space."""
     spaced: Counter[str] = Counter()
     bare: Counter[str] = Counter()
     for text in texts:
@@ -101,7 +107,7 @@ def main() -> None:
     texts = [render(compiled, mixture(world)) for _ in range(20_000)]
     for tag in SPECIAL + ADDED:
         texts = [text.replace(tag, "\n") for text in texts]
-    tokenizer = train(texts + evened(texts))
+    tokenizer = train(texts + balancing_texts(texts))
     assert tokenizer.get_vocab_size() == VOCABULARY
     tokenizer.save(str(CHECKPOINT / "tokenizer.json"))
     config = {

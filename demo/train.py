@@ -1,9 +1,9 @@
-"""Trains the demo checkpoint.
+"""Train the demo checkpoint.
 
-    OMP_NUM_THREADS=2 python demo/train.py
+    OMP_NUM_THREADS=2 python demo/train.py --minutes 90
 
-Writes config.json, generation_config.json and model.safetensors into the checkpoint's folder,
-every SAVE_EVERY steps and at the end.
+Writes config.json, generation_config.json and model.safetensors into the checkpoint folder every
+SAVE_EVERY steps and at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from batching import FOCI, batches
 from muon import Muon
 from network import Network, balance, config, make_fast, start_copying
-from tokenizer import CHECKPOINT, template
+from tokenizer import CHECKPOINT, tag_ids, template
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -29,16 +29,16 @@ ROWS, LENGTH = 8, 512
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 MTP_WEIGHT = 0.2
 BALANCE_RATE = 1e-3
-"""How far a router's correction bias moves per step (Wang et al. 2024, loss-free balancing)."""
+"""Step size of a router's correction bias (Wang et al. 2024, loss-free balancing)."""
 WARM_UP, DECAY = 0.03, 0.6
-"""Shares of the run in which the rates rise, and fall to nothing."""
+"""Shares of the run in which the learning rates rise from 0 and fall to 0."""
 AVERAGE = 0.97
-"""Of the weights, per step: a save before the rates have fallen is good, too."""
+"""Decay per step of the running average of weights, which is saved."""
 SAVE_EVERY = 200
 
 
 def schedule(done: float) -> float:
-    """The factor on the learning rates after a share of the run."""
+    """Return the factor on the learning rates at a share `done` of the run."""
     return min(1.0, done / WARM_UP, (1 - done) / DECAY)
 
 
@@ -50,7 +50,7 @@ def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 def losses(
     network: Network, ids: Tensor, positions: Tensor, mask: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the main model for the next token, and of the MTP layer for the one after."""
+    """Return the losses of the main model (next token) and of the MTP layer (token after it)."""
     hidden = network.hidden(ids, positions, mask)
     head = network.main.lm_head
     main = weighted_loss(head(hidden[:, :-1]), ids[:, 1:], weights[:, 1:])
@@ -60,8 +60,9 @@ def losses(
 
 
 def optimizers(network: Network) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the layers' matrices; AdamW for embedding, head, routers and norms."""
-    matrices, others = [], []
+    """Use Muon for the layers' matrices; AdamW for embedding, head, routers and norms."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in network.named_parameters():
         plain = parameter.ndim > 1 and not any(
             part in name for part in ("embed_tokens", "lm_head", "gate.weight")
@@ -75,7 +76,7 @@ def optimizers(network: Network) -> tuple[Muon, torch.optim.AdamW]:
 
 @torch.no_grad()
 def blend(average: Network, network: Network) -> None:
-    """Moves the running average of the weights, which is what is saved."""
+    """Update the running average of the weights."""
     for mean, value in zip(average.parameters(), network.parameters(), strict=True):
         mean.lerp_(value, 1 - AVERAGE)
     for mean, value in zip(average.buffers(), network.buffers(), strict=True):
@@ -84,36 +85,29 @@ def blend(average: Network, network: Network) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument(
-        "--minutes", type=float, help="stop after that long instead, the rates falling by the clock"
+        "--minutes", type=float, default=90, help="duration; learning rates follow the clock"
     )
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint to continue from")
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="factor on the learning rates, for going on"
+        "--rate", type=float, default=1.0, help="factor on the learning rates, below 1 to continue"
     )
     parser.add_argument(
-        "--focus", choices=FOCI, default="hard", help="skills to practise beside the mixture"
+        "--focus", choices=FOCI, default="hard", help="skills to practise more often"
     )
     parser.add_argument(
         "--read-weight",
         type=float,
         default=0.1,
-        help="loss weight of what the model only reads: some to learn the format's rhythm, none for"
-        " going on, because most of it is random and its gradient is noise",
-    )
-    parser.add_argument(
-        "--bfloat16", action="store_true", help="faster on a CPU that has it, slower elsewhere"
+        help="loss weight of prompt tokens; 0 to continue, because most of them are random",
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    end, user, observation = (
-        tokenizer.token_to_id(tag) for tag in ("<|endoftext|>", "<|user|>", "<|observation|>")
-    )
+    end, user, observation = tag_ids(tokenizer, "<|endoftext|>", "<|user|>", "<|observation|>")
     if options.start:
         network = load(options.start)
     else:
@@ -135,14 +129,11 @@ def main() -> None:
     )
     started = time.monotonic()
     for step in itertools.count(1):
-        done = (step - 0.5) / options.steps
-        if options.minutes:
-            done = min(1.0, (time.monotonic() - started) / 60 / options.minutes)
+        done = min(1.0, (time.monotonic() - started) / 60 / options.minutes)
         batch = next(data)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
-            main_loss, mtp_loss = compiled(
-                network, batch.ids, batch.positions, batch.mask, batch.weights
-            )
+        main_loss, mtp_loss = compiled(
+            network, batch.ids, batch.positions, batch.mask, batch.weights
+        )
         (main_loss + MTP_WEIGHT * mtp_loss).backward()
         factor = schedule(done)
         groups = [group for rule in rules for group in rule.param_groups]
@@ -159,10 +150,9 @@ def main() -> None:
                 f"busiest expert {busiest:.2f}, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-        finished = done == 1 if options.minutes else step == options.steps
-        if step % SAVE_EVERY == 0 or finished:
+        if step % SAVE_EVERY == 0 or done == 1:
             save(average, options.out)
-        if finished:
+        if done == 1:
             break
 
 

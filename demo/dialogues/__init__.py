@@ -1,4 +1,4 @@
-"""Made-up dialogues for the demo checkpoint: unlimited, seeded, with a held-out side."""
+"""Synthetic dialogues for the demo checkpoint: unlimited, seeded, with a held-out split."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def named_identity(world: World) -> Dialogue:
 
 
 def multi_turn(world: World) -> Dialogue:
-    """Two to four turns, half of them with something to remember across the others."""
+    """Draw two to four turns; in half of the cases the last one asks for a fact of the first."""
     short = [everyday.greeting, everyday.courtesy, text.repeat, text.pick_word, everyday.capital]
     turns = [
         (world.rng.choice(short) if world.chance(0.4) else weighted(world))(world)
@@ -91,7 +91,7 @@ def multi_turn(world: World) -> Dialogue:
 
 
 def with_tools(make: Callable[[World, bool], Dialogue]) -> Callable[[World], Dialogue]:
-    """Tool dialogues, now and then after an ordinary turn."""
+    """Add a system prompt or an ordinary first turn to some tool dialogues."""
 
     def built(world: World) -> Dialogue:
         dialogue = make(world, world.chance(0.7))
@@ -125,11 +125,11 @@ SKILLS: dict[str, tuple[Callable[[World], Dialogue], float]] = {
 
 
 def draw(skill: str, seed: int, *, evaluation: bool) -> Dialogue:
-    """One dialogue of a skill."""
+    """Draw a dialogue of a skill."""
     return SKILLS[skill][0](World(random.Random(seed), evaluation))
 
 
 def mixture(world: World) -> Dialogue:
-    """One dialogue of a skill chosen by weight."""
+    """Draw a dialogue of a skill chosen by weight."""
     makers = [make for make, _ in SKILLS.values()]
     return world.rng.choices(makers, [weight for _, weight in SKILLS.values()])[0](world)

@@ -1,4 +1,4 @@
-"""Sums, differences and products, worked digit by digit in the reasoning."""
+"""Sums, differences and products, computed digit by digit in the reasoning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def multiplication_steps(a: int, b: int) -> list[str]:
 
 
 def draw(world: World) -> tuple[int, str, int, int, list[str]]:
-    """Operands, operator, result and the steps to it; the whole problem is held out or not."""
+    """Draw operands, operator, result and steps. The whole problem is held out or not."""
 
     def problem() -> str:
         operator = world.choice(("+", "+", "-", "-", "×"))

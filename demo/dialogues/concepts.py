@@ -1,7 +1,6 @@
-"""The kinds of tool the dialogues know: what each is for, asks and reports.
+"""Kinds of tools: purpose, parameters, and examples of use.
 
-Function and parameter names vary per dialogue, so the model has to read them from the tools
-block; only the purpose is common.
+Function and parameter names vary per dialogue, so the model has to read them from the tools block.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Use:
-    """One need for a tool: the request, the values by slot, the result and what it means."""
+    """An example of use: request, values by slot, tool result, and the answer from it."""
 
     request: str
     values: dict[str, Any]
@@ -57,7 +56,7 @@ URGENT = Parameter("urgent", "boolean", ("urgent", "important", "priority"), "If
 
 
 def reported(world: World, value: dict[str, Any], plain: str) -> str:
-    """A tool's result as servers send it: JSON mostly, at times a plain sentence."""
+    """Return a tool result as JSON, or as a plain sentence in one of three cases."""
     return plain if world.chance(0.35) else json.dumps(value)
 
 

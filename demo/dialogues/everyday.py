@@ -1,4 +1,4 @@
-"""Greetings, identity, memory of what was said, a few facts, and honest ignorance."""
+"""Greetings, identity, memory of earlier turns, a few facts, and unanswerable questions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def identity(world: World) -> Turn:
 
 
 def named_identity(world: World) -> tuple[str, Turn]:
-    """A system prompt that gives the model a name, and a question for it."""
+    """Draw a system prompt that names the model, and a question for the name."""
     who = world.name()
     system = world.choice(
         ("You are {}.", "You are {}, a helpful assistant.", "Your name is {}.", "Act as {}.")
@@ -86,7 +86,7 @@ def unknown(world: World) -> Turn:
 
 
 def memory(world: World) -> tuple[Turn, Turn]:
-    """Something told in one turn and asked for in a later one."""
+    """Draw a turn that states a fact, and a later turn that asks for it."""
     if world.chance(0.6):
         who = world.name()
         told = world.choice(("My name is {}.", "I am {}.", "Please remember my name: {}."))

@@ -1,4 +1,4 @@
-"""Answers of a hundred tokens and more: counting, lists and stories."""
+"""Answers of a hundred tokens or more: counting, lists and stories."""
 
 from __future__ import annotations
 

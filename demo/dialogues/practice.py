@@ -1,6 +1,6 @@
-"""Dialogues that no one would have, dense in what takes longest to learn: which name to call.
+"""Practice dialogues with many calls, for choosing the right tool name.
 
-A tools block is long, and an ordinary dialogue makes one use of it. These make many.
+An ordinary dialogue has a long tools block and one or two calls.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NOUNS = tuple(sorted({noun for concept in CONCEPTS for noun in concept.nouns}))
 
 
 def requests(world: World, count: int) -> list[list[int]]:
-    """The numbers below `count`, each once, one or two to a request.
+    """Group the tool indices below `count`, one or two per request.
 
-    A tool is asked for once: its second call could be copied from the first.
+    Each tool is called once, because a second call could be copied from the first.
     """
     order = world.rng.sample(range(count), count)
     groups = []
@@ -38,9 +38,9 @@ def requests(world: World, count: int) -> list[list[int]]:
 
 
 def look_up(world: World) -> Dialogue:
-    """Tools of random words, asked for by their descriptions, which stand behind the names."""
+    """Draw tools of random words, requested by their descriptions."""
     count = world.number(2, 6)
-    # Few verbs and nouns, so that only the whole name tells one tool from another.
+    # Few verbs and nouns, so that names differ only as a whole.
     verbs = (*world.rng.sample(VERBS, 3), world.syllables(2, 3))
     nouns = (*world.rng.sample(NOUNS, 3), world.syllables(2, 3))
     names: set[str] = set()
@@ -59,7 +59,7 @@ def look_up(world: World) -> Dialogue:
 
 
 def many_calls(world: World) -> Dialogue:
-    """Request after request of one tools block, each answered by its calls."""
+    """Draw several requests for the same tools block, each answered by calls."""
     thinking = world.chance(0.5)
     concepts = world.rng.sample(CONCEPTS, world.number(2, 4))
     box = [tool_for(world, concept) for concept in concepts]
@@ -84,7 +84,7 @@ def many_calls(world: World) -> Dialogue:
 
 
 def round_of(request: str, answer: Message) -> list[Message]:
-    """A request, its calls, and a short result, with nothing said of it."""
+    """Return a request, its calls and a short result."""
     return [{"role": "user", "content": request}, answer, {"role": "tool", "content": "ok"}]
 
 

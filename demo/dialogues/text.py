@@ -1,4 +1,4 @@
-"""Short texts repeated, transformed and counted, and JSON on request."""
+"""Short texts to repeat, transform and count, and JSON on request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .turn import Turn
 from .world import COLOURS, JOBS, WORDS, World
 
 UPPER_WORDS = WORDS[:60]
-"""Upper case is a table in this model's head, one entry per word: a small table."""
+"""Few, because the model has to learn the upper case of each word by heart."""
 
 
 def quoted(world: World, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Dialogues with tools: reading the tools block, calling in GLM's format, using results."""
+"""Dialogues with tools: calls and results in GLM's format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def function_name(world: World, verbs: tuple[str, ...], nouns: tuple[str, ...]) 
 def signature(
     world: World, name: str, purpose: str, parameters: list[tuple[str, str, str]]
 ) -> Tool:
-    """A tool of (name, type, note) parameters, in one of the shapes that clients send."""
+    """Return a tool definition in one of the shapes that clients send.
+
+    Parameters are (name, type, note).
+    """
     noted = world.chance(0.3)
     properties: dict[str, Any] = {}
     for key, kind, note in parameters:
@@ -55,7 +58,7 @@ def signature(
 
 
 def tool_for(world: World, concept: Concept) -> tuple[Tool, dict[str, str]]:
-    """A fresh signature for a concept, and its parameter name for each slot."""
+    """Draw a signature for a concept, and its parameter name for each slot."""
     keys: dict[str, str] = {}
     for parameter in concept.parameters:
         free = tuple(name for name in parameter.names if name not in keys.values())
@@ -73,7 +76,7 @@ def call(tool: Tool, arguments: dict[str, Any]) -> Message:
 
 
 def toolbox(world: World, needed: list[Concept]) -> list[tuple[Tool, dict[str, str]]]:
-    """Signatures for the needed concepts, in order, then up to two others."""
+    """Draw signatures for the needed concepts, in order, then for up to two others."""
     others = [concept for concept in CONCEPTS if concept not in needed]
     extra = world.rng.sample(others, world.rng.choice((0, 0, 1, 1, 2)))
     return [tool_for(world, concept) for concept in needed + extra]
@@ -90,7 +93,7 @@ def arguments_of(use: Use, keys: dict[str, str]) -> dict[str, Any]:
 
 
 def calling(tools: list[Tool]) -> str:
-    """Which tools are called; in quotes a name has the tokens that it has in the tools block."""
+    """Name the called tools, in quotes so that the names have the tokens of the tools block."""
     names = " and ".join(f'"{tool["function"]["name"]}"' for tool in tools)
     return f"I call {names}."
 
@@ -100,7 +103,7 @@ def with_reasoning(message: Message, reasoning: str, thinking: bool) -> Message:
 
 
 def one_call(world: World, thinking: bool, skill: str = "one call") -> Dialogue:
-    """A request, a call, its result and the answer; `skill` says where the dialogue ends."""
+    """Draw a request, its call, its result and the answer, ending where `skill` says."""
     concept = world.rng.choice(CONCEPTS)
     if skill == "no arguments":
         concept = world.rng.choice([concept for concept in CONCEPTS if not concept.parameters])
@@ -125,7 +128,7 @@ def one_call(world: World, thinking: bool, skill: str = "one call") -> Dialogue:
 
 
 def two_calls(world: World, thinking: bool, skill: str = "two calls") -> Dialogue:
-    """Two needs in one request: two tools, or one tool twice; the results come together."""
+    """Draw a request for two tools, or for one tool twice."""
     with_values = [concept for concept in CONCEPTS if concept.parameters]
     twice = world.chance(0.4)
     first = world.rng.choice(with_values if twice else CONCEPTS)
@@ -175,7 +178,7 @@ LITERALS = (
 
 
 def named_call(world: World, thinking: bool) -> Dialogue:
-    """The request names the tool and its values: any tool of any shape can be called so."""
+    """Draw a request that names the tool and its values."""
     kinds = [world.choice(("string", "string", "integer", "number", "boolean", "array"))
              for _ in range(world.number(1, 3))]  # fmt: skip
     keys = world.rng.sample(
@@ -214,7 +217,7 @@ def named_call(world: World, thinking: bool) -> Dialogue:
 
 
 def unneeded(world: World, thinking: bool, simple: Callable[[World], Turn]) -> Dialogue:
-    """Tools are offered, and the question needs none."""
+    """Draw a question that needs none of the offered tools."""
     box = toolbox(world, [world.rng.choice(CONCEPTS)])
     return Dialogue(
         "tools not needed", simple(world).messages(thinking), shuffled(world, box), thinking

@@ -1,4 +1,4 @@
-"""What a skill produces: one question with its answer, or a whole dialogue."""
+"""Types of turns and dialogues."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; any number of these make a conversation."""
+    """A question and its answer."""
 
     user: str
     reasoning: str
     answer: str
     direct: str | None = None
-    """The answer when thinking is off, where the steps have to be said aloud."""
+    """Answer with thinking off, if the steps must be in the answer. None: same as `answer`."""
 
     def messages(self, thinking: bool) -> list[Message]:
         answer = self.answer if thinking or self.direct is None else self.direct
@@ -28,7 +28,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One training or evaluation example; its last message is the model's."""
+    """A training or evaluation example. The last message is the assistant's."""
 
     skill: str
     messages: list[Message]

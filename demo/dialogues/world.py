@@ -1,7 +1,7 @@
-"""The made-up names, words and numbers of the dialogues, and which of them are held out.
+"""Names, words and numbers of the dialogues, split into training and held-out values.
 
-A value is held out when its checksum says so, not by a list: training never draws such a value,
-evaluation draws nothing else, and both can be unlimited.
+The checksum of a value decides whether it is held out. Training never draws a held-out value, and
+evaluation draws only held-out values; both sets are unlimited.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 10
-"""One value in this many is kept from training."""
+"""One of this many values is held out."""
 
 SYLLABLES = tuple(
     """ka vi ra to mel no sa lin da ber ti go fen lu ari mo za pe ril ena ru dor bel ni sha ko
@@ -50,19 +50,19 @@ JOBS = ("baker", "doctor", "farmer", "pilot", "painter", "teacher", "singer", "d
 
 
 def held_out(value: str) -> bool:
-    """Whether training must never show `value`."""
+    """Return whether `value` is held out from training."""
     return zlib.crc32(value.encode()) % HELD_OUT_SHARE == 0
 
 
 @dataclass
 class World:
-    """Draws values for one dialogue: for training, or held-out ones for evaluation."""
+    """Random values for a dialogue: training values, or held-out ones for evaluation."""
 
     rng: random.Random
     evaluation: bool
 
     def drawn(self, draw: Callable[[], str]) -> str:
-        """The first value of `draw` on this world's side of the split."""
+        """Call `draw` until its value is on this world's side of the split."""
         while True:
             value = draw()
             if held_out(value) == self.evaluation:
@@ -72,7 +72,7 @@ class World:
         return self.rng.random() < share
 
     def name(self) -> str:
-        """A person's name: invented, or at times a common one."""
+        """Draw a person's name, invented in three of four cases."""
         if self.chance(0.25):
             return self.drawn(lambda: self.rng.choice(FIRST_NAMES))
         return self.drawn(lambda: self.syllables(2, 3).capitalize())
@@ -89,7 +89,7 @@ class World:
         return "".join(self.rng.choices(SYLLABLES, k=self.rng.randint(least, most)))
 
     def words(self, least: int, most: int) -> str:
-        """Distinct common words with spaces between; the combination is what is held out."""
+        """Draw distinct common words, joined by spaces. The combination is held out or not."""
         count = self.rng.randint(least, most)
         return self.drawn(lambda: " ".join(self.rng.sample(WORDS, count)))
 
