@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -37,7 +38,7 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 def test_a_batch_gives_each_prompt_the_same_tokens_as_alone(llm: LLM) -> None:
     prompts = ["One", "Another prompt", "<|user|>Third<|assistant|>"]
-    options = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     together = llm.generate(prompts, **options)
     alone = [llm.generate(prompt, **options)[0] for prompt in prompts]
     assert [output.tokens for output in together] == [output.tokens for output in alone]
@@ -46,7 +47,13 @@ def test_a_batch_gives_each_prompt_the_same_tokens_as_alone(llm: LLM) -> None:
 
 
 def test_n_continuations_differ_and_are_reproducible_by_seed(llm: LLM) -> None:
-    options = {"max_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
+    options: dict[str, Any] = {
+        "max_tokens": 16,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "ignore_eos": True,
+    }
     first = llm.generate("Once", n=3, seed=5, **options)
     again = llm.generate("Once", n=3, seed=5, **options)
     assert [output.tokens for output in first] == [output.tokens for output in again]
@@ -68,7 +75,7 @@ def test_chat_separates_reasoning_from_content(llm: LLM) -> None:
 
 
 def test_the_events_of_a_stream_add_up_to_the_answer(llm: LLM) -> None:
-    options = {"max_tokens": 20, "seed": 3, "temperature": 1.0}
+    options: dict[str, Any] = {"max_tokens": 20, "seed": 3, "temperature": 1.0}
     whole = llm.chat(HELLO, **options)
     events = list(llm.stream(HELLO, **options))
     assert isinstance(events[-1], Finished)
@@ -108,7 +115,7 @@ def test_the_snippet_of_the_model_card_works(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = load(folder)
-    prompt = "hello"
+    prompt: Any = "hello"
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)

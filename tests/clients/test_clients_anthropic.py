@@ -8,6 +8,7 @@ from typing import Any
 
 import anthropic
 import pytest
+from anthropic.types import MessageParam
 from live import LiveServer
 
 THINK = {"type": "enabled", "budget_tokens": 2000}
@@ -31,7 +32,7 @@ def client(scripted: LiveServer) -> Iterator[Any]:
         yield client
 
 
-def user(text: str) -> dict[str, Any]:
+def user(text: str) -> MessageParam:
     return {"role": "user", "content": text}
 
 
@@ -68,7 +69,7 @@ def test_the_stream_helper_accumulates_thinking_text_and_calls(client: Any) -> N
 def test_ten_turns_with_a_tool_compute_only_what_is_new(client: Any, with_thinking: bool) -> None:
     """With thinking blocks sent back or dropped."""
     script = f"{with_thinking} {{}}.</think>{CALL.format('City {}')}{CALL.format('Rome')}"
-    messages = [user(f"⟦{script.format(0, 0)}⟧")]
+    messages: list[Any] = [user(f"⟦{script.format(0, 0)}⟧")]
     size = 0
     for turn in range(1, 10):
         message = client.messages.create(

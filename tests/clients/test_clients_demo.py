@@ -13,7 +13,10 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from anthropic.types import ToolParam
 from live import LiveServer, live_server
+from openai.types.chat import ChatCompletionFunctionToolParam
+from openai.types.responses import FunctionToolParam
 
 from glmd.checkpoint.hub import DEMO
 
@@ -23,7 +26,7 @@ SLACK = 4
 """Tokens that a returning turn may compute: its last token, which has no KV, the end of the turn,
 and the prompt's last token."""
 
-SCHEMA = {
+SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}},
     "required": ["city"],
@@ -43,7 +46,10 @@ def result(turn: int) -> str:
 
 def test_chat_completions_without_reasoning(demo: LiveServer) -> None:
     """OpenAI's client does not send reasoning back."""
-    function = {"name": "get_weather", "parameters": SCHEMA}
+    tool: ChatCompletionFunctionToolParam = {
+        "type": "function",
+        "function": {"name": "get_weather", "parameters": SCHEMA},
+    }
     messages: list[Any] = [{"role": "user", "content": "How is the weather in Rome?"}]
     whole = 0
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
@@ -51,7 +57,7 @@ def test_chat_completions_without_reasoning(demo: LiveServer) -> None:
             answer = client.chat.completions.create(
                 model="default",
                 messages=messages,
-                tools=[{"type": "function", "function": function}],
+                tools=[tool],
                 tool_choice="required",
                 parallel_tool_calls=False,
                 temperature=0,
@@ -63,7 +69,8 @@ def test_chat_completions_without_reasoning(demo: LiveServer) -> None:
             assert (usage.prompt_tokens_details.cached_tokens or 0) >= whole - SLACK
             whole = usage.total_tokens
             message = answer.choices[0].message
-            (call,) = message.tool_calls or ()
+            (call,) = message.tool_calls or []
+            assert call.type == "function"
             assert list(json.loads(call.function.arguments)) == ["city"]
             messages.append(
                 {
@@ -77,10 +84,16 @@ def test_chat_completions_without_reasoning(demo: LiveServer) -> None:
 
 @pytest.mark.parametrize("by_id", [True, False])
 def test_responses(demo: LiveServer, by_id: bool) -> None:
-    tool = {"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": True}
+    tool: FunctionToolParam = {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": SCHEMA,
+        "strict": True,
+    }
     new: list[Any] = [{"role": "user", "content": f"How is the weather in {by_id}?"}]
     items: list[Any] = list(new)
-    previous, whole = openai.omit, 0
+    previous: str | openai.Omit = openai.omit
+    whole = 0
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
         for turn in range(TURNS):
             response = client.responses.create(
@@ -108,7 +121,7 @@ def test_responses(demo: LiveServer, by_id: bool) -> None:
 
 @pytest.mark.parametrize("thinking_returns", [True, False])
 def test_messages(demo: LiveServer, thinking_returns: bool) -> None:
-    tool = {"name": "get_weather", "input_schema": SCHEMA}
+    tool: ToolParam = {"name": "get_weather", "input_schema": SCHEMA}
     messages: list[Any] = [{"role": "user", "content": f"Weather? {thinking_returns}"}]
     whole = 0
     with anthropic.Anthropic(base_url=demo.url, api_key="none", max_retries=0) as client:

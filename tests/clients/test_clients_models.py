@@ -52,7 +52,7 @@ def validate(kind: Any, value: Any) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_chat_completions(http: httpx.Client, script: str, logprobs: bool) -> None:
-    body = {
+    body: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"⟦{script}⟧"}],
         "tools": [{"type": "function", "function": FUNCTION}],
         "logprobs": logprobs,
@@ -98,7 +98,7 @@ def test_responses(http: httpx.Client, script: str, summary: str | None) -> None
 @pytest.mark.parametrize("display", ["summarized", "omitted"])
 def test_messages(http: httpx.Client, script: str, display: str) -> None:
     tool = {"name": FUNCTION["name"], "input_schema": FUNCTION["parameters"]}
-    body = {
+    body: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"⟦{script}⟧"}],
         "tools": [tool],
         "thinking": {"type": "adaptive", "display": display},

@@ -10,6 +10,7 @@ import openai
 import pytest
 from live import LiveServer
 from openai.lib._pydantic import to_strict_json_schema
+from openai.types.responses import FunctionToolParam
 from pydantic import BaseModel
 
 
@@ -24,7 +25,7 @@ CALL = (
     "Hm.</think>Wait.<tool_call>GetWeather<arg_key>city</arg_key><arg_value>Rome</arg_value>"
     "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call>"
 )
-FUNCTION: dict[str, Any] = {
+FUNCTION: FunctionToolParam = {
     "type": "function",
     "name": "GetWeather",
     "parameters": to_strict_json_schema(GetWeather),
@@ -45,7 +46,7 @@ def test_parse_reads_a_calls_arguments(client: openai.OpenAI) -> None:
         messages=[{"role": "user", "content": f"⟦{CALL}⟧"}],
         tools=[openai.pydantic_function_tool(GetWeather)],
     )
-    (call,) = answer.choices[0].message.tool_calls or ()
+    (call,) = answer.choices[0].message.tool_calls or []
     assert call.function.parsed_arguments == GetWeather(city="Rome", days=3)
 
 
@@ -69,7 +70,8 @@ def test_the_stream_helper_puts_a_response_together(client: openai.OpenAI) -> No
     summary = [event for event in events if event.type == "response.reasoning_summary_text.done"]
     assert summary[0].text == "Hm."
     reasoning, message, call = response.output
-    assert (reasoning.type, message.type, call.type) == ("reasoning", "message", "function_call")
+    assert (reasoning.type, message.type) == ("reasoning", "message")
+    assert call.type == "function_call"
     assert json.loads(call.arguments) == {"city": "Rome", "days": 3}
 
 
@@ -81,7 +83,8 @@ def test_ten_turns_with_a_tool_compute_only_what_is_new(client: openai.OpenAI) -
             "</tool_call>"
         )
         items: list[Any] = [{"role": "user", "content": f"{by_id}⟦{call.format(0, 'Rome')}⟧"}]
-        new, previous, size = items, openai.omit, 0
+        previous: str | openai.Omit = openai.omit
+        new, size = items, 0
         for turn in range(1, 10):
             response = client.responses.create(
                 model="tiny",

@@ -147,7 +147,11 @@ def test_neither_process_logs_the_text_of_a_request_whatever_its_outcome(
         with live_server(log_level="DEBUG", slow_request=1e-6) as live, live.client() as http:
             odd = [{"role": SECRET}], [{"role": "user", "content": {SECRET: SECRET}}], SECRET
             for messages in odd:
-                body = {"messages": messages, "stop": [SECRET], "tools": [{SECRET: SECRET}]}
+                body: dict[str, Any] = {
+                    "messages": messages,
+                    "stop": [SECRET],
+                    "tools": [{SECRET: SECRET}],
+                }
                 statuses.append(http.post(path, json=body).status_code)
             broken = http.post(path, content=SECRET, headers={"content-type": "application/json"})
             statuses.append(broken.status_code)
@@ -191,7 +195,7 @@ def test_health_checks_are_logged_at_debug_level(http: httpx.Client, lines: Line
     lines.of(http.get("/health"))
     lines.of(http.get("/v1/models"))
     levels = {
-        record.fields["path"]: record.levelname  # type: ignore[attr-defined]
+        record.fields["path"]: record.levelname
         for record in lines.records
         if hasattr(record, "fields")
     }

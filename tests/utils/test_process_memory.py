@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import psutil
 import pytest
@@ -34,7 +35,7 @@ def test_macos_reads_the_footprint_at_its_offset() -> None:
 
     class Library:
         @staticmethod
-        def proc_pid_rusage(pid: int, flavor: int, out: object) -> int:
+        def proc_pid_rusage(pid: int, flavor: int, out: Any) -> int:
             if flavor:
                 return -1
             ctypes.cast(out, ctypes.POINTER(RusageInfo))[0].ri_phys_footprint = pid << 40

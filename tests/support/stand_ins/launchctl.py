@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,8 +110,10 @@ def main() -> NoReturn:
         answer(status, text)
     if command == "enable":
         answer(0)
-    {"bootstrap": bootstrap, "bootout": bootout, "print": show}[command](*arguments)
-    raise AssertionError("unreachable")
+    commands: dict[str, Callable[..., NoReturn]] = {
+        "bootstrap": bootstrap, "bootout": bootout, "print": show
+    }  # fmt: skip
+    commands[command](*arguments)
 
 
 if __name__ == "__main__":
