@@ -1,7 +1,7 @@
-"""Write the pages and tables of the book that follow from the code.
+"""Generate docs/reference.md and the tables of other pages from the code.
 
-python tools/book.py            write docs/reference.md, and the tables in other pages
-python tools/book.py --check    fail if one of them is not current
+python tools/book.py            write the pages
+python tools/book.py --check    exit with status 1 if a page is not current
 """
 
 from __future__ import annotations
@@ -11,42 +11,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ByteSize, SecretStr
+
+from glmd.api.app import create_app
+from glmd.api.state import AppState, ServedModel
+from glmd.checkpoint.config import load_config
+from glmd.cli.config import format_size
+from glmd.config import PREFIX, Settings
+from glmd.convert.inspect import inspect
+from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES
+from glmd.engine.config import EngineConfig
+from glmd.engine.memory import activation_bytes, plan_memory
+from glmd.engine_client.process import EngineProcessConfig
+from glmd.errors import CheckpointError
+from glmd.utils.units import gib
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "server"))
-
-from pydantic import ByteSize, SecretStr  # noqa: E402
-
-from glmd.api.app import create_app  # noqa: E402
-from glmd.api.state import AppState, ServedModel  # noqa: E402
-from glmd.checkpoint.config import load_config  # noqa: E402
-from glmd.cli.config import format_size  # noqa: E402
-from glmd.config import PREFIX, Settings  # noqa: E402
-from glmd.convert.inspect import inspect  # noqa: E402
-from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES  # noqa: E402
-from glmd.engine.config import EngineConfig  # noqa: E402
-from glmd.engine.memory import activation_bytes, plan_memory  # noqa: E402
-from glmd.engine_client.process import EngineProcessConfig  # noqa: E402
-from glmd.errors import CheckpointError  # noqa: E402
-from glmd.utils.units import gib  # noqa: E402
-
 DOCS = ROOT / "docs"
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
 CONFIG = ROOT / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
 
 MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
-"""GiB of memory that Macs with Apple silicon are or were sold with, from 16 on."""
+"""Memory sizes in GB of Macs with Apple silicon, from 16 on."""
 
 ON_MACS = ("mixed-8-4", "mixed-8-5", "mixed-8-6", "uniform-8")
 GIB = 2**30
 
 
 def working_set(memory: int) -> float:
-    """GiB that macOS recommends for the GPU: two thirds of up to 36, three quarters of more."""
+    """Return macOS's recommended GPU memory: two thirds up to 36 GB, three quarters above."""
     return memory * (2 / 3 if memory <= 36 else 3 / 4)
 
 
 def memory_table() -> Iterator[str]:
-    """Tokens of KV beside the weights, by a Mac's memory and a recipe."""
+    """Yield the table of KV capacity in tokens, by memory size and recipe."""
     config = load_config(CONFIG)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     per_token = width * (config.num_hidden_layers + 1) * 2
@@ -63,7 +61,7 @@ def memory_table() -> Iterator[str]:
         cells = []
         for recipe in ON_MACS:
             try:
-                division = plan_memory(
+                plan = plan_memory(
                     CONFIG,
                     config,
                     EngineConfig(),
@@ -75,8 +73,8 @@ def memory_table() -> Iterator[str]:
             except CheckpointError:
                 cells.append("–")
                 continue
-            small = "" if division.activations == working else "\\*"
-            cells.append(f"{division.kv // per_token // 1000:,}k{small}")
+            small = "" if plan.activations == working else "\\*"
+            cells.append(f"{plan.kv // per_token // 1000:,}k{small}")
         yield f"| {memory} GB | {working_set(memory):.1f} GiB | {' | '.join(cells)} |"
     yield ""
     yield (
@@ -87,7 +85,7 @@ def memory_table() -> Iterator[str]:
 
 
 def components_table() -> Iterator[str]:
-    """What `glmd inspect` says of the default recipe."""
+    """Yield the table of `glmd inspect` for the default recipe."""
     found = inspect(CONFIG)
     yield "| | parameters | bits | GiB | bits per weight |"
     yield "|---|---:|---|---:|---:|"
@@ -100,7 +98,7 @@ def components_table() -> Iterator[str]:
 
 
 def recipes_table() -> Iterator[str]:
-    """Every recipe and the size it gives."""
+    """Yield the table of recipes and model sizes."""
     yield "| recipe | routed experts | every other matrix | main model | with the MTP layer |"
     yield "|---|---|---|---:|---:|"
     for recipe in RECIPES.values():
@@ -116,7 +114,7 @@ def recipes_table() -> Iterator[str]:
 
 
 def settings_table() -> Iterator[str]:
-    """Every setting, as the configuration file and the environment spell it."""
+    """Yield the table of settings."""
     yield "| setting | environment | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in Settings.model_fields.items():
@@ -136,7 +134,7 @@ def settings_table() -> Iterator[str]:
 
 
 def reference() -> Iterator[str]:
-    """The page of every route and object, from the OpenAPI document."""
+    """Yield the page of all routes and objects, from the OpenAPI document."""
     model = ServedModel.of("MODEL", DEMO)
     document = create_app(
         AppState(Settings.model_validate({}), model, EngineProcessConfig(DEMO, {}))
@@ -182,17 +180,17 @@ def describe(name: str, schema: dict[str, Any]) -> Iterator[str]:
     yield "| field | type | |"
     yield "|---|---|---|"
     for field, value in schema["properties"].items():
-        said = [limits(value), escaped(value.get("description", ""))]
+        notes = [limits(value), escaped(value.get("description", ""))]
         if field in required:
-            said.insert(0, "required")
+            notes.insert(0, "required")
         elif value.get("default") is not None:
-            said.insert(0, f"default `{value['default']}`")
-        yield f"| `{field}` | {kind(value)} | {'; '.join(filter(None, said))} |"
+            notes.insert(0, f"default `{value['default']}`")
+        yield f"| `{field}` | {kind(value)} | {'; '.join(filter(None, notes))} |"
     yield ""
 
 
 def kind(schema: dict[str, Any]) -> str:
-    """A schema's type, in Markdown."""
+    """Return the type of a schema, in Markdown."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{title(name)}](#{slug(name)})"
@@ -210,7 +208,7 @@ def kind(schema: dict[str, Any]) -> str:
 
 
 def limits(schema: dict[str, Any]) -> str:
-    """The bounds of a number or a length."""
+    """Return the bounds of a number or a length."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<",
              "minLength": "length ≥", "maxLength": "length ≤", "minItems": "items ≥",
              "maxItems": "items ≤"}  # fmt: skip
@@ -244,7 +242,7 @@ TABLES = {
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Each page that is generated or holds a generated table, as it should be."""
+    """Yield the expected text of each page that is generated or has a generated table."""
     yield DOCS / "reference.md", "\n".join(reference()).rstrip() + "\n"
     for name, tables in TABLES.items():
         text = (DOCS / name).read_text()
@@ -262,7 +260,7 @@ def main() -> int:
     ]
     if "--check" in sys.argv[1:]:
         for file, _ in stale:
-            print(f"{file.relative_to(ROOT)} is not current: run tools/book.py")
+            print(f"{file.relative_to(ROOT)}: not current. Run `python tools/book.py`.")
         return int(bool(stale))
     for file, text in stale:
         file.write_text(text)

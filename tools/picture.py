@@ -1,6 +1,6 @@
-"""Make docs/page.png, the picture of the page: the demo under some load, in headless Chromium.
+"""Take docs/page.png, a screenshot of the web UI under load, in headless Chromium.
 
-python tools/picture.py [FILE]    (make picture)
+python tools/picture.py [FILE]
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from browsers import chromium, find_chromium  # noqa: E402
 
 LARGEST = 300_000
-"""Bytes: the picture is in the repository, and each version stays there."""
+"""Size limit in bytes, because the repository keeps every version."""
 
 LOAD_SECONDS = 125
-"""A little more than the plots show."""
+"""Duration of the load, slightly longer than the time axis of the plots."""
 
 OPTIONS = ["--memory-budget", "384MiB"]
-"""So that the demo's memory is to be seen beside its budget."""
+"""A small budget, so that the memory of the demo is visible beside it."""
 
 ADDRESS = re.compile(r"http://[\w.:]+")
-"""In the server's log, whatever its form."""
+"""URL of the server in its log, in either log format."""
 
 START_SECONDS = 120
 
-SAID = ["Hello, I am Nora.", "Tell me a story about a fox."]
+MESSAGES = ["Hello, I am Nora.", "Tell me a story about a fox."]
 
 PROMPTS = [
     "Hello, I am Emil.",
@@ -51,7 +51,7 @@ PROMPTS = [
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """The demo, served as `glmd serve` does; its URL."""
+    """Run `glmd serve` on the demo checkpoint and yield the URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "glmd", "serve", "--port", "0", *OPTIONS],
         env={**os.environ, "PYTHONPATH": str(ROOT / "server"), "GLMD_DRAIN_TIMEOUT": "0"},
@@ -65,7 +65,7 @@ def serving() -> Iterator[str]:
         deadline = time.monotonic() + START_SECONDS
         while httpx.get(f"{found[0]}/health").status_code != 200:
             if time.monotonic() > deadline:
-                raise TimeoutError("the demo did not become ready")
+                raise TimeoutError(f"The server was not ready within {START_SECONDS} s.")
             time.sleep(0.1)
         yield found[0]
     finally:
@@ -74,24 +74,24 @@ def serving() -> Iterator[str]:
 
 
 def client(url: str, seed: int, until: float) -> None:
-    """One of those who use the server: asks, waits a while, and asks again."""
-    dice = random.Random(seed)
+    """Send chat requests with random pauses until `until` (monotonic seconds)."""
+    rng = random.Random(seed)
     messages: list[dict[str, str]] = []
     with httpx.Client(base_url=url, timeout=120) as http:
         while time.monotonic() < until:
             if len(messages) > 8:
                 messages = []
-            messages.append({"role": "user", "content": dice.choice(PROMPTS)})
-            body = {"messages": messages, "max_tokens": dice.randrange(60, 260), "ignore_eos": True}
+            messages.append({"role": "user", "content": rng.choice(PROMPTS)})
+            body = {"messages": messages, "max_tokens": rng.randrange(60, 260), "ignore_eos": True}
             answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
             message = answer["choices"][0]["message"]
             messages.append({"role": "assistant", "content": message["content"]})
-            time.sleep(dice.uniform(0, 4))
+            time.sleep(rng.uniform(0, 4))
 
 
 def talk(page: Any) -> None:
-    """A short conversation, with the last answer's reasoning to be seen."""
-    for number, text in enumerate(SAID, start=1):
+    """Send MESSAGES through the page and open the reasoning of the answers."""
+    for number, text in enumerate(MESSAGES, start=1):
         page.get_by_label("Message").fill(text)
         page.keyboard.press("Enter")
         page.locator("article.answer[aria-busy=false]").nth(number - 1).wait_for()
@@ -103,7 +103,7 @@ def main() -> int:
     file = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "page.png")
     path = find_chromium()
     if path is None:
-        print("tools/picture.py: there is no Chromium; please install it", file=sys.stderr)
+        print("tools/picture.py: Chromium not found. Install Chromium or Chrome.", file=sys.stderr)
         return 1
     with serving() as url, chromium(path) as browser:
         until = time.monotonic() + LOAD_SECONDS

@@ -1,4 +1,4 @@
-"""Print the changelog section of a version, and fail where tag, version and changelog differ.
+"""Print the changelog section of a version; fail if tag, version and changelog differ.
 
 python tools/release_notes.py 0.1.0
 """
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def package_version() -> str:
-    """The version in `server/glmd/__init__.py`, the only place that states it."""
+    """Return the version in `server/glmd/__init__.py`, its only place."""
     source = (ROOT / "server" / "glmd" / "__init__.py").read_text()
     found = re.search(r'^__version__ = "(.+)"$', source, re.M)
     if found is None:
@@ -22,7 +22,7 @@ def package_version() -> str:
 
 
 def notes(version: str) -> str:
-    """The section of CHANGELOG.md for `version`, without its heading."""
+    """Return the CHANGELOG.md section for `version`, without the heading."""
     text = (ROOT / "CHANGELOG.md").read_text()
     sections = re.split(r"^## \[(.+?)\].*$", text, flags=re.M)
     found = dict(zip(sections[1::2], sections[2::2], strict=True))

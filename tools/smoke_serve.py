@@ -1,6 +1,8 @@
-"""Start `glmd serve` on its demo checkpoint and have one streamed answer: `smoke_serve.py GLMD`.
+"""Start `glmd serve` on the demo checkpoint and request one streamed answer.
 
-Ends with status 0 if the server came up, answered, and left on SIGTERM.
+python smoke_serve.py GLMD    (GLMD: path of the command)
+
+Exits with status 0 if the server became ready, answered, and exited on SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import time
 
 import httpx
 
-STARTS_WITHIN = 120.0
-"""Seconds. A cold import of everything on a slow machine takes ten."""
+START_TIMEOUT = 120.0
+"""Seconds. Importing everything takes 10 s on a slow machine with a cold disk cache."""
 
 
 def free_port() -> int:
@@ -25,17 +27,17 @@ def free_port() -> int:
 
 
 def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN
+    deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            sys.exit(f"glmd serve ended with status {server.returncode} before it was ready")
+            sys.exit(f"glmd serve exited with status {server.returncode} before it was ready.")
         try:
             if client.get("/health").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
-            pass  # not listening yet
+            pass  # Not listening yet.
         time.sleep(0.2)
-    sys.exit(f"glmd serve was not ready within {STARTS_WITHIN:.0f} s")
+    sys.exit(f"glmd serve was not ready within {START_TIMEOUT:.0f} s.")
 
 
 def streamed_answer(client: httpx.Client) -> str:
@@ -67,10 +69,10 @@ def main(glmd: str) -> None:
         server.terminate()
         status = server.wait(timeout=30)
     if not answer.strip():
-        sys.exit("the answer was empty")
+        sys.exit("The answer was empty.")
     if status not in (0, -15):
-        sys.exit(f"glmd serve left with status {status}")
-    print(f"served from the wheel: {answer.strip()!r}")
+        sys.exit(f"glmd serve exited with status {status}.")
+    print(f"Answer: {answer.strip()!r}")
 
 
 if __name__ == "__main__":
