@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Fixtures and markers for all tests."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from paths import ROOT, TESTS
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.chat.tokenizer import Tokenizer
 
-# Processes that tests start find glmd and the fake engine where the tests found them.
+# Processes started by tests import glmd and the fake engines of this checkout.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "server"), str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]
 )
 
-# How long an example takes says more about the machine than about the code.
+# No deadline: the duration of an example depends mostly on the machine.
 settings.register_profile("glmd", deadline=None)
 settings.load_profile("glmd")
 
 
-# The kind of a test by its folder. A module or test with a marker of its own keeps it.
+# Default marker by folder; a marker set in a module or on a test takes precedence.
 KINDS = {
     "api": "e2e",
     "bench": "e2e",
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def scripted() -> Iterator[LiveServer]:
-    """A server whose engine writes what the prompt's `⟦…⟧` says."""
+    """Server with the scripted engine, which generates the text in the prompt's `⟦…⟧`."""
     with live_server(aliases=("gpt-test",), keep_alive=0.2) as live:
         yield live
 
@@ -64,7 +64,7 @@ def http(scripted: LiveServer) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of random weights, with the demo's chat template."""
+    """Tiny checkpoint with random weights and the demo's chat template."""
     folder = tmp_path_factory.mktemp("checkpoints") / "random"
     write_random_checkpoint(folder)
     shutil.copy(CHECKPOINT / "chat_template.jinja", folder)
@@ -73,5 +73,5 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(random_checkpoint: Path) -> Tokenizer:
-    """The tokenizer that random checkpoints have."""
+    """Tokenizer of random checkpoints."""
     return Tokenizer.load(random_checkpoint)

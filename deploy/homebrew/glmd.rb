@@ -1,5 +1,4 @@
-# A formula for a tap of your own; deploy/README.md says how. It builds from a checkout whose path
-# is in HOMEBREW_GLMD_SOURCE.
+# Formula for a private tap, see deploy/README.md. Builds the checkout at $HOMEBREW_GLMD_SOURCE.
 class Glmd < Formula
   desc "Server for GLM-4.7-Flash on Apple silicon"
   license "Apache-2.0"
@@ -10,13 +9,13 @@ class Glmd < Formula
   depends_on "python@3.13"
 
   def install
-    # Not from resources: MLX is built by its makers, against the Metal of each macOS.
+    # Wheels instead of resources: MLX has a wheel for each macOS version, built against its Metal.
     system Formula["python@3.13"].opt_bin/"python3.13", "-m", "venv", libexec
     system libexec/"bin/python", "-m", "pip", "install", "--disable-pip-version-check", buildpath
     bin.install_symlink libexec/"bin/glmd"
   end
 
-  # Settings, the model among them, are in ~/.config/glmd/config.toml.
+  # Settings, including the model, are read from ~/.config/glmd/config.toml.
   service do
     run [opt_bin/"glmd", "serve"]
     keep_alive successful_exit: false

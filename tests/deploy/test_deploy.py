@@ -1,4 +1,4 @@
-"""The files of deploy/: sound in themselves, and in agreement with what glmd does."""
+"""Files of deploy/: valid, and in agreement with `glmd service`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def plist(name: str) -> dict[str, Any]:
     return value
 
 
-def test_agent_installed_by_hand_is_the_one_that_glmd_installs() -> None:
+def test_launch_agent_equals_the_one_that_glmd_installs() -> None:
     by_hand = plist("launchd/local.glmd.plist")
     spec = ServiceSpec(tuple(by_hand["ProgramArguments"]), {}, EXIT_TIMEOUT)
     assert by_hand == agent_plist(spec, Path("/Users/YOU/Library/Logs/glmd/glmd.log"))
 
 
-def test_daemon_is_the_agent_with_a_user_of_its_own() -> None:
+def test_launch_daemon_is_the_agent_with_its_own_user() -> None:
     daemon = plist(DAEMON)
     check_documented(daemon)
     for key in ("UserName", "GroupName"):
@@ -53,7 +53,7 @@ def test_launchd_files_are_named_by_their_labels() -> None:
         assert file.name == f"{plistlib.loads(file.read_bytes())['Label']}.plist"
 
 
-def test_rotation_is_of_the_daemons_log_for_its_user_and_loses_no_line() -> None:
+def test_newsyslog_rotates_the_daemons_log_without_losing_lines() -> None:
     lines = (DEPLOY / "newsyslog" / "glmd.conf").read_text().splitlines()
     (entry,) = [line.split() for line in lines if line and not line.startswith("#")]
     log, owner, mode, count, size, when, flags = entry
@@ -64,10 +64,10 @@ def test_rotation_is_of_the_daemons_log_for_its_user_and_loses_no_line() -> None
     assert int(count) > 0
     assert int(size) > 0
     assert when == "*"
-    assert flags == "N", "a compressed file would be cut while the server still writes into it"
+    assert flags == "N", "Compression would cut the file while the server still writes to it."
 
 
-def test_system_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+def test_system_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("only on Linux with systemd")
     text = (DEPLOY / "systemd" / "glmd.service").read_text()
@@ -83,7 +83,7 @@ def test_system_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
     assert [line for line in done.stderr.splitlines() if file.name in line] == []
 
 
-def test_system_unit_has_the_limits_of_the_user_unit() -> None:
+def test_system_unit_has_the_limits_of_the_launch_agent() -> None:
     text = (DEPLOY / "systemd" / "glmd.service").read_text()
     unit = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
     agent_plist = plist("launchd/local.glmd.plist")
@@ -94,7 +94,7 @@ def test_system_unit_has_the_limits_of_the_user_unit() -> None:
     assert unit["DynamicUser"] == "yes"
 
 
-def test_formula_installs_the_command_and_defines_the_same_service() -> None:
+def test_formula_installs_the_command_and_the_service() -> None:
     text = (DEPLOY / "homebrew" / "glmd.rb").read_text()
     assert re.search(r"^class Glmd < Formula$", text, re.MULTILINE)
     for part in (
@@ -110,20 +110,20 @@ def test_formula_installs_the_command_and_defines_the_same_service() -> None:
     assert opened == len(re.findall(r"^\s*end$", text, re.MULTILINE))
 
 
-def test_formula_is_ruby() -> None:
+def test_formula_is_valid_ruby() -> None:
     if sys.platform != "darwin":
         pytest.skip("only on macOS, which has Ruby")
     subprocess.run(["ruby", "-c", str(DEPLOY / "homebrew" / "glmd.rb")], check=True)
 
 
-def test_property_lists_are_sound_to_macos_too() -> None:
+def test_property_lists_pass_plutil() -> None:
     if sys.platform != "darwin":
         pytest.skip("only on macOS, which has plutil")
     files = [str(file) for file in (DEPLOY / "launchd").iterdir()]
     subprocess.run(["plutil", "-lint", *files], check=True)
 
 
-def test_readme_names_every_file_and_only_files_that_are_there() -> None:
+def test_readme_lists_exactly_the_files_of_deploy() -> None:
     readme = (DEPLOY / "README.md").read_text()
     files = {str(file.relative_to(DEPLOY)) for file in DEPLOY.glob("*/*")}
     named = set(
@@ -134,14 +134,14 @@ def test_readme_names_every_file_and_only_files_that_are_there() -> None:
     assert named == files
 
 
-def test_shell_of_the_readme_is_shell() -> None:
+def test_shell_blocks_of_the_readme_are_valid() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 5
     for block in blocks:
         subprocess.run(["sh", "-n"], input=block, text=True, check=True)
 
 
-def test_hand_installation_fills_in_every_placeholder(tmp_path: Path) -> None:
+def test_manual_installation_replaces_every_placeholder(tmp_path: Path) -> None:
     block = re.search(r"^sed .*?\.plist$", (DEPLOY / "README.md").read_text(), re.DOTALL | re.M)
     assert block
     glmd = tmp_path / "bin" / "glmd"

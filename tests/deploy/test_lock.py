@@ -1,4 +1,4 @@
-"""`requirements.lock` pins what `pyproject.toml` asks for, and names no place to fetch it from."""
+"""`requirements.lock` satisfies pyproject.toml and names no package index."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def pins() -> list[Requirement]:
 @pytest.mark.parametrize(
     ("system", "python"), list(product(SYSTEMS, ["3.11", "3.12", "3.13", "3.14"]))
 )
-def test_everything_is_pinned_within_its_range(system: tuple[str, str, str], python: str) -> None:
+def test_dependencies_are_pinned_in_range(
+    system: tuple[str, str, str], python: str
+) -> None:
     platform, name, machine = system
     environment = {
         "sys_platform": platform,
@@ -57,10 +59,12 @@ def test_everything_is_pinned_within_its_range(system: tuple[str, str, str], pyt
     for each in map(Requirement, PROJECT["dependencies"]):
         if each.marker is None or each.marker.evaluate(environment):
             version = pinned.get(canonicalize_name(each.name))
-            assert version is not None, f"{each.name} is not in requirements.lock: make lock"
-            assert each.specifier.contains(version), f"{each.name} {version}: make lock"
+            assert version is not None, f"{each.name} is not in requirements.lock. Run `make lock`."
+            assert each.specifier.contains(version), (
+                f"{each.name} {version}: run `make lock`."
+            )
 
 
-def test_it_says_how_it_is_made_and_not_from_where() -> None:
+def test_lock_names_the_make_target_and_no_index() -> None:
     assert "make lock" in LOCK.splitlines()[1]
     assert not re.search(r"https?:|index-url|find-links|file:", LOCK)

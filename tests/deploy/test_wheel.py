@@ -1,4 +1,4 @@
-"""A wheel built from the tree is complete: it works where the tree is not."""
+"""A wheel built from the tree works in an environment without the tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import glmd
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    # Without isolation: the build backend is in the dev extra, and nothing is downloaded.
+    # Without isolation, so that nothing is downloaded; the dev extra has the build backend.
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
     done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,15 +29,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment with the wheel in it; only its dependencies are borrowed from
-    the running one, whose own glmd stays out of sight."""
+    """Return the `bin` folder of an environment with the wheel.
+
+    Its dependencies come from the running environment, whose glmd is not visible.
+    """
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, with_pip=False, symlinks=True)
     python = root / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(root)}))
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 
 
@@ -51,7 +53,7 @@ def run(environment: Path, cwd: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+def test_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "server/glmd"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -62,21 +64,19 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert "glmd/py.typed" in packed
 
 
-def test_wheel_carries_its_licence(wheel: Path) -> None:
+def test_wheel_contains_the_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_installed_wheel_is_the_one_that_runs(environment: Path, tmp_path: Path) -> None:
+def test_environment_imports_the_installed_wheel(environment: Path, tmp_path: Path) -> None:
     where = run(environment, tmp_path, "python", "-c", "import glmd; print(glmd.__file__)")
     assert Path(where.strip()).is_relative_to(environment.parent)
 
 
-def test_command_of_the_installed_wheel_says_its_version(environment: Path, tmp_path: Path) -> None:
+def test_installed_command_prints_its_version(environment: Path, tmp_path: Path) -> None:
     assert glmd.__version__ in run(environment, tmp_path, "glmd", "--version")
 
 
-def test_command_of_the_installed_wheel_lists_what_it_can_do(
-    environment: Path, tmp_path: Path
-) -> None:
+def test_installed_command_lists_its_commands(environment: Path, tmp_path: Path) -> None:
     assert "serve" in run(environment, tmp_path, "glmd", "--help")

@@ -1,4 +1,4 @@
-"""The book: it builds without a warning, its links lead somewhere, it says what the code says."""
+"""Documentation: strict build, links, and agreement with the code."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("book")
+    folder = tmp_path_factory.mktemp("docs")
     copy_sources(folder)
     done = build(folder)
     assert done.returncode == 0, COLOURS.sub("", done.stdout + done.stderr)
@@ -52,7 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """The ids of a page, what it links to, and what a browser would load with it."""
+    """Anchors, links and loaded resources of an HTML page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -77,31 +77,29 @@ def pages(site: Path) -> dict[Path, Page]:
     return {file: Page(file) for file in site.rglob("*.html")}
 
 
-def named_in(nav: list[Any]) -> Iterator[str]:
+def nav_pages(nav: list[Any]) -> Iterator[str]:
     for entry in nav:
         for value in entry.values():
             if isinstance(value, str):
                 yield value
             else:
-                yield from named_in(value)
+                yield from nav_pages(value)
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
     nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
-    there = [str(page.relative_to(ROOT / "docs")) for page in PAGES]
-    assert sorted(named_in(nav)) == there, "add the page to `nav` in zensical.toml"
+    existing = [str(page.relative_to(ROOT / "docs")) for page in PAGES]
+    assert sorted(nav_pages(nav)) == existing, "Add the page to `nav` in zensical.toml."
 
 
-def test_strict_build_refuses_a_link_that_leads_nowhere(tmp_path: Path, site: Path) -> None:
+def test_strict_build_fails_for_a_broken_link(tmp_path: Path, site: Path) -> None:
     copy_sources(tmp_path)
     with (tmp_path / "docs" / "index.md").open("a") as page:
         page.write("\n[nowhere](nowhere.md)\n")
     assert build(tmp_path).returncode != 0
 
 
-def test_every_internal_link_leads_to_a_page_and_an_anchor_that_are_there(
-    site: Path, pages: dict[Path, Page]
-) -> None:
+def test_internal_links_and_anchors_exist(site: Path, pages: dict[Path, Page]) -> None:
     dead = []
     for file, page in pages.items():
         for link in page.links:
@@ -127,7 +125,7 @@ def test_every_internal_link_leads_to_a_page_and_an_anchor_that_are_there(
         "demo/README.md",
     ],
 )
-def test_links_of_files_outside_the_book_lead_to_files(name: str) -> None:
+def test_links_in_files_outside_the_docs_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         parts = urlsplit(target)
@@ -135,12 +133,12 @@ def test_links_of_files_outside_the_book_lead_to_files(name: str) -> None:
             assert ((ROOT / name).parent / parts.path).exists(), target
 
 
-def test_no_page_loads_anything_from_elsewhere(pages: dict[Path, Page]) -> None:
-    elsewhere = {name for page in pages.values() for name in page.loaded if urlsplit(name).netloc}
-    assert elsewhere == set()
+def test_pages_load_no_external_resources(pages: dict[Path, Page]) -> None:
+    external = {name for page in pages.values() for name in page.loaded if urlsplit(name).netloc}
+    assert external == set()
 
 
-def test_included_pages_are_there_as_text(site: Path) -> None:
+def test_included_files_are_rendered(site: Path) -> None:
     assert "one line per package" in (site / "contributing.html").read_text()
     assert "For the whole machine, on a Mac" in (site / "service.html").read_text()
     for file in site.glob("*.html"):
@@ -159,7 +157,7 @@ def test_generated_pages_and_tables_are_current(tool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_sizes_in_the_text_are_those_of_the_plan() -> None:
+def test_model_sizes_in_memory_md_match_the_conversion_plan() -> None:
     main = inspect(ROOT / "tests/fixtures/glm-4.7-flash/config.json").main
     text = " ".join((ROOT / "docs" / "memory.md").read_text().split())
     assert f"{main.bits_per_weight:.3f} bits per weight, {main.nbytes / 2**30:.2f} GiB" in text
@@ -167,7 +165,7 @@ def test_sizes_in_the_text_are_those_of_the_plan() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shell_in_the_book_is_shell_and_pictures_are_xml(page: Path) -> None:
+def test_shell_blocks_and_svg_pictures_are_valid(page: Path) -> None:
     text = page.read_text()
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         subprocess.run(["sh", "-n"], input=block, text=True, check=True)
@@ -176,9 +174,7 @@ def test_shell_in_the_book_is_shell_and_pictures_are_xml(page: Path) -> None:
         assert "http" not in picture
 
 
-def test_the_example_of_a_configuration_file_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_example_configuration_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLMD_CONFIG", raising=False)
     example = re.search(r"```toml\n(.*?)```", (ROOT / "docs/settings.md").read_text(), re.DOTALL)
     assert example

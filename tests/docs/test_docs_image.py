@@ -1,4 +1,4 @@
-"""Dockerfile.docs, without Docker: its rules, its context, its RUN lines in a fresh environment."""
+"""Dockerfile.docs without Docker: instructions, build context, RUN lines."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def read_stages() -> list[Stage]:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore leaves a file out: its last matching pattern decides."""
-    out = False
+    """Return whether .dockerignore excludes a file. The last matching pattern decides."""
+    excluded = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line and not line.startswith("#"):
             pattern = line.removeprefix("!")
             if fnmatch(path, pattern) or path.startswith(f"{pattern}/"):
-                out = not line.startswith("!")
-    return out
+                excluded = not line.startswith("!")
+    return excluded
 
 
 def context() -> list[Path]:
-    """The files of the repository that Docker would be sent."""
+    """Return the files of the build context."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -62,16 +62,16 @@ def context() -> list[Path]:
     return [ROOT / name for name in listed if not ignored(name) and (ROOT / name).exists()]
 
 
-def test_bases_are_pinned_to_a_patch_release() -> None:
+def test_base_images_are_pinned_to_a_patch_release() -> None:
     for stage in read_stages():
         assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+(-[\w.]+)*", stage.base), stage.base
 
 
-def test_every_instruction_is_one_that_is_meant() -> None:
+def test_only_allowed_instructions_are_used() -> None:
     allowed = {"WORKDIR", "RUN", "COPY", "USER", "EXPOSE", "HEALTHCHECK"}
     for stage in read_stages():
         for word, rest in stage.steps:
-            assert word in allowed, f"{word}: COPY rather than ADD, and so on"
+            assert word in allowed, f"{word} is not allowed; for example, use COPY instead of ADD."
             if word == "WORKDIR":
                 assert rest.startswith("/")
             if word == "RUN" and "pip install" in rest:
@@ -81,7 +81,7 @@ def test_every_instruction_is_one_that_is_meant() -> None:
                 assert isinstance(json.loads(rest.partition("CMD ")[2]), list)
 
 
-def test_what_serves_has_no_privileges_no_shell_commands_and_only_the_site() -> None:
+def test_final_stage_is_unprivileged_and_holds_only_the_site() -> None:
     last = read_stages()[-1]
     words = [word for word, _ in last.steps]
     assert "RUN" not in words
@@ -92,13 +92,13 @@ def test_what_serves_has_no_privileges_no_shell_commands_and_only_the_site() -> 
     assert copies == ["--from=build /book/site /usr/share/nginx/html"]
 
 
-def test_the_generator_is_the_one_that_the_project_uses() -> None:
+def test_generator_version_matches_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (generator,) = project["optional-dependencies"]["docs"]
     assert generator in (ROOT / "Dockerfile.docs").read_text()
 
 
-def test_the_context_is_small_and_holds_what_is_copied() -> None:
+def test_build_context_is_small_and_complete() -> None:
     files = context()
     assert sum(file.stat().st_size for file in files) < 2_000_000
     names = [str(file.relative_to(ROOT)) for file in files]
@@ -109,7 +109,7 @@ def test_the_context_is_small_and_holds_what_is_copied() -> None:
                 assert any(name == source or name.startswith(f"{source}/") for name in names)
 
 
-def test_run_lines_make_the_site_in_an_empty_environment(tmp_path: Path) -> None:
+def test_run_lines_build_the_site_in_an_empty_environment(tmp_path: Path) -> None:
     stage, venv, sent = read_stages()[0], tmp_path / "venv", tmp_path / "context"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     for file in context():
@@ -143,9 +143,9 @@ def test_run_lines_make_the_site_in_an_empty_environment(tmp_path: Path) -> None
                 ["sh", "-c", rest],
                 cwd=where, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            said = done.stdout + done.stderr
-            if done.returncode and OFFLINE.search(said):
-                pytest.skip("the package index cannot be reached")
-            assert done.returncode == 0, said
+            output = done.stdout + done.stderr
+            if done.returncode and OFFLINE.search(output):
+                pytest.skip("package index not reachable")
+            assert done.returncode == 0, output
     assert "<title>" in (where / "site" / "index.html").read_text()
     assert (where / "site" / "service.html").exists()

@@ -1,4 +1,4 @@
-"""docs/parameters.md says of every field what the code does with it."""
+"""Agreement of docs/parameters.md with the request models."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ APIS: dict[str, Any] = {
 }
 
 
-def in_the_code(api: str) -> dict[str, str]:
-    """Each field's mark."""
+def marks_in_code(api: str) -> dict[str, str]:
+    """Return the mark of each field: ✓ supported, ○ without effect, ✗ refused."""
     model = APIS[api]
     marks = dict.fromkeys(model.refused, "✗")
     for name, field in model.model_fields.items():
-        said = field.description or ""
-        marks[name] = "○" if said.startswith(NO_OP) else "✗" if said.startswith("Refused") else "✓"
+        text = field.description or ""
+        marks[name] = "○" if text.startswith(NO_OP) else "✗" if text.startswith("Refused") else "✓"
     return marks
 
 
-def on_the_page(api: str) -> dict[str, str]:
+def marks_on_page(api: str) -> dict[str, str]:
     marks: dict[str, str] = {}
     in_table = False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
@@ -45,7 +45,7 @@ def on_the_page(api: str) -> dict[str, str]:
         fields, *cells, _ = [cell.strip() for cell in line.strip("|").split("|")]
         mark = dict(zip("CTRM", cells, strict=True))[api]
         for name in re.findall(r"`(\w+)`", fields) if mark else ():
-            assert name not in marks, f"{name} is there twice"
+            assert name not in marks, f"{name} is listed twice"
             marks[name] = mark
     return marks
 
@@ -59,7 +59,7 @@ MINIMAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_null_means_the_same_as_leaving_a_field_out(http: httpx.Client, api: str) -> None:
+def test_null_is_the_same_as_an_absent_field(http: httpx.Client, api: str) -> None:
     model = APIS[api]
     path, body = MINIMAL[api]
     response = http.post(path, json=dict.fromkeys([*model.model_fields, *model.refused]) | body)
@@ -68,5 +68,5 @@ def test_null_means_the_same_as_leaving_a_field_out(http: httpx.Client, api: str
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_every_field_has_the_mark_that_the_code_gives_it(api: str) -> None:
-    assert on_the_page(api) == in_the_code(api)
+def test_marks_match_the_request_models(api: str) -> None:
+    assert marks_on_page(api) == marks_in_code(api)

@@ -1,13 +1,13 @@
-"""Every shell block of the README and of "get started" is run, against the real thing.
+"""Shell and Python blocks of the README and the start page, run as printed.
 
-A block is run by `sh -e`, in the repository, with a home of its own and another port. Lines that
-begin with `make serve` or `glmd serve` start a server, which the following lines and blocks talk
-to. What cannot be run here is marked in front of its block, where readers do not see it:
+Shell blocks run with `sh -e` in the repository, with an own home folder and another port. A line
+that begins with `make serve` or `glmd serve` starts a server for the following lines and blocks. A
+comment before a block excludes it, or its lines with a prefix:
 
-    <!-- not run: why -->                 the block
-    <!-- not run (make test): why -->     its lines that begin so
+    <!-- not run: reason -->
+    <!-- not run (make test): reason -->
 
-`pytest -s -k listed tests/docs/test_docs_shell.py` lists them.
+`pytest -s -k listed tests/docs/test_docs_shell.py` lists the excluded lines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,13 @@ from paths import ROOT
 
 PAGES = ("README.md", "docs/index.md")
 BLOCK = re.compile(
-    r"(?:^<!-- not run(?: \((?P<lines>[^)]+)\))?: (?P<why>.+?) -->\n+)?"
+    r"(?:^<!-- not run(?: \((?P<prefix>[^)]+)\))?: (?P<reason>.+?) -->\n+)?"
     r"^```(?P<language>sh|python)\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
-SERVES = ("make serve", "glmd serve")
-PATIENCE = 120
+SERVE = re.compile(r"^((?:make|glmd) serve.*\n?)", re.MULTILINE)
+TIMEOUT = 120
+"""Seconds for a block, and for a server to become ready."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,27 @@ class Block:
     line: int
     language: str
     run: str
-    """What of it is run."""
-    left_out: str
-    why: str
+    excluded: str
+    reason: str
 
 
 def blocks(page: str) -> Iterator[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
     for found in BLOCK.finditer(text):
         lines = found["text"].splitlines(keepends=True)
-        left_out = []
-        if found["why"]:
-            left_out = [
-                each for each in lines if not found["lines"] or each.startswith(found["lines"])
-            ]
-            assert left_out, f"{page}: no line begins with {found['lines']!r}"
-        run = "".join(each for each in lines if each not in left_out)
+        excluded = []
+        if found["reason"]:
+            excluded = [each for each in lines if each.startswith(found["prefix"] or "")]
+            assert excluded, f"{page}: no line begins with {found['prefix']!r}"
+        run = "".join(each for each in lines if each not in excluded)
         line = text.count("\n", 0, found.start("text"))
         yield Block(
-            page, line, found["language"], run, "".join(left_out), found["why"] or ""
+            page, line, found["language"], run, "".join(excluded), found["reason"] or ""
         )  # fmt: skip
 
 
-class Reader:
-    """Somebody who does what a page says, one block after the other."""
+class PageRunner:
+    """Run the blocks of a page in order, with a server in the background."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -79,7 +77,7 @@ class Reader:
         self._server: subprocess.Popen[bytes] | None = None
         tools = folder / "bin"
         tools.mkdir()
-        # The environment that this suite runs in is set up already, and is not to be changed.
+        # Use the environment of this test run instead of setting up another.
         make = tools / "make"
         installed = Path(sys.executable).parent
         make.write_text(
@@ -87,9 +85,9 @@ class Reader:
             ' "$@"\n'
         )
         make.chmod(0o755)
-        # Nor is the make under which the suite may run to hand its arguments on.
-        ours = ("GLMD_", "MAKE", "MFLAGS", "ARGS")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        # `make test` passes its arguments on by the environment.
+        dropped = ("GLMD_", "MAKE", "MFLAGS", "ARGS")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         self._environment = kept | {
             "PATH": f"{tools}:{installed}:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -98,15 +96,15 @@ class Reader:
             "NO_COLOR": "1",
         }
 
-    def do(self, block: Block) -> str:
-        """Run a block; what it printed."""
+    def run(self, block: Block) -> str:
+        """Run a block and return its output."""
         text = block.run.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         text = text.replace("/tmp/", f"{self._folder}/")
         if block.language == "python":
             return self._run([sys.executable, "-c", text], block)
         printed = ""
-        for part in parts(text):
-            if part.startswith(SERVES):
+        for part in SERVE.split(text):
+            if SERVE.match(part):
                 self._serve(part)
             elif part.strip():
                 printed += self._run(["sh", "-e", "-c", part], block)
@@ -115,23 +113,23 @@ class Reader:
     def _run(self, command: list[str], block: Block) -> str:
         done = subprocess.run(
             command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, check=False, timeout=PATIENCE,
+            capture_output=True, text=True, check=False, timeout=TIMEOUT,
         )  # fmt: skip
         assert done.returncode == 0, f"{block.page}, line {block.line}:\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def _serve(self, line: str) -> None:
-        self.stop()
+        self.close()
         with (self._folder / "log").open("wb") as log:
             self._server = subprocess.Popen(
                 ["sh", "-c", line], cwd=ROOT, env=self._environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not self._is_ready():
-            said = (self._folder / "log").read_text()
-            assert self._server.poll() is None, said
-            assert time.monotonic() < deadline, said
+            output = (self._folder / "log").read_text()
+            assert self._server.poll() is None, output
+            assert time.monotonic() < deadline, output
             time.sleep(0.1)
 
     def _is_ready(self) -> bool:
@@ -140,40 +138,18 @@ class Reader:
         except httpx.TransportError:
             return False
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._server is not None:
             os.killpg(self._server.pid, signal.SIGTERM)
             self._server.wait(60)
             self._server = None
 
 
-def parts(text: str) -> Iterator[str]:
-    """Pieces of a block in order: each line that serves alone, what is between in one piece."""
-    piece = ""
-    for line in text.splitlines(keepends=True):
-        if line.startswith(SERVES):
-            yield piece
-            yield line
-            piece = ""
-        else:
-            piece += line
-    yield piece
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[Reader]:
-    reader = Reader(folder)
-    try:
-        yield reader
-    finally:
-        reader.stop()
-
-
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_does_what_the_page_says(page: str, tmp_path: Path) -> None:
-    with reading(tmp_path) as reader:
+def test_blocks_run_and_print_what_the_page_says(page: str, tmp_path: Path) -> None:
+    with closing(PageRunner(tmp_path)) as runner:
         for block in blocks(page):
-            printed = reader.do(block) if block.run.strip() else ""
+            printed = runner.run(block) if block.run.strip() else ""
             if "curl" in block.run:
                 assert '"reasoning_content":' in printed, printed
                 assert '"content":' in printed
@@ -182,12 +158,12 @@ def test_every_block_does_what_the_page_says(page: str, tmp_path: Path) -> None:
                 assert not block.run.strip() or printed.strip(), block
 
 
-def test_what_is_not_run_says_why_and_is_listed() -> None:
+def test_excluded_lines_have_a_reason_and_are_listed() -> None:
     for page in PAGES:
         found = list(blocks(page))
         assert any(block.run for block in found)
         for block in found:
-            if block.left_out:
-                print(f"{page}, line {block.line}, not run, {block.why}:")
-                print(textwrap.indent(block.left_out, "    "))
-                assert re.match(r"it (needs|takes|is) ", block.why), block
+            if block.excluded:
+                print(f"{page}, line {block.line}, not run, {block.reason}:")
+                print(textwrap.indent(block.excluded, "    "))
+                assert re.match(r"it (needs|takes|is) ", block.reason), block

@@ -1,4 +1,4 @@
-"""The browser of this machine, for tests of the page and for its picture."""
+"""Chromium through Playwright, for tests and the screenshot of the web UI."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MAC_CHROME = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
 def find_chromium() -> str | None:
-    """Chromium or Chrome, if there is one."""
+    """Return the path of Chromium or Chrome. None: not installed."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
     return found or (str(MAC_CHROME) if MAC_CHROME.exists() else None)
 
 
 @contextmanager
 def chromium(path: str) -> Iterator[Any]:
-    """A headless browser, spoken to through Playwright."""
-    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - not everyone has it
+    """Start a headless browser."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - an optional package
 
     with sync_playwright() as playwright:
-        # Without its sandbox, because root, which CI may be, is not given one.
+        # Chromium refuses to run sandboxed as root, which CI may be.
         yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

@@ -1,4 +1,4 @@
-"""The documented distribution of a token, in float64, and how far counts are from one."""
+"""Reference sampling distribution in float64, and a chi-square test against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Ids = npt.NDArray[np.int32]
 def exact(
     logits: npt.NDArray[np.floating], params: SamplingParams, prompt: Ids, output: Ids
 ) -> Floats:
-    """Probabilities [vocabulary] of the token behind `prompt` and `output`, step by step."""
+    """Return the probabilities of the token after `prompt` and `output`: [vocabulary]."""
     x = logits.astype(np.float64)
     vocabulary = len(x)
     seen = np.isin(np.arange(vocabulary), np.concatenate([prompt, output]))
@@ -46,8 +46,11 @@ def _softmax(x: Floats) -> Floats:
 
 
 def deviation(observed: npt.NDArray[np.int64], expected: Floats) -> float:
-    """Chi-square of counts in standard deviations (Wilson and Hilferty, 1931), rare bins joined."""
-    assert not observed[expected == 0].any(), "drew what cannot be drawn"
+    """Return the chi-square of counts in standard deviations (Wilson and Hilferty, 1931).
+
+    Rare bins are merged.
+    """
+    assert not observed[expected == 0].any(), "drew a token of probability 0"
     order = np.argsort(expected)
     observed, expected = observed[order], expected[order]
     rare = int(np.searchsorted(np.cumsum(expected), 8)) + 1

@@ -1,4 +1,4 @@
-"""Folders that tests read from."""
+"""Folders of the repository."""
 
 from pathlib import Path
 
