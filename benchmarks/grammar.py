@@ -34,8 +34,9 @@ from glmd.checkpoint.config import load_config
 from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words
 from glmd.ipc import GrammarSpec
-from glmd.structured_output import GrammarCompiler, JsonSchema, OutputSpec, Regex, make_structure
-from glmd.structured_output.compiler import build_grammar
+from glmd.structured_output.compiler import GrammarCompiler, build_grammar
+from glmd.structured_output.request import make_structure
+from glmd.structured_output.spec import JsonSchema, OutputSpec, Regex
 
 ROWS = 16
 TARGET = 0.9

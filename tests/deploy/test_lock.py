@@ -35,9 +35,7 @@ def pins() -> list[Requirement]:
 @pytest.mark.parametrize(
     ("system", "python"), list(product(SYSTEMS, ["3.11", "3.12", "3.13", "3.14"]))
 )
-def test_dependencies_are_pinned_in_range(
-    system: tuple[str, str, str], python: str
-) -> None:
+def test_dependencies_are_pinned_in_range(system: tuple[str, str, str], python: str) -> None:
     platform, name, machine = system
     environment = {
         "sys_platform": platform,
@@ -60,9 +58,7 @@ def test_dependencies_are_pinned_in_range(
         if each.marker is None or each.marker.evaluate(environment):
             version = pinned.get(canonicalize_name(each.name))
             assert version is not None, f"{each.name} is not in requirements.lock. Run `make lock`."
-            assert each.specifier.contains(version), (
-                f"{each.name} {version}: run `make lock`."
-            )
+            assert each.specifier.contains(version), f"{each.name} {version}: run `make lock`."
 
 
 def test_lock_names_the_make_target_and_no_index() -> None:

@@ -24,8 +24,8 @@ from glmd.engine.core import Engine
 from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
 from glmd.llm import LLM
 from glmd.model.loader import LoadedModel
-from glmd.structured_output import OutputSpec, Regex
 from glmd.structured_output.compiler import build_grammar
+from glmd.structured_output.spec import OutputSpec, Regex
 from mtp import WEATHER
 
 

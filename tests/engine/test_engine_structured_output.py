@@ -15,8 +15,9 @@ from tool_calls import PARAMETERS, calls_of, tool
 
 from glmd.chat.tokenizer import Tokenizer
 from glmd.ipc import EngineRequest, GrammarSpec
-from glmd.structured_output import JsonSchema, OutputSpec, Regex, make_structure
 from glmd.structured_output.compiler import build_grammar
+from glmd.structured_output.request import make_structure
+from glmd.structured_output.spec import JsonSchema, OutputSpec, Regex
 
 PROMPT = [CONTROLS["[gMASK]"], *b"Write something."]
 

@@ -13,15 +13,9 @@ from grammars import CONTROLS, TAGS
 from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
-from glmd.structured_output import (
-    Grammar,
-    GrammarCompiler,
-    JsonSchema,
-    OutputSpec,
-    Regex,
-    ToolRule,
-    make_structure,
-)
+from glmd.structured_output.compiler import GrammarCompiler
+from glmd.structured_output.request import make_structure
+from glmd.structured_output.spec import Grammar, JsonSchema, OutputSpec, Regex, ToolRule
 
 SLOW = {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}
 """Within all limits but that of time: takes minutes."""

@@ -28,7 +28,7 @@ from glmd.chat.types import Conversation, Tool
 from glmd.config import Profile, Settings
 from glmd.errors import invalid_field
 from glmd.ipc import SamplingParams
-from glmd.structured_output import OutputSpec
+from glmd.structured_output.spec import OutputSpec
 
 log = logging.getLogger("glmd.api")
 

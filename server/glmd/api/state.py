@@ -36,7 +36,8 @@ from glmd.engine_client.client import EngineClient
 from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.ipc import GrammarSpec
-from glmd.structured_output import GrammarCompiler, OutputSpec
+from glmd.structured_output.compiler import GrammarCompiler
+from glmd.structured_output.spec import OutputSpec
 from glmd.utils.suggest import did_you_mean
 
 log = logging.getLogger("glmd.api")

@@ -37,7 +37,7 @@ from glmd.api.observability.request_stats import Api
 from glmd.api.streaming import TokenUsage
 from glmd.chat.types import AssistantMessage, Conversation, Tool
 from glmd.errors import InvalidRequest, invalid_field
-from glmd.structured_output import make_structure, read_response_format
+from glmd.structured_output.request import make_structure, read_response_format
 
 # -- the request --------------------------------------------------------------------------
 

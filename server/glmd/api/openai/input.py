@@ -23,7 +23,8 @@ from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.request_limits import MAX_STOP_TOKENS
 from glmd.chat.types import Conversation
 from glmd.errors import invalid_field
-from glmd.structured_output import GUIDED, AnswerFormat, read_guided
+from glmd.structured_output.request import GUIDED, read_guided
+from glmd.structured_output.spec import AnswerFormat
 
 TEXT = {"type": "string"}
 TEXT_PART = {

@@ -28,7 +28,8 @@ from glmd.api.streaming import TokenUsage
 from glmd.chat.events import FinishReason, TokenInfo
 from glmd.chat.tokenizer import Tokenizer
 from glmd.errors import invalid_field
-from glmd.structured_output import OutputSpec, make_structure, only_format, read_response_format
+from glmd.structured_output.request import make_structure, only_format, read_response_format
+from glmd.structured_output.spec import OutputSpec
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for `/v1/completions`."""

@@ -35,7 +35,7 @@ from glmd.api.responses.input import (
 from glmd.api.streaming import TokenUsage
 from glmd.chat.types import Conversation
 from glmd.errors import invalid_field
-from glmd.structured_output import make_structure, read_response_format
+from glmd.structured_output.request import make_structure, read_response_format
 
 LOGPROBS = "message.output_text.logprobs"
 
