@@ -30,7 +30,7 @@ SPECS = [TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "U16", (4,))]
 def file(tmp_path: Path) -> Path:
     with TensorFileWriter(tmp_path / "x.safetensors", SPECS, {"format": "mlx"}) as writer:
         writer.write("a", A.tobytes())
-        writer.write("b", memoryview(B))
+        writer.write("b", B.data)
     return tmp_path / "x.safetensors"
 
 

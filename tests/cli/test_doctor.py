@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -22,7 +23,8 @@ from glmd.cli.doctor import Finding
 from glmd.cli.doctor import doctor as command
 from glmd.config import Settings
 
-doctor = import_module("glmd.cli.doctor")  # `from glmd.cli import doctor` may be the command
+# `from glmd.cli import doctor` may be the command.
+doctor: Any = import_module("glmd.cli.doctor")
 
 GIB = 2**30
 REAL_CONFIG = TESTS / "fixtures" / "glm-4.7-flash" / "config.json"
@@ -36,7 +38,7 @@ def assert_problem(finding: Finding, found: str, advice: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def device() -> tuple[object, Finding]:
+def device() -> Any:
     return doctor.check_device()
 
 
@@ -181,7 +183,7 @@ def test_a_bad_setting_is_quoted_and_defaults_are_checked(tmp_path: Path) -> Non
 def test_a_machine_without_service_manager_is_ok(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(daemon, "BOOTED", tmp_path / "nothing")
     assert doctor.check_service().verdict == "ok"
 
@@ -189,7 +191,7 @@ def test_a_machine_without_service_manager_is_ok(
 def test_an_error_of_the_service_manager_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.check_service()
     assert finding.verdict == "warning"

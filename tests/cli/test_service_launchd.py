@@ -55,7 +55,7 @@ def spec(program: Path) -> ServiceSpec:
 def run(mac: Mac, program: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     """Run `glmd service …` as `…/venv/bin/glmd` on a Mac."""
     monkeypatch.setattr("sys.argv", [str(program), "service"])
-    monkeypatch.setattr(daemon.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     # By its module's name: `glmd.cli.serve` is the command of that name.
     monkeypatch.setattr(import_module("glmd.cli.serve"), "find_model", lambda settings: None)
     return CliRunner()
@@ -296,7 +296,7 @@ def test_a_bad_setting_is_rejected_before_installation(run: CliRunner, mac: Mac)
 def test_a_system_without_service_manager_is_an_error_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(daemon, "BOOTED", tmp_path / "nothing")
     with pytest.raises(ServiceError, match="your own supervisor"):
         daemon.find_manager()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import jinja2
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from paths import ROOT
@@ -61,10 +59,15 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
+def _load(file: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
 def _arrays(folder: Path) -> dict[str, mx.array]:
-    return dict(
-        chain.from_iterable(mx.load(str(f)).items() for f in folder.glob("model*.safetensors"))
-    )
+    files = folder.glob("model*.safetensors")
+    return {name: array for file in files for name, array in _load(file).items()}
 
 
 def _logits(folder: Path) -> np.ndarray:
@@ -74,10 +77,10 @@ def _logits(folder: Path) -> np.ndarray:
 
 
 def _same(a: mx.array, b: mx.array) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and mx.array_equal(a, b).item()
+    return a.dtype == b.dtype and a.shape == b.shape and bool(mx.array_equal(a, b))
 
 
-def _by_recipe(path: str, module: nn.Module) -> dict[str, Any]:
+def _by_recipe(path: str, module: object) -> dict[str, Any]:
     return {"group_size": 64, "bits": 5 if "switch_mlp" in path else 8, "mode": "affine"}
 
 
@@ -155,7 +158,7 @@ def test_plan_is_the_real_bytes_at_every_recipe(source: Path, tmp_path: Path, re
     assert found.stored.main_bytes == found.stored.main_planned
     assert found.stored.mtp_bytes == found.stored.mtp_planned > 0
     model, _ = load_model(tmp_path / "out")
-    loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    loaded = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
     assert loaded == planned.nbytes
 
 
@@ -231,25 +234,29 @@ def test_mtp_layer_is_kept_in_a_file_that_plain_mlx_lm_ignores(converted: Path) 
 
 
 def test_mtp_arrays_equal_the_source(source: Path, converted: Path) -> None:
-    arrays = mx.load(str(converted / "mtp.safetensors"))
+    arrays = _load(converted / "mtp.safetensors")
     theirs = _arrays(source)
     prefix = "model.layers.3"
     for name in ("enorm", "hnorm", "shared_head.norm", "input_layernorm"):
         assert _same(arrays[f"{prefix}.{name}.weight"], theirs[f"{prefix}.{name}.weight"])
 
     def whole(path: str, bits: int) -> mx.array:
-        parts = (arrays[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
-        return mx.dequantize(*parts, group_size=64, bits=bits)
+        weight, scales, biases = (
+            arrays[f"{path}.{part}"] for part in ("weight", "scales", "biases")
+        )
+        return mx.dequantize(weight, scales, biases, group_size=64, bits=bits)
 
-    close = {"rtol": 0, "atol": 0.03}
+    def close(a: mx.array, b: mx.array) -> bool:
+        return bool(mx.allclose(a, b, rtol=0, atol=0.03))
+
     eh = f"{prefix}.eh_proj"
-    assert mx.allclose(whole(eh, 8), theirs[f"{eh}.weight"], **close)
+    assert close(whole(eh, 8), theirs[f"{eh}.weight"])
     experts = [theirs[f"{prefix}.mlp.experts.{e}.up_proj.weight"] for e in range(8)]
-    assert mx.allclose(whole(f"{prefix}.mlp.switch_mlp.up_proj", 5), mx.stack(experts), **close)
+    assert close(whole(f"{prefix}.mlp.switch_mlp.up_proj", 5), mx.stack(experts))
     by_head = theirs[f"{prefix}.self_attn.kv_b_proj.weight"].reshape(4, 128, 64)
     embed_q = whole(f"{prefix}.self_attn.embed_q", 8)
-    assert mx.allclose(embed_q, by_head[:, :64].swapaxes(1, 2), **close)
-    assert mx.allclose(whole(f"{prefix}.self_attn.unembed_out", 8), by_head[:, 64:], **close)
+    assert close(embed_q, by_head[:, :64].swapaxes(1, 2))
+    assert close(whole(f"{prefix}.self_attn.unembed_out", 8), by_head[:, 64:])
 
 
 def test_mtp_vocabulary_is_omitted_only_if_it_equals_the_main_models(
@@ -259,7 +266,7 @@ def test_mtp_vocabulary_is_omitted_only_if_it_equals_the_main_models(
     assert mtp is not None
     assert mtp.shares_embedding
     assert mtp.shares_head
-    assert "model.layers.3.embed_tokens.weight" not in mx.load(str(converted / mtp.file))
+    assert "model.layers.3.embed_tokens.weight" not in _load(converted / mtp.file)
 
     write_random_checkpoint(tmp_path / "in", mtp_shares_vocabulary=False)
     convert(tmp_path / "in", tmp_path / "out", MIXED)
@@ -267,7 +274,7 @@ def test_mtp_vocabulary_is_omitted_only_if_it_equals_the_main_models(
     assert own is not None
     assert not own.shares_embedding
     assert not own.shares_head
-    arrays = mx.load(str(tmp_path / "out" / own.file))
+    arrays = _load(tmp_path / "out" / own.file)
     assert arrays["model.layers.3.shared_head.head.scales"].shape == (512, 2)
     assert own.quantization["model.layers.3.embed_tokens"] == QuantizedAs(8)
 

@@ -145,9 +145,9 @@ def test_noise_is_finite_and_exact_over_the_range_of_words() -> None:
 def test_a_token_without_probability_is_never_drawn_from_a_large_vocabulary() -> None:
     logits = np.full(154_880, -60, np.float32)
     logits[7] = 0
-    for params in ({}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01}):
+    for params in (SamplingParams(), SamplingParams(top_k=50, top_p=0.95, min_p=0.01)):
         places = [(seed, 1) for seed in range(100)]
-        assert (_draw(logits, SamplingParams(**params), places) == 7).all()
+        assert (_draw(logits, params, places) == 7).all()
 
 
 # -- greedy ---------------------------------------------------------------------------------
@@ -237,12 +237,13 @@ def test_a_forced_token_is_chosen_with_any_parameters() -> None:
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
 def test_logprobs_describe_the_models_distribution(count: int) -> None:
     exact = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum())
-    for params in (
-        {"temperature": 0.0},
-        {"temperature": 2.0, "top_k": 7},
-        {"repetition_penalty": 1.9, "logit_bias": {9: 30.0}, "temperature": 0.5},
+    for p in (
+        SamplingParams(logprobs=count, temperature=0.0),
+        SamplingParams(logprobs=count, temperature=2.0, top_k=7),
+        SamplingParams(
+            logprobs=count, repetition_penalty=1.9, logit_bias={9: 30.0}, temperature=0.5
+        ),
     ):
-        p = SamplingParams(logprobs=count, **params)  # type: ignore[arg-type]
         spec = SequenceSampling(
             params=p, key=(3, 0), bias=mx.array(np.eye(VOCABULARY, dtype=np.float32)[9])
         )

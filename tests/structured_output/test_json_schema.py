@@ -250,7 +250,7 @@ strings = st.one_of(
     ),
     st.sampled_from(["date", "ipv4", "uuid", "time"]).map(lambda name: {"format": name}),
 ).map(with_type("string"))
-numbers = st.one_of(
+numbers: st.SearchStrategy[dict[str, Any]] = st.one_of(
     ranges("minimum", "maximum", bounds),
     ranges("exclusiveMinimum", "maximum", bounds),
     st.just({}),

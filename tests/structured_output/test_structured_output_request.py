@@ -41,7 +41,7 @@ def test_response_formats_are_read(raw: Any, expected: Any) -> None:
 
 
 def test_a_flat_format_contains_the_schema_itself() -> None:
-    raw = {"type": "json_schema", "name": "n", "schema": SCHEMA}
+    raw: dict[str, Any] = {"type": "json_schema", "name": "n", "schema": SCHEMA}
     for strict in (True, False):
         found = read_response_format(raw, "format", flat=True, strict=strict)
         assert found == JsonSchema(SCHEMA, "format.schema", strict=strict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jsonschema import Draft202012Validator
@@ -43,7 +44,7 @@ def matcher_of(spec: OutputSpec | AnswerFormat) -> LLMatcher:
     return make_matcher(TOKENIZER, build_grammar(spec, TAGS).text)
 
 
-def schema_matcher(schema: dict | bool, *, strict: bool = True) -> LLMatcher:
+def schema_matcher(schema: dict[str, Any] | bool, *, strict: bool = True) -> LLMatcher:
     return matcher_of(JsonSchema(schema, "schema", strict=strict))
 
 
@@ -87,7 +88,7 @@ def answers(matcher: LLMatcher, count: int, seed: int = 0) -> Iterator[str]:
             yield text_of(tokens)
 
 
-def validate(text: str, schema: dict | bool) -> None:
+def validate(text: str, schema: dict[str, Any] | bool) -> None:
     checker = Draft202012Validator.FORMAT_CHECKER
     Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
 
