@@ -79,8 +79,8 @@ def multi_turn(world: World) -> Dialogue:
         for _ in range(world.number(0, 2))
     ]
     if world.chance(0.5):
-        told, asked = everyday.memory(world)
-        turns = [told, *turns, asked]
+        statement, question = everyday.memory(world)
+        turns = [statement, *turns, question]
     else:
         turns = [*turns, weighted(world)(world), weighted(world)(world)]
     thinking = world.chance(0.7)

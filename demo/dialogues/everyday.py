@@ -89,19 +89,19 @@ def memory(world: World) -> tuple[Turn, Turn]:
     """Draw a turn that states a fact, and a later turn that asks for it."""
     if world.chance(0.6):
         who = world.name()
-        told = world.choice(("My name is {}.", "I am {}.", "Please remember my name: {}."))
+        statement = world.choice(("My name is {}.", "I am {}.", "Please remember my name: {}."))
         ask = world.choice(("What is my name?", "Do you know my name?", "Who am I?"))
         return (
-            Turn(told.format(who), f"The name is {who}.", f"Nice to meet you, {who}!"),
+            Turn(statement.format(who), f"The name is {who}.", f"Nice to meet you, {who}!"),
             Turn(ask, f"The user said {who}.", f"Your name is {who}."),
         )
     kind, value = world.rng.choice(
         (("number", str(world.number(10, 999))), ("colour", world.choice(COLOURS)),
          ("city", world.city()))
     )  # fmt: skip
-    told = world.choice(("My favourite {} is {}.", "Remember that my favourite {} is {}."))
+    statement = world.choice(("My favourite {} is {}.", "Remember that my favourite {} is {}."))
     return (
-        Turn(told.format(kind, value), f"The {kind} is {value}.", f"I will remember {value}."),
+        Turn(statement.format(kind, value), f"The {kind} is {value}.", f"I will remember {value}."),
         Turn(
             f"What is my favourite {kind}?",
             f"The user said {value}.",

@@ -78,8 +78,8 @@ def as_json(world: World) -> Turn:
         "pets": ("has {} pets", world.number(1, 9)),
     }
     keys = world.rng.sample(sorted(facts), world.number(1, 3))
-    told = [facts[key][0].format(facts[key][1]) for key in keys]
-    listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+    phrases = [facts[key][0].format(facts[key][1]) for key in keys]
+    listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     asked = ["name", *keys]
     named = f"{', '.join(asked[:-1])} and {asked[-1]}"
     order = world.choice(

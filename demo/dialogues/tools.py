@@ -198,8 +198,10 @@ def named_call(world: World, thinking: bool) -> Dialogue:
         purpose,
         [(key, kind, "A value") for key, kind in zip(keys, kinds, strict=True)],
     )
-    told = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items()]
-    listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+    phrases = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items()
+    ]
+    listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     request = world.choice(("Call {} with {}.", "Use {} with {}.", "Please call {} with {}."))
     others = [
         tool_for(world, concept) for concept in world.rng.sample(CONCEPTS, world.number(0, 2))
