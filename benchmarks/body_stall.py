@@ -102,9 +102,9 @@ async def main(sizes: list[int]) -> None:
     state = AppState(Settings(port=0), model, EngineProcessConfig(DEMO, {}))
     app = create_app(state)
     print(f"{'body':20} {'MiB':>4}   {'inline':^26}   {'glmd':^26}")
-    for name, (path, *parts) in BODIES.items():
+    for name, (path, start, unit, end) in BODIES.items():
         for size in sizes:
-            body = build_body(*parts, size * MIB)
+            body = build_body(start, unit, end, size * MIB)
             cells = []
             for inline_bytes in (sys.maxsize, request_body.INLINE_BYTES):
                 original, request_body.INLINE_BYTES = request_body.INLINE_BYTES, inline_bytes

@@ -18,6 +18,7 @@ TokenArray = npt.NDArray[np.int32]
 LogLevelName = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+ErrorKind = Literal["invalid_request", "overloaded", "internal"]
 
 EXIT_REPORTED = 3
 """Exit code of an engine process that has sent `EngineFailed`."""
@@ -151,7 +152,7 @@ class SequenceOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Set on the last output of a sequence. "stop": the last token is an EOS or stop token."""
     error: str | None = None
     """Message for finish reason "error"."""
-    error_kind: Literal["invalid_request", "overloaded", "internal"] | None = None
+    error_kind: ErrorKind | None = None
     error_param: str | None = None
     prompt_tokens: int = 0
     """Set on the first output with tokens, as is `cached_tokens`."""

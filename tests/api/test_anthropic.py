@@ -334,7 +334,7 @@ def test_a_returning_turn_is_cached(
 ) -> None:
     """The scripted engine caches prompts only, so a turn's ids are found two turns later."""
     messages = [user(f"⟦A {returned} thought.</think>First  answer ⟧")]
-    sizes = []
+    sizes: list[int] = []
     for number in range(3):
         answer = ask(http, "", messages=messages, thinking=THINK)
         usage = answer["usage"]

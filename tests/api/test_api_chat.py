@@ -292,7 +292,7 @@ def test_thinking_and_its_budgets_are_settings() -> None:
         for effort, budget in (("low", 2048), ("medium", 8192), ("max", 9), ("xhigh", None)):
             request = request_of(ask(http, "</think>{request}", reasoning_effort=effort))
             assert request["thinking_budget"] == budget
-        body = {"messages": [user("Hi")]}
+        body: dict[str, Any] = {"messages": [user("Hi")]}
         assert http.post("/apply-template", json=body).json()["prompt"].endswith("</think>")
         body = body | {"enable_thinking": True}
         assert http.post("/apply-template", json=body).json()["prompt"].endswith("<think>")

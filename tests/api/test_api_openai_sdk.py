@@ -81,7 +81,7 @@ def test_the_stream_helper_accumulates_tool_calls(client: openai.OpenAI) -> None
         kinds = {event.type for event in stream}
         answer = stream.get_final_completion()
     assert "tool_calls.function.arguments.delta" in kinds
-    (call,) = answer.choices[0].message.tool_calls or ()
+    (call,) = answer.choices[0].message.tool_calls or []
     assert json.loads(call.function.arguments) == {"city": "Rome", "days": 3}
     assert answer.choices[0].finish_reason == "tool_calls"
 
@@ -92,7 +92,8 @@ def test_a_tool_loop(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER])
     message = answer.choices[0].message
     messages.append(message.to_dict())  # type: ignore[arg-type]
-    for tool_call in reversed(message.tool_calls or ()):
+    for tool_call in reversed(message.tool_calls or []):
+        assert tool_call.type == "function"
         city = json.loads(tool_call.function.arguments)["city"]
         result = f"{city}: ⟦</think>{city} came last.⟧"
         messages.append({"role": "tool", "tool_call_id": tool_call.id, "content": result})

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,8 @@ def error_of(response: httpx.Response) -> dict[str, str | None]:
     assert list(body["error"]) == ["message", "type", "param", "code"]
     assert isinstance(body["error"]["message"], str)
     assert isinstance(body["error"]["type"], str)
-    return body["error"]
+    error: dict[str, str | None] = body["error"]
+    return error
 
 
 def test_livez_and_health_are_200_when_ready(http: httpx.Client) -> None:
@@ -178,9 +180,9 @@ def test_while_loading_health_and_requests_are_503_with_retry_after(tmp_path: Pa
             assert http.get("/v1/models").json()["data"][0]["context_length"] is None
 
 
-def glmd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def glmd(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command that exits."""
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-m", "glmd", *arguments],
         capture_output=True,
         text=True,
@@ -188,6 +190,7 @@ def glmd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]
         check=False,
         **options,
     )
+    return done
 
 
 def test_a_startup_error_is_one_line_and_an_exit_code(

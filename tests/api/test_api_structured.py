@@ -25,7 +25,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Say something in form."}]
 
 SCHEMA = obj({"name": SHORT, "size": INTEGER, "parts": {"type": "array", "items": SHORT}})
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "search", "parameters": obj({"query": SHORT, "limit": INTEGER})},
 }
@@ -331,7 +331,8 @@ def test_formats_beyond_the_limits_are_400_and_stall_no_stream(
 ) -> None:
     """A concurrent stream gives the same answer as alone."""
     silent = {str(id): -100 for id in CONTROLS.values()}
-    body = {"messages": MESSAGES, "temperature": 1, "seed": 1, "logit_bias": silent}
+    sampling = {"temperature": 1, "seed": 1, "logit_bias": silent}
+    body: dict[str, Any] = {"messages": MESSAGES, **sampling}
     singing, stop = threading.Event(), threading.Event()
     heard: list[str] = []
 

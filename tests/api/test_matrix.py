@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chat_apis import CHAT_APIS, CLOSING, Answer, Ask
+from chat_apis import CHAT_APIS, CLOSING, Answer, Ask, Finish
 from grammars import validate
 from live import LiveServer, live_server
 from schemas import INTEGER, SHORT, obj
@@ -61,7 +61,7 @@ def test_every_combination_of_features_is_answered_alike(
     calls = CITIES if choice in ("auto", "required", "named") else []
     assert len(answers) == n
     for answer in answers:
-        finish = "tool_calls" if calls else "stop"
+        finish: Finish = "tool_calls" if calls else "stop"
         assert answer == Answer(reasoning, answers[0].content, calls, finish)
     request = json.loads(answers[0].content)
     assert request["n"] == n
@@ -129,7 +129,7 @@ def test_a_prompt_over_the_context_is_400_with_both_numbers(
 
 # -- the same over the real engine, with random weights -----------------------------------
 
-SEARCH = {"name": "search", "parameters": obj({"query": SHORT, "limit": INTEGER})}
+SEARCH: dict[str, Any] = {"name": "search", "parameters": obj({"query": SHORT, "limit": INTEGER})}
 SCHEMA = obj({"name": SHORT, "size": INTEGER})
 
 

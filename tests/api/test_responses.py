@@ -442,7 +442,7 @@ def test_a_response_continues_a_stored_response_without_its_instructions(
 
 def test_tokens_are_counted_as_a_response_would_count_them(http: httpx.Client) -> None:
     first = ask(http, "Hm.</think>Hello.", instructions="Speak up.")
-    body = {
+    body: dict[str, Any] = {
         "input": "⟦</think>Yes.⟧",
         "instructions": "Be brief.",
         "previous_response_id": first["id"],
@@ -543,7 +543,7 @@ def test_a_request_of_codex_is_accepted(http: httpx.Client) -> None:
         "Hm.</think><tool_call>exec_command<arg_key>cmd</arg_key><arg_value>ls</arg_value>"
         "</tool_call>"
     )
-    body = {
+    body: dict[str, Any] = {
         "model": "tiny",
         "instructions": "You are a coding agent.",
         "input": [

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from live import CHECKPOINT, LiveServer, live_server
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -47,9 +48,10 @@ class Spans(InMemorySpanExporter):
 
         def found() -> list[ReadableSpan]:
             every = self.get_finished_spans()
-            (mine,) = [s for s in every if (s.attributes or {}).get("glmd.request_id") == id] or [0]
-            if not mine:
+            own = [s for s in every if (s.attributes or {}).get("glmd.request_id") == id]
+            if not own:
                 return []
+            (mine,) = own
             parts = [s for s in every if s.parent and s.parent.span_id == mine.context.span_id]
             return [mine, *sorted(parts, key=lambda span: span.start_time or 0)]
 
@@ -197,7 +199,7 @@ def test_the_environment_names_the_exporter_and_the_service(
     monkeypatch.delenv("OTEL_TRACES_EXPORTER", raising=False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     exporter = exporter_from_environment()
-    assert isinstance(exporter, tracing.OTLPSpanExporter)
+    assert isinstance(exporter, OTLPSpanExporter)
     assert exporter._endpoint == "http://127.0.0.1:9/v1/traces"
     assert service_resource().attributes["service.name"] == "glmd"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")

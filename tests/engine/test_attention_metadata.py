@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
 import mlx.core as mx
@@ -32,11 +34,10 @@ class Keys:
     length: int
 
 
-@dataclass
-class Row:
-    """Stand-in for a sequence, as `sort_by_prefix` uses it."""
-
-    slot: int
+def _sort(paths: list[list[PathNode[Any]]]) -> list[int]:
+    """Order the paths of sequences in slots 0, 1, …"""
+    rows: list[Any] = [SimpleNamespace(slot=slot) for slot in range(len(paths))]
+    return sort_by_prefix(rows, paths)
 
 
 @dataclass
@@ -54,9 +55,9 @@ def _branches(depth: int) -> st.SearchStrategy[Branch]:
     return st.builds(Branch, st.integers(1, 6), st.lists(child, max_size=3))
 
 
-def _paths(branch: Branch, before: list[PathNode[Keys]]) -> list[list[PathNode[Keys]]]:
+def _paths(branch: Branch, before: list[PathNode[Any]]) -> list[list[PathNode[Any]]]:
     """All paths from the root into a tree of branches."""
-    node: Node[Keys] = Node(np.zeros(branch.length, np.int32), Keys(branch.length), None, 0)
+    node: Node[Any] = Node(np.zeros(branch.length, np.int32), Keys(branch.length), None, 0)
     found = [[*before, PathNode(node, end)] for end in range(1, branch.length + 1)]
     for offset, child in branch.children:
         found += _paths(child, [*before, PathNode(node, min(offset, branch.length))])
@@ -64,9 +65,9 @@ def _paths(branch: Branch, before: list[PathNode[Keys]]) -> list[list[PathNode[K
 
 
 @st.composite
-def _rows(draw: st.DrawFn) -> list[list[PathNode[Keys]]]:
+def _rows(draw: st.DrawFn) -> list[list[PathNode[Any]]]:
     roots = draw(st.lists(_branches(3), min_size=1, max_size=3))
-    every: list[list[PathNode[Keys]]] = [[]]
+    every: list[list[PathNode[Any]]] = [[]]
     for root in roots:
         every += _paths(root, [])
     return draw(st.lists(st.sampled_from(every), min_size=1, max_size=24))
@@ -75,14 +76,13 @@ def _rows(draw: st.DrawFn) -> list[list[PathNode[Keys]]]:
 @settings(max_examples=300, deadline=None)
 @given(_rows(), st.integers(1, 4))
 def test_every_row_sees_every_key_of_its_path_exactly_once(
-    paths: list[list[PathNode[Keys]]], width: int
+    paths: list[list[PathNode[Any]]], width: int
 ) -> None:
-    rows = [Row(slot) for slot in range(len(paths))]
-    order = sort_by_prefix(rows, paths)  # type: ignore[arg-type]
+    order = _sort(paths)
     assert sorted(order) == list(range(len(paths)))
     paths = [paths[i] for i in order]
     seen: list[list[tuple[int, int]]] = [[] for _ in range(len(paths) * width)]
-    for level in build_levels(paths, width):  # type: ignore[arg-type]
+    for level in build_levels(paths, width):
         assert level
         last = 0
         for span in level:
@@ -92,8 +92,7 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
                 assert 0 <= part.start < part.end
                 assert part.end <= part.segment.length  # type: ignore[attr-defined]
                 for row in range(span.start, span.end):
-                    keys = range(part.start, part.end)
-                    seen[row] += [(id(part.segment), at) for at in keys]
+                    seen[row] += [(id(part.segment), at) for at in range(part.start, part.end)]
     for row, keys in enumerate(seen):
         expected = [
             (id(piece.node.kv), at) for piece in paths[row // width] for at in range(piece.length)
@@ -104,11 +103,11 @@ def test_every_row_sees_every_key_of_its_path_exactly_once(
 @settings(max_examples=300, deadline=None)
 @given(_rows())
 def test_a_slice_is_read_once_for_all_rows_that_share_it(
-    paths: list[list[PathNode[Keys]]],
+    paths: list[list[PathNode[Any]]],
 ) -> None:
-    order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
+    order = _sort(paths)
     read: dict[int, int] = {}
-    for level in build_levels([paths[i] for i in order], 1):  # type: ignore[arg-type]
+    for level in build_levels([paths[i] for i in order], 1):
         for part in (part for span in level for part in span.slices):
             read[id(part.segment)] = read.get(id(part.segment), 0) + len(part)
     for path in paths:
@@ -117,7 +116,7 @@ def test_a_slice_is_read_once_for_all_rows_that_share_it(
             assert read[id(piece.node.kv)] == longest
 
 
-def _part(length: int, used: int) -> PathNode[Keys]:
+def _part(length: int, used: int) -> PathNode[Any]:
     return PathNode(Node(np.zeros(length, np.int32), Keys(length), None, 0), used)
 
 
@@ -129,7 +128,7 @@ def test_short_slices_of_one_path_are_joined_and_an_empty_path_has_no_span() -> 
         _part(2, 2),
         _part(2, 1),
     ]
-    joined, rest = build_levels([path], 3)  # type: ignore[list-item]
+    joined, rest = build_levels([path], 3)
     ((span,), (other,)) = joined, rest
     assert (span.start, span.end) == (other.start, other.end) == (0, 3)
     assert [(s.start, s.end) for s in span.slices] == [(0, 5), (0, 3), (0, MAX_JOINED_SPAN - 8)]
@@ -143,7 +142,7 @@ def test_short_spans_of_single_sequences_are_padded_together_in_row_order(
     lengths: list[int], width: int
 ) -> None:
     paths = [[_part(length, length)] if length else [] for length in lengths]
-    for spans in build_levels(paths, width):  # type: ignore[arg-type]
+    for spans in build_levels(paths, width):
         level = pad_short_spans(spans, width, len(paths) * width, KV_WIDTH, mx.float32)
         short = [s for s in spans if len(s) <= PADDED]
         padded = [part for part in level.parts if isinstance(part, PaddedSpans)]
@@ -178,13 +177,13 @@ def test_short_spans_of_single_sequences_are_padded_together_in_row_order(
 @settings(max_examples=300, deadline=None)
 @given(_rows(), st.integers(1, 3), st.integers(0, 40), st.sampled_from([1, MAX_FUSED_SCORES // 50]))
 def test_fused_levels_are_in_row_order_and_within_the_score_limit(
-    paths: list[list[PathNode[Keys]]], width: int, tail_keys: int, heads: int
+    paths: list[list[PathNode[Any]]], width: int, tail_keys: int, heads: int
 ) -> None:
-    order = sort_by_prefix([Row(i) for i in range(len(paths))], paths)  # type: ignore[arg-type, misc]
+    order = _sort(paths)
     rows = len(paths) * width
     found = [
         pad_short_spans(spans, width, rows, KV_WIDTH, mx.float32)
-        for spans in build_levels([paths[i] for i in order], width)  # type: ignore[arg-type]
+        for spans in build_levels([paths[i] for i in order], width)
     ]
     fused, others = split_fused_levels(found, tail_keys, heads)
     assert sorted([*map(id, fused), *map(id, others)]) == sorted(map(id, found))

@@ -115,6 +115,7 @@ def _assert_consistent(engine: Engine, kv_tokens: int) -> None:
     known = [s for sequences in engine._requests.values() for s in sequences]
     assert {id(s) for s in known} == {id(s) for s in [*running, *waiting]}
     for sequence in running:
+        assert sequence.lease is not None
         prefix = [k for p in tree.path(sequence.lease) for k in p.node.keys[: p.length].tolist()]
         assert len(prefix) == sequence.num_cached_tokens
         assert prefix == sequence.cache_keys(0, sequence.num_cached_tokens).tolist()

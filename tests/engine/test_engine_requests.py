@@ -227,8 +227,8 @@ def test_prompt_progress_counts_up_to_the_prompt() -> None:
     engine = tiny_engine(max_step_tokens=16)
     answer = run(engine, request("a", PROMPT, max_tokens=2, prompt_progress=True)).answer("a")
     assert answer.progress == [16, 32, 48, 50]
-    answer = run(engine, request("b", PROMPT[:40] + [1] * 30, max_tokens=2, prompt_progress=True))
-    assert answer.answer("b").progress == [56, 70]
+    longer = request("b", PROMPT[:40] + [1] * 30, max_tokens=2, prompt_progress=True)
+    assert run(engine, longer).answer("b").progress == [56, 70]
 
 
 # -- cancelling -------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_masked_rows_choose_the_best_allowed_token_others_the_best(
     choices = [{0, vocabulary - 1, 31, 32}, {5}, {7, 8, 9}]
     mask = TokenMasks(masked, words(*(choices[row] for row in masked), vocabulary=vocabulary))
     given = mx.array(logits)
-    found = sample(given, rows(3), mx.zeros(3, mx.int32), mask).tokens.tolist()
+    found = np.array(sample(given, rows(3), mx.zeros(3, mx.int32), mask).tokens)
     for row in range(3):
         ids = sorted(choices[row]) if row in masked else range(vocabulary)
         assert found[row] == max(ids, key=lambda id: logits[row, id])
@@ -247,6 +247,6 @@ def test_masks_override_biases_and_bans() -> None:
     bias = mx.array(np.eye(64, dtype=np.float32)[3] * 5 + np.eye(64, dtype=np.float32)[9] * 9)
     both = rows(2, bias=bias, min_tokens=4, banned_at_first=(3, 9))
     mask = TokenMasks([0], words({3, 4}, vocabulary=64))
-    tokens = sample(logits, both, mx.zeros(2, mx.int32), mask).tokens.tolist()
+    tokens = np.array(sample(logits, both, mx.zeros(2, mx.int32), mask).tokens)
     assert tokens[0] == 3
     assert tokens[1] not in (3, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -65,12 +66,13 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
 
 
 def test_errors_of_mlx_about_large_shapes_are_not_taken_for_it() -> None:
-    for provoke in (
+    provocations: tuple[Callable[[], mx.array], ...] = (
         lambda: mx.zeros((3, 4)) @ mx.zeros((3, 4)),
         lambda: mx.zeros((1 << 40,)),
         lambda: mx.zeros((8,)).reshape(1 << 30, 1 << 20),
         lambda: mx.array(np.zeros(3)).reshape(-5, 1 << 20),
-    ):
+    )
+    for provoke in provocations:
         with pytest.raises(Exception) as caught:  # noqa: PT011
             mx.eval(provoke())
         assert not is_out_of_memory(caught.value)

@@ -46,12 +46,12 @@ def chat_stream_failed(body: bytes) -> bool:
 
 def responses_stream_failed(body: bytes) -> bool:
     last = sse.read_named(body)[-1]
-    return last["type"] == "response.failed" and last["response"]["status"] == "failed"
+    return bool(last["type"] == "response.failed" and last["response"]["status"] == "failed")
 
 
 def messages_stream_failed(body: bytes) -> bool:
     last = sse.read_named(body)[-1]
-    return last["type"] == "error" and last["error"]["type"] == "api_error"
+    return bool(last["type"] == "error" and last["error"]["type"] == "api_error")
 
 
 def openai_failed(body: bytes) -> bool:
@@ -60,7 +60,7 @@ def openai_failed(body: bytes) -> bool:
 
 def anthropic_failed(body: bytes) -> bool:
     answer = json.loads(body)
-    return answer["type"] == "error" and answer["error"]["type"] == "api_error"
+    return bool(answer["type"] == "error" and answer["error"]["type"] == "api_error")
 
 
 STREAMED: list[tuple[str, Callable[[str], dict[str, Any]], Callable[[bytes], bool]]] = [

@@ -107,9 +107,9 @@ class _Steps:
         """Decode groups of the given widths and chunks of (rows, expanded)."""
         tails = TailPool(1, SHAPE.kv_width, self.dtype)
         members = [[self.path() for _ in range(self.rng.integers(1, 6))] for _ in widths]
+        row: Any = SimpleNamespace(slot=0)
         members = [
-            [group[i] for i in sort_by_prefix([SimpleNamespace(slot=0)] * len(group), group)]
-            for group in members
+            [group[i] for i in sort_by_prefix([row] * len(group), group)] for group in members
         ]
         slots = np.array([tails.allocate() for group in members for _ in group], np.int64)
         if self.rng.random() < 0.7:

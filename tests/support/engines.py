@@ -196,11 +196,13 @@ def refuse_memory(engine: Engine, launches: Collection[int], *, late: bool) -> N
     execute = engine._runner.execute
     numbers = itertools.count()
 
-    def refuse(output: SchedulerOutput, previous: PendingStep | None, drafts: int) -> PendingStep:
+    def refuse(
+        output: SchedulerOutput, previous: PendingStep | None, num_drafts: int
+    ) -> PendingStep:
         refused = next(numbers) in launches
         if refused and not late:
             raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
-        step = execute(output, previous, drafts)
+        step = execute(output, previous, num_drafts)
         if refused:
             raise MemoryError("std::bad_alloc")
         return step

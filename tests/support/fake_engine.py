@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmd.errors import CheckpointError
-from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
+from glmd.ipc import EngineRequest, EngineStats, ErrorKind, ModelInfo, SequenceOutput, unpack_tokens
 
 DIE, RAISE, REFUSE, OVERLOAD = 901, 902, 903, 904
 """First prompt tokens that cause SIGKILL, an exception in a step, a 400, and a 503."""
@@ -70,7 +70,7 @@ class FakeEngine:
             for index in range(request.n):
                 self._sequences[request.id, index] = (request, prompt, 0)
 
-    def _refuse(self, id: str, kind: str, message: str) -> None:
+    def _refuse(self, id: str, kind: ErrorKind, message: str) -> None:
         self._errors.append(
             SequenceOutput(
                 id=id, finish_reason="error", error=message, error_kind=kind, error_param="prompt"

@@ -25,6 +25,8 @@ from glmd.chat.tokenizer import Tokenizer
 from glmd.ipc import (
     EngineRequest,
     EngineStats,
+    ErrorKind,
+    FinishReason,
     ModelInfo,
     SequenceOutput,
     TokenLogprobs,
@@ -84,7 +86,7 @@ class ScriptedEngine:
         scripts = SCRIPT.findall(self._tokenizer.decode(prompt))
         script = self._script(scripts[-1] if scripts else "</think>?", request)
         if "refuse" in script or "busy" in script:
-            kind = "invalid_request" if "refuse" in script else "overloaded"
+            kind: ErrorKind = "invalid_request" if "refuse" in script else "overloaded"
             self._outbox.append(
                 SequenceOutput(
                     id=request.id, finish_reason="error", error="As you wish.", error_kind=kind
@@ -143,7 +145,7 @@ class ScriptedEngine:
         request = sequence.request
         first = sequence.said == 0
         sequence.said += 1
-        finish = None
+        finish: FinishReason | None = None
         if token == self._end and not request.ignore_eos:
             finish = "stop"
         elif sequence.said == request.max_tokens:

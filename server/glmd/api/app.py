@@ -72,7 +72,7 @@ def create_app(state: AppState) -> FastAPI:
 
     settings = state.settings
     meter = metrics.Metrics(state)
-    access_log = AccessLog(state)
+    access_log = AccessLog(lambda: state.settings.slow_request)
     tracing = _create_tracing(state)
     on_exchange_end = [meter.count, access_log.exchange_ended]
     state.registry.on_end.append(access_log.request_ended)

@@ -6,11 +6,10 @@ The lines contain no text of prompts or answers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from glmd.api.observability.request_stats import HttpExchange, RequestStats
-from glmd.api.state import AppState
 from glmd.ipc import CacheMatch
 
 log = logging.getLogger("glmd.access")
@@ -29,14 +28,14 @@ MISS_REASONS = {
 
 
 class AccessLog:
-    """Writes the lines.
+    """Logs finished requests.
 
     Args:
-        state: for the setting `slow_request`, which may change.
+        slow_request: Returns the setting of this name in seconds, which may change while running.
     """
 
-    def __init__(self, state: AppState) -> None:
-        self._state = state
+    def __init__(self, slow_request: Callable[[], float]) -> None:
+        self._slow_request = slow_request
 
     def exchange_ended(self, exchange: HttpExchange) -> None:
         """Log a finished HTTP request."""
@@ -57,7 +56,7 @@ class AccessLog:
         self._log_if_slow(stats)
 
     def _log_if_slow(self, stats: RequestStats) -> None:
-        limit = self._state.settings.slow_request
+        limit = self._slow_request()
         if stats.ended is None or not limit or longest_wait(stats) <= limit:
             return
         fields = {

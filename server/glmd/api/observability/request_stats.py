@@ -47,7 +47,7 @@ GAP_BUCKETS = (
 """Seconds, for the time between two tokens."""
 
 # Otherwise every histogram has an additional series.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+disable_created_metrics()
 
 
 @dataclass(slots=True)
