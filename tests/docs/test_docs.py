@@ -22,6 +22,11 @@ from glmd.convert.inspect import inspect
 
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
+UNCLEAR = re.compile(
+    r"\b(anew|sign of life|one behind the other|held to a form|lest|what becomes of|nobody asks"
+    r"|is its limit|on trial|guilty|innocent)\b",
+    re.IGNORECASE,
+)
 ZENSICAL = Path(sys.executable).with_name("zensical")
 
 
@@ -181,3 +186,13 @@ def test_example_configuration_file_loads(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "config.toml"
     file.write_text(example[1])
     assert load({}, file).max_running == 16
+
+
+def test_docs_and_code_avoid_unclear_phrases() -> None:
+    files = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "server" / "glmd").rglob("*.py")]
+    found = [
+        f"{file.relative_to(ROOT)}: {match[0]}"
+        for file in files
+        for match in UNCLEAR.finditer(" ".join(file.read_text(encoding="utf-8").split()))
+    ]
+    assert found == []
