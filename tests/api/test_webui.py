@@ -352,7 +352,7 @@ def test_the_figures_equal_the_engines_statistics(browser: Any, demo: LiveServer
         expect(tab.locator("#state")).to_have_text("ready")
         expect(figure(tab, "Running")).to_have_text("0")
         stats = demo.service.engine.stats
-        expect(figure(tab, "Tokens kept")).to_have_text(f"{stats.kv_tokens:,}")
+        expect(figure(tab, "Tokens cached")).to_have_text(f"{stats.kv_tokens:,}")
         expect(figure(tab, "Segments")).to_have_text(f"{stats.kv_segments:,}")
         assert stats.kv_segments > 0
         expect(figure(tab, "In use")).to_have_text("0")
