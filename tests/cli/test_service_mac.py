@@ -15,7 +15,7 @@ from glmd.cli.daemon.launchd import Launchd
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "darwin" or "LAUNCHD_TESTS" not in os.environ,
-    reason="needs macOS and LAUNCHD_TESTS: installs a service for this user",
+    reason="only on macOS with LAUNCHD_TESTS set: installs a service for this user",
 )
 
 GLMD = Path(sys.executable).with_name("glmd")
