@@ -205,7 +205,7 @@ def test_too_little_disk_space_is_reported_before_conversion(
     assert "0.00125 GB are needed, but only 0.001 GB are free" in message
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only on Linux, which has /dev/full")
 def test_a_disk_that_fills_up_during_conversion_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
