@@ -7,7 +7,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import psutil
-from mlx_lm.models.glm4_moe_lite import ModelArgs
 
 from glmd.checkpoint.config import ModelConfig
 from glmd.engine.config import EngineConfig
@@ -17,6 +16,7 @@ from glmd.kv_cache.prefix_tree import MAX_SEGMENT
 from glmd.kv_cache.tail_pool import TAIL_TOKENS
 from glmd.model.loader import choose_dtype, has_mtp_layer, weight_bytes
 from glmd.model.mla import EXPANDED_BYTES, SCORE_BYTES
+from glmd.model.mlx_lm_layers import ModelArgs
 
 CPU_SHARE = 0.6
 """Budget as a share of the available memory, where the device recommends no working set."""

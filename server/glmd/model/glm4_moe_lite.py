@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteMoE, Model, ModelArgs, group_expert_select
 
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project_qkv
+from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs, group_expert_select
 
 LATENT_NORM_EPS = 1e-6
 

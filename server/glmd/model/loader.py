@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +15,15 @@ import msgspec
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.glm4_moe_lite import Model
-from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model as load_mlx_model
 
-from glmd.checkpoint.config import ModelConfig, load_config
+from glmd.checkpoint.config import ModelConfig, Quantization, load_config
 from glmd.checkpoint.layout import main_weights, mtp_prefix
 from glmd.checkpoint.weights import StoredTensor, list_mtp_tensors, list_tensors
 from glmd.errors import CheckpointError, SettingsError
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.mlx_lm_layers import Model, ModelArgs, SwitchLinear
 from glmd.model.mtp import MTPLayer, MTPWeights
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -118,15 +117,7 @@ def load_model(
     tensors = list_tensors(folder)
     layer = mtp_prefix(config) + "."
     main = [tensor for name, tensor in tensors.items() if not name.startswith(layer)]
-    # transformers 5 stores these under names that mlx-lm does not read.
-    overrides = {
-        "rope_theta": config.rope_theta,
-        "first_k_dense_replace": config.first_k_dense_replace,
-    }
-    try:
-        model, _ = load_mlx_model(folder, lazy=True, model_config=overrides)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {error}", file=str(folder)) from error
+    model = _load_main(folder, config, tensors)
     kind = choose_dtype(dtype)
     if kind != mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
         _check_experts(model, kind)
@@ -149,6 +140,45 @@ def load_model(
         eos_token_ids=config.eos_token_ids,
         bits_per_weight=8 * sum(tensor.nbytes for tensor in main) / parameters,
     )
+
+
+def _load_main(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Model:
+    """Load the main model; its weights are read from the files when they are first evaluated."""
+    model = Model(ModelArgs.from_dict(msgspec.structs.asdict(config)))
+    stored: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        stored |= _read_arrays(file)
+    try:
+        arrays: dict[str, mx.array] = model.sanitize(stored)
+        if config.quantization is not None:
+            predicate = partial(_stored_quantization, config.quantization, arrays)
+            quantize(model, class_predicate=predicate)
+        model.eval()
+        model.load_weights(list(arrays.items()))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}", file=str(folder)) from error
+    return model
+
+
+def _stored_quantization(
+    table: Quantization, arrays: Mapping[str, mx.array], path: str, module: Module
+) -> bool | dict[str, Any]:
+    """Return the quantisation of a module of the main model as `quantize` takes it.
+
+    mlx-lm writes mixed checkpoints whose default does not hold for modules that the table does not
+    name, so for those bits and group size are inferred from the arrays' shapes.
+    """
+    if path in table.modules:
+        named = table.modules[path]
+        return False if named is None else msgspec.structs.asdict(named)
+    if not hasattr(module, "to_quantized") or f"{path}.scales" not in arrays:
+        return False
+    width = module.weight.shape[-1]
+    return {
+        "group_size": width // arrays[f"{path}.scales"].shape[-1],
+        "bits": arrays[f"{path}.weight"].shape[-1] * 32 // width,
+        "mode": "affine",
+    }
 
 
 def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MTPWeights:

@@ -14,12 +14,12 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import RMSNorm
-from mlx_lm.models.glm4_moe_lite import Glm4MoeLiteDecoderLayer, ModelArgs
 
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.glm4_moe_lite import DecoderBlock, compiled
 from glmd.model.mla import MLAShape, cache_vectors
+from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
 
 
 class SharedHead(Module):
