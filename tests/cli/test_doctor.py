@@ -52,6 +52,20 @@ def test_mlx_is_checked_in_another_process(device: tuple[object, Finding]) -> No
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_missing_openblas_is_a_warning_on_a_linux_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(doctor, "find_openblas", lambda: None)
+    (finding,) = doctor.check_blas({"gpu": False})
+    assert finding.verdict == "warning"
+    assert "apt install libopenblas0" in finding.advice
+    monkeypatch.setattr(doctor, "find_openblas", lambda: Path("/usr/lib/libopenblas.so.0"))
+    (finding,) = doctor.check_blas({"gpu": False})
+    assert finding.verdict == "ok"
+    assert doctor.check_blas({"gpu": True}) == doctor.check_blas(None) == []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert doctor.check_blas({"gpu": False}) == []
+
+
 @pytest.mark.parametrize(
     ("program", "found"),
     [
@@ -218,7 +232,8 @@ def test_exit_code_is_1_for_problems_only(
     assert done.exit_code == 1
     report = json.loads(done.output)
     assert report["verdict"] == "problem"
-    assert [finding["name"] for finding in report["findings"]] == [
+    names = [finding["name"] for finding in report["findings"] if finding["name"] != "blas"]
+    assert names == [
         "versions", "system", "device", "settings", "memory", "model", "port", "service",
         "open files",
     ]  # fmt: skip

@@ -26,6 +26,7 @@ from glmd.cli.daemon import ServerProcess, base_url, describe_exit, find_manager
 from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
 from glmd.config import Settings, load_with_origins
 from glmd.errors import CheckpointError, ServiceError, SettingsError
+from glmd.utils.mlx_environment import engine_environment, find_openblas
 from glmd.utils.units import gib
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -120,6 +121,7 @@ def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Findin
         check_versions(),
         check_system(),
         device_finding,
+        *check_blas(report),
         settings_finding,
         check_memory(budget),
         check_model(settings.model, budget),
@@ -173,6 +175,7 @@ def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "glmd.engine.check_mlx"],
             capture_output=True, text=True, timeout=MLX_TIMEOUT, check=False,
+            env=engine_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, found(
@@ -192,6 +195,24 @@ def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
             "Without a GPU the full model is slow; glmd is made for Apple silicon.",
         )
     return report, found("ok", report["device"])
+
+
+def check_blas(report: Mapping[str, Any] | None) -> list[Finding]:
+    """Check that MLX on a Linux CPU multiplies with OpenBLAS; other devices do not need a BLAS."""
+    if sys.platform != "linux" or report is None or report["gpu"]:
+        return []
+    library = find_openblas()
+    if library is not None:
+        return [Finding("blas", "ok", str(library))]
+    return [
+        Finding(
+            "blas",
+            "warning",
+            "MLX's wheel for Linux contains the slow reference BLAS; OpenBLAS is not installed",
+            "Install OpenBLAS for faster prefill: sudo apt install libopenblas0"
+            " (Fedora and Arch: openblas).",
+        )
+    ]
 
 
 def check_settings(flags: Mapping[str, Any], config: Path | None) -> tuple[Settings, Finding]:

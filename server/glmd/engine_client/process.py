@@ -18,6 +18,7 @@ import zmq.asyncio
 
 from glmd.ipc import FromEngine, Shutdown, ToEngine, decode_from_engine, encode
 from glmd.utils.logging import LogFormat
+from glmd.utils.mlx_environment import MAX_STEP_TOKENS, engine_environment
 
 log = logging.getLogger("glmd.engine_client")
 
@@ -45,6 +46,13 @@ class EngineProcessConfig:
     log_level: str = "INFO"
     log_format: LogFormat = "text"
     log_file: Path | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of the process, with what MLX reads when it is loaded."""
+        budget = self.config.get("memory_budget")
+        rows = self.config.get("max_step_tokens", MAX_STEP_TOKENS)
+        return engine_environment(None if budget is None else int(budget), int(rows))
 
 
 class EngineProcess:
@@ -90,6 +98,7 @@ class EngineProcess:
                 f"--log-level={config.log_level}",
                 f"--log-format={config.log_format}",
                 *([f"--log-file={config.log_file}"] if config.log_file else []),
+                env=config.environment,
                 stdin=asyncio.subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )
