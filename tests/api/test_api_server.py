@@ -13,7 +13,7 @@ import httpx
 import pytest
 from live import LiveServer, live_server
 
-from glmd.api.server import listen
+from glmd.api.sockets import listen
 from glmd.errors import SettingsError
 
 

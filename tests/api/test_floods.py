@@ -25,7 +25,7 @@ import httpx
 import psutil
 import pytest
 
-from glmd.api.server import raise_file_limit
+from glmd.api.sockets import raise_file_limit
 
 pytestmark = pytest.mark.anyio
 

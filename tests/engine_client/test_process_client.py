@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -18,7 +19,7 @@ import pytest
 
 from glmd.engine_client.client import EngineClient
 from glmd.engine_client.output_collector import OutputCollector
-from glmd.engine_client.process import EngineProcessConfig
+from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import EngineUnavailable, InvalidRequest, Overloaded
 from glmd.ipc import EngineRequest, SequenceOutput, TokenLogprobs, pack_tokens
 
@@ -233,6 +234,36 @@ async def test_close_leaves_no_process_and_no_folder(
         await reader
     assert not psutil.pid_exists(pid)
     assert not list(tmp_path.glob("glmd-*"))
+
+
+async def test_a_process_that_was_started_before_the_client_is_used(tmp_path: Path) -> None:
+    config = EngineProcessConfig(tmp_path, {}, engine="fake_engine")
+    process = EngineProcess.start(config)
+    await asyncio.sleep(0.5)  # The process tries to connect before the client listens.
+    it = EngineClient(config, process=process)
+    await it.start()
+    try:
+        assert await it.wait_for("ready", "failed") == "ready", it.failure
+        assert it.pid == process.pid
+        os.kill(process.pid, signal.SIGKILL)
+        await it.wait_for("restarting")
+        assert await it.wait_for("ready", "failed") == "ready"
+        assert it.pid != process.pid
+    finally:
+        await it.close()
+    assert not psutil.pid_exists(process.pid)
+
+
+async def test_a_process_that_no_client_took_over_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    process = EngineProcess.start(EngineProcessConfig(tmp_path, {}, engine="fake_engine"))
+    assert list(tmp_path.glob("glmd-*"))
+    process.kill()
+    assert not psutil.pid_exists(process.pid)
+    assert not list(tmp_path.glob("glmd-*"))
+    process.kill()  # Nothing is left to do.
 
 
 async def test_close_ends_an_engine_that_is_still_loading(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import httpx
 from paths import ROOT
 
 from glmd.api.auth import ApiKeyStore
-from glmd.api.server import Server, listen
+from glmd.api.server import Server
+from glmd.api.sockets import listen
 from glmd.api.state import AppState, ServedModel
 from glmd.config import Settings
 from glmd.engine_client.process import EngineProcessConfig

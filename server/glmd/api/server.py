@@ -9,10 +9,8 @@ bound open connections.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
@@ -29,9 +27,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from glmd import __version__
 from glmd.api.app import create_app
-from glmd.api.auth import require_key_on_public_bind
 from glmd.api.error_info import ErrorInfo, overloaded
 from glmd.api.middleware import MAX_HEAD_BYTES
+from glmd.api.sockets import base_url, connection_limit
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
@@ -45,19 +43,6 @@ CLOSE_SECONDS = 2.0
 KEEP_ALIVE_SECONDS = 75
 """Longer than the connection pools of common clients keep an idle connection, so that no client
 sends a request on a connection that the server is closing."""
-
-BACKLOG = 2048
-"""Connections that the kernel holds until they are accepted."""
-
-SEND_BUFFER = 128 * 1024
-"""Bytes of a response that the kernel buffers. Its default of 4 MB would hide for minutes that a
-client has stopped reading a stream."""
-
-MAX_FILES = 8192
-"""Open files to ask for; macOS refuses more than 10,240."""
-
-RESERVED_FILES = 128
-"""Files for the engine's pipes and sockets, including a restart."""
 
 RELOADABLE = frozenset(
     {
@@ -280,23 +265,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(state: AppState, read_settings: Callable[[], Settings] | None = None) -> None:
+def run(
+    state: AppState,
+    sockets: list[socket.socket],
+    read_settings: Callable[[], Settings] | None = None,
+) -> None:
     """Serve until a signal stops the server.
 
     Args:
         state: what to serve.
+        sockets: listening sockets, as of `listen`.
         read_settings: loads the current settings on SIGHUP; None: settings never change.
 
     Raises:
-        SettingsError: the address is unavailable, or public without an API key.
         CheckpointError: the engine cannot serve the model.
     """
-    settings = state.settings
-    require_key_on_public_bind(settings, state.keys)
-    raise_file_limit()
-    sockets = listen(settings.host, settings.port)
     freeze_gc_heap()
-    url = base_url(settings.host, sockets)
+    url = base_url(state.settings.host, sockets)
     log.info("glmd %s serves %s at %s/v1", __version__, state.model.id, url)
     Server(state, read_settings).run(sockets)
     if state.engine.state == "failed":
@@ -337,68 +322,3 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address of `host` that this machine has.
-
-    Raises:
-        SettingsError: the host is unknown, or the port is in use or not permitted.
-    """
-    sockets: list[socket.socket] = []
-    unavailable: OSError | None = None
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in dict.fromkeys(addresses):
-            # With port 0, the other addresses use the port that the first address got.
-            bound_port = port or (sockets[0].getsockname()[1] if sockets else 0)
-            try:
-                sockets.append(_bind(family, (address[0], bound_port, *address[2:])))
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                unavailable = error  # `localhost` may name ::1 on a machine without IPv6.
-        if not sockets:
-            raise unavailable or OSError(errno.EADDRNOTAVAIL, "No such address")
-    except OSError as error:
-        for opened in sockets:
-            opened.close()
-        reason = error.strerror or str(error)
-        raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from error
-    return sockets
-
-
-def _bind(family: int, address: tuple[Any, ...]) -> socket.socket:
-    # asyncio sets TCP_NODELAY only on sockets whose protocol is IPPROTO_TCP. Without TCP_NODELAY, a
-    # response in two writes waits 40 ms for the client's delayed acknowledgement.
-    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        opened.bind(address)
-        opened.listen(BACKLOG)
-    except OSError:
-        opened.close()
-        raise
-    return opened
-
-
-def base_url(host: str, sockets: list[socket.socket]) -> str:
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{sockets[0].getsockname()[1]}"
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard limit, at most to `MAX_FILES`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def connection_limit() -> int:
-    """Number of connections that the limit of open files allows."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (MAX_FILES if soft == resource.RLIM_INFINITY else soft) - RESERVED_FILES

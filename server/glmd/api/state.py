@@ -33,7 +33,7 @@ from glmd.checkpoint.generation_config import sampling_defaults
 from glmd.config import Settings
 from glmd.engine_client.admission import AdmissionQueue
 from glmd.engine_client.client import EngineClient
-from glmd.engine_client.process import EngineProcessConfig
+from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
@@ -134,12 +134,14 @@ class AppState:
         model: ServedModel,
         launch: EngineProcessConfig,
         keys: ApiKeyStore | None = None,
+        process: EngineProcess | None = None,
     ) -> None:
         """Load everything but weights from the checkpoint.
 
         Args:
             launch: how to start the engine process.
             keys: API keys; None: the keys that the settings name.
+            process: the engine process, started already; None: `start` starts it.
 
         Raises:
             SettingsError: the key file cannot be read.
@@ -149,7 +151,7 @@ class AppState:
         self.model = model
         self.keys = ApiKeyStore.of(settings) if keys is None else keys
         queue = AdmissionQueue(settings.max_queue, settings.max_queue_tokens)
-        self.engine = EngineClient(launch, queue=queue)
+        self.engine = EngineClient(launch, queue=queue, process=process)
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
         self.fingerprint = system_fingerprint(__version__, model.id, str(model.created))

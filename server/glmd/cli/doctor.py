@@ -314,7 +314,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def check_port(host: str, port: int) -> Finding:
-    from glmd.api.server import listen
+    from glmd.api.sockets import listen
 
     found = partial(Finding, "port")
     text = f"{host} port {port}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from glmd.errors import SettingsError
 from glmd.utils.logging import choose_format, configure
 
 if TYPE_CHECKING:
-    from glmd.api.state import ServedModel
+    from glmd.engine_client.process import EngineProcess, EngineProcessConfig
     from glmd.utils.logging import LogFile
 
 log = logging.getLogger("glmd")
@@ -83,13 +84,14 @@ def serve(
 
     # Imported late, so that `glmd --help` and errors in the settings take no second.
     from glmd.api.auth import ApiKeyStore, default_store, require_key_on_public_bind
-    from glmd.api.server import run
-    from glmd.api.state import AppState
+    from glmd.api.sockets import listen, raise_file_limit
     from glmd.engine_client.process import EngineProcessConfig
 
     keys = ApiKeyStore.of(settings, default_store())
     require_key_on_public_bind(settings, keys)  # before any download
-    served = find_model(settings)
+    name, folder = find_model(settings)
+    raise_file_limit()
+    sockets = listen(settings.host, settings.port)  # before any weights are loaded
 
     def reload() -> Settings:
         if opened is not None:
@@ -97,13 +99,38 @@ def serve(
         return load(flags, config)
 
     launch = EngineProcessConfig(
-        served.folder,
+        folder,
         settings.engine_config,
         log_level=settings.log_level,
         log_format=log_format,
         log_file=log_file,
     )
-    run(AppState(settings, served, launch, keys), reload)
+    with start_engine(launch) as process:
+        from glmd.api.server import run
+        from glmd.api.state import AppState, ServedModel
+
+        served = ServedModel.of(name, folder, settings.aliases)
+        run(AppState(settings, served, launch, keys, process), sockets, reload)
+
+
+@contextmanager
+def start_engine(config: EngineProcessConfig) -> Iterator[EngineProcess | None]:
+    """Start the engine process, so that it loads the model while this process imports the API.
+
+    The process is killed at the end of the context if it still runs then, as after an error before
+    the server took it over. Yields None if it cannot be started: the server tries again.
+    """
+    from glmd.engine_client.process import EngineProcess
+
+    try:
+        process = EngineProcess.start(config)
+    except OSError:
+        yield None
+        return
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def write_log_to(file: Path) -> LogFile:
@@ -129,14 +156,13 @@ def flags_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return flags | {"aliases": given["alias"] or None}
 
 
-def find_model(settings: Settings) -> ServedModel:
-    """Find the model to serve, and download it if necessary.
+def find_model(settings: Settings) -> tuple[str, Path]:
+    """Return the name and the folder of the model to serve; download it if necessary.
 
     Raises:
         ModelNotFound: no such folder or repository.
         CheckpointError: a checkpoint of another architecture.
     """
-    from glmd.api.state import ServedModel
     from glmd.checkpoint.config import load_config
     from glmd.checkpoint.hub import DEMO, resolve_model
 
@@ -146,8 +172,8 @@ def find_model(settings: Settings) -> ServedModel:
             "No model given: serving the bundled demo, a tiny model of the GLM-4.7-Flash"
             " architecture with almost no knowledge. Pass a folder or a Hugging Face repo id."
         )
-        return ServedModel.of("glmd-demo", DEMO, settings.aliases)
+        return "glmd-demo", DEMO
     folder = resolve_model(name)
     load_config(folder)  # The engine would reject another architecture seconds later.
     is_path = folder == Path(name).expanduser()
-    return ServedModel.of(folder.resolve().name if is_path else name, folder, settings.aliases)
+    return folder.resolve().name if is_path else name, folder

@@ -33,6 +33,9 @@ log = logging.getLogger("glmd.engine")
 STATS_INTERVAL = 1.0
 """Seconds between two `EngineStats`."""
 
+RECONNECT_MS = 10
+"""Milliseconds between attempts to connect: the parent process may open its end later."""
+
 PROGRESS_INTERVAL = 0.1
 """Seconds between two `LoadProgress`."""
 
@@ -58,6 +61,7 @@ class Channel:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
+        self._socket.reconnect_ivl = RECONNECT_MS
         self._socket.connect(endpoint)
 
     def send(self, message: ipc.FromEngine) -> None:

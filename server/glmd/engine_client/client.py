@@ -79,6 +79,7 @@ class EngineClient:
         config: start parameters of the process.
         queue: bounds on waiting requests. None: no bounds.
         buffer_tokens: unread tokens above which a request fails.
+        process: the first process, started already. None: `start` starts it.
 
     Attributes:
         state: state of the engine; `wait_for` waits for a change.
@@ -96,6 +97,7 @@ class EngineClient:
         *,
         queue: AdmissionQueue | None = None,
         buffer_tokens: int = BUFFER_TOKENS,
+        process: EngineProcess | None = None,
     ) -> None:
         self.state: EngineState = "stopped"
         self.progress: LoadProgress | None = None
@@ -111,6 +113,7 @@ class EngineClient:
         self._requests: dict[str, InFlight] = {}
         self._crash_guard = CrashGuard()
         self._process: EngineProcess | None = None
+        self._started_process = process
         self._supervision: asyncio.Task[None] | None = None
 
     @property
@@ -244,10 +247,12 @@ class EngineClient:
         """Run one engine process until it exits; return whether it reported the reason itself."""
         self.failure = None
         try:
-            process = await EngineProcess.start(self._config, self._context)
+            process = self._started_process or EngineProcess.start(self._config)
         except OSError as error:
             self.failure = f"The engine process cannot be started: {error}."
             return False
+        self._started_process = None
+        process.connect(self._context)
         self._process = process
         self.progress = LoadProgress(0, 0)
         listener = asyncio.create_task(self._listen(process), name="engine listener")

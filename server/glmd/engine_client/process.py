@@ -7,8 +7,10 @@ import contextlib
 import json
 import logging
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,56 +60,69 @@ class EngineProcessConfig:
 class EngineProcess:
     """A running engine process and its socket.
 
+    `start` needs no event loop, so that the process can load the model while this process is still
+    importing the API. `connect` must be called in the event loop before the other methods.
+
     The socket is in a new folder that only this user may enter. The child holds the reading end of
     a pipe: when this process ends for any reason, the child sees the end of the pipe, removes the
     folder and exits.
     """
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: Path
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         self._process = process
-        self._socket = socket
         self._folder = folder
+        self._socket: zmq.asyncio.Socket
+        self._exited: asyncio.Future[int]
 
     @classmethod
-    async def start(
-        cls, config: EngineProcessConfig, context: zmq.asyncio.Context
-    ) -> EngineProcess:
+    def start(cls, config: EngineProcessConfig) -> EngineProcess:
         """Start the process without waiting for `EngineReady`.
 
         Raises:
             OSError: the process cannot be started.
         """
         folder = socket_folder()
-        endpoint = f"ipc://{folder}/engine"
-        socket = context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.linger = 0
         try:
-            socket.bind(endpoint)
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # a file in the working directory must not shadow a module
-                "-m",
-                "glmd.engine.main",
-                f"--endpoint={endpoint}",
-                f"--model={config.model}",
-                f"--engine={config.engine}",
-                f"--config={json.dumps(dict(config.config))}",
-                f"--log-level={config.log_level}",
-                f"--log-format={config.log_format}",
-                *([f"--log-file={config.log_file}"] if config.log_file else []),
+            process = subprocess.Popen(  # noqa: S603
+                [
+                    sys.executable,
+                    "-P",  # a file in the working directory must not shadow a module
+                    "-m",
+                    "glmd.engine.main",
+                    f"--endpoint={endpoint(folder)}",
+                    f"--model={config.model}",
+                    f"--engine={config.engine}",
+                    f"--config={json.dumps(dict(config.config))}",
+                    f"--log-level={config.log_level}",
+                    f"--log-format={config.log_format}",
+                    *([f"--log-file={config.log_file}"] if config.log_file else []),
+                ],
                 env=config.environment,
-                stdin=asyncio.subprocess.PIPE,
+                stdin=subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )
         except BaseException:
-            socket.close()
             shutil.rmtree(folder, ignore_errors=True)
             raise
         log.debug("Engine process started: pid=%d", process.pid)
-        return cls(process, socket, folder)
+        return cls(process, folder)
+
+    def connect(self, context: zmq.asyncio.Context) -> None:
+        """Open this end of the socket, and watch for the exit of the process."""
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._socket.bind(endpoint(self._folder))
+        loop = asyncio.get_running_loop()
+        self._exited = loop.create_future()
+        threading.Thread(
+            target=self._watch_exit, args=(loop,), name="engine exit", daemon=True
+        ).start()
+
+    def _watch_exit(self, loop: asyncio.AbstractEventLoop) -> None:
+        code = self._process.wait()
+        with contextlib.suppress(RuntimeError):  # The loop was closed before the process exited.
+            loop.call_soon_threadsafe(self._exited.set_result, code)
 
     @property
     def pid(self) -> int:
@@ -130,7 +145,7 @@ class EngineProcess:
 
     async def exit_code(self) -> int:
         """Wait for the process to exit. A negative code is the signal that killed the process."""
-        return await self._process.wait()
+        return await asyncio.shield(self._exited)
 
     async def stop(self, *, listening: bool) -> None:
         """Stop the process and remove its socket.
@@ -146,17 +161,22 @@ class EngineProcess:
                 if not await self._exits_within(STOP_TIMEOUT):
                     log.warning("Killing the engine process: pid=%d", self.pid)
                     self._signal(kill=True)
-                    await self._process.wait()
+                    await self.exit_code()
         finally:
-            self._signal(kill=True)
-            if self._process.stdin is not None:
-                self._process.stdin.close()
             self._socket.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the process if it runs, and remove its folder. Needs no event loop."""
+        self._signal(kill=True)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _exits_within(self, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(self._process.wait(), seconds)
+            await asyncio.wait_for(self.exit_code(), seconds)
         except TimeoutError:
             return False
         return True
@@ -178,3 +198,8 @@ def socket_folder() -> Path:
         shutil.rmtree(folder)
         folder = tempfile.mkdtemp(prefix="glmd-", dir="/tmp")
     return Path(folder)
+
+
+def endpoint(folder: Path) -> str:
+    """ZeroMQ address of the socket in a socket folder."""
+    return f"ipc://{folder}/engine"
