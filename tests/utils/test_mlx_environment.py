@@ -14,6 +14,7 @@ from glmd.engine_client.process import EngineProcessConfig
 from glmd.utils import mlx_environment
 from glmd.utils.mlx_environment import (
     MAX_STEP_TOKENS,
+    blas_threads,
     command_buffer_limits,
     engine_environment,
     openblas_variables,
@@ -107,6 +108,7 @@ def test_openblas_is_preloaded_behind_the_users_own_libraries() -> None:
     added = openblas_variables({"LD_PRELOAD": "libjemalloc.so.2"}, LIBRARY)
     assert added["LD_PRELOAD"] == f"libjemalloc.so.2:{LIBRARY}"
     assert 1 <= int(added["OPENBLAS_NUM_THREADS"]) <= 8
+    assert [blas_threads(cores) for cores in (1, 2, 4, 64)] == [1, 1, 3, 8]
     assert openblas_variables({"OMP_NUM_THREADS": "3"}, LIBRARY) == {"LD_PRELOAD": str(LIBRARY)}
     assert openblas_variables({"LD_PRELOAD": "/opt/libmkl_rt.so"}, LIBRARY) == {}
 

@@ -125,8 +125,13 @@ def openblas_variables(base: Mapping[str, str], library: Path | None) -> dict[st
         return {}
     variables = {"LD_PRELOAD": f"{preloaded}:{library}" if preloaded else str(library)}
     if not base.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
-        variables["OPENBLAS_NUM_THREADS"] = str(min(MAX_BLAS_THREADS, usable_cores()))
+        variables["OPENBLAS_NUM_THREADS"] = str(blas_threads(usable_cores()))
     return variables
+
+
+def blas_threads(cores: int) -> int:
+    """Number of OpenBLAS threads: waiting threads spin, and the API process needs a core."""
+    return max(1, min(MAX_BLAS_THREADS, cores - 1))
 
 
 def usable_cores() -> int:
