@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(
-    help="Measure glmd next to mlx-lm on this machine. See docs/benchmarks.md.",
+    help="Measure glmd next to mlx-lm on this machine, or simulate Macs. See docs/benchmarks.md.",
     no_args_is_help=True,
 )
 
@@ -88,3 +90,29 @@ def serve(
         report.serving_plot(result.figures, plot)
     if json_file is not None:
         report.write_json(json_file, result, folder, scale, repeat)
+
+
+@app.command()
+def simulate(
+    device: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file of a device, for example {"name": "M2 Ultra", "bandwidth_gb": 640,'
+            ' "row_ms": 0.9, "memory_gib": 144}. Default: four Macs.'
+        ),
+    ] = None,
+    only: Only = "",
+    json_file: Json = None,
+) -> None:
+    """Simulate scheduling on Apple GPUs; needs no GPU and no weights."""
+    from glmd.bench import report
+    from glmd.bench.device_model import DEVICES, load_device
+    from glmd.bench.simulate import simulate, simulation_table
+
+    devices = DEVICES if device is None else (load_device(device),)
+    with report.progress() as on_progress:
+        rows = simulate(devices, on_progress, only=only)
+    report.console().print(simulation_table(rows))
+    if json_file is not None:
+        text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)
+        json_file.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""`glmd bench simulate`: the device model, the virtual clock and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlx_lm.models.glm4_moe_lite import ModelArgs
+from paths import ROOT
+from typer.testing import CliRunner
+
+from glmd.bench.device_model import (
+    BASE_DISPATCHES,
+    DEVICES,
+    EXPERTS_BYTES,
+    KV_TOKEN_BYTES,
+    WEIGHT_BYTES,
+    StepCost,
+    expert_bytes,
+    load_device,
+    model_args,
+)
+from glmd.bench.simulate import simulate
+from glmd.bench.simulation import Simulation
+from glmd.cli.main import app
+from glmd.convert.inspect import inspect
+from glmd.errors import SettingsError
+from glmd.ipc import TokenArray
+
+CONFIG = ROOT / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
+MAX = DEVICES[1]
+
+
+def model_tokens(count: int) -> TokenArray:
+    return np.arange(1, count + 1, dtype=np.int32)
+
+
+def test_sizes_are_those_of_the_published_model() -> None:
+    config = json.loads(CONFIG.read_text())
+    args = model_args()
+    for name in ModelArgs.__dataclass_fields__:
+        if config.get(name) is not None:
+            assert getattr(args, name) == config[name], name
+    assert inspect(CONFIG).main.nbytes == WEIGHT_BYTES
+    width = args.kv_lora_rank + args.qk_rope_head_dim
+    assert args.num_hidden_layers * width * 2 == KV_TOKEN_BYTES
+
+
+def test_a_plain_step_reads_four_experts_and_is_bound_by_dispatches_too() -> None:
+    step = StepCost(rows=1, kv_tokens=0, dispatches=BASE_DISPATCHES)
+    assert step.nbytes == pytest.approx(3.16e9, rel=0.02)
+    assert step.seconds(MAX) == pytest.approx(7.3e-3 + 3.6e-3, rel=0.02)
+
+
+def test_ungrouped_rows_read_more_than_all_experts() -> None:
+    assert expert_bytes(7) < expert_bytes(8)
+    assert expert_bytes(63) == pytest.approx(2.2 * EXPERTS_BYTES)
+    assert expert_bytes(64) == pytest.approx(EXPERTS_BYTES, rel=0.02)
+
+
+def test_the_clock_advances_by_the_steps_of_the_model() -> None:
+    sim = Simulation(MAX)
+    stream = sim.submit(model_tokens(100), 5, after=3.0)
+    sim.run()
+    assert len(stream.times) == 5
+    assert [step.prefill_rows for step in sim.steps] == [100, 0, 0, 0, 0]
+    assert stream.times[0] == pytest.approx(3.0 + sim.steps[0].seconds)
+    assert stream.times[-1] - 3.0 == pytest.approx(sum(step.seconds for step in sim.steps))
+    assert not sim.scheduler.running
+
+
+def test_a_cached_prompt_is_not_computed_again() -> None:
+    sim = Simulation(MAX)
+    for _ in range(2):
+        sim.submit(model_tokens(1000), 2)
+        sim.run()
+    assert [step.prefill_rows for step in sim.steps if step.prefill_rows] == [1000]
+
+
+def test_one_run_equals_the_next() -> None:
+    first, second = (simulate((MAX,), lambda line: None, only="crowd") for _ in range(2))
+    assert first == second
+
+
+def test_the_command_writes_rows(tmp_path: Path) -> None:
+    device, report = tmp_path / "device.json", tmp_path / "rows.json"
+    device.write_text('{"name": "own", "bandwidth_gb": 100, "row_ms": 1, "memory_gib": 30}')
+    arguments = ["bench", "simulate", "--device", str(device), "--only", "crowd"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(report)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(report.read_text())
+    assert {
+        "device", "scenario", "streams", "ttft_s", "ttft_ratio", "stream_rate", "gap_p99_ms",
+        "gap_max_ms", "steps", "rows_median", "pieces_max", "dispatches_per_layer",
+    } <= row.keys()  # fmt: skip
+    assert (row["device"], row["scenario"], row["streams"]) == ("own", "crowd", 1)
+
+
+@pytest.mark.parametrize("text", ["{", '{"name": "x"}', '{"name": "x", "unknown": 1}'])
+def test_an_invalid_device_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "device.json"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match="--device"):
+        load_device(file)
