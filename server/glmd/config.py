@@ -211,6 +211,18 @@ class Settings(BaseSettings):
     max_step_tokens: int | None = Field(
         None, ge=1, description="Maximum number of token rows in a step. Default: the engine's."
     )
+    min_stream_rate: float = Field(
+        10.0,
+        gt=0,
+        description="Tokens per second that each stream keeps on average while prompts are"
+        " computed; a slow device gives prompts a quarter of the time.",
+    )
+    max_gap: float = Field(
+        0.25,
+        gt=0,
+        description="Longest time between two tokens of a stream while prompts are computed, in"
+        " seconds.",
+    )
     mtp: Literal["off", "auto", "1", "2", "3"] = Field(
         "auto",
         description="MTP drafts per step; auto follows the measured gain, off does not load the"
@@ -311,11 +323,16 @@ class Settings(BaseSettings):
         return {**BUILT_IN, **self.profiles}
 
     @property
-    def engine_config(self) -> dict[str, int | str]:
+    def engine_config(self) -> dict[str, float | str]:
         """Fields of the engine's configuration that the settings set."""
         names = ("max_context", "max_running", "max_step_tokens", "memory_budget")
         limits = {name: int(value) for name in names if (value := getattr(self, name)) is not None}
-        return {**limits, "mtp": DRAFTS[self.mtp]}
+        return {
+            **limits,
+            "min_stream_rate": self.min_stream_rate,
+            "max_gap": self.max_gap,
+            "mtp": DRAFTS[self.mtp],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def test_prompts_that_fill_the_memory_together_are_all_served(
     """Admitted regardless of each other, they fill the memory, and none can finish."""
     monkeypatch.setattr(scheduler.Scheduler, "_reserved_bytes", lambda self: 0)
     # Prompts fill every step: its duration has no influence.
-    engine = _small(max_step_tokens=64, max_slowdown=1e9)
+    engine = _small(max_step_tokens=64, min_stream_rate=1e-9, max_gap=1e9)
     prompts = [np.random.default_rng(i).integers(0, 500, 350).tolist() for i in range(4)]
     asked = [request(f"{i}", prompts[i], max_tokens=10, ignore_eos=True) for i in range(4)]
     running = run(engine, *asked)

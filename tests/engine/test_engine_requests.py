@@ -127,6 +127,13 @@ def test_settings_below_1_are_refused(name: str, value: float) -> None:
         EngineConfig(**{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["min_stream_rate", "max_gap"])
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+def test_scheduling_settings_must_be_positive(name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be greater than 0"):
+        EngineConfig(**{name: value})  # type: ignore[arg-type]
+
+
 # -- ends -------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,13 @@ class EngineConfig:
             so that prompts progress.
         max_context: tokens of a sequence; None: the checkpoint's limit.
         memory_budget: bytes for weights, KV and working memory; None: from the device.
-        max_slowdown: duration of a step with prefill, as a multiple of a step without. Several
-            short prompts may exceed it (`scheduler.prefill_budget.FIRST_TOKEN_WEIGHT`).
+        min_stream_rate: tokens per second that each decoding sequence keeps on average while
+            prompts are computed. Several short prompts may lower it
+            (`scheduler.prefill_budget.FIRST_TOKEN_WEIGHT`), and so does a slow device.
+        max_gap: longest time between two tokens of a sequence while prompts are computed, in
+            seconds; at least two steps without prefill.
+        max_slowdown: deprecated, use `max_gap`. Duration of a step with prefill, as a multiple of
+            a step without, in addition to `max_gap`; None: no such limit.
         dtype: of activations and KV. "auto": bfloat16 on a GPU; float32 on a CPU, where quantised
             products in bfloat16 take eight times as long.
         mtp: draft tokens per sequence and step. "auto": none or one, by measurement. 0: the MTP
@@ -37,7 +42,9 @@ class EngineConfig:
     max_step_tokens: int = 2048
     max_context: int | None = None
     memory_budget: int | None = None
-    max_slowdown: float = 1.75
+    min_stream_rate: float = 10.0
+    max_gap: float = 0.25
+    max_slowdown: float | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     prefix_cache: bool = True
@@ -50,5 +57,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_running", "max_step_tokens", "max_slowdown"):
             value = getattr(self, name)
-            if not value >= 1:
+            if value is not None and not value >= 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}.")
+        for name in ("min_stream_rate", "max_gap"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise SettingsError(f"{name} must be greater than 0, not {value}.")

@@ -1,76 +1,106 @@
 """Prefill budget: prefill rows that a step may have beside decoding sequences.
 
-A step is modelled as taking `base(decoding sequences) + cost · prefill rows` seconds. Both are
-estimated from the steps themselves: on a GPU a decode step has room for a hundred rows at no cost,
-on a CPU every row counts.
+A reader needs some ten tokens a second and no long gaps; the rest of the time belongs to prompts.
+Chunks have the number of rows with which the device computes prompts fastest, within the longest
+gap. After a chunk come as many steps without prefill as the rate of the streams asks for.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import logging
 
 import numpy as np
 
-WINDOW = 9
-"""Observations kept of each kind. Unlike a running mean, their quantiles forget an outlier soon."""
+from glmd.engine.config import EngineConfig
+from glmd.engine.scheduler.step_times import GROUPED_ROWS, StepTimes
 
-BASE_QUANTILE = 0.25
-"""Of steps without prefill: behind a step with prefill they still insert its chunks."""
-
-COST_QUANTILE = 0.75
-"""Of row costs. With the median, every second step would take too long."""
+log = logging.getLogger(__name__)
 
 FIRST_CHUNK = 16
-"""Most rows beside decoding sequences before the cost of a row is known, and no more than there are
-sequences: a row costs no more than one of theirs."""
+"""Most rows beside decoding sequences before a step with prefill has been measured, and no more
+than there are sequences: a row costs no more than one of theirs."""
 
 SMALLEST_CHUNK = 4
-"""Least rows of a step with prefill, so that prompts progress. On a CPU behind 2k tokens, eight
-rows make a step three times as long, four rows less than twice."""
+"""Least rows of a step with prefill, so that prompts progress."""
+
+GAP_MARGIN = 0.9
+"""Share of `max_gap` that a step is planned to take, as durations vary."""
+
+PREFILL_SHARE = 0.25
+"""Least share of the time for prefill, where the device is too slow for the streams' rate."""
+
+GOOD_ENOUGH = 0.99
+"""Share of the highest rate of prefill for which a smaller chunk is preferred: gaps are shorter."""
+
+HOPE = 0.93
+"""Expected time of more rows than were measured, as a share of the time in proportion."""
+
+PROBE_FACTOR = 4
+"""Multiple of the longest gap that a step may take to measure `GROUPED_ROWS` rows for the first
+time. Below, each row may cost so much that a larger chunk seems impossible."""
+
+TICK = 1e-6
+"""Seconds that a step takes at least, whatever the clock says."""
 
 FIRST_TOKEN_WEIGHT = 8
-"""Decoding sequences that each short prompt beyond the first outweighs. Short prompts multiply the
-budget by the ratio of both sides, if that is above 1."""
+"""Decoding sequences that each short prompt beyond the first outweighs. Short prompts lower the
+streams' rate by the ratio of both sides, if that is above 1."""
 
-MAX_BUDGET_FACTOR = 32
-"""Most that short prompts may multiply the budget by."""
+MAX_RATE_FACTOR = 32
+"""Most that short prompts may divide the rate by."""
 
-BASE_STEPS = 32
+BASE_STEPS = 128
 """Steps with prefill after which a step without prefill is requested, to measure it."""
 
 UNKNOWN_BASE_STEPS = 4
 """Likewise where only other numbers of decoding sequences have been measured."""
 
+_SIZES = np.concatenate(
+    [np.arange(4, 256, 4), np.arange(256, 1024, 32), np.arange(1024, 8193, 128)]
+)
+"""Chunks to choose from, in rows."""
+
 
 class PrefillBudget:
-    """Model of step times, and the budget that follows from it.
-
-    Args:
-        max_slowdown: duration of a step with prefill, as a multiple of a step without.
+    """Divides time between decoding sequences and prefill.
 
     Attributes:
         max_rows: rows of a step. May be changed.
     """
 
-    def __init__(self, max_slowdown: float, max_rows: int) -> None:
-        self.max_rows = max_rows
-        self._max_slowdown = max_slowdown
-        self._base: dict[int, deque[float]] = {}
-        self._row_cost: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, config: EngineConfig) -> None:
+        self.max_rows = config.max_step_tokens
+        self._interval = 1 / config.min_stream_rate
+        self._max_gap = config.max_gap
+        self._max_slowdown = config.max_slowdown
+        if config.max_slowdown is not None:
+            log.warning("deprecated setting: name=max_slowdown use=max_gap")
+        self._times = StepTimes()
         self._since_base = 0
         """Steps with prefill since a step without, or since one was requested."""
+        self._owed = 0.0
+        """Seconds by which the streams are behind their rate."""
+        self._repaid_steps = 0
+        """Steps without prefill scheduled for the rate and not observed yet."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
         """Learn from the duration of a step with `decoding` sequences."""
-        if prefill_rows == 0:
-            if decoding:
-                self._since_base = 0
-                self._base.setdefault(decoding, deque(maxlen=WINDOW)).append(seconds)
+        if decoding:
+            self._since_base = self._since_base + 1 if prefill_rows else 0
+            self._correct(decoding, prefill_rows, seconds)
+        self._times.observe(decoding, prefill_rows, seconds)
+
+    def _correct(self, decoding: int, prefill_rows: int, seconds: float) -> None:
+        """Replace the estimate in the time owed by the measured seconds."""
+        base = self._times.base(decoding)
+        if base is None:
             return
-        self._since_base += decoding > 0
-        base = self._base_for(decoding) if decoding else 0.0
-        if base is not None:
-            self._row_cost.append(max(seconds - base, 0.05 * seconds) / prefill_rows)
+        if prefill_rows and self._times.has_prefill:
+            rows = np.array([prefill_rows])
+            self._owe(seconds - float(self._times.with_prefill(decoding, rows, base)[0]))
+        elif not prefill_rows and self._repaid_steps:
+            self._repaid_steps -= 1
+            self._owe(seconds - base)
 
     def prefill_budget(self, decoding: int, prefilling: int) -> int:
         """Prefill rows of the next step.
@@ -78,43 +108,62 @@ class PrefillBudget:
         Args:
             decoding: sequences that decode in the step.
             prefilling: short prompts in prefill, at least 1. Where they are many beside few
-                decoding sequences, their first tokens outweigh a longer step.
+                decoding sequences, their first tokens outweigh the streams' rate.
 
         Returns:
-            0 where the step must be measured without prefill.
+            0 for a step without prefill.
         """
         if decoding == 0:
             return self.max_rows
-        base, steps = self._base_for(decoding), BASE_STEPS
+        base, steps = self._times.base(decoding), BASE_STEPS
         if base is None:
-            base, steps = self._lower_bound_for(decoding), UNKNOWN_BASE_STEPS
+            base, steps = self._times.lower_bound(decoding), UNKNOWN_BASE_STEPS
         if base is None or self._since_base >= steps:
             # Request it once: the next step is scheduled before this one is observed.
             self._since_base = 0
             return 0
-        rows = min(FIRST_CHUNK, decoding)
-        if self._row_cost:
-            cost = float(np.quantile(self._row_cost, COST_QUANTILE))
-            factor = FIRST_TOKEN_WEIGHT * (prefilling - 1) / decoding
-            slack = (self._max_slowdown - 1) * min(max(1.0, factor), MAX_BUDGET_FACTOR)
-            rows = int(min(slack * base / cost, self.max_rows)) if cost else self.max_rows
-        return max(min(rows, self.max_rows - decoding), SMALLEST_CHUNK)
+        factor = FIRST_TOKEN_WEIGHT * (prefilling - 1) / decoding
+        interval = max(self._interval, base / (1 - PREFILL_SHARE))
+        interval *= min(max(1.0, factor), MAX_RATE_FACTOR)
+        if self._owed > 0:
+            self._repaid_steps += 1
+            self._owe(base - interval)
+            return 0
+        if not self._times.has_prefill:
+            return max(min(FIRST_CHUNK, decoding, self.max_rows - decoding), SMALLEST_CHUNK)
+        rows, seconds = self._choose(decoding, base, interval)
+        self._owe(seconds - interval)
+        return rows
 
-    def _base_for(self, decoding: int) -> float | None:
-        """Seconds of a step with about `decoding` sequences and no prefill; None if unknown.
+    def _choose(self, decoding: int, base: float, interval: float) -> tuple[int, float]:
+        """The number of rows with which prompts are computed fastest; seconds of such a step."""
+        sizes = _SIZES[self.max_rows - decoding >= _SIZES]
+        if not len(sizes):
+            sizes = _SIZES[:1]
+        total = self._times.with_prefill(decoding, sizes, base)
+        longest = max(GAP_MARGIN * self._max_gap, 2 * base)
+        if self._max_slowdown is not None:
+            longest = min(longest, self._max_slowdown * base)
+        grouped = decoding + sizes >= GROUPED_ROWS
+        if self._times.few_grouped and grouped.any():
+            first = int(grouped.argmax())
+            if total[first] <= PROBE_FACTOR * longest:
+                return int(sizes[first]), float(total[first])
+        allowed = total <= longest
+        if not self._times.has_ungrouped and (allowed & grouped).any():
+            allowed &= grouped
+        if not allowed.any():
+            return int(sizes[0]), float(total[0])
+        # Steps up to `interval` keep the rate. After longer ones, steps without prefill follow.
+        # Larger chunks than were measured are expected to be a little faster, so they are tried.
+        hoped = self._times.with_prefill(decoding, sizes, base, beyond=HOPE)
+        added = np.maximum(hoped - base, TICK)
+        rate = sizes * np.minimum(1 / np.maximum(hoped, TICK), (1 - base / interval) / added)
+        rate[~allowed] = 0
+        chosen = int((rate >= GOOD_ENOUGH * rate.max()).argmax())
+        return int(sizes[chosen]), float(total[chosen])
 
-        Measured for similar numbers only: extrapolated from one sequence to eight, the difference
-        would count as the cost of prefill rows, and prompts would starve.
-        """
-        nearest = min(self._base, key=lambda known: abs(known - decoding), default=None)
-        if nearest is None or abs(nearest - decoding) > decoding // 4:
-            return None
-        return self._measured(nearest)
-
-    def _lower_bound_for(self, decoding: int) -> float | None:
-        """Least seconds of such a step, from other numbers of sequences; None if there are none."""
-        known = [self._measured(n) * min(1.0, decoding / n) for n in self._base]
-        return max(known, default=None)
-
-    def _measured(self, decoding: int) -> float:
-        return float(np.quantile(self._base[decoding], BASE_QUANTILE))
+    def _owe(self, seconds: float) -> None:
+        """Add to the time owed to streams, within bounds: neither credit nor debt grows old."""
+        most = 2 * max(self._max_gap, self._interval)
+        self._owed = min(max(self._owed + seconds, -self._interval), most)

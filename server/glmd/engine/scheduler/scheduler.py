@@ -89,7 +89,7 @@ class Scheduler:
         self.kv_budget = kv_budget
         self.max_running = config.max_running
         self.preemptions = 0
-        self.prefill_budget = PrefillBudget(config.max_slowdown, config.max_step_tokens)
+        self.prefill_budget = PrefillBudget(config)
         self._prefix_cache = config.prefix_cache
         self._token_bytes = kv_bytes_per_token
         self._chunk_limit = chunk_limit
