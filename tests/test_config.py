@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from glmd.config import Settings, load
+from glmd.engine.config import EngineConfig
 from glmd.errors import SettingsError
 
 
@@ -63,10 +64,12 @@ def test_lists_are_arrays_in_the_file_and_commas_in_the_environment(
 
 
 def test_sizes_accept_units() -> None:
-    assert load({"max_body": "2MiB", "memory_budget": "20 GB"}).engine_config == {
-        "mtp": "auto",
-        "memory_budget": 20_000_000_000,
-    }
+    settings = load({"max_body": "2MiB", "memory_budget": "20 GB"})
+    assert settings.engine_config["memory_budget"] == 20_000_000_000
+
+
+def test_defaults_of_the_engine_are_stated_once() -> None:
+    assert EngineConfig(**load({}).engine_config) == EngineConfig()  # type: ignore[arg-type]
 
 
 def test_repr_hides_the_api_key() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from glmd.bench.device_model import Device
+from glmd.bench.report import make_table, number
 from glmd.bench.simulation import Simulation, Stream
 from glmd.engine.config import EngineConfig
 from glmd.ipc import TokenArray
@@ -262,42 +263,35 @@ def simulate(
 
 
 def simulation_table(rows: list[SimulationRow]) -> Table:
-    """One line per row."""
-    table = Table(title="Simulated; times compare decisions, they are not speeds")
-    for column in ("device", "scenario"):
-        table.add_column(column)
-    for column in (
-        "streams",
-        "first token, s",
-        "× alone",
-        "tokens/s",
-        "gaps, ms",
-        "steps",
-        "rows",
-        "pieces",
-        "dispatches",
-    ):
-        table.add_column(column, justify="right")
+    """One line per row of a simulation."""
+    table = make_table(
+        "Simulated: for comparing decisions, not a forecast of speed",
+        ("device", "scenario"),
+        (
+            "streams",
+            "first token, s",
+            "× alone",
+            "tokens/s",
+            "gaps p50/p99/max, ms",
+            "steps",
+            "rows",
+            "pieces",
+            "dispatches",
+        ),
+    )
     for row in rows:
-        gaps = (row.gap_p50_ms, row.gap_p99_ms, row.gap_max_ms)
+        gaps = [row.gap_p50_ms, row.gap_p99_ms, row.gap_max_ms]
         table.add_row(
             row.device,
             row.scenario,
             str(row.streams),
-            _number(row.ttft_s),
+            number(row.ttft_s),
             f"{row.ttft_ratio:.2f}",
-            _number(row.stream_rate),
-            " / ".join(map(_number, gaps)) if row.gap_p50_ms is not None else "",
+            number(row.stream_rate) if row.stream_rate is not None else "",
+            " / ".join(f"{gap:.0f}" for gap in gaps if gap is not None),
             str(row.steps),
             f"{row.rows_median:.0f}",
             str(row.pieces_max),
             str(row.dispatches_per_layer),
         )
     return table
-
-
-def _number(value: float | None) -> str:
-    """Three significant digits, without an exponent; empty for None."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
