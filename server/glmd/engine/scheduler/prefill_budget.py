@@ -29,17 +29,18 @@ GAP_MARGIN = 0.9
 PREFILL_SHARE = 0.25
 """Least share of the time for prefill, where the device is too slow for the streams' rate."""
 
-GOOD_ENOUGH = 0.99
-"""Share of the highest rate of prefill for which a smaller chunk is preferred: gaps are shorter."""
+NEAR_BEST = 0.99
+"""Share of the highest prefill rate that a smaller chunk must reach to be preferred for its shorter
+gaps."""
 
-HOPE = 0.93
+UNMEASURED_FACTOR = 0.93
 """Expected time of more rows than were measured, as a share of the time in proportion."""
 
 PROBE_FACTOR = 4
 """Multiple of the longest gap that a step may take to measure `GROUPED_ROWS` rows for the first
 time. Below, each row may cost so much that a larger chunk seems impossible."""
 
-TICK = 1e-6
+MIN_SECONDS = 1e-6
 """Seconds that a step takes at least, whatever the clock says."""
 
 FIRST_TOKEN_WEIGHT = 8
@@ -78,9 +79,9 @@ class PrefillBudget:
         self._times = StepTimes()
         self._since_base = 0
         """Steps with prefill since a step without, or since one was requested."""
-        self._owed = 0.0
+        self._deficit = 0.0
         """Seconds by which the streams are behind their rate."""
-        self._repaid_steps = 0
+        self._pending_plain_steps = 0
         """Steps without prefill scheduled for the rate and not observed yet."""
 
     def observe(self, decoding: int, prefill_rows: int, seconds: float) -> None:
@@ -91,16 +92,16 @@ class PrefillBudget:
         self._times.observe(decoding, prefill_rows, seconds)
 
     def _correct(self, decoding: int, prefill_rows: int, seconds: float) -> None:
-        """Replace the estimate in the time owed by the measured seconds."""
+        """Replace the estimate in the deficit by the measured seconds."""
         base = self._times.base(decoding)
         if base is None:
             return
         if prefill_rows and self._times.has_prefill:
             rows = np.array([prefill_rows])
-            self._owe(seconds - float(self._times.with_prefill(decoding, rows, base)[0]))
-        elif not prefill_rows and self._repaid_steps:
-            self._repaid_steps -= 1
-            self._owe(seconds - base)
+            self._add_deficit(seconds - float(self._times.with_prefill(decoding, rows, base)[0]))
+        elif not prefill_rows and self._pending_plain_steps:
+            self._pending_plain_steps -= 1
+            self._add_deficit(seconds - base)
 
     def prefill_budget(self, decoding: int, prefilling: int) -> int:
         """Prefill rows of the next step.
@@ -125,14 +126,14 @@ class PrefillBudget:
         factor = FIRST_TOKEN_WEIGHT * (prefilling - 1) / decoding
         interval = max(self._interval, base / (1 - PREFILL_SHARE))
         interval *= min(max(1.0, factor), MAX_RATE_FACTOR)
-        if self._owed > 0:
-            self._repaid_steps += 1
-            self._owe(base - interval)
+        if self._deficit > 0:
+            self._pending_plain_steps += 1
+            self._add_deficit(base - interval)
             return 0
         if not self._times.has_prefill:
             return max(min(FIRST_CHUNK, decoding, self.max_rows - decoding), SMALLEST_CHUNK)
         rows, seconds = self._choose(decoding, base, interval)
-        self._owe(seconds - interval)
+        self._add_deficit(seconds - interval)
         return rows
 
     def _choose(self, decoding: int, base: float, interval: float) -> tuple[int, float]:
@@ -156,14 +157,14 @@ class PrefillBudget:
             return int(sizes[0]), float(total[0])
         # Steps up to `interval` keep the rate. After longer ones, steps without prefill follow.
         # Larger chunks than were measured are expected to be a little faster, so they are tried.
-        hoped = self._times.with_prefill(decoding, sizes, base, beyond=HOPE)
-        added = np.maximum(hoped - base, TICK)
-        rate = sizes * np.minimum(1 / np.maximum(hoped, TICK), (1 - base / interval) / added)
+        hoped = self._times.with_prefill(decoding, sizes, base, beyond=UNMEASURED_FACTOR)
+        added = np.maximum(hoped - base, MIN_SECONDS)
+        rate = sizes * np.minimum(1 / np.maximum(hoped, MIN_SECONDS), (1 - base / interval) / added)
         rate[~allowed] = 0
-        chosen = int((rate >= GOOD_ENOUGH * rate.max()).argmax())
+        chosen = int((rate >= NEAR_BEST * rate.max()).argmax())
         return int(sizes[chosen]), float(total[chosen])
 
-    def _owe(self, seconds: float) -> None:
-        """Add to the time owed to streams, within bounds: neither credit nor debt grows old."""
+    def _add_deficit(self, seconds: float) -> None:
+        """Change the deficit within bounds, so that a single long step is soon forgotten."""
         most = 2 * max(self._max_gap, self._interval)
-        self._owed = min(max(self._owed + seconds, -self._interval), most)
+        self._deficit = min(max(self._deficit + seconds, -self._interval), most)
