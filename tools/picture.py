@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -120,6 +121,7 @@ def main() -> int:
         page.screenshot(path=file)
         for each in clients:
             each.join()
+    Image.open(file).convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
     size = file.stat().st_size
     print(f"{file}: {size:,} bytes")
     return int(size > LARGEST)

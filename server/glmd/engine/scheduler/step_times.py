@@ -84,9 +84,9 @@ class StepTimeCurve:
             buckets = self._buckets.values()
             for bucket in sorted(buckets, key=lambda b: (len(b.rows) == 1, -b.last)):
                 rows = float(np.mean(bucket.rows))
-                # "lower": of two measurements the first may include the compilation of kernels.
-                per_row = np.quantile(bucket.per_row, PREFILL_QUANTILE, method="lower")
-                seconds = rows * float(per_row)
+                # Rounded down: the first of two measurements may include compiling kernels.
+                ordered = sorted(bucket.per_row)
+                seconds = rows * ordered[int(PREFILL_QUANTILE * (len(ordered) - 1))]
                 for other_rows, other in points:
                     in_proportion = other * rows / other_rows
                     least, most = sorted((other, in_proportion))
@@ -163,7 +163,12 @@ class StepTimes:
         return max(known, default=None)
 
     def _measured(self, decoding: int) -> float:
-        return float(np.quantile(self._base[decoding], BASE_QUANTILE))
+        # Called in each step, where numpy's quantile of nine numbers takes 0.1 ms.
+        ordered = sorted(self._base[decoding])
+        place = BASE_QUANTILE * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     @property
     def has_prefill(self) -> bool:
