@@ -66,8 +66,10 @@ def running(server: BenchServer, folder: Path, log: Path) -> Iterator[tuple[str,
         )
         try:
             _wait_until_ready(url, server, process, log)
-            models = httpx.get(f"{url}/v1/models", timeout=10).json()
-            yield url, server.model or models["data"][0]["id"]
+            model = server.model
+            if model is None:
+                model = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
+            yield url, model
         finally:
             process.terminate()
             try:
