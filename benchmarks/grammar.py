@@ -152,7 +152,7 @@ class GrammarReport:
     """Result of the benchmark.
 
     Attributes:
-        tokens: generated tokens per row.
+        tokens: tokens of each row while all rows decode.
     """
 
     rows: int
@@ -227,7 +227,7 @@ def bench_grammar(
         repeat: runs with and without each grammar.
         only: run only grammars whose name contains this text.
         on_progress: called with a line of progress.
-        tokens: generated tokens per row.
+        tokens: tokens of each row while all rows decode.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -236,7 +236,7 @@ def bench_grammar(
     special_tokens = SpecialTokens.find(Tokenizer.load(folder).controls, "the tokenizer")
     on_progress(f"loading {folder.name}")
     glmd = GlmdBackend(folder, "bfloat16" if on_gpu() else "float32")
-    workload = workloads.decode(Prompts(config.vocab_size, scale), ROWS, new=tokens)
+    workload = workloads.decode(Prompts(config.vocab_size, scale), ROWS, window=tokens)
     free = _ConstrainedBackend(glmd, folder, None)
     speeds = []
     for name, spec in output_specs().items():

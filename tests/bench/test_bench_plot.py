@@ -18,7 +18,7 @@ from mtp import plot as drafting_plot
 
 def row(workload: str, advantage: float | None, ratio: float | None) -> EngineRow:
     return EngineRow(
-        workload, "decode", "tokens/s", 8, 7, advantage, ratio, None, "higher", True, []
+        workload, "decode", "tokens/s", 8, 7, advantage, ratio, None, "higher", True, [], []
     )
 
 

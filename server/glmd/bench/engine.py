@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ import mlx.core as mx
 from glmd.bench import workloads
 from glmd.bench.backends import Dtype, GlmdBackend, MlxLmBackend
 from glmd.bench.checkpoints import on_gpu
-from glmd.bench.runner import Backend, RunTrace, run, same_answers
+from glmd.bench.runner import Backend, NotMeasured, RunTrace, run, same_answers
 from glmd.bench.workloads import Prompts, Workload
 from glmd.checkpoint.config import load_config
 from glmd.errors import SettingsError
@@ -34,6 +34,7 @@ class Metric:
     """A number read from a run, and its target.
 
     Attributes:
+        read: raises `NotMeasured` if the run does not show the number.
         ratio: glmd must be at least this many times better than mlx-lm. None: no such target.
         bound: limit of glmd's number, a minimum if higher is better. None: no such target.
     """
@@ -77,7 +78,7 @@ def measured_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[Me
 
     for rows in (1, 8, 32):
         # at least 48 tokens, a third of a second for one stream of a small model
-        yield workloads.decode(prompts, rows, new=max(48, 256 // rows)), (faster(1.0),)
+        yield workloads.decode(prompts, rows, window=max(48, 256 // rows)), (faster(1.0),)
     yield workloads.ragged(prompts), (faster(4.0),)
 
     kv = Metric("KV held / KV needed", "×", "lower", kv_overhead, bound=1.15)
@@ -111,7 +112,7 @@ def measured_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[Me
     )
     yield together, (computed,)
 
-    cached = Metric("cached", "of the prompt", "higher", RunTrace.cached_share, bound=0.8)
+    cached = Metric("cached", "of the prompt", "higher", RunTrace.cached_share, bound=0.75)
     yield workloads.cancelled(prompts), (cached,)
 
     stray = Metric(
@@ -126,22 +127,26 @@ class EngineRow:
     """Medians of one metric of one workload.
 
     Attributes:
+        glmd, mlx_lm: medians. None: not measured in at least one repetition; see `reasons`.
         advantage: median of the ratios within each repetition, so that a slow minute affects both
             backends. None: not comparable.
-        runs: values of glmd and mlx-lm in each repetition.
+        met: whether both targets are met. None: a number for the targets was not measured.
+        runs: values of glmd and mlx-lm in each repetition. None: not measured.
+        reasons: a line for each number that was not measured.
     """
 
     workload: str
     goal: str
     unit: str
-    glmd: float
-    mlx_lm: float
+    glmd: float | None
+    mlx_lm: float | None
     advantage: float | None
     ratio: float | None
     bound: float | None
     better: str
-    met: bool
-    runs: list[tuple[float, float]]
+    met: bool | None
+    runs: list[tuple[float | None, float | None]]
+    reasons: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +205,7 @@ def bench_engine(
     glmd.extend_context(max(workload.longest for workload, _ in chosen) + ENDLESS_ROOM)
     backends: list[Backend] = [glmd, mlx_lm]
     for backend in backends:  # warm-up: compiles kernels and reads all weights
-        run(backend, workloads.decode(Prompts(config.vocab_size, 0), 2, new=4))
+        run(backend, workloads.decode(Prompts(config.vocab_size, 0), 2, window=4))
     rows, agreement = [], []
     for workload, metrics in chosen:
         pairs = []
@@ -210,7 +215,7 @@ def bench_engine(
             traces = {backend.name: run(backend, workload) for backend in order}
             pairs.append((traces["glmd"], traces["mlx-lm"]))
         agreement += [same_answers(*pair) for pair in pairs]
-        rows += [_row(workload, metric, pairs) for metric in metrics]
+        rows += [make_row(workload.name, metric, pairs) for metric in metrics]
     return EngineReport(
         dtype=dtype,
         mtp=mtp,
@@ -221,23 +226,51 @@ def bench_engine(
     )
 
 
-def _row(
-    workload: Workload, metric: Metric, pairs: Iterable[tuple[RunTrace, RunTrace]]
+def make_row(
+    workload: str, metric: Metric, pairs: Iterable[tuple[RunTrace, RunTrace]]
 ) -> EngineRow:
-    runs = [(metric.read(ours), metric.read(theirs)) for ours, theirs in pairs]
-    glmd = median(ours for ours, _ in runs)
-    advantages = [metric.advantage(ours, theirs) for ours, theirs in runs]
-    advantage = median(x for x in advantages if x is not None) if all(advantages) else None
+    """Summarise a metric of all repetitions, each a run of glmd and one of mlx-lm."""
+    reasons: list[str] = []
+
+    def read(backend: str, number: int, trace: RunTrace) -> float | None:
+        try:
+            return metric.read(trace)
+        except NotMeasured as error:
+            reasons.append(f"{backend}, run {number}: {error}")
+            return None
+
+    runs = [
+        (read("glmd", number, ours), read("mlx-lm", number, theirs))
+        for number, (ours, theirs) in enumerate(pairs, 1)
+    ]
+    glmd = _median([ours for ours, _ in runs])
+    mlx_lm = _median([theirs for _, theirs in runs])
+    advantage = _median(
+        [
+            None if ours is None or theirs is None else metric.advantage(ours, theirs)
+            for ours, theirs in runs
+        ]
+    )
+    met = None
+    if glmd is not None and (metric.ratio is None or mlx_lm is not None):
+        met = metric.met(glmd, advantage)
     return EngineRow(
-        workload=workload.name,
+        workload=workload,
         goal=metric.name,
         unit=metric.unit,
         glmd=glmd,
-        mlx_lm=median(theirs for _, theirs in runs),
+        mlx_lm=mlx_lm,
         advantage=advantage,
         ratio=metric.ratio,
         bound=metric.bound,
         better=metric.better,
-        met=metric.met(glmd, advantage),
+        met=met,
         runs=runs,
+        reasons=reasons,
     )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """Return the median. None: a value is None."""
+    known = [value for value in values if value is not None]
+    return median(known) if len(known) == len(values) else None

@@ -22,6 +22,8 @@ from glmd.bench.serving import PERCENTILES, Figures, TargetCheck
 from glmd.engine.memory import device_name
 from glmd.errors import SettingsError
 
+NOT_MEASURED = "–"
+
 WIDTH = 140
 """Columns of a table in a file or a pipe."""
 
@@ -79,7 +81,7 @@ def make_table(title: str, text_columns: Sequence[str], indexcolumns: Sequence[s
 
 
 def engine_table(report: EngineReport) -> Table:
-    """One row per metric of the engine benchmark."""
+    """One row per metric of the engine benchmark; below, why a number was not measured."""
     table = make_table(
         "glmd against mlx-lm's BatchGenerator, medians",
         ("workload", "measured"),
@@ -90,14 +92,24 @@ def engine_table(report: EngineReport) -> Table:
         table.add_row(
             row.workload if row.workload != previous else "",
             f"{row.goal}, {row.unit}" if row.unit else row.goal,
-            number(row.glmd),
-            number(row.mlx_lm),
+            NOT_MEASURED if row.glmd is None else number(row.glmd),
+            NOT_MEASURED if row.mlx_lm is None else number(row.mlx_lm),
             f"{number(row.advantage)}×" if row.advantage else "",
             _target(row),
-            verdict(row.met) if row.ratio or row.bound else "",
+            _engine_verdict(row),
         )
         previous = row.workload
+    table.caption_justify = "left"
+    table.caption = "\n".join(
+        f"{row.workload}, {row.goal}: {reason}" for row in report.rows for reason in row.reasons
+    )
     return table
+
+
+def _engine_verdict(row: EngineRow) -> str:
+    if row.ratio is None and row.bound is None:
+        return ""
+    return NOT_MEASURED if row.met is None else verdict(row.met)
 
 
 def serving_table(figures: Sequence[Figures]) -> Table:

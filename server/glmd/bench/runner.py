@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -14,6 +16,10 @@ import numpy as np
 
 from glmd.bench.workloads import ENDLESS, Request, Workload, unique_tokens
 from glmd.ipc import TokenArray
+
+
+class NotMeasured(Exception):
+    """A number that a run does not show, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class RequestTrace:
         times: arrival of each output token.
         cached: prompt tokens read from the cache.
         prefilled: prompt tokens in the KV cache so far.
-        ended: time of the end. None: running.
+        ended: time of the end. None: running, or cancelled at the end of the workload.
     """
 
     request: Request
@@ -101,6 +107,8 @@ class RunTrace:
 
     Attributes:
         waves: traces in the workload's order.
+        window: tokens that each request of the last wave must have got while all of them decode,
+            for a rate of decoding.
         kv_bytes: whole KV cache after the last step in which the entire last wave decoded.
         lengths: output tokens of each request at that step.
         computed: prompt tokens run through the model.
@@ -110,6 +118,7 @@ class RunTrace:
     """
 
     waves: list[list[RequestTrace]] = field(default_factory=list)
+    window: int = 1
     kv_bytes: int = 0
     lengths: list[int] = field(default_factory=list)
     computed: int = 0
@@ -130,39 +139,83 @@ class RunTrace:
         """Count tokens that the KV cache had to hold when `kv_bytes` was read.
 
         Each common prefix counts once; the last output token was not in the cache yet.
+
+        Raises:
+            NotMeasured: the last wave never decoded as a whole.
         """
+        if not self.lengths:
+            raise NotMeasured(f"{len(self.waves[-1])} requests never decoded at the same time")
         return unique_tokens(
             np.concatenate([r.request.prompt, np.array(r.tokens[: length - 1], np.int32)])
             for r, length in zip(self.requests, self.lengths, strict=True)
         )
 
+    def _shared_decoding(self) -> tuple[float, list[int]]:
+        """Return for how long all requests of the last wave decode, and the tokens of each."""
+        wave = self.waves[-1]
+        start = max(request.times[0] for request in wave)
+        end = max(start, min(request.times[-1] for request in wave))
+        tokens = [bisect_right(r.times, end) - bisect_right(r.times, start) for r in wave]
+        return end - start, tokens
+
+    def window_full(self) -> bool:
+        """Return whether each request of the last wave has got `window` tokens while all decode."""
+        started = all(request.times for request in self.waves[-1])
+        return started and min(self._shared_decoding()[1]) >= self.window
+
     def decode_rate(self) -> float:
-        """Tokens per second of the last wave while all of its requests decode."""
-        start = max(request.times[0] for request in self.waves[-1])
-        end = min(request.times[-1] for request in self.waves[-1])
-        tokens = sum(start < time <= end for r in self.waves[-1] for time in r.times)
-        return tokens / (end - start)
+        """Tokens per second of the last wave while all of its requests decode.
+
+        Raises:
+            NotMeasured: a request ended before each had `window` tokens.
+        """
+        wave = self.waves[-1]
+        _require_tokens(wave)
+        seconds, tokens = self._shared_decoding()
+        if min(tokens) < self.window:
+            raise NotMeasured(
+                f"a request had {min(tokens)} of {self.window} tokens while all {len(wave)} decoded"
+            )
+        return sum(tokens) / seconds
 
     def overall_rate(self) -> float:
-        """Tokens per second of all requests, from the first arrival to the last token."""
+        """Tokens per second of all requests, from the first arrival to the last token.
+
+        Raises:
+            NotMeasured: a request has no token.
+        """
+        _require_tokens(self.requests)
         start = min(request.arrived for request in self.requests)
         end = max(request.times[-1] for request in self.requests)
         return sum(len(request.tokens) for request in self.requests) / (end - start)
 
     def first_token_seconds(self) -> float:
-        """Seconds from the last wave's arrival to its first token."""
+        """Seconds from the last wave's arrival to its first token.
+
+        Raises:
+            NotMeasured: a request has no token.
+        """
+        _require_tokens(self.waves[-1])
         return min(request.times[0] - request.arrived for request in self.waves[-1])
 
     def _steps_before(self) -> list[float]:
-        """Seconds between tokens of the first wave, before the last wave arrives."""
+        """Seconds between tokens of the first wave, before the last wave arrives.
+
+        Raises:
+            NotMeasured: there are none.
+        """
+        _require_tokens(self.waves[0])
         arrival = self.waves[-1][0].arrived
         started = max(request.times[0] for request in self.waves[0])
-        return [
+        steps = [
             after - before
             for request in self.waves[0]
             for before, after in pairwise(request.times)
             if started <= before and after <= arrival
         ]
+        if not steps:
+            raise NotMeasured("no two tokens of a stream between its start and the next arrival")
+        return steps
 
     def median_step(self) -> float:
         """Median seconds between tokens of the first wave, before the last wave arrives."""
@@ -173,8 +226,15 @@ class RunTrace:
         return max(self._steps_before())
 
     def longest_gap(self) -> float:
-        """Longest gap in a first-wave stream between the last wave's arrival and first token."""
+        """Longest gap in a first-wave stream between the last wave's arrival and first token.
+
+        Raises:
+            NotMeasured: a stream ended before that token, or there is no such token.
+        """
+        _require_tokens([*self.waves[0], self.waves[-1][0]])
         arrival, answered = self.waves[-1][0].arrived, self.waves[-1][0].times[0]
+        if any(r.ended is not None and r.ended < answered for r in self.waves[0]):
+            raise NotMeasured("a stream ended before the first token of the last prompt")
         return max(
             after - before
             for request in self.waves[0]
@@ -183,16 +243,31 @@ class RunTrace:
         )
 
     def cached_share(self) -> float:
-        """Cached share of the last request's prompt."""
+        """Cached share of the last request's prompt.
+
+        Raises:
+            NotMeasured: a request that was to be cancelled in its prefill was computed completely.
+        """
+        for r in self.requests:
+            # mlx-lm computes a prompt's last token with the output
+            whole = r.prefilled >= len(r.request.prompt) - 1
+            if r.request.cancel_at is not None and (r.tokens or whole):
+                raise NotMeasured("the prompt was computed before it could be cancelled")
         request = self.waves[-1][-1]
         return request.cached / len(request.request.prompt)
+
+
+def _require_tokens(requests: Sequence[RequestTrace]) -> None:
+    without = sum(not request.times for request in requests)
+    if without:
+        raise NotMeasured(f"{without} of {len(requests)} requests got no token")
 
 
 def run(backend: Backend, workload: Workload) -> RunTrace:
     """Run a workload in a new session of `backend`."""
     bytes_before = _live_bytes()
     session = backend.open()
-    trace = RunTrace()
+    trace = RunTrace(window=workload.window or 1)
     try:
         _drive(session, workload, trace)
         trace.computed = session.computed
@@ -215,7 +290,7 @@ def _drive(session: BackendSession, workload: Workload, trace: RunTrace) -> None
                 session.submit(len(requests), request.prompt, request.max_tokens)
                 requests.append(sent)
                 trace.waves[-1].append(sent)
-        if not pending and all(r.ended is not None or r.endless for r in requests):
+        if not pending and _over(workload, trace):
             break
         _record(session, requests, session.step())
         if not pending and trace.all_decoding():
@@ -226,6 +301,12 @@ def _drive(session: BackendSession, workload: Workload, trace: RunTrace) -> None
             session.cancel(number)
     while session.step():
         pass  # drain the step in flight and the cancelled requests
+
+
+def _over(workload: Workload, trace: RunTrace) -> bool:
+    if workload.window is not None:
+        return trace.window_full() or any(r.ended is not None for r in trace.waves[-1])
+    return all(r.ended is not None or r.endless for r in trace.requests)
 
 
 def _record(

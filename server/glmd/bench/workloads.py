@@ -6,7 +6,7 @@ Both backends get identical workloads. Lengths in names are those at scale 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,9 @@ SEED = 20_260_119
 
 ENDLESS = 1 << 20
 """`max_tokens` of a stream that is cancelled at the end of the workload."""
+
+EARLY_TOKENS = 1024
+"""Tokens that a stream may generate before all streams of its workload decode."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +49,17 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Waves of requests, over when all but the endless requests have ended."""
+    """Waves of requests; requests that still run at the end of the workload are cancelled.
+
+    Attributes:
+        window: the workload is over once each request of the last wave has got this many tokens
+            while all of them decode, or one has ended. None: once all but the endless requests have
+            ended.
+    """
 
     name: str
     waves: tuple[Wave, ...]
+    window: int | None = None
 
     @property
     def longest(self) -> int:
@@ -83,35 +93,35 @@ class Prompts:
         return int(self._rng.integers(low, high))
 
 
-def decode(prompts: Prompts, rows: int, *, new: int) -> Workload:
+def _streams(prompts: Iterable[TokenArray], window: int) -> Wave:
+    """Return streams of which the first still run when the last has got `window` tokens."""
+    return Wave(tuple(Request(prompt, EARLY_TOKENS + window) for prompt in prompts))
+
+
+def decode(prompts: Prompts, rows: int, *, window: int) -> Workload:
     """Streams of equal length."""
-    requests = tuple(Request(prompts.draw(128), new) for _ in range(rows))
-    return Workload(f"decode, batch {rows}", (Wave(requests),))
+    streams = _streams((prompts.draw(128) for _ in range(rows)), window)
+    return Workload(f"decode, batch {rows}", (streams,), window)
 
 
-def ragged(prompts: Prompts, *, new: int = 48) -> Workload:
-    """One long context among seven short ones.
-
-    The short prompts arrive once the long one decodes: otherwise they would end during its prefill.
-    """
+def ragged(prompts: Prompts, *, window: int = 48) -> Workload:
+    """One long context among seven short ones, which arrive once the long one decodes."""
     long = Request(prompts.draw(4096), ENDLESS)
-    short = tuple(Request(prompts.draw(100), new) for _ in range(7))
-    return Workload(
-        "ragged: one 4k context and seven of 100", (Wave((long,)), Wave(short, after=1))
-    )
+    short = replace(_streams((prompts.draw(100) for _ in range(7)), window), after=1)
+    return Workload("ragged: one 4k context and seven of 100", (Wave((long,)), short), window)
 
 
-def shared_prefix(prompts: Prompts, *, rows: int = 16, new: int = 48) -> Workload:
+def shared_prefix(prompts: Prompts, *, rows: int = 16, window: int = 48) -> Workload:
     """Streams with a long common prefix that is cached when they arrive."""
     prefix = prompts.draw(2048)
-    requests = tuple(Request(np.concatenate([prefix, prompts.draw(100)]), new) for _ in range(rows))
-    waves = (Wave((Request(prefix, 1),)), Wave(requests))
-    return Workload("16 rows on a shared 2k prefix, 100 own", waves)
+    own = (np.concatenate([prefix, prompts.draw(100)]) for _ in range(rows))
+    waves = (Wave((Request(prefix, 1),)), _streams(own, window))
+    return Workload("16 rows on a shared 2k prefix, 100 own", waves, window)
 
 
-def long_context(prompts: Prompts) -> Workload:
+def long_context(prompts: Prompts, *, window: int = 48) -> Workload:
     """One stream with a context of 8k tokens."""
-    return Workload("one row at 8k context", (Wave((Request(prompts.draw(8192), 48),)),))
+    return Workload("one row at 8k context", (_streams([prompts.draw(8192)], window),), window)
 
 
 def returning(prompts: Prompts) -> Workload:
@@ -147,10 +157,13 @@ def together(prompts: Prompts) -> Workload:
 
 
 def cancelled(prompts: Prompts) -> Workload:
-    """A prompt cancelled late in its prefill and sent again."""
+    """A prompt cancelled late in its prefill and sent again.
+
+    Both backends compute prompts in chunks of 2,048 and report 75 %, then the whole prompt.
+    """
     prompt = prompts.draw(8192)
-    waves = (Wave((Request(prompt, 1, cancel_at=0.8),)), Wave((Request(prompt, 1),)))
-    return Workload("cancelled at 80 % of an 8k prefill, sent again", waves)
+    waves = (Wave((Request(prompt, 1, cancel_at=0.75),)), Wave((Request(prompt, 1),)))
+    return Workload("cancelled at 75 % of an 8k prefill, sent again", waves)
 
 
 def mixed(prompts: Prompts) -> Workload:

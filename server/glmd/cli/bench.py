@@ -16,8 +16,11 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path | None,
-    typer.Option(help="Checkpoint folder. Default: a mid-size model of random weights."),
+    str | None,
+    typer.Option(
+        help="Checkpoint folder, or `demo` for the bundled demo."
+        " Default: a mid-size model of random weights."
+    ),
 ]
 Scale = Annotated[
     float, typer.Option(min=0.01, help="Factor on the lengths of all prompts, for example 0.25.")
@@ -28,6 +31,16 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", help="Plot the results to this file, .svg or .png.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+
+
+def checkpoint_folder(model: str | None) -> Path:
+    """Return the folder of `--model`."""
+    from glmd.bench.checkpoints import middle_checkpoint
+    from glmd.checkpoint.hub import DEMO
+
+    if model is None:
+        return middle_checkpoint()
+    return DEMO if model == "demo" else Path(model).expanduser()
 
 
 @app.command()
@@ -44,11 +57,10 @@ def engine(
 ) -> None:
     """Measure the engine without HTTP, against mlx-lm's BatchGenerator in one process."""
     from glmd.bench import report
-    from glmd.bench.checkpoints import middle_checkpoint
     from glmd.bench.engine import bench_engine
 
     report.require_plot(plot)
-    folder = model or middle_checkpoint()
+    folder = checkpoint_folder(model)
     with report.progress() as on_progress:
         result = bench_engine(
             folder, scale=scale, repeat=repeat, only=only, mtp=not no_mtp, on_progress=on_progress
@@ -71,11 +83,10 @@ def serve(
 ) -> None:
     """Measure through HTTP, against mlx_lm.server, one server at a time."""
     from glmd.bench import report
-    from glmd.bench.checkpoints import middle_checkpoint
     from glmd.bench.serving import bench_serving
 
     report.require_plot(plot)
-    folder = model or middle_checkpoint()
+    folder = checkpoint_folder(model)
     log = Path(tempfile.gettempdir()) / "glmd-bench-serve.log"
     with report.progress() as on_progress:
         result = bench_serving(
