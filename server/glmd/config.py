@@ -234,6 +234,9 @@ class Settings(BaseSettings):
         description="Memory for weights, KV cache and activations, such as 20GiB. Default: derived"
         " from the device.",
     )
+    prevent_sleep: bool = Field(
+        True, description="On macOS, prevent idle sleep of the Mac while requests run."
+    )
 
     # Thinking
     enable_thinking: bool = Field(

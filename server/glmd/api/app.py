@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware import Middleware
 
 from glmd import __version__
-from glmd.api import webui
+from glmd.api import power, webui
 from glmd.api.anthropic import routes as messages
 from glmd.api.anthropic.protocol import PATH as MESSAGES_PATH
 from glmd.api.anthropic.protocol import MessageEvent
@@ -67,6 +67,7 @@ def create_app(state: AppState) -> FastAPI:
         finally:
             await app.state.responses.close()
             await state.close()
+            await sleep_blocker.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -74,6 +75,12 @@ def create_app(state: AppState) -> FastAPI:
     meter = metrics.Metrics(state)
     access_log = AccessLog(lambda: state.settings.slow_request)
     tracing = _create_tracing(state)
+    sleep_blocker = power.IdleSleepBlocker(
+        state.registry,
+        lambda: state.settings.prevent_sleep,
+        program=power.PROGRAM,
+        grace=power.GRACE_SECONDS,
+    )
     on_exchange_end = [meter.count, access_log.exchange_ended]
     state.registry.on_end.append(access_log.request_ended)
     if tracing is not None:

@@ -263,6 +263,7 @@ class RequestRegistry:
         running: by id, in order of arrival.
         recent: finished requests, latest last.
         first_tokens: Unix time and seconds since arrival of recent first tokens, latest last.
+        on_start: called with the statistics of each request that has been added to `running`.
         on_end: called with the statistics of each request that has ended.
     """
 
@@ -271,6 +272,7 @@ class RequestRegistry:
         self.recent: deque[RequestStats] = deque(maxlen=HISTORY)
         self.totals = AggregateStats()
         self.first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)
+        self.on_start: list[Callable[[RequestStats], None]] = []
         self.on_end: list[Callable[[RequestStats], None]] = []
         self._window: deque[SecondCount] = deque(maxlen=WINDOW_SECONDS)
         """Seconds with tokens, latest last."""
@@ -297,6 +299,8 @@ class RequestRegistry:
         """Count the request as running in the block; the block's exception is its outcome."""
         stats.sent = True
         self.running[stats.id] = stats
+        for notify in self.on_start:
+            notify(stats)
         try:
             yield
         except (GeneratorExit, asyncio.CancelledError):
