@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from glmd.bench.checkpoints import write_talkative_checkpoint
-from glmd.bench.client import GLMD, Recording, play, running
+from glmd.bench.client import GLMD, MLX_LM, Recording, play, running
 from glmd.bench.scenarios import ClientScript, Scenario, Writer, agents, uniform
-from glmd.bench.serving import condense
+from glmd.bench.serving import Figures, condense, target_checks
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,12 @@ def test_refused_connections_are_counted_not_raised() -> None:
     recording = asyncio.run(play("http://127.0.0.1:9", "any", scenario))
     assert [len(answers) for answers in recording.answers] == [1, 1, 1]
     assert all("ConnectError" in (talk[0].error or "") for talk in recording.answers)
+
+
+def test_a_target_that_a_server_did_not_allow_to_measure_is_neither_met_nor_missed() -> None:
+    def figures(server: str, scenario: str, rate: float, least: int) -> Figures:
+        return Figures(server, scenario, 1, rate, [], [], 10, least, 0, [])
+
+    played = [figures(GLMD.name, "16 ragged", 100, 1), figures(MLX_LM.name, "16 ragged", 0, 1)]
+    played += [figures(each.name, "4 agents", 100, 0) for each in (GLMD, MLX_LM)]
+    assert [(check.value, check.met) for check in target_checks(played, None)] == [(None, None)] * 2

@@ -109,7 +109,7 @@ def engine_table(report: EngineReport) -> Table:
 def _engine_verdict(row: EngineRow) -> str:
     if row.ratio is None and row.bound is None:
         return ""
-    return NOT_MEASURED if row.met is None else verdict(row.met)
+    return verdict(row.met)
 
 
 def serving_table(figures: Sequence[Figures]) -> Table:
@@ -140,7 +140,8 @@ def checks_table(checks: Sequence[TargetCheck]) -> Table:
     """One row per target of the HTTP benchmark."""
     table = make_table("Targets", ("what",), ("value", "target", ""))
     for check in checks:
-        table.add_row(check.what, number(check.value), check.target, verdict(check.met))
+        value = NOT_MEASURED if check.value is None else number(check.value)
+        table.add_row(check.what, value, check.target, verdict(check.met))
     return table
 
 
@@ -151,8 +152,10 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def verdict(met: bool) -> str:
-    """Return a colored "met" or "missed"."""
+def verdict(met: bool | None) -> str:
+    """Return a colored "met" or "missed"; None: not measured."""
+    if met is None:
+        return NOT_MEASURED
     return "[green]met[/]" if met else "[red]missed[/]"
 
 

@@ -107,6 +107,11 @@ class _Case:
             if len(times) > 1:
                 rates.append((len(times) - 1) / (times[-1] - times[0]))
                 gaps.append(np.diff(times) * 1e3)
+            elif len(reader.times) < reader.max_tokens:
+                rates.append(0.0)
+            if len(times) and len(reader.times) < reader.max_tokens:
+                # The gap that the end of the scenario cuts.
+                gaps.append(np.array([self.sim.clock - times[-1]]) * 1e3)
         gap = np.concatenate(gaps) if gaps else None
         plain = [step.dispatches for step in steps if not step.prefill_rows]
         return SimulationRow(
