@@ -24,19 +24,16 @@ from rich.table import Table
 from agent_tools import AGENT_TOOLS
 from glmd.bench import report, workloads
 from glmd.bench.backends import GlmdBackend, GlmdSession
-from glmd.bench.checkpoints import middle_checkpoint, on_gpu
+from glmd.bench.random_checkpoint import middle_checkpoint, on_gpu
 from glmd.bench.runner import BackendSession, run
 from glmd.bench.workloads import Prompts, Workload
 from glmd.chat.messages import read_tools
-from glmd.chat.special_tokens import SpecialTokens
-from glmd.chat.tokenizer import Tokenizer
-from glmd.checkpoint.config import load_config
-from glmd.checkpoint.generation_config import sampling_defaults
+from glmd.chat.tokenizer import SpecialTokens, Tokenizer
+from glmd.checkpoint.config import load_config, sampling_defaults
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler, build_grammar
-from glmd.structured_output.request import make_structure
-from glmd.structured_output.spec import JsonSchema, OutputSpec, Regex
+from glmd.structured_output.request import JsonSchema, OutputSpec, Regex, make_structure
 
 ROWS = 16
 TARGET = 0.9

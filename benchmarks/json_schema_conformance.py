@@ -38,7 +38,7 @@ from schemas import SCHEMAS  # noqa: E402
 
 from glmd.errors import InvalidRequest  # noqa: E402
 from glmd.structured_output.backend import GrammarError, make_matcher  # noqa: E402
-from glmd.structured_output.spec import JsonSchema  # noqa: E402
+from glmd.structured_output.request import JsonSchema  # noqa: E402
 
 DRAFTS = {"draft2020-12": Draft202012Validator, "draft7": Draft7Validator}
 ANSWERS = 20

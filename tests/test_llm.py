@@ -14,7 +14,7 @@ from paths import ROOT
 
 from glmd import LLM, generate, load
 from glmd.bench.random_checkpoint import write_random_checkpoint
-from glmd.chat.events import Finished, ReasoningDelta
+from glmd.chat.types import Finished, ReasoningDelta
 from glmd.errors import InvalidRequest
 
 TEMPLATE = ROOT / "demo/glm-4.7-flash-demo/chat_template.jinja"

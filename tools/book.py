@@ -24,7 +24,7 @@ from glmd.engine.config import EngineConfig
 from glmd.engine.memory import activation_bytes, plan_memory
 from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import CheckpointError
-from glmd.utils.units import gib
+from glmd.utils.text import gib
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "server"), str(ROOT / "tests" / "support")]
 from grammars import answers, schema_matcher, validate  # noqa: E402
 
 from glmd.errors import InvalidRequest  # noqa: E402
-from glmd.structured_output.scalars import FORMATS, UNSUPPORTED_FORMATS  # noqa: E402
+from glmd.structured_output.alternatives import FORMATS, UNSUPPORTED_FORMATS  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "structured-output.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"

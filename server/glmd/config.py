@@ -33,7 +33,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as SourceError
 
 from glmd.errors import SettingsError
-from glmd.utils.suggest import did_you_mean
+from glmd.utils.text import did_you_mean
 
 PREFIX = "GLMD_"
 

@@ -19,31 +19,33 @@ from typing import Any
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from glmd.chat.events import (
-    ContentDelta,
-    Event,
-    Finished,
-    FinishReason,
-    ReasoningDelta,
-    TokenInfo,
-    ToolCallDelta,
-    ToolCallStart,
-)
 from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
-from glmd.chat.types import Conversation, Prompt, Tool
-from glmd.checkpoint.generation_config import sampling_defaults
+from glmd.chat.types import (
+    ContentDelta,
+    Conversation,
+    Event,
+    Finished,
+    FinishReason,
+    Prompt,
+    ReasoningDelta,
+    TokenInfo,
+    Tool,
+    ToolCallDelta,
+    ToolCallStart,
+)
+from glmd.checkpoint.config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
-from glmd.engine_client.output_collector import output_error
+from glmd.engine_client.client import output_error
 from glmd.errors import InvalidRequest
 from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, pack_tokens
-from glmd.utils.suggest import did_you_mean
+from glmd.utils.text import did_you_mean
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -17,7 +17,7 @@ from glmd.api.anthropic.protocol import MessagesRequest
 from glmd.api.openai.protocol import ChatCompletionRequest, CompletionRequest
 from glmd.api.responses.protocol import ResponsesRequest
 from glmd.api.routes.tokenize import DetokenizeRequest
-from glmd.chat.request_limits import MAX_MESSAGES, MAX_NAME, MAX_PATTERN, MAX_STOP_LENGTH, MAX_TOOLS
+from glmd.chat.types import MAX_MESSAGES, MAX_NAME, MAX_PATTERN, MAX_STOP_LENGTH, MAX_TOOLS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"

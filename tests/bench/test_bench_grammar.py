@@ -10,7 +10,7 @@ import pytest
 from grammars import TAGS, answers, schema_matcher, validate
 from rich.console import Console
 
-from glmd.bench.checkpoints import write_talkative_checkpoint
+from glmd.bench.random_checkpoint import write_talkative_checkpoint
 from glmd.structured_output.compiler import build_grammar
 from grammar import (
     RECORD,

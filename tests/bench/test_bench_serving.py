@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from glmd.bench.checkpoints import write_talkative_checkpoint
 from glmd.bench.client import GLMD, MLX_LM, Recording, play, running
+from glmd.bench.random_checkpoint import write_talkative_checkpoint
 from glmd.bench.scenarios import ClientScript, Scenario, Writer, agents, uniform
 from glmd.bench.serving import Figures, condense, target_checks
 

@@ -26,11 +26,10 @@ from chat_kit import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.events import ToolCallDelta, ToolCallStart
 from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.types import Prompt, Tool
+from glmd.chat.types import Prompt, Tool, ToolCallDelta, ToolCallStart
 
 STRING = {"type": "string"}
 WRITE = tool("write", path=STRING, content=STRING, mode={"type": ["string", "null"]})

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
-from glmd.chat.special_tokens import Piece
 from glmd.chat.template import ChatTemplate
+from glmd.chat.tokenizer import Piece
 from glmd.errors import CheckpointError, InvalidRequest
 
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"

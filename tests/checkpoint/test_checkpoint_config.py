@@ -14,8 +14,15 @@ import msgspec
 import pytest
 from paths import ROOT, TESTS
 
-from glmd.checkpoint.config import ModelConfig, QuantizedAs, load_config, normalise
-from glmd.checkpoint.generation_config import RECOMMENDED, recommended_fields, sampling_defaults
+from glmd.checkpoint.config import (
+    RECOMMENDED,
+    ModelConfig,
+    QuantizedAs,
+    load_config,
+    normalise,
+    recommended_fields,
+    sampling_defaults,
+)
 from glmd.errors import CheckpointError
 from glmd.ipc import SamplingParams
 

@@ -16,12 +16,10 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from paths import ROOT
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
-from glmd.checkpoint.config import QuantizedAs, load_config
-from glmd.checkpoint.generation_config import RECOMMENDED, sampling_defaults
+from glmd.checkpoint.config import RECOMMENDED, QuantizedAs, load_config, sampling_defaults
 from glmd.checkpoint.layout import mtp_weights, source_shapes
 from glmd.checkpoint.weights import INDEX_NAME, list_mtp_tensors, list_tensors
-from glmd.convert.add_mtp import add_mtp
-from glmd.convert.convert import THINKING_DEFAULTS, convert, with_thinking_defaults
+from glmd.convert.convert import THINKING_DEFAULTS, add_mtp, convert, with_thinking_defaults
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import RECIPES, plan_stored, total
 from glmd.errors import CheckpointError

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
-from glmd.cli.convert import convert
-from glmd.cli.inspect import inspect
+from glmd.cli.convert import convert, inspect
 from glmd.errors import CheckpointError, ModelNotFound, SettingsError
 
 REAL = TESTS / "fixtures" / "glm-4.7-flash"
@@ -107,7 +106,7 @@ def test_wrong_arguments_are_refused_before_anything_is_downloaded_or_written(
 
 def test_inspecting_needs_no_mlx() -> None:
     code = (
-        "import sys; from glmd.cli.convert import convert; from glmd.cli.inspect import inspect;"
+        "import sys; from glmd.cli.convert import convert; from glmd.cli.convert import inspect;"
         f"inspect({str(REAL)!r}); assert not any(m.split('.')[0] == 'mlx' for m in sys.modules)"
     )
     env = {"PYTHONPATH": str(ROOT / "server")}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmd.engine.scheduler import scheduler
-from glmd.engine.scheduler.fairness import VirtualTokenCounter
+from glmd.engine.scheduler.prefill_budget import VirtualTokenCounter
 from glmd.ipc import SequenceOutput
 
 WORDS = np.random.default_rng(1).integers(0, 500, 4000).tolist()

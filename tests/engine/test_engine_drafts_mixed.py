@@ -14,9 +14,8 @@ from grammars import CONTROLS
 
 from glmd.chat.messages import read_messages, read_tools
 from glmd.chat.prompt import build_prompt
-from glmd.chat.special_tokens import SpecialTokens
 from glmd.chat.template import ChatTemplate
-from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tokenizer import SpecialTokens, Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import Conversation
 from glmd.checkpoint.hub import DEMO
@@ -25,7 +24,7 @@ from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
 from glmd.llm import LLM
 from glmd.model.loader import LoadedModel
 from glmd.structured_output.compiler import build_grammar
-from glmd.structured_output.spec import OutputSpec, Regex
+from glmd.structured_output.request import OutputSpec, Regex
 from mtp import WEATHER
 
 

@@ -16,8 +16,7 @@ from tool_calls import PARAMETERS, calls_of, tool
 from glmd.chat.tokenizer import Tokenizer
 from glmd.ipc import EngineRequest, GrammarSpec
 from glmd.structured_output.compiler import build_grammar
-from glmd.structured_output.request import make_structure
-from glmd.structured_output.spec import JsonSchema, OutputSpec, Regex
+from glmd.structured_output.request import JsonSchema, OutputSpec, Regex, make_structure
 
 PROMPT = [CONTROLS["[gMASK]"], *b"Write something."]
 

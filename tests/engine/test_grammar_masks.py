@@ -17,7 +17,14 @@ from glmd.ipc import GrammarSpec, SamplingParams
 from glmd.model.sampler import SamplingRow, SequenceSampling, TokenMasks, noise_key, sample
 from glmd.structured_output.backend import GrammarError
 from glmd.structured_output.compiler import build_grammar
-from glmd.structured_output.spec import AnswerFormat, Choice, Grammar, JsonSchema, OutputSpec, Regex
+from glmd.structured_output.request import (
+    AnswerFormat,
+    Choice,
+    Grammar,
+    JsonSchema,
+    OutputSpec,
+    Regex,
+)
 
 VOCABULARY = 512
 END_THINK, CALL = CONTROLS["</think>"], CONTROLS["<tool_call>"]

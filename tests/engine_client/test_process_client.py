@@ -17,8 +17,7 @@ import fake_engine
 import psutil
 import pytest
 
-from glmd.engine_client.client import EngineClient
-from glmd.engine_client.output_collector import OutputCollector
+from glmd.engine_client.client import EngineClient, OutputCollector
 from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import EngineUnavailable, InvalidRequest, Overloaded
 from glmd.ipc import EngineRequest, SequenceOutput, TokenLogprobs, pack_tokens

@@ -14,8 +14,14 @@ from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
-from glmd.structured_output.request import make_structure
-from glmd.structured_output.spec import Grammar, JsonSchema, OutputSpec, Regex, ToolRule
+from glmd.structured_output.request import (
+    Grammar,
+    JsonSchema,
+    OutputSpec,
+    Regex,
+    ToolRule,
+    make_structure,
+)
 
 SLOW = {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}
 """Within all limits but that of time: takes minutes."""

@@ -12,9 +12,9 @@ from jsonschema import Draft202012Validator
 from schemas import INTEGER, SCHEMAS, obj
 
 from glmd.errors import InvalidRequest
+from glmd.structured_output.alternatives import FORMATS
 from glmd.structured_output.backend import GrammarError
 from glmd.structured_output.json_schema import JsonSchemaCompiler
-from glmd.structured_output.scalars import FORMATS
 
 
 def refusal(schema: Any) -> InvalidRequest:

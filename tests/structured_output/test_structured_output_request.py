@@ -10,12 +10,16 @@ from grammars import accepts, matcher_of
 from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output.request import (
+    Choice,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    Regex,
     make_structure,
     only_format,
     read_guided,
     read_response_format,
 )
-from glmd.structured_output.spec import Choice, Grammar, JsonObject, JsonSchema, Regex
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 

@@ -18,8 +18,7 @@ from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.types import Tool
 from glmd.errors import InvalidRequest
 from glmd.structured_output.compiler import build_grammar
-from glmd.structured_output.request import make_structure
-from glmd.structured_output.spec import JsonSchema, OutputSpec
+from glmd.structured_output.request import JsonSchema, OutputSpec, make_structure
 
 CALL, END_CALL = CONTROLS["<tool_call>"], CONTROLS["</tool_call>"]
 KEY, END_KEY = CONTROLS["<arg_key>"], CONTROLS["</arg_key>"]

@@ -12,22 +12,26 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from glmd.chat.events import (
-    ContentDelta,
-    Event,
-    Finished,
-    ReasoningDelta,
-    TokenInfo,
-    ToolCallDelta,
-    ToolCallStart,
-)
 from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
-from glmd.chat.types import Conversation, Message, Prompt, Tool, UserMessage
+from glmd.chat.types import (
+    ContentDelta,
+    Conversation,
+    Event,
+    Finished,
+    Message,
+    Prompt,
+    ReasoningDelta,
+    TokenInfo,
+    Tool,
+    ToolCallDelta,
+    ToolCallStart,
+    UserMessage,
+)
 from glmd.ipc import FinishReason, SequenceOutput, TokenLogprobs
 
 SPECIAL = (

@@ -11,10 +11,10 @@ from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 
 from glmd.bench.random_checkpoint import ADDED_TOKENS, SPECIAL_TOKENS
-from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tokenizer import SpecialTokens
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
 from glmd.structured_output.compiler import build_grammar
-from glmd.structured_output.spec import AnswerFormat, JsonSchema, OutputSpec
+from glmd.structured_output.request import AnswerFormat, JsonSchema, OutputSpec
 
 CONTROLS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
 """Ids of control tokens in random checkpoints."""

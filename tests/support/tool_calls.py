@@ -7,10 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 from schemas import INTEGER, SHORT, STRING, Schema, obj
 
-from glmd.chat.events import ContentDelta, Finished, ReasoningDelta, ToolCallDelta, ToolCallStart
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.types import Json, Prompt, Tool
+from glmd.chat.types import (
+    ContentDelta,
+    Finished,
+    Json,
+    Prompt,
+    ReasoningDelta,
+    Tool,
+    ToolCallDelta,
+    ToolCallStart,
+)
 from glmd.ipc import SequenceOutput
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}

@@ -19,8 +19,7 @@ from glmd.api import power, webui
 from glmd.api.anthropic import routes as messages
 from glmd.api.anthropic.protocol import PATH as MESSAGES_PATH
 from glmd.api.anthropic.protocol import MessageEvent
-from glmd.api.error_info import is_below
-from glmd.api.errors import add_exception_handlers
+from glmd.api.errors import add_exception_handlers, is_below
 from glmd.api.middleware import (
     HeadAsGetMiddleware,
     HeaderLimitMiddleware,

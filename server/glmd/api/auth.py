@@ -27,7 +27,7 @@ import platformdirs
 from glmd.config import Settings
 from glmd.errors import SettingsError
 from glmd.utils.files import atomic_write
-from glmd.utils.suggest import did_you_mean
+from glmd.utils.text import did_you_mean
 
 log = logging.getLogger("glmd")
 

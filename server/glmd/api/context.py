@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from glmd.api.observability.request_stats import HttpExchange, get_exchange
 from glmd.api.state import AppState, StateDep
-from glmd.engine_client.timeouts import Phase, RequestTimeouts
+from glmd.engine_client.admission import Phase, RequestTimeouts
 from glmd.errors import InvalidRequest
 
 TIMEOUT_HEADERS: dict[Phase, str] = {

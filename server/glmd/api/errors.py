@@ -1,21 +1,27 @@
-"""Exception handlers: map every exception to an `ErrorInfo`."""
+"""API errors in the format of a path, and exception handlers that map exceptions to them.
+
+OpenAI's format is the default: `{"error": {"message", "type", "param", "code"}}`
+(https://platform.openai.com/docs/guides/error-codes). An API with another format registers it for
+its path prefix, so that middleware can answer for an API without importing it.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
-from glmd.api.error_info import ErrorInfo, error_response
-from glmd.api.unsupported_routes import explain_not_found
 from glmd.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -157,3 +163,126 @@ def add_exception_handlers(app: FastAPI) -> None:
     for kind in (GlmdError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle_exception)
     app.add_exception_handler(ClientDisconnect, handle_client_disconnect)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """An error, independent of an API's format.
+
+    Attributes:
+        status: HTTP status, used unless the response has started.
+        type: OpenAI's error type.
+        message: text for the person who reads the error.
+        param: path of the invalid field (`messages[2].content`); None: no single field.
+        code: machine-readable reason.
+        retry_after: seconds until a retry is sensible; None: unknown.
+        final: tell clients not to retry, even though the status suggests a retry.
+    """
+
+    status: int
+    type: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+    final: bool = False
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """JSON body in OpenAI's format."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def json(self) -> str:
+        """`body` as one line of JSON."""
+        return json.dumps(self.body, ensure_ascii=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to the error."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.final:
+            headers["x-should-retry"] = "false"  # read by OpenAI's and Anthropic's clients
+        if self.status == HTTPStatus.REQUEST_TIMEOUT:
+            headers["Connection"] = "close"  # the rest of the request may still arrive
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+
+def overloaded(message: str) -> ErrorInfo:
+    """A refusal for lack of capacity, with a retry after one second."""
+    return ErrorInfo(503, "overloaded_error", message, code="overloaded", retry_after=1.0)
+
+
+_formats: dict[str, Callable[[ErrorInfo, Scope], JSONResponse]] = {}
+
+
+def register_error_format(prefix: str, build: Callable[[ErrorInfo, Scope], JSONResponse]) -> None:
+    """Build the error responses of `prefix` and of the paths below `prefix` with `build`."""
+    _formats[prefix] = build
+
+
+def is_below(path: str, prefix: str) -> bool:
+    """Whether `path` is `prefix` or a path below `prefix`."""
+    return path == prefix or path.startswith(prefix + "/")
+
+
+def error_response(error: ErrorInfo, scope: Scope) -> JSONResponse:
+    """Build the response in the format of the API that the request's path belongs to."""
+    for prefix, build in _formats.items():
+        if is_below(scope["path"], prefix):
+            return build(error, scope)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+REASONS = {
+    "/v1/embeddings": "the server runs a chat model, which computes no embeddings",
+    "/v1/rerank": "the server runs a chat model, which ranks no documents",
+    "/v1/moderations": "the server runs a chat model, which moderates no content",
+    "/v1/images": "the model generates text only",
+    "/v1/videos": "the model generates text only",
+    "/v1/audio": "the model reads and generates text only",
+    "/v1/realtime": "the model reads and generates text only",
+    "/v1/files": "the server stores no files",
+    "/v1/uploads": "the server stores no files",
+    "/v1/vector_stores": "the server stores no files",
+    "/v1/batches": "the server runs no batches; send requests in parallel",
+    "/v1/messages/batches": "the server runs no batches; send requests in parallel",
+    "/v1/fine_tuning": "the server trains no models",
+    "/v1/assistants": "the Assistants API is not served; use the Responses API",
+    "/v1/threads": "the Assistants API is not served; use the Responses API",
+    "/v1/conversations": "the server stores no conversations; send previous_response_id to"
+    " /v1/responses",
+    "/api/v0/embeddings": "the server runs a chat model, which computes no embeddings",
+    "/api/v1": "LM Studio's newer API is not served; use /api/v0, or OpenAI's API under /v1",
+    **dict.fromkeys(
+        (f"/api/{name}" for name in ("chat", "generate", "tags", "show", "ps", "version", "embed")),
+        "Ollama's API is not served; use OpenAI's API under /v1",
+    ),
+    **{
+        path: f"use /v1{path}"
+        for path in ("/chat/completions", "/completions", "/responses", "/messages", "/models")
+    },
+    "/v1/v1": "only OpenAI clients take a base URL that ends in /v1, and it ends in /v1 once",
+}
+"""By path prefix."""
+
+
+def explain_not_found(path: str) -> str:
+    """Explain why `path` is not found."""
+    prefix = path.rstrip("/") or path
+    while prefix:
+        if prefix in REASONS:
+            return f"{path} is not available on this server: {REASONS[prefix]}."
+        prefix = prefix.rpartition("/")[0]
+    return f"Path {path} not found."

@@ -18,17 +18,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from glmd.api.observability.request_stats import Api
 from glmd.chat.messages import read_function
-from glmd.chat.request_limits import (
+from glmd.chat.types import (
     MAX_BIASED_TOKENS,
     MAX_STOP_LENGTH,
     MAX_TOOLS,
+    Conversation,
+    Tool,
     check_count,
 )
-from glmd.chat.types import Conversation, Tool
 from glmd.config import Profile, Settings
 from glmd.errors import invalid_field
 from glmd.ipc import SamplingParams
-from glmd.structured_output.spec import OutputSpec
+from glmd.structured_output.request import OutputSpec
 
 log = logging.getLogger("glmd.api")
 

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api import webui
 from glmd.api.auth import ApiKeyStore
-from glmd.api.error_info import ErrorInfo, error_response
+from glmd.api.errors import ErrorInfo, error_response
 from glmd.api.observability.request_stats import HttpExchange
 from glmd.config import Settings
 from glmd.utils.logging import request_id

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api.context import client_id
-from glmd.api.error_info import ErrorInfo, error_response, overloaded
+from glmd.api.errors import ErrorInfo, error_response, overloaded
 from glmd.utils.fair_limiter import FairLimiter, Reservation
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})

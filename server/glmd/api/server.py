@@ -27,13 +27,13 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from glmd import __version__
 from glmd.api.app import create_app
-from glmd.api.error_info import ErrorInfo, overloaded
+from glmd.api.errors import ErrorInfo, overloaded
 from glmd.api.middleware import MAX_HEAD_BYTES
 from glmd.api.sockets import base_url, connection_limit
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
-from glmd.utils.gc import freeze_gc_heap
+from glmd.utils.memory import freeze_gc_heap
 
 log = logging.getLogger("glmd")
 

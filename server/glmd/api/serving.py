@@ -11,13 +11,14 @@ from fastapi import Request, Response
 
 from glmd.api.context import RequestContext, prepare_slot
 from glmd.api.generation_request import Defaults, GenerationRequest, RequestFields, ignored_header
-from glmd.api.sse import EventStream, cancel_on_disconnect
 from glmd.api.state import AppState
 from glmd.api.streaming import (
+    EventStream,
     Generation,
     OutputProcessor,
     PromptRun,
     ResponseBuilder,
+    cancel_on_disconnect,
     drain,
     stream_frames,
 )

@@ -24,12 +24,11 @@ from glmd.api.generation_request import Defaults
 from glmd.api.observability.request_stats import RequestRegistry
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import build_prompt
-from glmd.chat.request_limits import MAX_NAME, check_length
 from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
-from glmd.chat.types import Conversation, Prompt
-from glmd.checkpoint.generation_config import sampling_defaults
+from glmd.chat.types import MAX_NAME, Conversation, Prompt, check_length
+from glmd.checkpoint.config import sampling_defaults
 from glmd.config import Settings
 from glmd.engine_client.admission import AdmissionQueue
 from glmd.engine_client.client import EngineClient
@@ -37,8 +36,8 @@ from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
-from glmd.structured_output.spec import OutputSpec
-from glmd.utils.suggest import did_you_mean
+from glmd.structured_output.request import OutputSpec
+from glmd.utils.text import did_you_mean
 
 log = logging.getLogger("glmd.api")
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from glmd.bench import workloads
 from glmd.bench.backends import Dtype, GlmdBackend, MlxLmBackend
-from glmd.bench.checkpoints import on_gpu
+from glmd.bench.random_checkpoint import on_gpu
 from glmd.bench.runner import Backend, NotMeasured, RunTrace, run, same_answers
 from glmd.bench.workloads import Prompts, Workload
 from glmd.checkpoint.config import load_config

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
-from glmd.chat.events import ContentDelta, Event, ReasoningDelta, TokenInfo
+from glmd.chat.types import ContentDelta, Event, ReasoningDelta, TokenInfo
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
 

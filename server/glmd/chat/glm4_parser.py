@@ -25,10 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from typing import Literal
 
-from glmd.chat.events import Event, ToolCallDelta, ToolCallStart
-from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tokenizer import SpecialTokens
 from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, ValueWriter, dump
-from glmd.chat.types import Tool
+from glmd.chat.types import Event, Tool, ToolCallDelta, ToolCallStart
 
 Section = Literal["reasoning", "content", "call"]
 

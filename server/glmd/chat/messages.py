@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from math import isinf
 from typing import Any
 
-from glmd.chat.request_limits import MAX_MESSAGES, MAX_TOOLS, check_count
 from glmd.chat.tool_args import check_schema, reject_constant
 from glmd.chat.types import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
     AssistantMessage,
     Json,
     Message,
@@ -22,6 +23,7 @@ from glmd.chat.types import (
     ToolCall,
     ToolMessage,
     UserMessage,
+    check_count,
 )
 from glmd.errors import invalid_field
 

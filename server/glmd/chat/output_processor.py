@@ -7,20 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from glmd.chat.detokenizer import Detokenizer, TextStream
-from glmd.chat.events import (
-    ContentDelta,
-    Event,
-    Finished,
-    ReasoningDelta,
-    TokenInfo,
-    ToolCallDelta,
-    ToolCallStart,
-)
 from glmd.chat.glm4_parser import Glm4OutputParser
 from glmd.chat.messages import arguments_of
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import GeneratedTurn
-from glmd.chat.types import AssistantMessage, Prompt, Tool, ToolCall
+from glmd.chat.types import (
+    AssistantMessage,
+    ContentDelta,
+    Event,
+    Finished,
+    Prompt,
+    ReasoningDelta,
+    TokenInfo,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallStart,
+)
 from glmd.errors import InvalidRequest
 from glmd.ipc import FinishReason, SequenceOutput
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glmd.chat.special_tokens import Piece
 from glmd.chat.template import ChatTemplate, template_variables
 from glmd.chat.template_process import TemplateProcess
-from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tokenizer import Piece, Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import (
     AssistantMessage,

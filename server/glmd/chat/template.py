@@ -22,7 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glmd.chat.special_tokens import SPELLINGS, Piece
+from glmd.chat.tokenizer import SPELLINGS, Piece
 from glmd.errors import CheckpointError, InvalidRequest, invalid_field
 
 DEFAULT_VARIABLES = {"enable_thinking": True, "clear_thinking": False}

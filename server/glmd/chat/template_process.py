@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from glmd.chat.special_tokens import Piece
 from glmd.chat.template import ChatTemplate, read_template, template_variables
+from glmd.chat.tokenizer import Piece
 from glmd.errors import CheckpointError, InvalidRequest, invalid_field
 from glmd.utils.memory import process_memory_bytes
 

@@ -14,8 +14,7 @@ from functools import cached_property
 from typing import NoReturn
 from urllib.parse import unquote
 
-from glmd.chat.request_limits import MAX_DEPTH
-from glmd.chat.types import Json
+from glmd.chat.types import MAX_DEPTH, Json
 from glmd.errors import invalid_field
 
 NAMED = ("null", "boolean", "integer", "number", "string", "array", "object")

@@ -1,15 +1,17 @@
-"""Conversations, tools and prompts: the types that the chat layer's modules share.
+"""Types that the chat layer's modules share: conversations, tools, prompts, events, limits.
 
-Every API's request becomes a `Conversation`, and every conversation a `Prompt`.
+Every API's request becomes a `Conversation`, and every conversation a `Prompt`. A model's answer
+becomes events: a streamed response renders them, a non-streamed response is their fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from glmd.ipc import TokenArray
+from glmd.errors import invalid_field
+from glmd.ipc import TokenArray, TokenLogprobs
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -124,3 +126,126 @@ class Prompt:
     reasoning: str = ""
     content: str = ""
     spliced_turns: int = 0
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A generated token with its log-probabilities, for requests that ask for them."""
+
+    id: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    text: str
+    tokens: list[TokenInfo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ContentDelta:
+    text: str
+    tokens: list[TokenInfo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """The start of a tool call. Its arguments follow as `ToolCallDelta`s.
+
+    Attributes:
+        index: 0 for the answer's first call.
+    """
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a call's JSON arguments. The pieces of a call join to one object."""
+
+    index: int
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of an answer.
+
+    Attributes:
+        stop_sequence: the stop string that matched, or None.
+    """
+
+    reason: FinishReason
+    stop_sequence: str | None = None
+
+
+Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallDelta | Finished
+
+
+MAX_MESSAGES = 10_000
+"""Messages, or input items, of a conversation. Each takes at least two tokens."""
+
+MAX_TOOLS = 1000
+"""An agent with a dozen MCP servers has 200."""
+
+MAX_NAME = 256
+"""Characters of a model or profile name."""
+
+MAX_STOP_LENGTH = 1000
+"""Characters of a stop string."""
+
+MAX_STOP_TOKENS = 1000
+
+MAX_BIASED_TOKENS = 4096
+
+MAX_PATTERN = 10_000
+"""Characters of a regular expression. Grammars and schemas are limited in bytes and in compile time
+(`glmd.structured_output.compiler`)."""
+
+MAX_DEPTH = 100
+"""Nesting of JSON schemas. The deepest seen in practice have about 15 levels."""
+
+
+def check_count(values: Sized | None, limit: int, param: str) -> None:
+    """
+    Raises:
+        InvalidRequest: more than `limit` values.
+    """
+    if values is not None and len(values) > limit:
+        raise invalid_field(param, f"{len(values)} entries exceed the limit of {limit}.")
+
+
+def check_length(text: str | None, limit: int, param: str) -> None:
+    """
+    Raises:
+        InvalidRequest: more than `limit` characters.
+    """
+    if text is not None and len(text) > limit:
+        raise invalid_field(param, f"{len(text)} characters exceed the limit of {limit}.")
+
+
+def check_depth(value: object, param: str, limit: int = 4 * MAX_DEPTH) -> None:
+    """
+    Args:
+        limit: levels of lists and objects. One level of a JSON schema takes up to three.
+
+    Raises:
+        InvalidRequest: a JSON value has more levels.
+    """
+    level = [value]
+    for _ in range(limit):
+        below: list[object] = []
+        for each in level:
+            if isinstance(each, Mapping):
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+        if not below:
+            return
+        level = below
+    raise invalid_field(param, "nested too deeply.")

@@ -35,7 +35,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to 
 
 def checkpoint_folder(model: str | None) -> Path:
     """Return the folder of `--model`."""
-    from glmd.bench.checkpoints import middle_checkpoint
+    from glmd.bench.random_checkpoint import middle_checkpoint
     from glmd.checkpoint.hub import DEMO
 
     if model is None:

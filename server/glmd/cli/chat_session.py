@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from glmd.errors import GlmdError, ServerRefused
-from glmd.utils.suggest import did_you_mean
+from glmd.utils.text import did_you_mean
 
 PARAMETERS: dict[str, Callable[[str], float | int | str]] = {
     "temperature": float,

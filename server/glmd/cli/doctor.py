@@ -27,7 +27,7 @@ from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
 from glmd.config import Settings, load_with_origins
 from glmd.errors import CheckpointError, ServiceError, SettingsError
 from glmd.utils.mlx_environment import engine_environment, find_openblas
-from glmd.utils.units import gib
+from glmd.utils.text import gib
 
 Verdict = Literal["ok", "warning", "problem"]
 

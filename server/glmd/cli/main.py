@@ -11,9 +11,8 @@ from glmd import __version__
 from glmd.cli.bench import app as bench_app
 from glmd.cli.chat import chat
 from glmd.cli.config import app as config_app
-from glmd.cli.convert import convert
+from glmd.cli.convert import convert, inspect
 from glmd.cli.doctor import doctor
-from glmd.cli.inspect import inspect
 from glmd.cli.keys import app as key_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app

@@ -2,7 +2,7 @@
 
 The files are planned from the headers of the source; then each weight is read, quantised and
 written. The source is only read, and the output folder appears when it is complete
-(`glmd.utils.files`).
+(`glmd.utils.files`). The MTP layer can also be added alone, to MLX files without it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import msgspec
 
-from glmd.checkpoint.config import ModelConfig, MtpFile, load_config, normalise, read_json_object
-from glmd.checkpoint.generation_config import FILE_NAME as GENERATION_CONFIG
-from glmd.checkpoint.generation_config import SAMPLING_FIELDS, recommended_fields
+from glmd.checkpoint.config import FILE_NAME as GENERATION_CONFIG
+from glmd.checkpoint.config import (
+    SAMPLING_FIELDS,
+    ModelConfig,
+    MtpFile,
+    load_config,
+    normalise,
+    read_json_object,
+    recommended_fields,
+)
 from glmd.checkpoint.layout import (
+    Component,
     in_mlx_layout,
     main_weights,
     mtp_prefix,
@@ -27,7 +36,7 @@ from glmd.checkpoint.layout import (
     source_shapes,
 )
 from glmd.checkpoint.weights import check_tensors, list_tensors
-from glmd.convert.model_card import model_card
+from glmd.convert.inspect import model_card
 from glmd.convert.recipes import RECIPES, SHARD_BYTES, Plan, Recipe, plan_recipe, shard, total
 from glmd.convert.weights import (
     FLOATS,
@@ -40,7 +49,7 @@ from glmd.convert.weights import (
     write_json,
 )
 from glmd.errors import CheckpointError
-from glmd.utils.files import check_new, staged_folder
+from glmd.utils.files import check_new, check_room, staged_folder, sync, write_error
 
 MTP_FILE = "mtp.safetensors"
 
@@ -298,3 +307,82 @@ def templates_with_defaults(folder: Path) -> dict[str, str]:
 
 def _is_named(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("template"), str)
+
+
+_MAY_DIFFER = {
+    "eos_token_ids", "max_position_embeddings", "mtp", "num_nextn_predict_layers", "pad_token_id",
+    "quantization",
+}  # fmt: skip
+"""Configuration fields that do not determine the weights' shapes or use."""
+
+
+def add_mtp(
+    source: Path, folder: Path, recipe: Recipe, *, progress: Progress | None = None
+) -> Conversion:
+    """Add a checkpoint's MTP layer to MLX files made from the checkpoint without it.
+
+    Writes `mtp.safetensors`, then its description in config.json, each under a temporary name
+    first.
+
+    Args:
+        source: a folder in Hugging Face's layout that holds the layer.
+        folder: MLX files of the same model, quantised or not.
+
+    Raises:
+        CheckpointError: the source holds no MTP layer, or the folder has one already, is of
+            another model, or cannot be written.
+    """
+    opened = open_source(source, mtp=True)
+    if not opened.has_mtp:
+        raise CheckpointError(f"{source} holds no MTP layer.", file=str(source))
+    config = load_config(folder)
+    if config.mtp is not None:
+        raise CheckpointError(f"{folder} has an MTP layer already.", file=str(folder))
+    _check_same_model(opened, folder, config)
+    plan = Plan((), opened.plan(recipe).mtp)
+    raw = read_json_object(folder / "config.json")
+    raw["num_nextn_predict_layers"] = 1
+    raw["glmd"] = {**(raw.get("glmd") or {}), "mtp": opened.describe_mtp(plan)}
+    writer = WeightWriter(opened.reader, total(plan.mtp).nbytes, progress)
+    partial = folder / f".{MTP_FILE}.partial"
+    config_partial = folder / ".config.json.partial"
+    check_room(partial, writer.nbytes)
+    try:
+        partial.unlink(missing_ok=True)
+        writer.write(partial, plan.mtp)
+        write_json(config_partial, raw)
+        sync(config_partial)
+        partial.replace(folder / MTP_FILE)
+        config_partial.replace(folder / "config.json")
+        sync(folder)
+    except OSError as error:
+        raise write_error(folder, error, need=writer.nbytes) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        config_partial.unlink(missing_ok=True)
+    return Conversion(plan, tuple(opened.notes(plan)))
+
+
+def _check_same_model(opened: Source, folder: Path, config: ModelConfig) -> None:
+    """Compare dimensions, and the arrays that are never quantised: norms and routers."""
+
+    def differs(problem: str, tensor: str | None = None) -> CheckpointError:
+        message = f"{folder} is not of the model in {opened.folder}: {problem}."
+        return CheckpointError(message, file=str(folder), tensor=tensor)
+
+    for field in config.__struct_fields__:
+        ours, theirs = getattr(opened.config, field), getattr(config, field)
+        if field not in _MAY_DIFFER and ours != theirs:
+            raise differs(f"{field} is {theirs}, not {ours}")
+    tensors = list_tensors(folder)
+    reader = WeightReader(config, tensors)
+    for weight in main_weights(opened.config):
+        if weight.component not in (Component.NORM, Component.ROUTER):
+            continue
+        if weight.name not in tensors:
+            raise differs(f"{weight.name} is missing", weight.name)
+        # In bfloat16, to which other converters also round the router's bias.
+        ours = opened.reader.read(weight).astype(mx.bfloat16)
+        theirs = reader.read(weight).astype(mx.bfloat16)
+        if not mx.array_equal(ours, theirs).item():
+            raise differs(f"{weight.name} differs", weight.name)

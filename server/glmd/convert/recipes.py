@@ -15,7 +15,7 @@ from glmd.checkpoint.config import Bits, ModelConfig, QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_weights
 from glmd.checkpoint.weights import TensorSpec
 from glmd.errors import SettingsError
-from glmd.utils.suggest import did_you_mean
+from glmd.utils.text import did_you_mean
 
 GROUP_SIZE: Final = 64
 """Affine quantisation in groups of 64 costs half a bit per weight: a bf16 scale and bias each."""

@@ -17,7 +17,7 @@ from llguidance import LLMatcher
 
 from glmd.checkpoint.config import load_config
 from glmd.engine import memory
-from glmd.engine.config import EngineConfig
+from glmd.engine.config import EngineConfig, validate_request
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
@@ -25,7 +25,6 @@ from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
 from glmd.engine.spec_decode.controller import DraftController
 from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
-from glmd.engine.validation import validate_request
 from glmd.errors import GlmdError, InvalidRequest
 from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
 from glmd.kv_cache.prefix_tree import PrefixTree

@@ -25,8 +25,8 @@ import zmq
 from glmd import ipc
 from glmd.errors import GlmdError
 from glmd.ipc import EXIT_REPORTED
-from glmd.utils.gc import freeze_gc_heap
 from glmd.utils.logging import LogFile, configure
+from glmd.utils.memory import freeze_gc_heap
 
 log = logging.getLogger("glmd.engine")
 

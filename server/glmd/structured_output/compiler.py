@@ -26,12 +26,12 @@ import msgspec
 from llguidance import LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tokenizer import SpecialTokens
 from glmd.errors import InvalidRequest
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.backend import GrammarError, byte_tokenizer, make_matcher
 from glmd.structured_output.json_schema import JsonSchemaCompiler
-from glmd.structured_output.spec import (
+from glmd.structured_output.request import (
     AnswerFormat,
     Choice,
     Grammar,

@@ -22,8 +22,8 @@ from urllib.parse import unquote
 from glmd.chat.tool_args import NAMED
 from glmd.chat.types import Json
 from glmd.errors import InvalidRequest
-from glmd.structured_output.alternatives import IMPLIED_TYPE, separate, target_name
-from glmd.structured_output.scalars import (
+from glmd.structured_output.alternatives import (
+    IMPLIED_TYPE,
     MAX_VALUES,
     READERS,
     Constraint,
@@ -35,8 +35,10 @@ from glmd.structured_output.scalars import (
     pattern_problem,
     read_bound,
     read_count,
+    separate,
+    target_name,
 )
-from glmd.structured_output.spec import Schema
+from glmd.structured_output.request import Schema
 
 MAX_DEPTH = 64
 MAX_SCHEMAS = 20_000

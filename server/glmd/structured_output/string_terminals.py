@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from glmd.chat.tool_args import ArgType, type_of
 from glmd.structured_output.alternatives import TooManyAlternatives, alternatives
 from glmd.structured_output.backend import byte_tokenizer, make_matcher
-from glmd.structured_output.spec import Schema
+from glmd.structured_output.request import Schema
 
 MAX_ALTERNATIVES = 64
 """Alternatives of one argument's strings."""

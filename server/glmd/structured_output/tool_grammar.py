@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from glmd.chat.special_tokens import SpecialTokens
+from glmd.chat.tokenizer import SpecialTokens
 from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, type_of
 from glmd.chat.types import Json
 from glmd.structured_output.alternatives import TooManyAlternatives, alternatives, instance_types
 from glmd.structured_output.json_schema import JsonSchemaCompiler
-from glmd.structured_output.spec import Schema, ToolRule
+from glmd.structured_output.request import Schema, ToolRule
 from glmd.structured_output.string_terminals import ANY_TEXT, UnknownText, quote, texts
 
 MAX_ANY_ORDER = 64

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glmd.errors import CheckpointError
-from glmd.utils.units import gb
+from glmd.utils.text import gb
 
 
 def atomic_write(file: Path, content: bytes) -> None:

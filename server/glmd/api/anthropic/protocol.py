@@ -19,7 +19,7 @@ from glmd.api.anthropic.input import (
     read_messages,
     read_tools,
 )
-from glmd.api.error_info import ErrorInfo, register_error_format
+from glmd.api.errors import ErrorInfo, register_error_format
 from glmd.api.generation_request import (
     NO_OP,
     Defaults,

@@ -19,7 +19,7 @@ from prometheus_client import Histogram, disable_created_metrics
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from glmd.chat.events import FinishReason
+from glmd.chat.types import FinishReason
 from glmd.errors import Cancelled, GlmdError
 from glmd.ipc import CacheMatch, EngineRequest, SamplingParams, SequenceOutput, count_tokens
 

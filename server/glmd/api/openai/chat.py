@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request, Response
 
 from glmd.api.context import ContextDep
-from glmd.api.error_info import ErrorInfo
+from glmd.api.errors import ErrorInfo
 from glmd.api.openai.input import OpenAIFields
 from glmd.api.openai.protocol import (
     CallDelta,
@@ -32,10 +32,9 @@ from glmd.api.openai.protocol import (
 )
 from glmd.api.request_body import JsonRoute
 from glmd.api.serving import serve
-from glmd.api.sse import sse_frame
 from glmd.api.state import AppState, StateDep
-from glmd.api.streaming import GeneratedTokens, Generation, PrefillProgress, StreamEvent
-from glmd.chat.events import (
+from glmd.api.streaming import GeneratedTokens, Generation, PrefillProgress, StreamEvent, sse_frame
+from glmd.chat.types import (
     ContentDelta,
     Finished,
     FinishReason,

@@ -19,11 +19,10 @@ from glmd.api.openai.protocol import (
 )
 from glmd.api.request_body import JsonRoute
 from glmd.api.serving import serve
-from glmd.api.sse import sse_frame
 from glmd.api.state import AppState, StateDep
-from glmd.api.streaming import GeneratedTokens, Generation, StreamEvent
+from glmd.api.streaming import GeneratedTokens, Generation, StreamEvent, sse_frame
 from glmd.chat.detokenizer import Detokenizer
-from glmd.chat.events import ContentDelta, Finished, TokenInfo
+from glmd.chat.types import ContentDelta, Finished, TokenInfo
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 

@@ -20,11 +20,9 @@ from glmd.api.generation_request import (
     optional,
 )
 from glmd.chat.messages import read_messages, read_tools
-from glmd.chat.request_limits import MAX_STOP_TOKENS
-from glmd.chat.types import Conversation
+from glmd.chat.types import MAX_STOP_TOKENS, Conversation
 from glmd.errors import invalid_field
-from glmd.structured_output.request import GUIDED, read_guided
-from glmd.structured_output.spec import AnswerFormat
+from glmd.structured_output.request import GUIDED, AnswerFormat, read_guided
 
 TEXT = {"type": "string"}
 TEXT_PART = {

@@ -25,11 +25,15 @@ from glmd.api.generation_request import (
 from glmd.api.observability.request_stats import Api
 from glmd.api.openai.input import ConversationFields, Limit, OpenAIFields
 from glmd.api.streaming import TokenUsage
-from glmd.chat.events import FinishReason, TokenInfo
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.types import FinishReason, TokenInfo
 from glmd.errors import invalid_field
-from glmd.structured_output.request import make_structure, only_format, read_response_format
-from glmd.structured_output.spec import OutputSpec
+from glmd.structured_output.request import (
+    OutputSpec,
+    make_structure,
+    only_format,
+    read_response_format,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for `/v1/completions`."""

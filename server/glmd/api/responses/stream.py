@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pydantic_core
 
-from glmd.api.error_info import ErrorInfo
+from glmd.api.errors import ErrorInfo
 from glmd.api.openai.protocol import TokenLogprob
 from glmd.api.responses.input import CUSTOM_INPUT, RequestTools
 from glmd.api.responses.protocol import (
@@ -35,16 +35,15 @@ from glmd.api.responses.protocol import (
     SummaryText,
 )
 from glmd.api.responses.store import StoredResponse
-from glmd.api.sse import sse_frame
-from glmd.api.streaming import Generation, StreamEvent
-from glmd.chat.events import (
+from glmd.api.streaming import Generation, StreamEvent, sse_frame
+from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.types import (
     ContentDelta,
     Finished,
     ReasoningDelta,
     ToolCallDelta,
     ToolCallStart,
 )
-from glmd.chat.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

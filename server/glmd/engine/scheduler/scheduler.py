@@ -5,7 +5,7 @@ that arrived first, so that it is never starved, the rest to the shortest prompt
 not wait behind a long one.
 
 Clients come before all of that: the client that was served least goes first
-(`glmd.engine.scheduler.fairness`). A negative priority moves a request behind those of all
+(`glmd.engine.scheduler.prefill_budget`). A negative priority moves a request behind those of all
 clients; a positive one moves it forward among its own client's only.
 """
 
@@ -16,8 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
-from glmd.engine.scheduler.fairness import OUTPUT_WEIGHT, VirtualTokenCounter
-from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK, PrefillBudget
+from glmd.engine.scheduler.prefill_budget import (
+    OUTPUT_WEIGHT,
+    SMALLEST_CHUNK,
+    PrefillBudget,
+    VirtualTokenCounter,
+)
 from glmd.engine.sequence import NO_SLOT, Sequence, SequenceStatus
 from glmd.ipc import CacheMatch
 from glmd.kv_cache.prefix_tree import PrefixTree
