@@ -27,8 +27,8 @@ from glmd.bench.backends import GlmdBackend, GlmdSession
 from glmd.bench.random_checkpoint import middle_checkpoint, on_gpu
 from glmd.bench.runner import BackendSession, run
 from glmd.bench.workloads import Prompts, Workload
-from glmd.chat.messages import read_tools
 from glmd.chat.tokenizer import SpecialTokens, Tokenizer
+from glmd.chat.tools import read_tools
 from glmd.checkpoint.config import load_config, sampling_defaults
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager, Words
 from glmd.ipc import GrammarSpec

@@ -19,11 +19,13 @@ from typing import Any
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.history import HistoryReader
+from glmd.chat.messages import read_messages
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tools import read_tools
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import (
     ContentDelta,
@@ -299,8 +301,11 @@ class LLM:
         options: dict[str, Any],
         stop: Sequence[str],
     ) -> tuple[EngineRequest, list[_SequenceState]]:
+        reader = HistoryReader(tools)
         conversation = Conversation(
-            read_messages(messages), tools=tools, template_kwargs=template or {}
+            read_messages(messages, reader),
+            tools=list(reader.tools.values()),
+            template_kwargs=template or {},
         )
         prompt = build_prompt(
             conversation, tokenizer=self.tokenizer, template=self.template, turn_cache=self._turns

@@ -1,7 +1,8 @@
-"""Reading messages and tools: lenient where the meaning is clear, else errors name the field."""
+"""Reading messages and tools: history is kept, errors in the newest input name the field."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,13 @@ from chat_kit import json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.history import HistoryReader, split_reasoning
+from glmd.chat.messages import read_messages
+from glmd.chat.tool_args import ArgTypeReader, record_arguments
+from glmd.chat.tools import read_tools
 from glmd.chat.types import AssistantMessage, SystemMessage, ToolCall, ToolMessage, UserMessage
 from glmd.errors import InvalidRequest
+from glmd.structured_output.request import make_structure
 
 
 def call(id: str, name: str = "f", arguments: Any = "{}") -> dict[str, Any]:
@@ -43,7 +48,7 @@ def test_each_role_is_read() -> None:
         UserMessage("Weather?"),
         AssistantMessage("", "Ask.", (ToolCall("a", "weather", {"city": "Oslo"}),)),
         ToolMessage("rain", "a"),
-        AssistantMessage("Rain."),
+        AssistantMessage("Rain.", ""),
     ]
 
 
@@ -76,11 +81,155 @@ def test_arguments_come_as_json_text_or_as_an_object_with_key_order_kept(
     assert list(message.calls[0].arguments) == list(read)
 
 
-@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", '"x"', 7, '{"a": NaN}', "[" * 100_000])
-def test_malformed_arguments_are_named(arguments: object) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        read_messages([{"role": "user", "content": "x"}, assistant(call("a", arguments=arguments))])
-    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ('{"path": ', {"arguments": '{"path": '}),
+        ('{"path": "a.py", "content": "im', {"path": "a.py"}),
+        ('{"a": {"b": 1, "c": 2}, "d": [1', {"a": {"b": 1, "c": 2}}),
+        ('{"a": 1, "b": 12', {"a": 1}),
+        ('{"a": true', {"a": True}),
+        ('{"a": 1, "b": NaN, "c": 2}', {"a": 1}),
+        ("null", {}),
+        ("[1]", {"arguments": "[1]"}),
+        ("7", {"arguments": "7"}),
+        (7, {"arguments": "7"}),
+        ("{", {"arguments": "{"}),
+        ("ls -l", {"arguments": "ls -l"}),
+        ('"ls -l"', {"arguments": "ls -l"}),
+        ('"{\\"a\\": 1}"', {"a": 1}),
+        ('"null"', {}),
+        ("[" * 100_000, {"arguments": "[" * 100_000}),
+    ],
+)
+def test_what_can_be_read_of_malformed_arguments_is_kept(arguments: object, read: Any) -> None:
+    message = read_messages([assistant(call("a", arguments=arguments))])[0]
+    assert isinstance(message, AssistantMessage)
+    assert message.calls[0].arguments == read
+
+
+@given(st.dictionaries(st.text(max_size=4), json_values, max_size=4), st.data())
+def test_cut_arguments_keep_a_beginning_of_the_arguments(
+    arguments: dict[str, Any], data: st.DataObject
+) -> None:
+    text = json.dumps(arguments)
+    cut = text[: data.draw(st.integers(1, len(text)))]
+    kept = record_arguments(cut)
+    if kept != {"arguments": cut}:
+        assert list(kept.items()) == list(arguments.items())[: len(kept)]
+
+
+REASONED = AssistantMessage("Rain.", "Ask.")
+PARTS = [
+    {"type": "thinking", "thinking": "Ask.", "signature": "x"},
+    {"type": "reasoning", "text": "Ask."},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Ask."}]},
+    {"type": "reasoning_content", "reasoning_content": "Ask."},
+    {"type": "reasoning_text", "text": "Ask."},
+]
+FIELDS: list[dict[str, Any]] = [
+    {"reasoning_content": "Ask."},
+    {"reasoning": "Ask."},
+    {"reasoning": {"text": "Ask."}},
+    {"reasoning": {"content": [{"type": "text", "text": "Ask."}]}},
+    {"reasoning_content": ["Ask", "."]},
+    {"reasoning_text": "Ask."},
+    {"thinking": "Ask."},
+    {"thinking_blocks": [{"type": "thinking", "thinking": "Ask.", "signature": "x"}]},
+    {"reasoning_details": [{"type": "reasoning.text", "text": "Ask", "index": 0}, {"text": "."}]},
+    {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}], "reasoning": "Ask."},
+]
+INLINE = [
+    "<think>Ask.</think>Rain.",
+    "<think>\nAsk.\n</think>\n\nRain.",
+    "\n<think>Ask.</think>Rain.",
+    '<details type="reasoning" done="true" duration="3">\n<summary>Thought</summary>\n'
+    "&gt; Ask.\n</details>\nRain.",
+    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> Ask.\n</details>\nRain.',
+]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *({"content": [part, {"type": "text", "text": "Rain."}]} for part in PARTS),
+        *({"content": "Rain."} | fields for fields in FIELDS),
+        *({"content": text} for text in INLINE),
+        *({"content": [{"type": "text", "text": text}]} for text in INLINE),
+        *({"content": text, "reasoning_content": None} for text in INLINE),
+        *({"content": text, "reasoning_content": ""} for text in INLINE),
+    ],
+)
+def test_reasoning_is_read_in_all_spellings(message: dict[str, Any]) -> None:
+    assert read_messages([{"role": "assistant", **message}]) == [REASONED]
+
+
+def test_open_webuis_lines_are_unquoted_and_unescaped() -> None:
+    body = "&gt; a &lt; b\n&gt;\n&gt; c"
+    block = (
+        f'<details type="reasoning" done="true">\n<summary>Thought</summary>\n{body}\n</details>'
+    )
+    assert split_reasoning(f"{block}\nYes.") == ("a < b\n\nc", "Yes.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use </think> to close.",
+        "Say <think>this</think>.",
+        "<think>never closed",
+        '<details type="reasoning">never closed',
+        "<details>other</details>",
+    ],
+)
+def test_tags_that_do_not_begin_and_close_are_text(text: str) -> None:
+    assert read_messages([{"role": "assistant", "content": text}]) == [AssistantMessage(text, "")]
+
+
+def test_reasoning_in_a_field_leaves_the_text_alone() -> None:
+    text = "<think>x</think>y"
+    message = {"role": "assistant", "content": text, "reasoning_content": "Ask."}
+    assert read_messages([message]) == [AssistantMessage(text, "Ask.")]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+OMITTED = "[image omitted: this model reads text only]"
+
+
+def test_images_in_history_are_replaced_and_listed() -> None:
+    reader = HistoryReader()
+    messages = read_messages(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "See: "}, IMAGE]},
+            assistant(call("a")),
+            result("a", [IMAGE]),
+        ],
+        reader,
+    )
+    assert [message.text for message in messages] == [f"See: {OMITTED}", "", OMITTED]
+    assert reader.omitted == [
+        "messages[0].content[1]=image_url",
+        "messages[2].content[0]=image_url",
+    ]
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        [],
+        [{"role": "system", "content": "Be brief."}],
+        [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": "Yes."}],
+    ],
+)
+def test_an_image_in_the_newest_user_message_is_refused(earlier: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match="reads text only") as caught:
+        read_messages([*earlier, {"role": "user", "content": [IMAGE]}])
+    assert caught.value.param == f"messages[{len(earlier)}].content[0]"
+
+
+def test_an_attachment_of_a_tool_result_is_replaced() -> None:
+    turn = [assistant(call("a")), result("a", "read"), {"role": "user", "content": [IMAGE]}]
+    assert read_messages(turn)[-1] == UserMessage(OMITTED)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +244,6 @@ def test_malformed_arguments_are_named(arguments: object) -> None:
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content[0].text"),
         ({"role": "user", "content": [3]}, "messages[0].content[0]"),
-        ({"role": "assistant", "tool_calls": {}}, "messages[0].tool_calls"),
-        ({"role": "assistant", "tool_calls": ["x"]}, "messages[0].tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[0].tool_calls[0]"),
-        (assistant(call("a", name="")), "messages[0].tool_calls[0].function.name"),
-        (assistant({**call("a"), "id": 1}), "messages[0].tool_calls[0].id"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call"),
-        ({"role": "assistant", "reasoning_content": 1}, "messages[0].reasoning_content"),
-        (result("a"), "messages[0].tool_call_id"),
     ],
 )
 def test_the_error_for_a_malformed_message_names_the_field(message: Any, param: str) -> None:
@@ -154,20 +295,55 @@ def test_results_may_come_in_two_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("results", "param"),
+    ("results", "texts"),
     [
-        ([result("z")], "messages[1].tool_call_id"),
-        ([result("a"), result("a")], "messages[2].tool_call_id"),
-        ([result("b")], "messages[1]"),
-        ([result("b"), {"role": "user", "content": "?"}, result("a")], "messages[2]"),
+        ([result("z", "?")], ["?"]),
+        ([result("a", "1"), result("a", "?")], ["1", "?"]),
+        ([result("z", "?"), result("a", "1")], ["1", "?"]),
+        ([result("b", "2")], ["[no result]", "2"]),
+        (
+            [result("b", "2"), {"role": "user", "content": "?"}, result("a", "1")],
+            ["[no result]", "2", "1"],
+        ),
+        ([{"role": "function", "name": "f", "content": "1"}], ["1"]),
     ],
 )
-def test_a_result_without_a_call_or_after_a_missing_result_is_refused(
-    results: list[Any], param: str
+def test_results_without_a_call_or_after_a_missing_result_are_kept(
+    results: list[Any], texts: list[str]
 ) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        read_messages([assistant(call("a"), call("b")), *results])
-    assert caught.value.param == param
+    assert texts_of([assistant(call("a"), call("b")), *results]) == texts
+
+
+@pytest.mark.parametrize(
+    ("message", "read"),
+    [
+        ({"tool_calls": {}}, AssistantMessage("", "")),
+        ({"tool_calls": ["x"]}, AssistantMessage("", "", (ToolCall("", "unknown_tool", {}),))),
+        (
+            {"tool_calls": [call("a", name="")]},
+            AssistantMessage("", "", (ToolCall("a", "unknown_tool", {}),)),
+        ),
+        (
+            {"tool_calls": [{**call("a"), "id": 1}]},
+            AssistantMessage("", "", (ToolCall("", "f", {}),)),
+        ),
+        (
+            {"tool_calls": [{"type": "custom", "id": "a", "custom": {"name": "f", "input": "{x"}}]},
+            AssistantMessage("", "", (ToolCall("a", "f", {"input": "{x"}),)),
+        ),
+        (
+            {"function_call": {"name": "f", "arguments": '{"a": 1}'}},
+            AssistantMessage("", "", (ToolCall("", "f", {"a": 1}),)),
+        ),
+        ({"content": 7, "reasoning_content": 1}, AssistantMessage("7", "")),
+        (
+            {"audio": {"id": "a"}},
+            AssistantMessage("[audio omitted: this model reads text only]", ""),
+        ),
+    ],
+)
+def test_odd_turns_of_the_assistant_are_kept(message: Any, read: AssistantMessage) -> None:
+    assert read_messages([{"role": "assistant", **message}]) == [read]
 
 
 def function(**fields: Any) -> list[dict[str, Any]]:
@@ -196,9 +372,21 @@ def test_a_tool_needs_no_parameters() -> None:
     [
         (["f"], "tools[0]"),
         ([{"type": "web_search"}], "tools[0].type"),
+        ([{"type": "functon", "function": {"name": "f"}}], "tools[0].type"),
         ([{"type": "function"}], "tools[0].function"),
         ([{"type": "function", "function": {}}], "tools[0].function.name"),
         (function() + function(), "tools[1].function.name"),
+    ],
+)
+def test_the_error_for_a_malformed_tool_names_the_field(tools: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read_tools(tools)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
         (function(parameters="x"), "tools[0].function.parameters"),
         (function(parameters={"type": "array"}), "tools[0].function.parameters.type"),
         (function(parameters={"properties": []}), "tools[0].function.parameters.properties"),
@@ -223,12 +411,55 @@ def test_a_tool_needs_no_parameters() -> None:
             function(parameters={"properties": {"a": {"anyOf": [{"enum": 3}]}}}),
             "tools[0].function.parameters.properties.a.anyOf[0].enum",
         ),
+        (function(parameters={"required": None}), "tools[0].function.parameters.required"),
+        (function(parameters={"properties": None}), "tools[0].function.parameters.properties"),
+        (function(parameters={"type": None}), "tools[0].function.parameters.type"),
+        (function(parameters={"type": ["object", "null"]}), "tools[0].function.parameters.type"),
+        (function(parameters={"type": "OBJECT"}), "tools[0].function.parameters.type"),
+        (
+            function(parameters={"properties": {"a": {"required": True}}}),
+            "tools[0].function.parameters.properties.a.required",
+        ),
+        (
+            function(parameters={"properties": {"a": {"type": "any"}}}),
+            "tools[0].function.parameters.properties.a.type",
+        ),
+        (
+            function(parameters={"properties": {"a": {"enum": None}}}),
+            "tools[0].function.parameters.properties.a.enum",
+        ),
     ],
 )
-def test_the_error_for_a_malformed_tool_names_the_field(tools: Any, param: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
+def test_a_sloppy_schema_is_an_error_only_where_calls_must_follow_it(
+    tools: Any, param: str
+) -> None:
+    ignored: list[str] = []
+    (tool,) = read_tools(tools, ignored)
+    assert ignored == [param]
+    assert tool.definition == tools[0]
+    ArgTypeReader(tool.parameters).arguments()
+    assert make_structure(None, [tool]).calls == "free"
+    with pytest.raises(InvalidRequest) as forced:
+        make_structure(None, [tool], required=True)
+    tools[0]["function"]["strict"] = True
+    with pytest.raises(InvalidRequest) as strict:
         read_tools(tools)
-    assert caught.value.param == param
+    assert forced.value.param == strict.value.param == param
+
+
+def test_the_types_that_a_sloppy_schema_does_tell_are_used() -> None:
+    parameters: dict[str, Any] = {
+        "type": "OBJECT",
+        "required": None,
+        "properties": {
+            "a": {"type": "string", "required": True},
+            "b": {"type": "INTEGER"},
+            "c": {"type": "any"},
+            "d": {"$ref": "#/$defs/Nope"},
+        },
+    }
+    types = ArgTypeReader(parameters).arguments()
+    assert [types[name].json_of("12") for name in "abcd"] == ['"12"', "12", "12", "12"]
 
 
 def test_a_deeply_nested_schema_is_refused() -> None:
@@ -237,6 +468,39 @@ def test_a_deeply_nested_schema_is_refused() -> None:
         schema = {"type": "array", "items": schema}
     with pytest.raises(InvalidRequest, match="nested too deeply"):
         read_tools(function(parameters={"properties": {"a": schema}}))
+
+
+LOAD = {"type": "function", "function": {"name": "load", "parameters": {"type": "object"}}}
+
+
+def deferred(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}, "defer_loading": True}
+
+
+def referring(*names: str) -> dict[str, Any]:
+    return result("a", [{"type": "tool_reference", "tool_name": name} for name in names])
+
+
+def test_a_deferred_tool_is_described_where_it_is_first_referred_to() -> None:
+    reader = HistoryReader(read_tools([LOAD, deferred("paint"), deferred("print")]))
+    assert [tool.name for tool in reader.offered] == ["load"]
+    turn = [assistant(call("a", "load")), referring("paint")]
+    texts = [message.text for message in read_messages([*turn, *turn], reader)]
+    assert texts[1] == (
+        "These tools can be called from now on:\n<tools>\n"
+        '{"type": "function", "function": {"name": "paint"}}\n</tools>'
+    )
+    assert texts[3] == "Available tools: paint"
+    assert [tool.name for tool in reader.offered] == ["load", "paint"]
+    assert [tool.name for tool in reader.tools.values()] == ["load", "paint", "print"]
+    assert reader.omitted == []
+
+
+def test_a_reference_to_an_unknown_tool_is_listed() -> None:
+    reader = HistoryReader()
+    (message,) = read_messages([referring("nope")], reader)
+    assert message.text == "Available tools: nope (not defined)"
+    assert reader.omitted == ["messages[0].content[0]=tool_reference"]
 
 
 # Anything

@@ -26,9 +26,9 @@ from chat_kit import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tools import read_tools
 from glmd.chat.types import Prompt, Tool, ToolCallDelta, ToolCallStart
 
 STRING = {"type": "string"}

@@ -10,8 +10,8 @@ from chat_kit import json_values, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmd.chat.messages import read_tools
 from glmd.chat.tool_args import FREE, ArgType, ArgTypeReader, ValueWriter
+from glmd.chat.tools import read_tools
 
 STRING = {"type": "string"}
 DEFINITIONS = {

@@ -12,10 +12,11 @@ from distribution import Floats, deviation, exact
 from engines import Answer, Run, load, reference_logits, request, run, tiny_engine, tiny_model
 from grammars import CONTROLS
 
-from glmd.chat.messages import read_messages, read_tools
+from glmd.chat.messages import read_messages
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import SpecialTokens, Tokenizer
+from glmd.chat.tools import read_tools
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import Conversation
 from glmd.checkpoint.hub import DEMO

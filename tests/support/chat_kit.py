@@ -12,11 +12,11 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from glmd.chat.messages import read_tools
 from glmd.chat.output_processor import ChatOutputProcessor
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tools import read_tools
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import (
     ContentDelta,

@@ -48,6 +48,8 @@ class Sequence:
     request: EngineRequest
     index: int
     script: list[int | str]
+    tokens: list[int]
+    """Prompt, and what was said; a prefix that later prompts find in the cache."""
     prompt_tokens: int
     cached_tokens: int
     said: int = 0
@@ -94,15 +96,16 @@ class ScriptedEngine:
             )
             return
         cached = max((common(prompt, earlier) for earlier in self._prompts), default=0)
-        self._prompts.append(prompt)
         if request.prompt_progress:
             self._outbox += [
                 SequenceOutput(id=request.id, computed_tokens=len(prompt) // 2),
                 SequenceOutput(id=request.id, computed_tokens=len(prompt)),
             ]
         for index in range(request.n):
+            tokens = list(prompt)
+            self._prompts.append(tokens)
             self._sequences[request.id, index] = Sequence(
-                request, index, script, len(prompt), min(cached, len(prompt) - 1)
+                request, index, script, tokens, len(prompt), min(cached, len(prompt) - 1)
             )
 
     def _script(self, text: str, request: EngineRequest) -> list[int | str]:
@@ -145,6 +148,7 @@ class ScriptedEngine:
         request = sequence.request
         first = sequence.said == 0
         sequence.said += 1
+        sequence.tokens.append(token)
         finish: FinishReason | None = None
         if token == self._end and not request.ignore_eos:
             finish = "stop"

@@ -7,6 +7,7 @@ there.
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,11 @@ import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from glmd.api.observability.request_stats import Api
-from glmd.chat.messages import read_function
 from glmd.chat.types import (
     MAX_BIASED_TOKENS,
     MAX_STOP_LENGTH,
-    MAX_TOOLS,
     Conversation,
     Tool,
-    check_count,
 )
 from glmd.config import Profile, Settings
 from glmd.errors import invalid_field
@@ -36,15 +34,20 @@ log = logging.getLogger("glmd.api")
 INT64 = 2**63
 
 IGNORED_HEADER = "x-glmd-ignored-parameters"
+OMITTED_HEADER = "x-glmd-omitted"
 
 MAX_LISTED, MAX_NAME = 32, 64
-"""Names in `IGNORED_HEADER`, and characters of each name."""
+"""Names in a header, and characters of each name."""
 
 MAX_STOPS = 16
 
 NO_OP = "Accepted, without effect."
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+    # Clients with a menu of efforts send these for the model's own.
+    BeforeValidator(lambda value: None if value in ("", "auto", "default") else value),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,31 @@ def limit_members(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
+
+
+def to_integer(value: object) -> object:
+    """An integer that was sent as a float (Lua, JavaScript) or as text (forms)."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < INT64:
+        return int(value)
+    if isinstance(value, str) and INTEGER.fullmatch(value):
+        return int(value)
+    return value
+
+
+def to_number(value: object) -> object:
+    """A number that was sent as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(to_integer), Field(ge=-INT64, lt=INT64)]
+Number = Annotated[float, BeforeValidator(to_number)]
+
 T = TypeVar("T")
 
 FailFastList = Annotated[list[T], Field(fail_fast=True)]
@@ -220,19 +248,33 @@ class RequestFields(BaseModel):
     model: str | None = optional("The served model's id, short name or an alias.")
     profile: str | None = optional("Profile of the server, for omitted parameters.")
     stream: bool | None = optional("Answer with server-sent events.")
-    temperature: float | None = optional("0: greedy.", ge=0, le=2)
-    top_p: float | None = optional("0: the likeliest token only.", ge=0, le=1)
-    top_k: int | None = optional("0 or -1: off.", ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = optional("1: off.", gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    temperature: Number | None = optional("0: greedy.", ge=0, le=2)
+    top_p: Number | None = optional("0: the likeliest token only.", ge=0, le=1)
+    top_k: Integer | None = optional("0 or -1: off.", ge=-1)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = optional("1: off.", gt=0, le=10)
+    repeat_penalty: Number | None = optional("repetition_penalty's name in llama.cpp.", gt=0, le=10)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias = optional("Values to add to logits, by token id.")
-    seed: int | None = optional("Equal seeds give equal answers.", ge=-INT64, lt=INT64)
+    seed: Integer | None = optional("Equal seeds give equal answers.")
 
     def sampling(self, defaults: SamplingParams, logprobs: int | None = None) -> SamplingParams:
-        """The request's sampling parameters, else the defaults."""
+        """The request's sampling parameters, else the defaults.
+
+        Raises:
+            InvalidRequest: two names of one parameter contradict each other.
+        """
         given = self.model_dump(include=SAMPLING_NAMES, exclude_none=True)
+        penalty = agreed_value(
+            {
+                "repetition_penalty": self.repetition_penalty,
+                "repeat_penalty": self.repeat_penalty,
+            },
+            default=None,
+        )
+        if penalty is not None:
+            given["repetition_penalty"] = penalty
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
         if self.logit_bias is not None:
@@ -254,19 +296,41 @@ class RequestFields(BaseModel):
         return [name for name in names if name not in self.refused]
 
 
+def agreed_value(fields: Mapping[str, T | None], *, default: T) -> T:
+    """Value of all fields that are set, else the default.
+
+    Raises:
+        InvalidRequest: two fields contradict each other.
+    """
+    given = [(name, value) for name, value in fields.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise invalid_field(name, f"contradicts {given[0][0]}.")
+    return given[0][1] if given else default
+
+
 SAMPLING_NAMES = set(SamplingParams.__struct_fields__).intersection(RequestFields.model_fields)
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
     """Response header that lists the parameters that were ignored, if any."""
-    names = list(names)
+    return _list_header(IGNORED_HEADER, "Parameters ignored", list(names))
+
+
+def omitted_header(prompt: object) -> dict[str, str]:
+    """Response header that lists what a conversation records and its prompt does not show."""
+    names = prompt.omitted if isinstance(prompt, Conversation) else ()
+    return _list_header(OMITTED_HEADER, "Records omitted", names)
+
+
+def _list_header(header: str, event: str, names: Sequence[str]) -> dict[str, str]:
     if not names:
         return {}
     # An empty name is spelt "", because a header's value must not end in a space.
     spelt = [quote(name[:MAX_NAME], safe="[].=") or '""' for name in names[:MAX_LISTED]]
     listed = ", ".join(spelt)
-    log.info("Parameters ignored: names=%s", listed)
-    return {IGNORED_HEADER: listed}
+    log.info("%s: names=%s", event, listed)
+    return {header: listed}
 
 
 def object_schema(type: str, required: dict[str, Any], **optional: Any) -> dict[str, Any]:
@@ -280,73 +344,3 @@ def object_schema(type: str, required: dict[str, Any], **optional: Any) -> dict[
         "required": ["type", *required],
         "properties": {"type": {"enum": [type]}, **required, **optional},
     }
-
-
-# -- tools of the Responses and Messages APIs ---------------------------------------------
-
-
-def numbered_tools(
-    raw: Sequence[Mapping[str, Any]] | None,
-) -> list[tuple[Mapping[str, Any], str]]:
-    """Each tool with its place in the request, such as `tools[0]`.
-
-    Raises:
-        InvalidRequest: there are too many tools.
-    """
-    check_count(raw, MAX_TOOLS, "tools")
-    return [(tool, f"tools[{index}]") for index, tool in enumerate(raw or ())]
-
-
-def read_flat_tools(
-    raw: Iterable[tuple[Mapping[str, Any], str]],
-    *,
-    schema_key: str,
-    function_types: Sequence[str | None],
-    hosted: tuple[str, ...],
-) -> tuple[list[Tool], list[str]]:
-    """Functions among the tools, and the names of hosted tools, which are left out.
-
-    A hosted tool runs on the provider's servers (a web search). Beside functions it is left out;
-    alone it is refused, because the model would make up its results.
-
-    Args:
-        raw: Each tool and its place in the request.
-        schema_key: Key of a function's JSON schema.
-        function_types: Values of `type` that mean a function. None: `type` may be absent.
-        hosted: Prefixes of the types of hosted tools.
-
-    Raises:
-        InvalidRequest: a tool is malformed or of an unknown type, or all tools are hosted.
-    """
-    tools: dict[str, Tool] = {}
-    ignored: list[str] = []
-    for definition, where in raw:
-        type = definition.get("type")
-        if isinstance(type, str) and type.startswith(hosted):
-            ignored.append(f"{where}.type={type}")
-            continue
-        if type not in function_types:
-            problem = f"{type!r} is not supported. Send a function with name and {schema_key}."
-            raise invalid_field(f"{where}.type", problem)
-        tool = _read_flat_function(definition, where, schema_key)
-        if tool.name in tools:
-            name = f"{where}.name"
-            raise invalid_field(name, f"duplicate tool name {tool.name!r}.")
-        tools[tool.name] = tool
-    if ignored and not tools:
-        param, _, type = ignored[0].partition("=")
-        raise invalid_field(param, f"this server runs no hosted tools ({type}).")
-    return list(tools.values()), ignored
-
-
-def _read_flat_function(raw: Mapping[str, Any], param: str, schema_key: str) -> Tool:
-    description = raw.get("description")
-    if description is not None and not isinstance(description, str):
-        raise invalid_field(f"{param}.description", "must be a string.")
-    fields = {
-        "name": raw.get("name"),
-        "description": description,
-        "parameters": raw.get(schema_key),
-    }
-    function = {key: value for key, value in fields.items() if value is not None}
-    return read_function(raw, param, {"type": "function", "function": function}, schema_key)

@@ -10,7 +10,13 @@ import numpy as np
 from fastapi import Request, Response
 
 from glmd.api.context import RequestContext, prepare_slot
-from glmd.api.generation_request import Defaults, GenerationRequest, RequestFields, ignored_header
+from glmd.api.generation_request import (
+    Defaults,
+    GenerationRequest,
+    RequestFields,
+    ignored_header,
+    omitted_header,
+)
 from glmd.api.state import AppState
 from glmd.api.streaming import (
     EventStream,
@@ -61,7 +67,7 @@ async def serve(
         request = read(state.defaults(body.model, body.profile))
         generation = await start_generation(state, context, request)
     builder = build(generation)
-    headers = ignored_header([*unknown, *request.ignored])
+    headers = ignored_header([*unknown, *request.ignored]) | omitted_header(request.prompt)
     if run_in_background is not None:
         run_in_background(builder, drain(stream_frames(builder, generation)))
     elif body.stream:

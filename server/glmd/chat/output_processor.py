@@ -8,8 +8,8 @@ import numpy as np
 
 from glmd.chat.detokenizer import Detokenizer, TextStream
 from glmd.chat.glm4_parser import Glm4OutputParser
-from glmd.chat.messages import arguments_of
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tool_args import arguments_of
 from glmd.chat.turn_cache import GeneratedTurn
 from glmd.chat.types import (
     AssistantMessage,

@@ -56,7 +56,7 @@ def build_prompt(
         messages.pop()
     pieces = template.render(
         [_template_message(message) for message in messages],
-        tools=[tool.definition for tool in conversation.tools],
+        tools=[tool.definition for tool in conversation.tools if not tool.deferred],
         kwargs=conversation.template_kwargs,
     )
     *sections, opening = _split_at(special_tokens.roles, pieces)

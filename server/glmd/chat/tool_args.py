@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
+from math import isinf
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from glmd.chat.types import MAX_DEPTH, Json
@@ -41,7 +42,28 @@ JSON_SPACE = " \t\n\r"
 NUMBER = frozenset("+-.eE0123456789" + JSON_SPACE)
 LITERALS = {"n": "null", "t": "true", "f": "false"}
 
+RAW_ARGUMENTS = "arguments"
+"""Name of the only argument of a recorded call whose arguments cannot be read."""
+
+MAX_ENCODINGS = 3
+"""Times that the arguments of a recorded call may be encoded as JSON."""
+
 dump = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def reject_constant(name: str) -> NoReturn:
+    """For `json.loads(parse_constant=…)`: refuse NaN and Infinity."""
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=_finite)
 
 
 @dataclass(frozen=True)
@@ -127,45 +149,53 @@ class ArgTypeReader:
                 types.setdefault(name, self.read(declared))
         return types
 
-    def read(self, schema: Json) -> ArgType:
-        """Type of the values that are valid under `schema`."""
-        if not isinstance(schema, dict):
+    def read(self, schema: Json, depth: int = 0) -> ArgType:
+        """Type of the values that are valid under `schema`; any type where it is malformed."""
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return FREE
         found = _own_type(schema)
         if "$ref" in schema:
-            found &= self._referred(schema["$ref"])
+            found &= self._referred(schema["$ref"], depth + 1)
         for branch in _list(schema, "allOf"):
-            found &= self.read(branch)
+            found &= self.read(branch, depth + 1)
         for keyword in ("anyOf", "oneOf"):
             branches = _list(schema, keyword)
             if branches:
                 union = ArgType(frozenset())
                 for branch in branches:
-                    union |= self.read(branch)
+                    union |= self.read(branch, depth + 1)
                 found &= union
         if schema.get("nullable") is True:  # OpenAPI 3.0
             found |= ArgType(frozenset({"null"}))
         return found
 
-    def _referred(self, reference: Json) -> ArgType:
+    def _referred(self, reference: Json, depth: int) -> ArgType:
         key = str(reference)
         if key not in self._by_reference:
             self._by_reference[key] = FREE  # the result of a reference to itself
-            self._by_reference[key] = self.read(resolve(reference, self._root))
+            self._by_reference[key] = self.read(self._resolved(reference), depth)
         return self._by_reference[key]
 
-    def _combined(self, schema: Json, seen: set[str]) -> Iterator[Mapping[str, Json]]:
+    def _resolved(self, reference: Json) -> Json:
+        try:
+            return resolve(reference, self._root)
+        except KeyError:  # refused by `check_schema` where the schema must be followed
+            return True
+
+    def _combined(
+        self, schema: Json, seen: set[str], depth: int = 0
+    ) -> Iterator[Mapping[str, Json]]:
         """Yield a schema, and those that `$ref`, `allOf`, `anyOf` and `oneOf` add to it."""
-        if not isinstance(schema, dict):
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return
         yield schema
         reference = str(schema.get("$ref"))
         if "$ref" in schema and reference not in seen:
             seen.add(reference)
-            yield from self._combined(resolve(schema["$ref"], self._root), seen)
+            yield from self._combined(self._resolved(schema["$ref"]), seen, depth + 1)
         for keyword in ("allOf", "anyOf", "oneOf"):
             for branch in _list(schema, keyword):
-                yield from self._combined(branch, seen)
+                yield from self._combined(branch, seen, depth + 1)
 
 
 class ValueWriter:
@@ -220,12 +250,91 @@ class ValueWriter:
         return self._start in NUMBER and not NUMBER.issuperset(text)
 
 
-def check_schema(root: dict[str, Json], param: str) -> None:
+def arguments_of(value: object, param: str) -> dict[str, Json]:
+    """Arguments of a call, sent as JSON text or an object; {} for null and blank text.
+
+    Raises:
+        InvalidRequest: not a JSON object.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    if isinstance(value, str):
+        try:
+            value = DECODER.decode(value)
+        except (ValueError, RecursionError) as error:
+            raise invalid_field(param, f"not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise invalid_field(param, "must be a JSON object.")
+    return value
+
+
+def record_arguments(given: Any) -> dict[str, Json]:
+    """Arguments of a call in the history, whose JSON may be cut or malformed.
+
+    Of text that is not JSON the complete arguments are kept; without any, the text is the only
+    argument. JSON may be encoded twice.
+    """
+    value = given
+    for _ in range(MAX_ENCODINGS):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return {}
+        if isinstance(value, dict):
+            return (
+                value if value is not given or _is_finite(value) else {RAW_ARGUMENTS: dump(value)}
+            )
+        if not isinstance(value, str):
+            break
+        try:
+            value = DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return _complete_members(value) or {RAW_ARGUMENTS: value}
+    return {RAW_ARGUMENTS: given if isinstance(given, str) else dump(given)}
+
+
+def _complete_members(text: str) -> dict[str, Json]:
+    """Members of a JSON object up to where the text is cut or malformed."""
+    members: dict[str, Json] = {}
+    place = _after_space(text, 0)
+    opening = "{"
+    try:
+        while text[place : place + 1] == opening:
+            key, place = DECODER.raw_decode(text, _after_space(text, place + 1))
+            place = _after_space(text, place)
+            if not isinstance(key, str) or text[place : place + 1] != ":":
+                break
+            value, place = DECODER.raw_decode(text, _after_space(text, place + 1))
+            place = _after_space(text, place)
+            if place == len(text) and type(value) in (int, float):
+                break  # more digits may be missing
+            members[key] = value
+            opening = ","
+    except (ValueError, RecursionError):
+        pass  # the rest is what is malformed
+    return members
+
+
+def _after_space(text: str, place: int) -> int:
+    while text[place : place + 1] and text[place] in JSON_SPACE:
+        place += 1
+    return place
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def check_schema(root: Json, param: str) -> None:
     """Refuse a schema of arguments that is malformed in the keywords read here.
 
     Raises:
         InvalidRequest: names the keyword.
     """
+    if not isinstance(root, dict):
+        raise invalid_field(param, "must be a JSON schema (an object).")
     if root.get("type", "object") != "object":
         raise invalid_field(f"{param}.type", 'must be "object".')
     _check(root, root, param, 0, set())
@@ -260,11 +369,6 @@ def type_of(value: Json) -> str:
     return PYTHON_TYPES[type(value)]
 
 
-def reject_constant(name: str) -> NoReturn:
-    """For `json.loads(parse_constant=…)`: refuse NaN and Infinity."""
-    raise ValueError(f"{name} is not a JSON value")
-
-
 def _distinct(values: tuple[Json, ...]) -> tuple[Json, ...]:
     return tuple({json.dumps(value, sort_keys=True): value for value in values}.values())
 
@@ -281,7 +385,8 @@ def _list(schema: Mapping[str, Json], keyword: str) -> list[Json]:
 def _own_type(schema: Mapping[str, Json]) -> ArgType:
     """The type that `type`, `enum` and `const` declare, or that other keywords imply."""
     declared = schema.get("type")
-    names = {declared} if isinstance(declared, str) else set(map(str, _list(schema, "type")))
+    named = [declared] if isinstance(declared, str) else _list(schema, "type")
+    names = {name.lower() for name in named if isinstance(name, str)} & TYPES
     if "number" in names:
         names.add("integer")
     if not names and not schema.keys().isdisjoint(("properties", "additionalProperties")):

@@ -80,7 +80,7 @@ class TurnTokenCache:
             turn.seen.calls,
         )
         cached = CachedTurn(
-            _digest((seen.reasoning or "").strip()),
+            _reasoning_digest(seen),
             np.concatenate([prompt.tokens[prompt.turn_start :], turn.tokens]),
             turn.closing,
         )
@@ -99,10 +99,10 @@ class TurnTokenCache:
 
         If the message has reasoning, it must be the turn's reasoning.
         """
-        reasoning = (message.reasoning or "").strip()
-        digest = _digest(reasoning)
+        digest = _reasoning_digest(message)
+        unknown = not (message.reasoning or "").strip()
         for variant in reversed(self._turns.get(_key(turn_key, message)) or ()):
-            if not reasoning or variant.reasoning == digest:
+            if unknown or variant.reasoning == digest:
                 return variant
         return None
 
@@ -114,6 +114,11 @@ def _key(turn_key: bytes, message: AssistantMessage) -> bytes:
         json.dumps([message.text.strip(), calls]), parse_int=_number, parse_float=_number
     )
     return _digest(json.dumps(seen, sort_keys=True), turn_key)
+
+
+def _reasoning_digest(message: AssistantMessage) -> bytes:
+    """Digest of a message's reasoning, whose whitespace clients change when they quote it."""
+    return _digest(" ".join((message.reasoning or "").split()))
 
 
 def _digest(text: str, prefix: bytes = b"") -> bytes:

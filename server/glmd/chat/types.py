@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from glmd.errors import invalid_field
+from glmd.errors import InvalidRequest, invalid_field
 from glmd.ipc import TokenArray, TokenLogprobs
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -75,6 +75,9 @@ class Tool:
         definition: what the chat template prints: `{"type": "function", "function": {…}}`.
         strict: calls must follow the schema; keywords that cannot be enforced are errors.
         param: the request field that holds the schema, for errors.
+        deferred: not in the prompt's head, but where the conversation refers to the tool.
+        schema_error: what is wrong with `parameters`. Only calls that must follow the schema need
+            a valid one.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Tool:
     definition: dict[str, Json]
     strict: bool = False
     param: str = "tools"
+    deferred: bool = False
+    schema_error: InvalidRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,10 @@ class Conversation:
 
     Attributes:
         messages: in order; tool results in the order of their calls (`order_tool_results`).
-        tools: the tools that the prompt describes, whether or not `tool_choice` allows calls.
+        tools: the tools of the request and of the messages, whether or not `tool_choice` allows
+            calls. The prompt's head describes those that are not deferred.
+        offered: the tools that the prompt offers at its end.
+        omitted: `PLACE=KIND` of what the messages record and the prompt does not show.
         template_kwargs: variables of the chat template, such as `enable_thinking`; None: the
             variable's default.
         continue_final: the last message, an assistant's, is the beginning of the answer.
@@ -99,6 +107,8 @@ class Conversation:
 
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()
+    offered: Sequence[Tool] = ()
+    omitted: Sequence[str] = ()
     template_kwargs: Mapping[str, Json] = field(default_factory=dict)
     continue_final: bool = False
     cache_salt: str = ""

@@ -6,12 +6,12 @@ An `OutputSpec` states a constraint independently of the API that a request came
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from glmd.chat.messages import is_strict
+from glmd.chat.tools import is_strict
 from glmd.chat.types import MAX_PATTERN, Tool, check_depth, check_length
 from glmd.errors import InvalidRequest
 
@@ -102,6 +102,7 @@ def make_structure(
     *,
     required: bool = False,
     named: str | None = None,
+    allowed: Collection[str] | None = None,
     parallel: bool = True,
     param: str = "tool_choice",
 ) -> OutputSpec:
@@ -116,24 +117,38 @@ def make_structure(
         tools: tools that may be called; empty with `tool_choice` "none".
         required: the answer must call a tool (`tool_choice` "required").
         named: name of the tool that must be called; None for any.
+        allowed: names of the tools that may be called (`tool_choice` "allowed_tools"). None: all.
         parallel: allow more than one call (`parallel_tool_calls`).
         param: name of the field that requires calls, for errors.
 
     Raises:
-        InvalidRequest: a call is required of a tool that is not offered.
+        InvalidRequest: a call is required of a tool that is not offered, or must follow a schema
+            that is malformed.
     """
     required = required or named is not None
+    names = {tool.name for tool in tools}
+    for name in allowed or ():
+        if name not in names:
+            problem = f"the tool {name!r} is not among the tools"
+            raise InvalidRequest(f"{param} allows a tool call, but {problem}.", param=param)
+    if allowed is not None:
+        tools = [tool for tool in tools if tool.name in allowed]
+    restricted = len(tools) < len(names)
     rules = tuple(
         ToolRule(
             tool.name,
             tool.parameters,
             tool.param,
             strict=tool.strict,
-            enforced=required or form is not None or tool.strict,
+            enforced=required or restricted or form is not None or tool.strict,
         )
         for tool in tools
         if named in (None, tool.name)
     )
+    wrong = {tool.name: tool.schema_error for tool in tools if tool.schema_error is not None}
+    for rule in rules:
+        if rule.enforced and rule.name in wrong:
+            raise wrong[rule.name]
     if required and not rules:
         problem = f"the tool {named!r} is not among the tools" if named else "there are no tools"
         raise InvalidRequest(f"{param} requires a tool call, but {problem}.", param=param)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glmd.api.generation_request import numbered_tools, object_schema, read_flat_tools
-from glmd.chat.messages import arguments_of, order_tool_results
+from glmd.api.generation_request import object_schema
+from glmd.chat.history import AssistantTurn, HistoryReader, newest_input, order_tool_results
+from glmd.chat.tools import numbered, read_flat_tools
 from glmd.chat.types import (
     MAX_MESSAGES,
-    AssistantMessage,
     Message,
     SystemMessage,
     Tool,
-    ToolCall,
     ToolMessage,
     UserMessage,
     check_count,
@@ -27,9 +26,6 @@ of one text."""
 ATTRIBUTION = "x-anthropic-billing-header:"
 """Start of a system block that Claude Code sends for Anthropic's accounting. It differs in each
 request, so it would keep every prefix out of the cache; Anthropic's servers remove it too."""
-
-HOSTED = ("web_search", "web_fetch", "code_execution", "tool_search", "advisor")
-"""Prefixes of the types of tools that Anthropic's servers run."""
 
 # -- schemas for the OpenAPI document -----------------------------------------------------
 
@@ -96,137 +92,108 @@ TOOLS_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "array", "items": TOOL}, {"ty
 
 
 def read_messages(
-    raw: Sequence[Mapping[str, Any]], system: str | Sequence[Any] | None
+    raw: Sequence[Mapping[str, Any]],
+    system: str | Sequence[Any] | None,
+    reader: HistoryReader,
 ) -> list[Message]:
     """The system prompt and the messages.
 
     Raises:
-        InvalidRequest: a message is malformed, or there is none.
+        InvalidRequest: the system prompt or the newest input is malformed, or there is no message.
     """
     if not raw:
         raise invalid_field("messages", "must hold at least one message.")
     check_count(raw, MAX_MESSAGES, "messages")
-    messages, params = _read_system(system)
+    messages = _read_system(system, reader)
+    newest = newest_input([_kind(message) for message in raw])
+    users = (index for index, message in enumerate(raw) if message.get("role") == "user")
+    last_user = max(users, default=-1)
     for index, message in enumerate(raw):
-        where = f"messages[{index}]"
-        read = _read_message(message, where)
-        messages += read
-        params += [where] * len(read)
-    return order_tool_results(messages, params, id_key="tool_use_id")
+        if message.get("clear_at") == "next_user_message" and index < last_user:
+            continue  # a system message for one turn
+        messages += _read_message(message, f"messages[{index}]", reader, strict=index >= newest)
+    return order_tool_results(messages)
 
 
 def read_tools(raw: Sequence[Mapping[str, Any]] | None) -> tuple[list[Tool], list[str]]:
-    """Functions, and the names of hosted tools, which are ignored.
+    """Functions, and the names of tools that are left out.
 
     Raises:
         InvalidRequest: a tool is malformed or not supported.
     """
     return read_flat_tools(
-        numbered_tools(raw),
-        schema_key="input_schema",
-        function_types=(None, "custom"),
-        hosted=HOSTED,
+        numbered(raw), schema_key="input_schema", function_types=(None, "custom")
     )
 
 
-def _read_system(system: str | Sequence[Any] | None) -> tuple[list[Message], list[str]]:
+def _read_system(system: str | Sequence[Any] | None, reader: HistoryReader) -> list[Message]:
     if system is None or isinstance(system, str):
         texts = [system or ""]
     else:
-        texts = [_text_of_block(raw, f"system[{index}]") for index, raw in enumerate(system)]
+        texts = [
+            reader.part(block, f"system[{index}]", strict=True)
+            for index, block in enumerate(system)
+        ]
     kept = [text for text in texts if text and not text.startswith(ATTRIBUTION)]
-    return ([SystemMessage(SEPARATOR.join(kept))], ["system"]) if kept else ([], [])
+    return [SystemMessage(SEPARATOR.join(kept))] if kept else []
 
 
-def _read_message(raw: Mapping[str, Any], param: str) -> list[Message]:
-    role, content = raw.get("role"), raw.get("content")
-    if isinstance(content, str):
-        blocks: list[Any] = [{"type": "text", "text": content}]
-    elif isinstance(content, list):
-        blocks = content
-    else:
-        raise invalid_field(f"{param}.content", "must be a string or a list of blocks.")
-    placed = [(block, f"{param}.content[{index}]") for index, block in enumerate(blocks)]
-    match role:
-        case "assistant":
-            return [_read_assistant(placed)]
-        case "user":
-            return _read_user(placed, UserMessage)
-        case "system":
-            return _read_user(placed, SystemMessage)
-        case _:
-            raise invalid_field(f"{param}.role", "must be user, assistant or system.")
+def _kind(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    has_result = isinstance(content, list) and any(map(_is_result, content))
+    return "tool" if has_result else str(message.get("role"))
 
 
-def _read_assistant(blocks: Sequence[tuple[Any, str]]) -> AssistantMessage:
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[ToolCall] = []
-    for raw, where in blocks:
-        match _type_of(raw, where):
-            case "thinking":
-                thoughts.append(_string(raw, "thinking", where))
-            case "redacted_thinking":
-                pass  # Only Anthropic's servers can read it.
-            case "tool_use":
-                arguments = arguments_of(raw.get("input"), f"{where}.input")
-                name = _string(raw, "name", where)
-                calls.append(ToolCall(_string(raw, "id", where), name, arguments))
-            case _:
-                texts.append(_text_of_block(raw, where))
-    return AssistantMessage("".join(texts), "".join(thoughts), tuple(calls))
+def _is_result(block: object) -> bool:
+    return isinstance(block, Mapping) and block.get("type") == "tool_result"
 
 
-def _read_user(blocks: Sequence[tuple[Any, str]], kind: Callable[[str], Message]) -> list[Message]:
-    """Tool results, and one message for each run of text blocks, in order."""
+def _read_message(
+    raw: Mapping[str, Any], param: str, reader: HistoryReader, *, strict: bool
+) -> list[Message]:
+    role, content, where = raw.get("role"), raw.get("content"), f"{param}.content"
+    if role == "assistant":
+        turn = AssistantTurn()
+        reader.assistant_parts(content, where, turn)
+        return [turn.message()]
+    if role == "system":
+        return _read_user(content, where, SystemMessage, reader, strict) if content else []
+    if strict and role != "user":
+        raise invalid_field(f"{param}.role", "must be user, assistant or system.")
+    if strict and not isinstance(content, str | list):
+        raise invalid_field(where, "must be a string or a list of blocks.")
+    return _read_user(content, where, UserMessage, reader, strict)
+
+
+def _read_user(
+    content: object,
+    param: str,
+    kind: Callable[[str], Message],
+    reader: HistoryReader,
+    strict: bool,
+) -> list[Message]:
+    """Tool results, and one message for each run of other blocks, in order."""
+    if not isinstance(content, list):
+        return [kind(reader.text(content, param, strict=strict))]
     messages: list[Message] = []
     texts: list[str] = []
-    for raw, where in blocks:
-        if kind is UserMessage and _type_of(raw, where) == "tool_result":
+    for index, block in enumerate(content):
+        where = f"{param}[{index}]"
+        if _is_result(block):
             if texts:
                 messages.append(kind(SEPARATOR.join(texts)))
                 texts = []
-            text = _text_of_result(raw.get("content"), f"{where}.content")
-            if raw.get("is_error") is True and "error" not in text.lower():
-                text = f"Error: {text}" if text else "Error"
-            messages.append(ToolMessage(text, _string(raw, "tool_use_id", where)))
+            messages.append(_read_result(block, where, reader))
         else:
-            texts.append(_text_of_block(raw, where))
+            texts.append(reader.part(block, where, strict=strict))
     if texts or not messages:
         messages.append(kind(SEPARATOR.join(texts)))
     return messages
 
 
-def _text_of_result(content: object, param: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid_field(param, "must be a string or a list of blocks.")
-    return SEPARATOR.join(
-        _text_of_block(block, f"{param}[{index}]") for index, block in enumerate(content)
-    )
-
-
-def _text_of_block(raw: Any, param: str) -> str:
-    type = _type_of(raw, param)
-    if type == "text":
-        return _string(raw, "text", param)
-    source = raw.get("source")
-    if type == "document" and isinstance(source, Mapping) and source.get("type") == "text":
-        return _string(source, "data", f"{param}.source")
-    raise invalid_field(param, f"{type!r} blocks are not supported; the model reads text.")
-
-
-def _type_of(raw: Any, param: str) -> str:
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("type"), str):
-        raise invalid_field(param, "must be a block: an object with a type.")
-    return str(raw["type"])
-
-
-def _string(raw: Mapping[str, Any], key: str, param: str) -> str:
-    value = raw.get(key)
-    if not isinstance(value, str):
-        raise invalid_field(f"{param}.{key}", "must be a string.")
-    return value
+def _read_result(block: Mapping[str, Any], param: str, reader: HistoryReader) -> ToolMessage:
+    text = reader.text(block.get("content"), f"{param}.content", separator=SEPARATOR)
+    if block.get("is_error") is True and "error" not in text.lower():
+        text = f"Error: {text}" if text else "Error"
+    id = block.get("tool_use_id")
+    return ToolMessage(text, id if isinstance(id, str) else None)

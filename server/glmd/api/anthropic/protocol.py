@@ -26,6 +26,7 @@ from glmd.api.generation_request import (
     Effort,
     FailFastList,
     GenerationRequest,
+    Integer,
     NoOp,
     RequestFields,
     StrictModel,
@@ -35,6 +36,7 @@ from glmd.api.generation_request import (
 )
 from glmd.api.observability.request_stats import Api
 from glmd.api.streaming import TokenUsage
+from glmd.chat.history import HistoryReader
 from glmd.chat.types import AssistantMessage, Conversation, Tool
 from glmd.errors import InvalidRequest, invalid_field
 from glmd.structured_output.request import make_structure, read_response_format
@@ -44,7 +46,7 @@ from glmd.structured_output.request import make_structure, read_response_format
 
 class ThinkingConfig(StrictModel):
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = optional(
+    budget_tokens: Integer | None = optional(
         "Tokens after which the thinking is closed and the answer continues. With"
         " adaptive, 0 (sent by Claude Code) is no limit.",
         ge=0,
@@ -55,7 +57,7 @@ class ThinkingConfig(StrictModel):
 
 
 class OutputConfig(StrictModel):
-    effort: Effort | None = optional(
+    effort: Effort = optional(
         "Limits the thinking to the tokens of the server's setting effort_budgets,"
         " unless a budget is given."
     )
@@ -100,7 +102,7 @@ class CountTokensRequest(RequestFields):
     betas: NoOp = None
 
     def conversation(self, defaults: Defaults, tools: list[Tool]) -> Conversation:
-        """The conversation; a last message of the assistant is continued.
+        """The conversation; a last message of the assistant without calls is continued.
 
         Thinking is off unless requested: other clients do not expect thinking blocks.
 
@@ -116,15 +118,19 @@ class CountTokensRequest(RequestFields):
         enable_thinking = defaults.asked_to_think
         if self.thinking is not None:
             enable_thinking = self.thinking.type != "disabled"
-        messages = read_messages(self.messages, self.system)
+        reader = HistoryReader(tools)
+        messages = read_messages(self.messages, self.system, reader)
+        last = messages[-1] if messages else None
         return Conversation(
             messages=messages,
-            tools=tools,
+            tools=list(reader.tools.values()),
+            offered=reader.offered,
+            omitted=reader.omitted,
             template_kwargs={
                 "enable_thinking": enable_thinking,
                 "clear_thinking": defaults.clear_thinking,
             },
-            continue_final=isinstance(messages[-1], AssistantMessage),
+            continue_final=isinstance(last, AssistantMessage) and not last.calls,
         )
 
 
@@ -134,7 +140,9 @@ StopSequences = Annotated[FailFastList[str] | None, AfterValidator(check_stops)]
 class MessagesRequest(CountTokensRequest):
     api: ClassVar[Api] = "messages"
 
-    max_tokens: int = Field(ge=1, description="Limit of the answer's tokens, thinking included.")
+    max_tokens: Integer = Field(
+        ge=1, description="Limit of the answer's tokens, thinking included."
+    )
     stop_sequences: StopSequences = optional("Strings that end the answer; not part of it.")
 
     def to_generation_request(self, defaults: Defaults) -> GenerationRequest:
@@ -145,19 +153,20 @@ class MessagesRequest(CountTokensRequest):
         """
         tools, ignored = read_tools(self.tools)
         choice = self.tool_choice or ToolChoice.model_validate({"type": "auto"})
-        callable_tools = [] if choice.type == "none" else tools
+        conversation = self.conversation(defaults, tools)
+        calls = choice.type != "none"
         if choice.type == "tool" and choice.name is None:
             raise invalid_field("tool_choice.name", "is missing.")
         form = self.output_config.format if self.output_config else None
         return GenerationRequest(
             id=new_id("msg_"),
-            prompt=self.conversation(defaults, tools),
+            prompt=conversation,
             param="messages",
             sampling=self.sampling(defaults.sampling),
-            tools=callable_tools,
+            tools=conversation.tools if calls else (),
             output=make_structure(
                 read_response_format(form, "output_config.format", flat=True, strict=True),
-                callable_tools,
+                conversation.offered if calls else (),
                 required=choice.type == "any",
                 named=choice.name if choice.type == "tool" else None,
                 parallel=not choice.disable_parallel_tool_use,

@@ -39,6 +39,7 @@ from glmd.api.anthropic.protocol import (
 )
 from glmd.api.context import ClientDep, ContextDep
 from glmd.api.errors import ErrorInfo
+from glmd.api.generation_request import omitted_header
 from glmd.api.request_body import JsonRoute
 from glmd.api.serving import count_prompt_tokens, serve
 from glmd.api.state import StateDep
@@ -218,10 +219,13 @@ async def create_message(
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(body: CountTokensRequest, state: StateDep, client: ClientDep) -> TokenCount:
+async def count_tokens(
+    body: CountTokensRequest, response: Response, state: StateDep, client: ClientDep
+) -> TokenCount:
     """Count the tokens of a request's prompt."""
     defaults = state.defaults(body.model, body.profile)
     body.unknown_parameters()
     tools, _ = read_tools(body.tools)
     conversation = body.conversation(defaults, tools)
+    response.headers.update(omitted_header(conversation))
     return TokenCount(input_tokens=await count_prompt_tokens(state, client, conversation))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from glmd.api.generation_request import (
-    INT64,
     NO_OP,
     Defaults,
     Effort,
     FailFastList,
+    Integer,
     NoOp,
     RequestFields,
     StrictModel,
     TokenId,
+    agreed_value,
     check_stops,
     optional,
 )
-from glmd.chat.messages import read_messages, read_tools
-from glmd.chat.types import MAX_STOP_TOKENS, Conversation
+from glmd.chat.history import HistoryReader
+from glmd.chat.messages import read_messages
+from glmd.chat.tools import read_tools
+from glmd.chat.types import MAX_STOP_TOKENS, Conversation, Tool
 from glmd.errors import invalid_field
 from glmd.structured_output.request import GUIDED, AnswerFormat, read_guided
 
@@ -53,20 +57,33 @@ def check_limit(value: int | None) -> int | None:
     return None if value == -1 else value
 
 
-Limit = Annotated[int | None, Field(ge=-1), AfterValidator(check_limit)]
+Limit = Annotated[Integer | None, Field(ge=-1), AfterValidator(check_limit)]
 """Number of tokens. -1, which LM Studio's clients send: no limit."""
 
 
-Stops = Annotated[str | FailFastList[str] | None, AfterValidator(check_stops)]
+Stops = Annotated[
+    str | FailFastList[str] | None,
+    BeforeValidator(lambda value: None if value == "" else value),
+    AfterValidator(check_stops),
+]
 StopTokens = Annotated[FailFastList[TokenId] | None, Field(max_length=MAX_STOP_TOKENS)]
 
 
 class Thinking(StrictModel):
     """Thinking options in Anthropic's and z.ai's form."""
 
-    type: Literal["enabled", "disabled"] | None = None
-    budget_tokens: int | None = optional("The same as thinking_budget.", ge=0)
+    type: Literal["enabled", "adaptive", "disabled"] | None = None
+    budget_tokens: Integer | None = optional("The same as thinking_budget.", ge=0)
     clear_thinking: bool | None = None
+
+
+class ReasoningOptions(StrictModel):
+    """Thinking options in OpenRouter's form."""
+
+    enabled: bool | None = None
+    effort: Effort = optional("The same as reasoning_effort.")
+    max_tokens: Integer | None = optional("The same as thinking_budget.", ge=0)
+    exclude: Literal[False] | None = optional("The reasoning is always in the answer.")
 
 
 class StreamOptions(StrictModel):
@@ -95,7 +112,9 @@ class ConversationFields(BaseModel):
     enable_thinking: bool | None = optional("Think before answering.")
     clear_thinking: bool | None = optional("Drop the reasoning of earlier turns from the prompt.")
     thinking: Thinking | None = optional("The same in another form.")
-    reasoning_effort: Effort | None = optional(
+    reasoning: ReasoningOptions | None = optional("The same in another form.")
+    think: bool | Effort = optional("enable_thinking or reasoning_effort in Ollama's form.")
+    reasoning_effort: Effort = optional(
         "none: no thinking. Other efforts limit the reasoning to the tokens of the"
         " server's setting effort_budgets, unless a budget is given."
     )
@@ -103,6 +122,32 @@ class ConversationFields(BaseModel):
     continue_final_message: bool | None = optional("Continue the last message, the assistant's.")
     add_generation_prompt: bool | None = optional("The opposite of continue_final_message.")
     cache_salt: str | None = optional("Requests with different salts share no cached prefix.")
+
+    @cached_property
+    def tools_read(self) -> tuple[list[Tool], list[str]]:
+        """The functions, and the names of tools that are left out.
+
+        Raises:
+            InvalidRequest: a tool is malformed.
+        """
+        ignored: list[str] = []
+        return read_tools(self.tools, ignored), ignored
+
+    @property
+    def effort(self) -> Effort:
+        """The effort, by any of its names.
+
+        Raises:
+            InvalidRequest: two names contradict each other.
+        """
+        return agreed_value(
+            {
+                "reasoning_effort": self.reasoning_effort,
+                "reasoning.effort": self.reasoning.effort if self.reasoning else None,
+                "think": None if isinstance(self.think, bool) else self.think,
+            },
+            default=None,
+        )
 
     def conversation(self, defaults: Defaults) -> Conversation:
         """The conversation, with all tools.
@@ -115,15 +160,18 @@ class ConversationFields(BaseModel):
         ):
             raise invalid_field("add_generation_prompt", "contradicts continue_final_message.")
         thinking_type = self.thinking.type if self.thinking else None
+        effort = self.effort
         enable_thinking = agreed_value(
             {
                 "enable_thinking": self.enable_thinking,
                 "chat_template_kwargs.enable_thinking": self._template_flag("enable_thinking"),
-                "thinking.type": thinking_type and thinking_type == "enabled",
+                "thinking.type": thinking_type and thinking_type != "disabled",
+                "reasoning.enabled": self.reasoning.enabled if self.reasoning else None,
+                "think": self.think if isinstance(self.think, bool) else None,
                 # Other efforts change the default only.
-                "reasoning_effort": False if self.reasoning_effort == "none" else None,
+                "reasoning_effort": False if effort == "none" else None,
             },
-            default=defaults.enable_thinking or self.reasoning_effort is not None,
+            default=defaults.enable_thinking or effort is not None,
         )
         clear_thinking = agreed_value(
             {
@@ -133,9 +181,12 @@ class ConversationFields(BaseModel):
             },
             default=defaults.clear_thinking,
         )
+        reader = HistoryReader(self.tools_read[0])
         return Conversation(
-            messages=read_messages(self.messages),
-            tools=read_tools(self.tools),
+            messages=read_messages(self.messages, reader),
+            tools=list(reader.tools.values()),
+            offered=reader.offered,
+            omitted=reader.omitted,
             template_kwargs={
                 **(self.chat_template_kwargs or {}),
                 "enable_thinking": enable_thinking,
@@ -151,19 +202,6 @@ class ConversationFields(BaseModel):
             param = f"chat_template_kwargs.{name}"
             raise invalid_field(param, "must be true or false.")
         return value
-
-
-def agreed_value(fields: dict[str, bool | None], *, default: bool) -> bool:
-    """Value of all fields that are set, else the default.
-
-    Raises:
-        InvalidRequest: two fields contradict each other.
-    """
-    given = [(name, value) for name, value in fields.items() if value is not None]
-    for name, value in given[1:]:
-        if value != given[0][1]:
-            raise invalid_field(name, f"contradicts {given[0][0]}.")
-    return given[0][1] if given else default
 
 
 class OpenAIFields(RequestFields, OpenAINoOps):
@@ -183,9 +221,9 @@ class OpenAIFields(RequestFields, OpenAINoOps):
     }
 
     stream_options: StreamOptions | None = None
-    n: int | None = optional("Answers per prompt.", ge=1, le=128)
+    n: Integer | None = optional("Answers per prompt.", ge=1, le=128)
     max_tokens: Limit = optional("Limit of the answer, reasoning included; -1: none.")
-    min_tokens: int | None = optional("No end before this many tokens.", ge=0)
+    min_tokens: Integer | None = optional("No end before this many tokens.", ge=0)
     stop: Stops = optional("Strings that end the answer; not part of it.")
     stop_token_ids: StopTokens = optional("Further end tokens.")
     ignore_eos: bool | None = optional("Continue after an end token.")
@@ -195,11 +233,9 @@ class OpenAIFields(RequestFields, OpenAINoOps):
     guided_grammar: Any = optional("Grammar in GBNF or llguidance's variant of Lark.")
     structured_outputs: Any = optional("json, json_object, regex, choice or grammar, as in vLLM.")
     return_token_ids: bool | None = optional("Return the token ids of prompt and answer.")
-    priority: int | None = optional(
+    priority: Integer | None = optional(
         "Larger goes first among the client's own waiting requests; below 0 lets"
         " requests of all clients go first.",
-        ge=-INT64,
-        lt=INT64,
     )
     cache_salt: str | None = optional("Requests with different salts share no cached prefix.")
     metadata: NoOp = None

@@ -12,13 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from glmd.api.generation_request import (
-    INT64,
     Defaults,
     FailFastList,
     GenerationRequest,
+    Integer,
     NoOp,
     StrictModel,
     TokenId,
+    agreed_value,
     new_id,
     optional,
 )
@@ -51,23 +52,70 @@ class FunctionName(StrictModel):
 
 
 class FunctionToolChoice(StrictModel):
+    """The function to call, as in chat completions or, with `name` alone, as in Responses."""
+
     type: Literal["function"]
-    function: FunctionName
+    function: FunctionName | None = None
+    name: str | None = None
+
+    @property
+    def named(self) -> str:
+        """
+        Raises:
+            InvalidRequest: there is no name.
+        """
+        name = self.function.name if self.function else self.name
+        if name is None:
+            raise invalid_field("tool_choice.function", "is missing.")
+        return name
+
+
+class AllowedTools(StrictModel):
+    mode: Literal["auto", "required"] = "auto"
+    tools: FailFastList[dict[str, Any]]
+
+    def names(self, param: str) -> list[str]:
+        """Names of the functions and custom tools that may be called; others are not served.
+
+        Raises:
+            InvalidRequest: a function has no name.
+        """
+        found = []
+        for index, tool in enumerate(self.tools):
+            if tool.get("type", "function") not in ("function", "custom"):
+                continue
+            nested = tool.get("function") or tool.get("custom")
+            named = nested if isinstance(nested, dict) else tool
+            if not isinstance(named.get("name"), str):
+                raise invalid_field(f"{param}[{index}].name", "must be a string.")
+            namespace = named.get("namespace")
+            found.append(f"{namespace}__{named['name']}" if namespace else named["name"])
+        return found
+
+
+class AllowedToolChoice(StrictModel):
+    """The tools that may be called, of those that the prompt describes."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 class ChatCompletionRequest(OpenAIFields, ConversationFields):
     api: ClassVar[Api] = "chat"
 
-    tool_choice: ToolChoiceMode | FunctionToolChoice | None = optional("auto: the default.")
+    tool_choice: ToolChoiceMode | FunctionToolChoice | AllowedToolChoice | None = optional(
+        "auto: the default."
+    )
     parallel_tool_calls: bool | None = optional("False: the answer ends after its first tool call.")
     response_format: dict[str, Any] | None = optional("text, json_object or json_schema.")
     max_completion_tokens: Limit = optional("The newer name of max_tokens.")
     logprobs: bool | None = optional("Log-probabilities of the answer's tokens.")
-    top_logprobs: int | None = optional("Alternatives per token; needs logprobs.", ge=0, le=20)
+    top_logprobs: Integer | None = optional("Alternatives per token; needs logprobs.", ge=0, le=20)
     modalities: FailFastList[Literal["text", "audio"]] | None = optional("text only.")
-    thinking_budget: int | None = optional(
-        "Tokens after which the reasoning is closed and the answer continues.", ge=0, lt=INT64
+    thinking_budget: Integer | None = optional(
+        "Tokens after which the reasoning is closed and the answer continues.", ge=0
     )
+    thinking_token_budget: Integer | None = optional("thinking_budget's name in vLLM.", ge=0)
     return_progress: bool | None = optional("While streaming, report the prompt's progress.")
     verbosity: NoOp = None
 
@@ -85,7 +133,9 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
         min_tokens = self.checked_min_tokens(max_tokens)
         conversation = self.conversation(defaults)
         choice = self.tool_choice
-        tools = () if choice == "none" else conversation.tools
+        allowed = choice.allowed_tools if isinstance(choice, AllowedToolChoice) else None
+        names = allowed.names("tool_choice.allowed_tools.tools") if allowed else None
+        calls = choice != "none" and names != []
         return GenerationRequest(
             id=new_id("chatcmpl-"),
             prompt=conversation,
@@ -93,12 +143,13 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
             sampling=self.sampling(
                 defaults.sampling, (self.top_logprobs or 0) if self.logprobs else None
             ),
-            tools=tools,
+            tools=conversation.tools if calls else (),
             output=make_structure(
                 only_format(read_response_format(self.response_format), self.guided_format()),
-                tools,
-                required=choice == "required",
-                named=choice.function.name if isinstance(choice, FunctionToolChoice) else None,
+                conversation.offered if calls else (),
+                required=choice == "required" or bool(allowed and allowed.mode == "required"),
+                named=choice.named if isinstance(choice, FunctionToolChoice) else None,
+                allowed=names,
                 parallel=self.parallel_tool_calls is not False,
             ),
             n=self.n or 1,
@@ -113,6 +164,7 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
             cache_salt=self.cache_salt or "",
             report_tokens=bool(self.return_token_ids),
             report_progress=bool(self.return_progress and self.stream),
+            ignored=self.tools_read[1],
         )
 
     def _limit(self) -> int | None:
@@ -122,12 +174,16 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
         return limits.pop() if limits else None
 
     def _thinking_budget(self, defaults: Defaults) -> int | None:
-        budget = self.thinking.budget_tokens if self.thinking else None
-        if budget is None:
-            budget = self.thinking_budget
-        elif self.thinking_budget not in (None, budget):
-            raise invalid_field("thinking.budget_tokens", "contradicts thinking_budget.")
-        return defaults.effort_budgets.get(self.reasoning_effort) if budget is None else budget
+        budget = agreed_value(
+            {
+                "thinking_budget": self.thinking_budget,
+                "thinking_token_budget": self.thinking_token_budget,
+                "thinking.budget_tokens": self.thinking.budget_tokens if self.thinking else None,
+                "reasoning.max_tokens": self.reasoning.max_tokens if self.reasoning else None,
+            },
+            default=None,
+        )
+        return defaults.effort_budgets.get(self.effort) if budget is None else budget
 
 
 Tokens = Annotated[FailFastList[TokenId], Field(min_length=1)]
@@ -142,8 +198,10 @@ class CompletionRequest(OpenAIFields):
         description="Text in which tags are tags, or token ids; or a list of either."
     )
     echo: bool | None = optional("Begin the answer with the prompt.")
-    logprobs: int | None = optional("Log-probabilities, and alternatives per token.", ge=0, le=20)
-    best_of: int | None = optional("1 only.", ge=1)
+    logprobs: Integer | None = optional(
+        "Log-probabilities, and alternatives per token.", ge=0, le=20
+    )
+    best_of: Integer | None = optional("1 only.", ge=1)
     suffix: str | None = optional("Refused: the model cannot fill in.")
 
     def to_generation_request(self, defaults: Defaults) -> GenerationRequest:

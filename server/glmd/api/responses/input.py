@@ -6,37 +6,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmd.api.generation_request import numbered_tools, object_schema, read_flat_tools
-from glmd.chat.messages import arguments_of, order_tool_results, text_of
+from glmd.api.generation_request import object_schema
+from glmd.chat.history import (
+    CUSTOM_INPUT,
+    AssistantTurn,
+    HistoryReader,
+    newest_input,
+    order_tool_results,
+    reasoning_of,
+)
+from glmd.chat.tools import HOSTED, NumberedTool, numbered, read_definition, read_flat_tools
 from glmd.chat.types import (
     MAX_MESSAGES,
-    AssistantMessage,
-    Json,
     Message,
     SystemMessage,
     Tool,
-    ToolCall,
     ToolMessage,
     UserMessage,
     check_count,
 )
-from glmd.errors import invalid_field
+from glmd.errors import InvalidRequest, invalid_field
 
 Item = dict[str, Any]
 
-HOSTED = (
-    "web_search",
-    "file_search",
-    "code_interpreter",
-    "image_generation",
-    "mcp",
-    "tool_search",
-    "programmatic_tool_calling",
-)
-"""Prefixes of the types of tools that OpenAI's servers run."""
+TOOL_SEARCH = "tool_search"
+"""Name of the function that stands for a tool search that the client runs."""
 
-CUSTOM_INPUT = "input"
-"""Name of the one argument of a custom tool, which is text."""
+CALLS = {
+    "function_call": "arguments",
+    "custom_tool_call": "input",
+    "tool_search_call": "arguments",
+    "local_shell_call": "action",
+    "shell_call": "action",
+    "computer_call": "action",
+    "apply_patch_call": "operation",
+    "program": "code",
+}
+"""Types of calls that the client answers, and the key that holds their arguments."""
 
 # -- schemas for the OpenAPI document -----------------------------------------------------
 
@@ -71,6 +77,10 @@ ITEMS = list_of(
     object_schema("function_call_output", OUTPUT),
     object_schema("custom_tool_call", CALL | {"input": TEXT}, namespace=TEXT),
     object_schema("custom_tool_call_output", OUTPUT),
+    object_schema(
+        "tool_search_call", {"arguments": {"type": "object"}}, call_id=NAME, execution=TEXT
+    ),
+    object_schema("tool_search_output", {"tools": {"type": "array"}}, call_id=NAME),
     object_schema("item_reference", {"id": TEXT}),
 )
 INPUT_SCHEMA: dict[str, Any] = {"anyOf": [TEXT, ITEMS]}
@@ -113,136 +123,165 @@ class InputItems:
     new: Sequence[Item]
     size: int
 
-    def messages(self, instructions: str | None) -> list[Message]:
+    def messages(
+        self, instructions: str | None, reader: HistoryReader, tools: RequestTools
+    ) -> list[Message]:
         """The items as messages, after the instructions.
 
+        Args:
+            tools: Takes the tools that items define.
+
         Raises:
-            InvalidRequest: an item is malformed, or there is none.
+            InvalidRequest: the newest input is malformed, or there is none.
         """
         items = [*self.earlier, *self.new]
         check_count(items, MAX_MESSAGES, "input")
         params = ["previous_response_id"] * len(self.earlier)
         params += [f"input[{index}]" for index in range(len(self.new))]
         messages: list[Message] = [SystemMessage(instructions)] if instructions else []
-        messages += read_items(items, params)
+        messages += ItemReader(reader, tools).read(items, params)
         if not messages:
             raise invalid_field("input", "must hold at least one item.")
         return messages
 
 
-@dataclass(slots=True)
-class _AssistantTurn:
-    """Items of one assistant turn."""
-
-    param: str
-    texts: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
-    ends_in_text: bool = False
-
-
-def read_items(items: Sequence[Item], params: Sequence[str]) -> list[Message]:
-    """The items as messages.
+class ItemReader:
+    """Reads items as messages.
 
     An assistant turn is several items; two assistant messages in a row are two turns.
-
-    Args:
-        params: Place of each item in the request, for errors.
-
-    Raises:
-        InvalidRequest: an item is malformed.
     """
-    messages: list[Message] = []
-    places: list[str] = []
-    turn: _AssistantTurn | None = None
 
-    def close_turn() -> None:
-        nonlocal turn
-        if turn is not None:
-            text, reasoning = "".join(turn.texts), "".join(turn.reasoning)
-            messages.append(AssistantMessage(text, reasoning, tuple(turn.calls)))
-            places.append(turn.param)
-            turn = None
+    def __init__(self, reader: HistoryReader, tools: RequestTools) -> None:
+        self._reader = reader
+        self._tools = tools
+        self._messages: list[Message] = []
+        self._turn: AssistantTurn | None = None
+        self._ends_in_text = False
 
-    for item, param in zip(items, params, strict=True):
+    def read(self, items: Sequence[Item], params: Sequence[str]) -> list[Message]:
+        """The items as messages.
+
+        Args:
+            params: Place of each item in the request, for errors.
+
+        Raises:
+            InvalidRequest: an item of the newest input is malformed.
+        """
+        kinds = [_kind(item) for item in items]
+        newest = newest_input(kinds)
+        for index, (item, param) in enumerate(zip(items, params, strict=True)):
+            if kinds[index] == "assistant":
+                self._add_to_turn(item, param)
+                continue
+            self._close_turn()
+            message = self._message(item, param, strict=index >= newest)
+            if message is not None:
+                self._messages.append(message)
+        self._close_turn()
+        return order_tool_results(self._messages)
+
+    def _close_turn(self) -> None:
+        if self._turn is not None:
+            self._messages.append(self._turn.message())
+        self._turn, self._ends_in_text = None, False
+
+    def _add_to_turn(self, item: Item, param: str) -> None:
         kind = item.get("type") or "message"
-        role = item.get("role")
-        is_text = kind == "message" and role == "assistant"
-        if is_text or kind in ("reasoning", "function_call", "custom_tool_call"):
-            if is_text and turn is not None and turn.ends_in_text:
-                close_turn()
-            turn = turn or _AssistantTurn(param)
-            turn.ends_in_text = is_text
-            if is_text:
-                turn.texts.append(text_of(item.get("content"), f"{param}.content"))
-            elif kind == "reasoning":
-                turn.reasoning.append(_read_reasoning(item, param))
-            else:
-                turn.calls.append(_read_call(item, param))
-            continue
-        close_turn()
-        messages.append(_read_message(item, kind, role, param))
-        places.append(param)
-    close_turn()
-    return order_tool_results(messages, places, id_key="call_id")
+        is_text = kind == "message"
+        if is_text and self._ends_in_text:
+            self._close_turn()
+        self._ends_in_text = is_text
+        turn = self._turn = self._turn or AssistantTurn()
+        if is_text:
+            self._reader.assistant_parts(item.get("content"), f"{param}.content", turn)
+        elif kind == "reasoning":
+            text = reasoning_of(item.get("content")) or reasoning_of(item.get("summary"))
+            turn.reasoning.append(text)
+            if not text and item.get("encrypted_content"):
+                self._reader.omit("reasoning", param)  # Only the server that wrote it can read it.
+        elif kind in CALLS:
+            name = item.get("name")
+            if kind not in ("function_call", "custom_tool_call"):
+                name = kind.removesuffix("_call")
+            elif isinstance(name, str):
+                name = full_name(item.get("namespace"), name)
+            arguments = item.get(CALLS[kind], item.get("actions"))
+            call = {"type": kind, "call_id": item.get("call_id", item.get("id"))}
+            turn.calls.append(
+                self._reader.call({**call, "name": name, "arguments": arguments}, param)
+            )
+        else:
+            turn.texts.append(self._reader.part(item, param))
 
-
-def _read_message(item: Item, kind: object, role: object, param: str) -> Message:
-    if kind in ("function_call_output", "custom_tool_call_output"):
-        call_id = _string(item, "call_id", param)
-        return ToolMessage(text_of(item.get("output"), f"{param}.output"), call_id)
-    if kind != "message":
-        raise invalid_field(f"{param}.type", f"{kind!r} is not supported.")
-    text = text_of(item.get("content"), f"{param}.content")
-    match role:
-        case "user":
+    def _message(self, item: Item, param: str, *, strict: bool) -> Message | None:
+        kind, role = item.get("type") or "message", item.get("role")
+        reader = self._reader
+        if _kind(item) == "tool":
+            return self._result(item, param)
+        if kind == "message":
+            text = reader.text(item.get("content"), f"{param}.content", strict=strict)
+            if role in ("system", "developer"):
+                return SystemMessage(text)
+            if role != "user" and strict:
+                raise invalid_field(
+                    f"{param}.role", "must be system, developer, user or assistant."
+                )
             return UserMessage(text)
-        case "system" | "developer":
-            return SystemMessage(text)
-        case _:
-            raise invalid_field(f"{param}.role", "must be system, developer, user or assistant.")
+        if kind == "additional_tools":
+            return SystemMessage(reader.define(self._defined(item, param), param))
+        if kind == "item_reference":
+            if strict:
+                raise invalid_field(f"{param}.id", "the item is not stored, or not any more.")
+            return UserMessage(reader.omit(kind, param))
+        if kind == "compaction_trigger" and strict:
+            raise invalid_field(
+                f"{param}.type", "compaction is not available. Ask for a summary in a message."
+            )
+        if strict and kind not in RECORDS:
+            raise invalid_field(f"{param}.type", f"{kind!r} is not supported.")
+        text = reader.part(item, param)
+        return UserMessage(text) if text else None
+
+    def _result(self, item: Item, param: str) -> ToolMessage:
+        reader = self._reader
+        if item.get("type") == "tool_search_output":
+            text = reader.define(self._defined(item, param), param) or "No tools found."
+        else:
+            key = "output" if "output" in item else "result"
+            text = reader.text(item.get(key), f"{param}.{key}")
+        id = item.get("call_id", item.get("id"))
+        return ToolMessage(text, id if isinstance(id, str) else None)
+
+    def _defined(self, item: Item, param: str) -> list[Tool]:
+        """The functions that an item defines; other tools are left out."""
+        raw = item.get("tools")
+        tools = []
+        for index, tool in enumerate(raw if isinstance(raw, list) else ()):
+            where = f"{param}.tools[{index}]"
+            try:
+                flat = list(self._tools.flatten(tool, where))
+            except InvalidRequest:
+                flat = []
+            read = [read_definition(one, place) for one, place in flat]
+            tools += [one for one in read if one is not None]
+            if not flat or None in read:
+                self._reader.omit("tool", where)
+        return tools
 
 
-def _read_reasoning(item: Item, param: str) -> str:
-    """Reasoning text: the content, else the summary, else nothing.
-
-    An item with neither comes from another server, and only that server can read it.
-    """
-    for key, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
-        parts = item.get(key) or []
-        where = f"{param}.{key}"
-        if not isinstance(parts, list):
-            raise invalid_field(where, "must be a list.")
-        texts = []
-        for index, part in enumerate(parts):
-            text = part.get("text") if isinstance(part, dict) else None
-            if not isinstance(text, str) or part.get("type") != kind:
-                raise invalid_field(f"{where}[{index}]", f"must be a {kind} with a text.")
-            texts.append(text)
-        if texts:
-            return "".join(texts)
-    return ""
+RECORDS = ("compaction", "configuration_update", "mcp_list_tools", "mcp_approval_response")
+"""Types of items that record something also where they are the newest."""
 
 
-def _read_call(item: Item, param: str) -> ToolCall:
-    name = _string(item, "name", param)
-    arguments: dict[str, Json]
-    if item.get("type") == "custom_tool_call":
-        text = item.get("input")
-        if not isinstance(text, str):
-            raise invalid_field(f"{param}.input", "must be a string.")
-        arguments = {CUSTOM_INPUT: text}
-    else:
-        arguments = arguments_of(item.get("arguments"), f"{param}.arguments")
-    call_id = _string(item, "call_id", param)
-    return ToolCall(call_id, full_name(item.get("namespace"), name), arguments)
-
-
-def _string(item: Mapping[str, Any], key: str, param: str) -> str:
-    value = item.get(key)
-    if not isinstance(value, str) or not value:
-        raise invalid_field(f"{param}.{key}", "must be a non-empty string.")
-    return value
+def _kind(item: Item) -> str:
+    """`assistant`, `tool`, or the role or type of another item."""
+    kind = item.get("type") or "message"
+    if kind == "message":
+        return str(item.get("role"))
+    kind = str(kind)
+    if kind in ("reasoning", "mcp_approval_request", "program") or kind.endswith("_call"):
+        return "assistant"
+    return "tool" if kind.endswith("_output") else kind
 
 
 # -- tools --------------------------------------------------------------------------------
@@ -253,57 +292,82 @@ def full_name(namespace: object, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestTools:
     """Tools of a request.
 
     Attributes:
-        functions: Tools for the prompt.
+        functions: The functions of the request.
         namespaces: Namespace and name of each function in a namespace, by its full name.
         custom: Full names of custom tools.
+        searches: The client runs a tool search, which is the function `TOOL_SEARCH`.
         ignored: Names of hosted tools.
         raw: The request's tools without hosted tools.
     """
 
-    functions: list[Tool]
-    namespaces: dict[str, tuple[str, str]]
-    custom: frozenset[str]
-    ignored: list[str]
-    raw: list[dict[str, Any]]
+    functions: list[Tool] = field(default_factory=list)
+    namespaces: dict[str, tuple[str, str]] = field(default_factory=dict)
+    custom: set[str] = field(default_factory=set)
+    searches: bool = False
+    ignored: list[str] = field(default_factory=list)
+    raw: list[dict[str, Any]] = field(default_factory=list)
+
+    def flatten(self, tool: object, param: str) -> Iterator[NumberedTool]:
+        """A tool, or the tools of a namespace, as functions under their full names.
+
+        Raises:
+            InvalidRequest: the tool is malformed.
+        """
+        if not isinstance(tool, Mapping):
+            raise invalid_field(param, "must be an object.")
+        flat = [(tool, param)]
+        if tool.get("type") == "namespace":
+            flat = list(_read_namespace(tool, param, self.namespaces))
+        for each, where in flat:
+            if each.get("type") == "custom":
+                self.custom.add(str(each.get("name")))
+            elif _is_client_search(each):
+                self.searches = True
+            yield _as_function(each, where), where
 
 
 def read_tools(raw: Sequence[dict[str, Any]] | None) -> RequestTools:
-    """Functions and custom tools, alone or in namespaces.
+    """Functions and custom tools, alone or in namespaces, and a tool search of the client.
 
     Raises:
         InvalidRequest: a tool is malformed.
     """
-    flat: list[tuple[Mapping[str, Any], str]] = []
-    namespaces: dict[str, tuple[str, str]] = {}
-    for tool, where in numbered_tools(raw):
-        if tool.get("type") == "namespace":
-            flat += _read_namespace(tool, where, namespaces)
-        else:
-            flat.append((tool, where))
-    custom = frozenset(str(tool.get("name")) for tool, _ in flat if tool.get("type") == "custom")
+    tools = RequestTools()
+    flat = [each for tool, where in numbered(raw) for each in tools.flatten(tool, where)]
     functions, ignored = read_flat_tools(
-        [(_as_function(tool, where), where) for tool, where in flat],
-        schema_key="parameters",
-        function_types=("function",),
-        hosted=HOSTED,
+        flat, schema_key="parameters", function_types=("function",)
     )
-    kept = [tool for tool in raw or () if not str(tool.get("type")).startswith(HOSTED)]
-    return RequestTools(functions, namespaces, custom, ignored, kept)
+    tools.functions += functions
+    tools.ignored += ignored
+    tools.raw += [
+        tool
+        for tool in raw or ()
+        if _is_client_search(tool) or not str(tool.get("type")).startswith(HOSTED)
+    ]
+    return tools
+
+
+def _is_client_search(tool: Mapping[str, Any]) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
 
 
 def _as_function(tool: Mapping[str, Any], param: str) -> Mapping[str, Any]:
-    """A custom tool as a function with one text argument; other tools unchanged.
+    """A custom tool as a function with one text argument, a tool search as a function.
+
+    Other tools are unchanged.
 
     The tool's grammar goes into the description and is not enforced: the client checks the input.
 
     Raises:
         InvalidRequest: the format is malformed.
     """
+    if _is_client_search(tool):
+        return {**tool, "type": "function", "name": TOOL_SEARCH}
     if tool.get("type") != "custom":
         return tool
     description, form = tool.get("description"), tool.get("format")
@@ -329,7 +393,7 @@ def _as_function(tool: Mapping[str, Any], param: str) -> Mapping[str, Any]:
 
 def _read_namespace(
     namespace: Mapping[str, Any], param: str, names: dict[str, tuple[str, str]]
-) -> Iterator[tuple[Mapping[str, Any], str]]:
+) -> Iterator[NumberedTool]:
     """A namespace's tools under their full names, which are added to `names`."""
     space, members = _string(namespace, "name", param), namespace.get("tools")
     if not isinstance(members, list):
@@ -343,3 +407,10 @@ def _read_namespace(
             names[full_name(space, name)] = (space, name)
             name = full_name(space, name)
         yield {**member, "name": name}, where
+
+
+def _string(item: Mapping[str, Any], key: str, param: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str) or not value:
+        raise invalid_field(f"{param}.{key}", "must be a non-empty string.")
+    return value

@@ -15,6 +15,7 @@ from glmd.api.generation_request import (
     Effort,
     FailFastList,
     GenerationRequest,
+    Integer,
     NoOp,
     RequestFields,
     StrictModel,
@@ -24,7 +25,7 @@ from glmd.api.generation_request import (
 )
 from glmd.api.observability.request_stats import Api
 from glmd.api.openai.input import OpenAINoOps
-from glmd.api.openai.protocol import TokenLogprob, ToolChoiceMode
+from glmd.api.openai.protocol import AllowedTools, TokenLogprob, ToolChoiceMode
 from glmd.api.responses.input import (
     INPUT_SCHEMA,
     TOOLS_SCHEMA,
@@ -33,6 +34,7 @@ from glmd.api.responses.input import (
     full_name,
 )
 from glmd.api.streaming import TokenUsage
+from glmd.chat.history import HistoryReader
 from glmd.chat.types import Conversation
 from glmd.errors import invalid_field
 from glmd.structured_output.request import make_structure, read_response_format
@@ -46,7 +48,7 @@ Summary = Literal["auto", "concise", "detailed"]
 
 
 class Reasoning(StrictModel):
-    effort: Effort | None = optional(
+    effort: Effort = optional(
         "none: no thinking. Other efforts limit the reasoning to the tokens of the"
         " server's setting effort_budgets."
     )
@@ -78,6 +80,12 @@ class ToolChoiceName(StrictModel):
     namespace: str | None = None
 
 
+class AllowedToolsChoice(AllowedTools):
+    """The tools that may be called, of those that the prompt describes."""
+
+    type: Literal["allowed_tools"]
+
+
 class ResponsesStreamOptions(StrictModel):
     include_obfuscation: NoOp = None
 
@@ -103,16 +111,20 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         "Functions and custom tools, also in namespaces. Hosted tools are ignored.",
         json_schema_extra=TOOLS_SCHEMA,
     )
-    tool_choice: ToolChoiceMode | ToolChoiceName | None = optional("auto: the default.")
+    tool_choice: ToolChoiceMode | ToolChoiceName | AllowedToolsChoice | None = optional(
+        "auto: the default."
+    )
     parallel_tool_calls: bool | None = optional("False: the answer ends after its first tool call.")
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
-    max_output_tokens: int | None = optional("Limit of the answer, reasoning included.", ge=1)
+    max_output_tokens: Integer | None = optional("Limit of the answer, reasoning included.", ge=1)
     include: FailFastList[str] | None = optional(
         f"{LOGPROBS}: log-probabilities of the answer's tokens."
         " reasoning.encrypted_content: no effect, because reasoning is plain text."
     )
-    top_logprobs: int | None = optional("Alternatives per token; implies logprobs.", ge=0, le=20)
+    top_logprobs: Integer | None = optional(
+        "Alternatives per token; implies logprobs.", ge=0, le=20
+    )
     stream_options: ResponsesStreamOptions | None = None
     background: bool | None = optional("Respond at once; retrieve the answer later.")
     store: bool | None = optional("False: the response is not stored.")
@@ -143,21 +155,25 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         named = None
         if isinstance(choice, ToolChoiceName):
             named = full_name(choice.namespace, choice.name)
-        callable_tools = () if choice == "none" else tools.functions
+        allowed = choice if isinstance(choice, AllowedToolsChoice) else None
+        names = allowed.names("tool_choice.tools") if allowed else None
+        calls = choice != "none" and names != []
+        conversation = self.conversation(defaults, items, tools)
         effort = self.reasoning.effort if self.reasoning else None
         return GenerationRequest(
             id=new_id("resp_"),
-            prompt=self.conversation(defaults, items, tools),
+            prompt=conversation,
             param="input",
             sampling=self.sampling(defaults.sampling, logprobs),
-            tools=callable_tools,
+            tools=conversation.tools if calls else (),
             output=make_structure(
                 read_response_format(
                     self.text.format if self.text else None, "text.format", flat=True
                 ),
-                callable_tools,
-                required=choice == "required",
+                conversation.offered if calls else (),
+                required=choice == "required" or bool(allowed and allowed.mode == "required"),
                 named=named,
+                allowed=names,
                 parallel=self.parallel_tool_calls is not False,
             ),
             max_tokens=self.max_output_tokens or defaults.max_tokens,
@@ -179,9 +195,12 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
             enable_thinking = self.reasoning.effort != "none"
         if self.reasoning is not None and self.reasoning.context not in (None, "auto"):
             clear_thinking = self.reasoning.context == "current_turn"
+        reader = HistoryReader(tools.functions)
         return Conversation(
-            messages=items.messages(self.instructions),
-            tools=tools.functions,
+            messages=items.messages(self.instructions, reader, tools),
+            tools=list(reader.tools.values()),
+            offered=reader.offered,
+            omitted=reader.omitted,
             template_kwargs={"enable_thinking": enable_thinking, "clear_thinking": clear_thinking},
         )
 
@@ -245,8 +264,17 @@ class CustomToolCallItem(BaseModel):
     input: str
 
 
+class ToolSearchCallItem(BaseModel):
+    id: str
+    type: Literal["tool_search_call"] = "tool_search_call"
+    status: ItemStatus
+    call_id: str
+    execution: Literal["client"] = "client"
+    arguments: dict[str, Any] = Field(description="Empty until the item is done.")
+
+
 OutputItem = Annotated[
-    MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem,
+    MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem | ToolSearchCallItem,
     Field(discriminator="type"),
 ]
 
@@ -311,7 +339,7 @@ class ResponseObject(BaseModel):
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
-    max_output_tokens: int | None
+    max_output_tokens: Integer | None
     max_tool_calls: None = None
     metadata: dict[str, str]
     model: str

@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 
 from glmd.api.context import ClientDep, ContextDep
 from glmd.api.errors import log_unhandled, to_error
-from glmd.api.generation_request import Defaults, GenerationRequest
+from glmd.api.generation_request import Defaults, GenerationRequest, omitted_header
 from glmd.api.request_body import JsonRoute
 from glmd.api.responses.input import RequestTools, read_tools
 from glmd.api.responses.protocol import (
+    AllowedToolsChoice,
     DeletedResponse,
     InputTokenCount,
     ReasoningConfig,
@@ -78,13 +79,18 @@ async def create_response(
 
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(
-    body: ResponsesRequest, state: StateDep, store: GivenStore, client: ClientDep
+    body: ResponsesRequest,
+    response: Response,
+    state: StateDep,
+    store: GivenStore,
+    client: ClientDep,
 ) -> InputTokenCount:
     """Count the tokens of a request's prompt."""
     body.unknown_parameters()
     defaults = state.defaults(body.model, body.profile)
     items = store.read_input(body.input, body.previous_response_id)
     conversation = body.conversation(defaults, items, read_tools(body.tools))
+    response.headers.update(omitted_header(conversation))
     return InputTokenCount(input_tokens=await count_prompt_tokens(state, client, conversation))
 
 
@@ -121,7 +127,7 @@ def new_response(
 ) -> ResponseObject:
     """The response before generation begins."""
     reasoning, choice = body.reasoning, body.tool_choice
-    if isinstance(choice, ToolChoiceName):
+    if isinstance(choice, ToolChoiceName | AllowedToolsChoice):
         shown_choice: Any = choice.model_dump(exclude_none=True)
     else:
         shown_choice = choice or "auto"

@@ -50,11 +50,11 @@ class ResponseStore:
         """Items of a request's input, after the conversation of the previous response.
 
         Raises:
-            InvalidRequest: a response or item is not stored, or the response is not done.
+            InvalidRequest: the response is not stored, or not done.
         """
         if isinstance(input, str):
             input = [{"type": "message", "role": "user", "content": input}]
-        new = [self._resolve(item, f"input[{index}]") for index, item in enumerate(input)]
+        new = [self._resolve(item) for item in input]
         size = len(json.dumps(new, ensure_ascii=False))
         if not previous_id:
             return InputItems([], new, size)
@@ -75,8 +75,11 @@ class ResponseStore:
             )
         return stored
 
-    def _resolve(self, item: Item, param: str) -> Item:
-        """The item, or the item that it refers to; an item's ID holds its response's ID."""
+    def _resolve(self, item: Item) -> Item:
+        """The item that `item` refers to; itself if it is no reference, or to nothing stored.
+
+        An item's ID holds its response's ID.
+        """
         if item.get("type") != "item_reference":
             return item
         id = item.get("id")
@@ -85,7 +88,7 @@ class ResponseStore:
         for output in stored.response.output if stored is not None else ():
             if output.id == id:
                 return output.model_dump(exclude_none=True)
-        raise invalid_field(f"{param}.id", f"item {id!r} is not stored, or not any more.")
+        return item
 
     def keep(self, stored: StoredResponse) -> None:
         """Store a finished response, if it fits."""

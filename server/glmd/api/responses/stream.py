@@ -12,7 +12,7 @@ import pydantic_core
 
 from glmd.api.errors import ErrorInfo
 from glmd.api.openai.protocol import TokenLogprob
-from glmd.api.responses.input import CUSTOM_INPUT, RequestTools
+from glmd.api.responses.input import TOOL_SEARCH, RequestTools
 from glmd.api.responses.protocol import (
     CustomToolCallItem,
     DeltaEvent,
@@ -33,10 +33,13 @@ from glmd.api.responses.protocol import (
     ResponseEventType,
     ResponseUsage,
     SummaryText,
+    ToolSearchCallItem,
 )
 from glmd.api.responses.store import StoredResponse
 from glmd.api.streaming import Generation, StreamEvent, sse_frame
+from glmd.chat.history import CUSTOM_INPUT
 from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tool_args import record_arguments
 from glmd.chat.types import (
     ContentDelta,
     Finished,
@@ -157,7 +160,13 @@ class ResponsesBuilder:
         """ID of a new item; it holds the response's ID, by which `ResponseStore` finds the item."""
         return f"{kind}_{self.response.id.removeprefix('resp_')}_{len(self.response.output)}"
 
-    def _new_call(self, id: str, full_name: str) -> FunctionCallItem | CustomToolCallItem:
+    def _new_call(
+        self, id: str, full_name: str
+    ) -> FunctionCallItem | CustomToolCallItem | ToolSearchCallItem:
+        if full_name == TOOL_SEARCH and self._tools.searches:
+            return ToolSearchCallItem(
+                id=self._new_id("tsc"), status="in_progress", call_id=id, arguments={}
+            )
         namespace, name = self._tools.namespaces.get(full_name, (None, full_name))
         fields: dict[str, Any] = {
             "status": "in_progress",
@@ -228,7 +237,9 @@ class ResponsesBuilder:
             item.input = custom_input(self._arguments)
             yield self._event(DeltaEvent, "custom_tool_call_input.delta", delta=item.input)
             yield self._event(DoneEvent, "custom_tool_call_input.done", input=item.input)
-        is_call = isinstance(item, FunctionCallItem | CustomToolCallItem)
+        elif isinstance(item, ToolSearchCallItem):
+            item.arguments = record_arguments(self._arguments)
+        is_call = isinstance(item, FunctionCallItem | CustomToolCallItem | ToolSearchCallItem)
         item.status = "completed" if is_call and is_json(self._arguments) else status
         self._item = self._part = None
         yield self._item_event("response.output_item.done", item)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from glmd.api.context import ClientDep
-from glmd.api.generation_request import FailFastList, TokenId, ignored_header
+from glmd.api.generation_request import FailFastList, TokenId, ignored_header, omitted_header
 from glmd.api.openai.input import ConversationFields
 from glmd.api.request_body import JsonRoute
 from glmd.api.state import StateDep
@@ -86,8 +86,10 @@ async def tokenize(
     set_ignored_header(body, response)
     if isinstance(body, TokenizeChat):
         defaults = state.defaults(body.model, body.profile)
+        conversation = body.conversation(defaults)
+        response.headers.update(omitted_header(conversation))
         async with state.client_lock.acquire(client):
-            prompt = await state.build_prompt(body.conversation(defaults))
+            prompt = await state.build_prompt(conversation)
         ids = prompt.tokens
     else:
         state.defaults(body.model)
@@ -127,7 +129,9 @@ async def apply_template(
     """Render a conversation with the chat template."""
     set_ignored_header(body, response)
     defaults = state.defaults(body.model, body.profile)
+    conversation = body.conversation(defaults)
+    response.headers.update(omitted_header(conversation))
     async with state.client_lock.acquire(client):
-        prompt = await state.build_prompt(body.conversation(defaults))
+        prompt = await state.build_prompt(conversation)
     tokens = prompt.tokens.tolist()
     return Rendered(prompt=state.tokenizer.decode(tokens), tokens=tokens)
