@@ -44,11 +44,33 @@ Absent or null means the value here: the published file has no `scoring_func`, w
 
 
 class QuantizedAs(msgspec.Struct, frozen=True):
-    """Parameters of MLX's affine quantisation along a matrix's last dimension."""
+    """Parameters of MLX's quantisation along a matrix's last dimension.
+
+    Raises:
+        ValueError: MLX has no such combination.
+    """
 
     bits: Bits
-    group_size: Literal[32, 64, 128] = 64
-    mode: Literal["affine"] = "affine"
+    group_size: Literal[16, 32, 64, 128] = 64
+    mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode == "affine":
+            if self.group_size == 16:
+                raise ValueError("affine quantisation has groups of 32, 64 or 128, not 16")
+        elif (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+            bits, group_size = FLOAT_MODES[self.mode]
+            raise ValueError(f"{self.mode} has {bits} bits and groups of {group_size}")
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per weight with scales and biases."""
+        extra = 32 if self.mode == "affine" else 8
+        return self.bits + extra / self.group_size
+
+
+FLOAT_MODES: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "nvfp4": (4, 16)}
+"""Bits and group size of floating-point modes: an 8-bit scale per group, and no bias."""
 
 
 class Quantization(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from glmd.cli.chat import chat
 from glmd.cli.config import app as config_app
 from glmd.cli.convert import convert, inspect
 from glmd.cli.doctor import doctor
+from glmd.cli.evaluate import evaluate
 from glmd.cli.keys import app as key_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, convert, inspect, doctor):
+for command in (serve, chat, convert, inspect, evaluate, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

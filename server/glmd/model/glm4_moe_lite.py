@@ -43,6 +43,18 @@ def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+def mla_shape(args: ModelArgs) -> MLAShape:
+    """The attention's dimensions, with the default memory limits."""
+    return MLAShape(
+        heads=args.num_attention_heads,
+        latent=args.kv_lora_rank,
+        nope=args.qk_nope_head_dim,
+        rope=args.qk_rope_head_dim,
+        value=args.v_head_dim,
+        slices_copied=mx.default_device().type == mx.DeviceType.cpu,
+    )
+
+
 class DecoderBlock:
     """One decoder layer.
 
@@ -142,14 +154,7 @@ class Glm4MoeLiteModel:
     def __init__(self, model: Model, dtype: mx.Dtype) -> None:
         self.args: ModelArgs = model.args
         self.dtype = dtype
-        self.shape = MLAShape(
-            heads=self.args.num_attention_heads,
-            latent=self.args.kv_lora_rank,
-            nope=self.args.qk_nope_head_dim,
-            rope=self.args.qk_rope_head_dim,
-            value=self.args.v_head_dim,
-            slices_copied=mx.default_device().type == mx.DeviceType.cpu,
-        )
+        self.shape = mla_shape(self.args)
         self._model = model
         self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 

@@ -147,11 +147,11 @@ def _load_main(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTe
     model = Model(ModelArgs.from_dict(msgspec.structs.asdict(config)))
     stored: dict[str, mx.array] = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
-        stored |= _read_arrays(file)
+        stored |= read_arrays(file)
     try:
         arrays: dict[str, mx.array] = model.sanitize(stored)
         if config.quantization is not None:
-            predicate = partial(_stored_quantization, config.quantization, arrays)
+            predicate = partial(stored_quantization, config.quantization, arrays)
             quantize(model, class_predicate=predicate)
         model.eval()
         model.load_weights(list(arrays.items()))
@@ -160,7 +160,7 @@ def _load_main(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTe
     return model
 
 
-def _stored_quantization(
+def stored_quantization(
     table: Quantization, arrays: Mapping[str, mx.array], path: str, module: Module
 ) -> bool | dict[str, Any]:
     """Return the quantisation of a module of the main model as `quantize` takes it.
@@ -186,11 +186,11 @@ def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MTPWeights:
     prefix = mtp_prefix(config) + "."
     arrays: dict[str, mx.array] = {}
     if config.mtp is not None:
-        arrays = _read_arrays(folder / config.mtp.file)
+        arrays = read_arrays(folder / config.mtp.file)
         quantization = config.mtp.quantization
     else:
         for file in sorted({tensor.file for tensor in list_tensors(folder).values()}):
-            arrays |= _read_arrays(file)
+            arrays |= read_arrays(file)
         arrays = {name: array for name, array in arrays.items() if name.startswith(prefix)}
         # mlx-lm stacks experts and splits kv_b_proj for `num_hidden_layers` layers.
         args = replace(model.args, num_hidden_layers=config.num_hidden_layers + 1)
@@ -239,7 +239,7 @@ def _drop_if_shared(arrays: dict[str, mx.array], path: str, main: Module) -> Non
             del arrays[name]
 
 
-def _read_arrays(file: Path) -> dict[str, mx.array]:
+def read_arrays(file: Path) -> dict[str, mx.array]:
     try:
         return cast(dict[str, mx.array], mx.load(str(file)))
     except RuntimeError as error:
@@ -258,7 +258,7 @@ def _nbytes(module: Module) -> int:
 def _cast(module: Module, dtype: mx.Dtype) -> None:
     """Read a module's weights into memory, floating ones as `dtype`."""
     floating = [
-        (name, array.astype(_dtype_in_memory(name, dtype)))
+        (name, array.astype(dtype_in_memory(name, dtype)))
         for name, array in _arrays(module)
         if mx.issubdtype(array.dtype, mx.floating)
     ]
@@ -266,7 +266,7 @@ def _cast(module: Module, dtype: mx.Dtype) -> None:
     mx.eval(module.parameters())
 
 
-def _dtype_in_memory(name: str, dtype: mx.Dtype) -> mx.Dtype:
+def dtype_in_memory(name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The dtype of a floating weight in memory: the router and its bias stay in float32."""
     return mx.float32 if "mlp.gate." in name else dtype
 
@@ -306,4 +306,4 @@ def weight_bytes(folder: Path, config: ModelConfig, dtype: mx.Dtype, *, mtp: boo
 def _bytes_in_memory(tensor: StoredTensor, dtype: mx.Dtype) -> int:
     if tensor.dtype not in ("F32", "F16", "BF16"):
         return tensor.nbytes
-    return prod(tensor.shape) * _dtype_in_memory(tensor.name, dtype).size
+    return prod(tensor.shape) * dtype_in_memory(tensor.name, dtype).size

@@ -1,0 +1,1 @@
+"""Quality of checkpoints against a reference, and the search for recipes."""

@@ -1,0 +1,332 @@
+"""Forward pass with one layer in memory: all tokens through one layer, then the next.
+
+Each layer's weights are read once. The hidden states of all tokens are in a file, so memory holds
+one layer and one batch, at any size of the checkpoint and any number of tokens (`peak_bytes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.normalization import RMSNorm
+from mlx.nn.layers.quantized import quantize
+from mlx.utils import tree_flatten, tree_unflatten
+
+from glmd.checkpoint.config import ModelConfig, Quantization, QuantizedAs, load_config
+from glmd.checkpoint.layout import mtp_prefix
+from glmd.checkpoint.weights import list_mtp_tensors, list_tensors
+from glmd.errors import CheckpointError
+from glmd.evaluate.text import Batch, TokenSet
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.model.glm4_moe_lite import DecoderBlock, mla_shape
+from glmd.model.loader import dtype_in_memory, read_arrays, stored_quantization
+from glmd.model.mla import SCORE_BYTES, MLAShape, select_form
+from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, Model, ModelArgs
+from glmd.model.mtp import MTPWeights
+
+BATCH_ROWS = 1024
+"""Tokens that run through a layer together; whole samples, so a longer sample is alone."""
+
+LOGITS_ROWS = 128
+"""Rows of logits in memory: 80 MB of the published model's vocabulary in float32."""
+
+CACHE_BYTES = 512 << 20
+"""Freed buffers that MLX keeps between batches."""
+
+Arrays = dict[str, mx.array]
+
+
+class ExpertTap:
+    """The routed experts of a layer, recording which are chosen.
+
+    Attributes:
+        chosen: [rows, experts per token] of the last batch.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self.chosen: mx.array | None = None
+        unquantized = "scales" not in experts.gate_proj
+        # On a CPU, MLX multiplies with selected unquantised experts only in float32.
+        self._widen = unquantized and mx.default_device().type == mx.DeviceType.cpu
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        self.chosen = indices
+        out: mx.array = self.experts(x.astype(mx.float32) if self._widen else x, indices)
+        return out
+
+
+class LayerReader:
+    """A checkpoint in Hugging Face's layout or MLX's, read part by part.
+
+    Args:
+        dtype: of activations and of unquantised weights in memory.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or not supported.
+    """
+
+    def __init__(self, folder: Path, dtype: mx.Dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.config: ModelConfig = load_config(folder)
+        self.tensors = list_tensors(folder)
+        self.mtp_tensors = list_mtp_tensors(folder, self.config, self.tensors)
+        self.args = ModelArgs.from_dict(msgspec.structs.asdict(self.config))
+        self.shape: MLAShape = mla_shape(self.args)
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def read(self, prefix: str) -> Arrays:
+        """Read the arrays whose names begin with `prefix`, in MLX's layout, when evaluated."""
+        stored = self.mtp_tensors if prefix.startswith(mtp_prefix(self.config)) else self.tensors
+        files = {tensor.file for name, tensor in stored.items() if name.startswith(prefix)}
+        arrays = {
+            name: array
+            for file in sorted(files)
+            for name, array in read_arrays(file).items()
+            if name.startswith(prefix)
+        }
+        # mlx-lm stacks experts and splits kv_b_proj for `num_hidden_layers` layers.
+        args = replace(self.args, num_hidden_layers=self.layers + 1)
+        sanitize: Any = Model.sanitize
+        sanitized: Arrays = sanitize(SimpleNamespace(args=args), arrays)
+        return sanitized
+
+    def embedding(self, arrays: Arrays | None = None) -> Any:
+        module = Embedding(self.config.vocab_size, self.config.hidden_size)
+        return self.fill(module, "model.embed_tokens", arrays)
+
+    def layer(self, index: int, arrays: Arrays | None = None) -> Any:
+        return self.fill(
+            Glm4MoeLiteDecoderLayer(self.args, index), f"model.layers.{index}", arrays
+        )
+
+    def norm(self) -> Any:
+        module = RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        return self.fill(module, "model.norm")
+
+    def head(self, arrays: Arrays | None = None) -> Any:
+        module = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        return self.fill(module, "lm_head", arrays)
+
+    def mtp(self, arrays: Arrays | None = None) -> MTPWeights | None:
+        """The MTP layer, with its own embedding and head if stored; None: no MTP layer."""
+        if not self.mtp_tensors:
+            return None
+        prefix = mtp_prefix(self.config)
+        names = self.mtp_tensors
+        module = MTPWeights(
+            self.args,
+            own_embedding=f"{prefix}.embed_tokens.weight" in names,
+            own_head=f"{prefix}.shared_head.head.weight" in names,
+        )
+        self.fill(module, prefix, arrays)
+        return module
+
+    def fill(self, module: Module, prefix: str, arrays: Arrays | None = None) -> Any:
+        """Load a module's weights, array by array.
+
+        Args:
+            prefix: of the names of the module's arrays, without the dot.
+            arrays: in place of those in the files, unquantised; None: read them.
+        """
+        table: Quantization | None = None
+        if arrays is None:
+            arrays = self.read(prefix + ".")
+            table = self._table(prefix)
+        if table is not None:
+            stored = arrays
+
+            def quantized_as(path: str, part: Module) -> bool | dict[str, Any]:
+                full = ".".join(filter(None, (prefix, path)))
+                return stored_quantization(table, stored, full, part)
+
+            module = _quantized(module, quantized_as)
+        own = {name.removeprefix(prefix + "."): array for name, array in arrays.items()}
+        try:
+            module.load_weights(list(own.items()))
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}", file=str(self.folder)) from error
+        del arrays, own
+        self._evaluate(module)
+        return module
+
+    def _table(self, prefix: str) -> Quantization | None:
+        if prefix != mtp_prefix(self.config):
+            return self.config.quantization
+        if self.config.mtp is None or not self.config.mtp.quantization:
+            return None
+        named: Mapping[str, QuantizedAs] = self.config.mtp.quantization
+        return Quantization(next(iter(named.values())), dict(named))
+
+    def _evaluate(self, module: Module) -> None:
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        for name, array in tree_flatten(module.parameters()):
+            value = array
+            if mx.issubdtype(array.dtype, mx.floating):
+                experts = ".switch_mlp." in f".{name}" and name.endswith("weight")
+                widen = experts and on_cpu
+                value = array.astype(mx.float32 if widen else dtype_in_memory(name, self.dtype))
+            mx.eval(value)
+            module.update(tree_unflatten([(name, value)]))
+
+
+def _quantized(module: Module, predicate: Callable[[str, Module], bool | dict[str, Any]]) -> Module:
+    """Quantise a module's children, or the module itself if it is one matrix."""
+    if not hasattr(module, "to_quantized"):
+        quantize(module, class_predicate=predicate)
+        return module
+    how = predicate("", module)
+    if not isinstance(how, dict):
+        return module
+    quantized: Module = module.to_quantized(**how)
+    return quantized
+
+
+# -- running --------------------------------------------------------------------------------
+
+
+class Activations:
+    """Hidden states of all tokens in a file: [tokens, hidden]."""
+
+    def __init__(self, file: Path, tokens: int, hidden: int, dtype: mx.Dtype) -> None:
+        self.file = file
+        self._dtype = dtype
+        kind = np.uint16 if dtype.size == 2 else np.float32
+        exists = file.exists() and file.stat().st_size == tokens * hidden * dtype.size
+        self._map = np.memmap(file, kind, "r+" if exists else "w+", shape=(tokens, hidden))
+
+    def read(self, start: int, end: int) -> mx.array:
+        bits = mx.array(np.asarray(self._map[start:end]))
+        return bits if self._dtype.size == 4 else bits.view(self._dtype)
+
+    def write(self, start: int, h: mx.array) -> None:
+        h = h.astype(self._dtype)
+        bits = h if self._dtype.size == 4 else h.view(mx.uint16)
+        self._map[start : start + h.shape[0]] = np.asarray(bits)
+
+    def flush(self) -> None:
+        self._map.flush()
+
+    def delete(self) -> None:
+        del self._map
+        self.file.unlink(missing_ok=True)
+
+
+def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape, itemsize: int) -> ForwardBatch:
+    """The rows of whole samples as one step without cached context.
+
+    Raises:
+        SettingsError: a sample is too long for one chunk.
+    """
+    chunks = []
+    for start, end in batch.bounds:
+        rows = end - start
+        _, expanded = select_form(shape, 0, rows, itemsize)
+        first = start - batch.start
+        chunks.append(PrefillChunk(first, first + rows, [], expanded, rows))
+    span = slice(batch.start, batch.end)
+    return ForwardBatch(
+        mx.array(text.tokens[span]), mx.array(text.positions[span]), [], chunks
+    )
+
+
+class LayerRunner:
+    """Runs tokens through single layers of one checkpoint."""
+
+    def __init__(self, text: TokenSet, shape: MLAShape, dtype: mx.Dtype, rows: int) -> None:
+        self.text = text
+        self.batches = text.batches(rows)
+        self._shape = shape
+        self._dtype = dtype
+        self._tails = TailPool(1, shape.kv_width, dtype)
+
+    def run(
+        self,
+        layer: Any,
+        source: Activations,
+        target: Activations,
+        observe: Callable[[Batch, mx.array], None] = lambda batch, h: None,
+    ) -> None:
+        """Run all tokens through a layer.
+
+        Args:
+            layer: mlx-lm's decoder layer.
+            observe: called after each batch with its new hidden states, [rows, hidden].
+        """
+        block = DecoderBlock(layer, self._shape)
+        with uncompiled():
+            for batch in self.batches:
+                h = source.read(batch.start, batch.end)
+                rows = forward_batch(self.text, batch, self._shape, self._dtype.size)
+                h, _ = block.forward(self._shape, 0, h, rows, self._tails)
+                mx.eval(h)
+                target.write(batch.start, h)
+                observe(batch, h)
+
+    def embed(self, embedding: Any, target: Activations) -> None:
+        """Write the embeddings of all tokens."""
+        for batch in self.batches:
+            h = embedding(mx.array(self.text.tokens[batch.start : batch.end]))
+            target.write(batch.start, h.astype(self._dtype))
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run `mx.compile`d functions uncompiled, so that taps see arrays of values."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+@contextmanager
+def bounded_cache() -> Iterator[None]:
+    """Limit MLX's cache to `CACHE_BYTES`; afterwards empty it and restore the limit."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+def peak_bytes(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool = True) -> int:
+    """Bound of MLX's memory in bytes during a pass.
+
+    Args:
+        itemsize: bytes of an unquantised weight in memory.
+        longest: tokens of the longest sample.
+        mtp: the MTP layer runs beside its embedding, its head and the main model's head.
+    """
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    # Stacking holds one projection of the experts twice.
+    layer = 4 * config.n_routed_experts * hidden * width
+    layer += 3 * hidden * max(width * config.n_shared_experts, config.intermediate_size)
+    heads = config.num_attention_heads
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    layer += hidden * (config.q_lora_rank + config.kv_lora_rank + heads * config.v_head_dim)
+    layer += heads * head * (config.q_lora_rank + config.kv_lora_rank)
+    vocabulary = config.vocab_size * hidden
+    rows = max(BATCH_ROWS, longest)
+    per_row = 8 * hidden + config.num_experts_per_tok * (3 * hidden + 4 * width) + 4 * heads * head
+    working = rows * per_row * 4 + 2 * SCORE_BYTES + CACHE_BYTES
+    logits = 8 * LOGITS_ROWS * config.vocab_size * 4
+    last = (3 * vocabulary + layer if mtp else vocabulary) * itemsize + logits
+    return working + max(layer * itemsize, last)
