@@ -37,6 +37,7 @@ KINDS = {
     "docs": "e2e",
     "engine": "engine",
     "engine_client": "e2e",
+    "evaluate": "engine",
     "model": "engine",
 }
 MARKERS = {"unit", *KINDS.values()}

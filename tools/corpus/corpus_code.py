@@ -50,7 +50,7 @@ def @{v}_by_@{l}(items: list[@{E}]) -> dict[str, float]:
         totals[item.@{l}] += item.@{f}
     return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 ''',
-    '''import asyncio
+    """import asyncio
 import logging
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ async def fetch_@{e}(client, identifier: int, *, retries: int = @{k}):
 async def average_@{f}(client, identifiers):
     values = await asyncio.gather(*(fetch_@{e}(client, i) for i in identifiers))
     return sum(values) / len(values) if values else 0.0
-''',
-    '''import pytest
+""",
+    """import pytest
 
 from shop.@{e} import @{E}, @{v}
 
@@ -89,7 +89,7 @@ def test_@{v}_sets_the_state(@{f}: int, expected: str) -> None:
 def test_@{v}_refuses_a_negative_@{f}() -> None:
     with pytest.raises(ValueError, match="@{f} must not be negative"):
         @{v}(@{E}(@{f}=-1, @{l}="north"))
-''',
+""",
 )
 JAVASCRIPT = (
     """// Keeps the latest @{e}s and tells listeners when their @{f} changes.

@@ -143,7 +143,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
         " su @{m} alberi, il segnale è una primavera asciutta dopo un'estate calda. Così i semi"
         " sono troppi perché gli animali li mangino tutti, e qualcuno di loro, nel bosco, riesce a"
         " germogliare.",
-        "Gentile @{name}, la ringrazio per la pazienza. Il volume che ha ordinato è arrivato stamani"
+        "Gentile @{name}, la ringrazio per la pazienza. Il volume ordinato è arrivato stamani"
         " da @{place}, con la copertina un poco segnata; se crede, posso farle uno sconto di @{k}"
         " euro oppure chiederne un'altra copia. La libreria resta aperta fino alle sette, tranne il"
         " lunedì.",

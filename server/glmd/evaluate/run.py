@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Pass:
         self._reference = reference
         against = None if reference is None else reference.folder.name
         settings = [_VERSION, str(dtype), rows, mtp, TOP_K, text.digest, against]
-        self.folder = work / _key(candidate.folder, settings)
+        self.folder: Path = work / _key(candidate.folder, settings)
         config = self.reader.config
         self.dense = min(config.first_k_dense_replace, config.num_hidden_layers)
         count = min(RESIDUAL_TOKENS, len(text))
@@ -243,7 +244,8 @@ class Pass:
 class KeptLogits:
     """The reference's logits: the most probable tokens', relative to the log-sum of all.
 
-    Files of the reference's pass: `top_ids`, `top_logits` [tokens, k], in descending order.
+    Files of the reference's pass: `top_ids` and `top_logits` [tokens, k], and `tails` [tokens], the
+    log of the mass of all other tokens.
     """
 
     def __init__(self, reference: Pass) -> None:
@@ -254,6 +256,7 @@ class KeptLogits:
         self._values: npt.NDArray[np.float32] = reference._array(
             "top_logits.bin", np.float32, shape
         )
+        self._tails: npt.NDArray[np.float32] = reference._array("tails.bin", np.float32, shape[:1])
 
     def keep(self, span: slice, logits: mx.array) -> None:
         """Keep rows of log-probabilities, [rows, vocabulary]."""
@@ -261,6 +264,12 @@ class KeptLogits:
         ids = mx.argpartition(-logits, kth=size - 1, axis=-1)[:, :size]
         self._ids[span] = np.asarray(ids.astype(mx.int32))
         self._values[span] = np.asarray(mx.take_along_axis(logits, ids, axis=-1))
+        self._tails[span] = np.asarray(self._tail(logits, ids))
+
+    def _tail(self, logits: mx.array, ids: mx.array) -> mx.array:
+        """The log of the mass beyond the tokens `ids`: [rows]."""
+        others = mx.put_along_axis(logits, ids, mx.array(-mx.inf), axis=-1)
+        return mx.logsumexp(others, axis=-1)
 
     def compare(self, span: slice, logits: mx.array) -> dict[str, npt.NDArray[np.float64]]:
         """KL divergence of log-probabilities from the kept ones, and its bound.
@@ -276,12 +285,10 @@ class KeptLogits:
         kl = (mx.exp(p) * (p - q)).sum(-1)
         bound = mx.zeros_like(kl)
         if not self._whole:
-            tail = mx.maximum(1 - mx.exp(p).sum(-1), 1e-12)
-            other = mx.maximum(1 - mx.exp(q).sum(-1), 1e-12)
-            kl = kl + tail * mx.log(tail / other)
-            largest = p.min(-1) - mx.log(tail)
-            least = logits.min(-1) - mx.log(other)
-            bound = tail * mx.maximum(mx.minimum(largest, 0) - least, 0)
+            tail, other = mx.array(self._tails[span]), self._tail(logits, ids)
+            kl = kl + mx.exp(tail) * (tail - other)
+            largest = mx.minimum(p.min(-1) - tail, 0)
+            bound = mx.exp(tail) * mx.maximum(largest - (logits.min(-1) - other), 0)
         return {
             "kl": np.asarray(mx.maximum(kl, 0)).astype(np.float64),
             "kl_bound": np.asarray(bound).astype(np.float64),
@@ -417,9 +424,7 @@ def evaluate(
     ]
     if noise_floor:
         other = mx.bfloat16 if kind == mx.float32 else mx.float32
-        floor = Pass(
-            reference, text, other, work, reference=base, rows=BATCH_ROWS // 3, mtp=False
-        )
+        floor = Pass(reference, text, other, work, reference=base, rows=BATCH_ROWS // 3, mtp=False)
         floor.name = f"{reference.name} (noise floor)"
         passes.insert(0, (floor.name, floor))
     for name, one in passes:
@@ -439,11 +444,11 @@ def _rows(
     layers: tuple[LayerScores, ...],
     contexts: Sequence[int],
 ) -> list[dict[str, Any]]:
-    sizes = {"bits_per_weight": one.bits_per_weight, "nbytes": one.nbytes}
+    sizes: dict[str, Any] = {"bits_per_weight": one.bits_per_weight, "nbytes": one.nbytes}
     rows = [row(name, scores, reference, one.text, layers=layers, **sizes)]
     positions = one.text.positions[one.text.scored]
     bounds = [*sorted(contexts), len(one.text) + 1]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         chosen = (positions >= start) & (positions < end)
         if chosen.any():
             label = f"{name}, context from {start}"

@@ -6,7 +6,7 @@ independent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -190,9 +190,10 @@ def _statistics(
     mean, error = mean_and_error(dp**2, clusters)
     out["dp_rms"] = sqrt(mean)
     errors["dp_rms"] = error / (2 * sqrt(mean)) if mean else 0.0
-    out["dp_percentiles"] = {
-        f"{at:g}": float(np.percentile(dp, at)) for at in DP_PERCENTILES
-    } | {"min": float(dp.min()), "max": float(dp.max())}
+    out["dp_percentiles"] = {f"{at:g}": float(np.percentile(dp, at)) for at in DP_PERCENTILES} | {
+        "min": float(dp.min()),
+        "max": float(dp.max()),
+    }
     return out, errors
 
 
@@ -225,6 +226,6 @@ def compare_layers(
     return tuple(out)
 
 
-def domain_order(rows: list[Mapping[str, Any]]) -> list[str]:
+def domain_order(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Domains of all rows, in the order of the corpus."""
     return list(dict.fromkeys(name for each in rows for name in each.get("domains", {})))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import msgspec
@@ -112,9 +112,7 @@ class LayerReader:
         return self.fill(module, "model.embed_tokens", arrays)
 
     def layer(self, index: int, arrays: Arrays | None = None) -> Any:
-        return self.fill(
-            Glm4MoeLiteDecoderLayer(self.args, index), f"model.layers.{index}", arrays
-        )
+        return self.fill(Glm4MoeLiteDecoderLayer(self.args, index), f"model.layers.{index}", arrays)
 
     def norm(self) -> Any:
         module = RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
@@ -176,7 +174,8 @@ class LayerReader:
 
     def _evaluate(self, module: Module) -> None:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        for name, array in tree_flatten(module.parameters()):
+        flat = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+        for name, array in flat:
             value = array
             if mx.issubdtype(array.dtype, mx.floating):
                 experts = ".switch_mlp." in f".{name}" and name.endswith("weight")
@@ -241,9 +240,7 @@ def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape, itemsize: int) 
         first = start - batch.start
         chunks.append(PrefillChunk(first, first + rows, [], expanded, rows))
     span = slice(batch.start, batch.end)
-    return ForwardBatch(
-        mx.array(text.tokens[span]), mx.array(text.positions[span]), [], chunks
-    )
+    return ForwardBatch(mx.array(text.tokens[span]), mx.array(text.positions[span]), [], chunks)
 
 
 class LayerRunner:

@@ -1,0 +1,252 @@
+"""`glmd evaluate`: streaming passes, their statistics, and the corpus."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import typer
+from engines import TINY, load, one_shot_logits
+from paths import ROOT, TESTS
+from typer.testing import CliRunner
+
+from glmd.bench.random_checkpoint import write_random_checkpoint
+from glmd.checkpoint.config import load_config
+from glmd.cli.evaluate import evaluate as command
+from glmd.convert.convert import convert
+from glmd.convert.recipes import find_recipe
+from glmd.errors import CheckpointError
+from glmd.evaluate import run, streaming
+from glmd.evaluate.run import Candidate, Pass, evaluate
+from glmd.evaluate.scores import mean_and_error
+from glmd.evaluate.text import CORPUS, Sample, TokenSet, read_corpus, tokenize
+
+DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
+
+SAMPLES = [
+    Sample(domain="prose", text="What is the capital of France? It is a city on a river. " * 8),
+    Sample(
+        domain="tools",
+        messages=[
+            {"role": "user", "content": "Weather in Lyon?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "Look it up.",
+                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Lyon"}}}],
+            },
+        ],
+    ),
+    Sample(domain="prose", text="Four words are enough."),
+]
+
+
+def silent(name: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def text() -> TokenSet:
+    return tokenize(SAMPLES, DEMO)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "4"
+    convert(DEMO, out, find_recipe("uniform-4"))
+    return out
+
+
+def plain_logits(folder: Path, text: TokenSet) -> np.ndarray[Any, Any]:
+    """Log-probabilities of the plain forward pass, [tokens, vocabulary]."""
+    model = load(folder)
+    parts = [
+        one_shot_logits(model, text.tokens[start:end], expanded=end - start > 100)
+        for start, end in zip(text.starts[:-1], text.starts[1:], strict=True)
+    ]
+    logits = np.concatenate(parts).astype(np.float64)
+    return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "mlx", "quantized"])
+def test_streaming_equals_the_plain_forward_pass(
+    layout: str, text: TokenSet, quantized: Path, tmp_path: Path
+) -> None:
+    folder = {"huggingface": DEMO, "mlx": tmp_path / "mlx", "quantized": quantized}[layout]
+    if layout == "mlx":
+        convert(DEMO, folder, find_recipe("bf16"))
+    one = Pass(Candidate("demo", folder), text, mx.float32, tmp_path / "work", rows=100)
+    scores = one.run(silent)
+    expected = plain_logits(folder, text)
+    nll = -expected[text.scored, text.successors[text.scored]]
+    np.testing.assert_allclose(scores.nll, nll, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(scores.top, expected[text.scored].argmax(-1))
+    assert scores.accepted is not None
+    assert 0.2 < np.nanmean(scores.accepted) < 1
+
+
+@pytest.mark.parametrize("kept", [64, 2048])
+def test_kl_is_exact_within_its_bound(
+    kept: int, text: TokenSet, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "TOP_K", kept)
+    base = Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path)
+    base.run(silent)
+    scores = Pass(Candidate("4", quantized), text, mx.float32, tmp_path, reference=base).run(silent)
+    p, q = plain_logits(DEMO, text), plain_logits(quantized, text)
+    exact = (np.exp(p) * (p - q)).sum(-1)[text.scored]
+    assert scores.kl is not None
+    assert scores.kl_bound is not None
+    assert exact.mean() > 1e-3
+    assert (scores.kl <= exact + 1e-4).all()
+    assert (exact <= scores.kl + scores.kl_bound + 1e-4).all()
+    if kept == 2048:
+        assert not scores.kl_bound.any()
+    else:
+        assert scores.kl.mean() > 0.8 * exact.mean()
+
+
+def test_an_interrupted_pass_goes_on_behind_the_last_layer(
+    text: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    layer = streaming.LayerReader.layer
+
+    def recorded(self: streaming.LayerReader, index: int) -> Any:
+        read.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(streaming.LayerReader, "layer", recorded)
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done > 3 * len(text):  # in the third layer
+            raise KeyboardInterrupt
+
+    expected = Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path / "whole").run(silent)
+    assert read == [0, 1, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path / "work").run(interrupt)
+    read.clear()
+    again = Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path / "work")
+    scores = again.run(silent)
+    assert read == [2, 3]
+    np.testing.assert_array_equal(scores.nll, expected.nll)
+    read.clear()
+    np.testing.assert_array_equal(
+        Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path / "work").run(silent).nll,
+        expected.nll,
+    )
+    assert not read
+    assert not list(again.folder.glob("h*.bin")), "hidden states are kept"
+
+
+def test_memory_does_not_depend_on_layers_or_tokens(tmp_path: Path) -> None:
+    config = TINY | {"n_routed_experts": 64, "moe_intermediate_size": 128}
+    peaks = []
+    for name, layers, count in (("few", 2, 1500), ("many", 6, 3000)):
+        folder = tmp_path / name
+        parsed = write_random_checkpoint(folder, **config | {"num_hidden_layers": layers})
+        tokens = np.random.default_rng(0).integers(0, 256, count).astype(np.int32)
+        text = TokenSet(tokens, np.arange(0, count + 1, 100), ("a",) * (count // 100))
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        Pass(Candidate(name, folder), text, mx.float32, tmp_path / "work").run(silent)
+        peaks.append(mx.get_peak_memory() - before)
+        assert peaks[-1] < streaming.peak_bytes(parsed, 4, 100)
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_published_model_is_evaluated_in_8_gb() -> None:
+    config = load_config(TESTS / "fixtures" / "glm-4.7-flash")
+    assert streaming.peak_bytes(config, 2, 4096) < 8e9
+    assert streaming.peak_bytes(config, 4, 4096, mtp=False) < 8e9  # the noise floor
+
+
+def test_rows_name_llama_perplexitys_statistics(
+    text: TokenSet, quantized: Path, tmp_path: Path
+) -> None:
+    rows = evaluate(
+        [Candidate("4", quantized)], Candidate("demo", DEMO), text,
+        work=tmp_path, on_progress=silent, contexts=(0, 50),
+    )  # fmt: skip
+    whole = [row for row in rows if "domains" in row]
+    reference, floor, model = whole
+    assert list(model)[:9] == [
+        "model", "bits_per_weight", "mean_kl", "kl_99", "same_top", "ppl", "ppl_ratio",
+        "expert_overlap", "tokens",
+    ]  # fmt: skip
+    assert (reference["mean_kl"], reference["same_top"], reference["ppl_ratio"]) == (0, 1, 1)
+    assert 0 < floor["mean_kl"] < model["mean_kl"] / 5
+    assert floor["expert_overlap"] > model["expert_overlap"] > 0.5
+    assert model["median_kl"] < model["kl_90"] < model["kl_99"] <= model["kl_999"]
+    assert model["ppl_ratio"] == pytest.approx(model["ppl"] / reference["ppl"])
+    assert model["dp_percentiles"]["min"] < model["dp_percentiles"]["max"]
+    assert set(model["domains"]) == {"prose", "tools"}
+    assert [part["layer"] for part in model["layers"]] == [0, 1, 2, 3]
+    assert model["layers"][0]["expert_overlap"] is None
+    assert 0 < model["layers"][3]["residual_error"] < 1
+    near, far = (row for row in rows if row["model"].startswith("4, context"))
+    assert near["tokens"] + far["tokens"] == model["tokens"] == len(text.scored)
+
+
+def test_standard_error_counts_clusters() -> None:
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(400), 25)
+    independent = rng.normal(size=10_000)
+    _, error = mean_and_error(independent, clusters)
+    assert error == pytest.approx(0.01, rel=0.1)
+    _, error = mean_and_error(rng.normal(size=400)[clusters], clusters)
+    assert error == pytest.approx(0.05, rel=0.1)
+
+
+def test_models_of_another_shape_are_refused(text: TokenSet, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "other", **TINY)
+    with pytest.raises(CheckpointError, match="vocab_size is 512, but 2048"):
+        evaluate(
+            [Candidate("other", tmp_path / "other")], Candidate("demo", DEMO), text,
+            work=tmp_path, on_progress=silent,
+        )  # fmt: skip
+
+
+def test_command_prints_a_table_and_writes_json(quantized: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("A short text about nothing in particular.\n" * 5)
+    app = typer.Typer()
+    app.command()(command)
+    arguments = (
+        quantized, "--against", "demo", "--text", tmp_path / "notes.md",
+        "--json", tmp_path / "out.json", "--work", tmp_path / "work",
+    )  # fmt: skip
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "notes.md" in done.stdout
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert rows[0]["model"] == "demo (reference)"
+    assert rows[-1]["mean_kl"] > 0
+
+
+# -- corpus -------------------------------------------------------------------------------------
+
+
+def test_corpus_has_the_composition_that_the_docs_state() -> None:
+    assert CORPUS.stat().st_size < 1_000_000
+    test, calibration = read_corpus("test"), read_corpus("calibration")
+    assert 600 <= len(test) + len(calibration) <= 1000
+    page = (ROOT / "docs" / "quality.md").read_text()
+    counts = Counter(sample.domain for sample in test), Counter(s.domain for s in calibration)
+    for domain in counts[0]:
+        assert f"| {domain} | {counts[0][domain]} | {counts[1][domain]} |" in page
+    texts = {sample.text for sample in test if sample.text}
+    assert texts.isdisjoint(sample.text for sample in calibration)
+
+
+def test_every_sample_renders_with_the_demos_template() -> None:
+    tools = [sample for sample in read_corpus("test") if sample.messages]
+    text = tokenize(tools, DEMO)
+    assert text.domains == ("tools",) * len(tools)
+    assert len(text) > 50_000
