@@ -130,7 +130,7 @@ def test_an_unsupported_model_type_is_named_with_the_supported_one(tmp_path: Pat
         ("num_key_value_heads", 4),
         ("num_nextn_predict_layers", 2),
         ("quantization_config", {"quant_method": "fp8"}),
-        ("quantization", {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+        ("quantization", {"bits": 8, "group_size": 32, "mode": "mxfp8"}),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:

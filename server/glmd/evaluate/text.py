@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Samples as token ids, one behind the other.
+    """Concatenated token ids of samples.
 
     Attributes:
         tokens: [n].
