@@ -43,6 +43,9 @@ class FakeSegment:
     def slice(self, start: int, end: int) -> FakeSegment:
         return FakeSegment(end - start)
 
+    def head(self, end: int) -> FakeSegment:
+        return FakeSegment(end)
+
     def concat(self, *others: FakeSegment) -> FakeSegment:
         return FakeSegment(self.tokens + sum(map(len, others)))
 

@@ -45,6 +45,9 @@ class Rows:
     def slice(self, start: int, end: int) -> Rows:
         return Rows(self.rows[start:end].copy(), self.copied)
 
+    def head(self, end: int) -> Rows:
+        return Rows(self.rows[:end], self.copied)
+
     def concat(self, *others: Rows) -> Rows:
         rows = np.concatenate([self.rows, *(other.rows for other in others)])
         self.copied[0] += len(rows)
@@ -72,9 +75,11 @@ class TreeAgainstSet(RuleBasedStateMachine):
     tokens = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
     which = st.integers(0, 10**6)
 
+    max_segment = tree_module.MAX_SEGMENT
+
     def __init__(self) -> None:
         super().__init__()
-        self.tree: PrefixTree[Rows] = PrefixTree()
+        self.tree: PrefixTree[Rows] = PrefixTree(self.max_segment)
         self.stored: dict[tuple[str, Prefix], int] = {}
         """Time of the last use of each stored prefix."""
         self.leases: list[tuple[Lease[Rows], str, Prefix]] = []
@@ -253,7 +258,7 @@ class TreeAgainstSet(RuleBasedStateMachine):
     @invariant()
     def is_well_formed(self) -> None:
         for node in self.tree.nodes():
-            assert 0 < len(node) <= tree_module.MAX_SEGMENT
+            assert 0 < len(node) <= self.max_segment
             assert node.parent is not None
             assert node.parent.children[node.offset][int(node.keys[0])] is node
             assert 0 <= node.offset <= len(node.parent)
@@ -264,11 +269,15 @@ class TreeAgainstSet(RuleBasedStateMachine):
         assert self.tree._roots.keys() == salts
 
 
-@pytest.mark.parametrize(("max_segment", "max_moved"), [(8192, 64), (9, 64), (8192, 0)])
+@pytest.mark.parametrize(
+    ("max_segment", "max_moved", "max_pieces"),
+    [(8192, 64, 8), (9, 64, 8), (8192, 0, 8), (8192, 64, 2), (9, 2, 1)],
+)
 def test_tree_behaves_as_a_set_of_prefixes(
-    max_segment: int, max_moved: int, monkeypatch: pytest.MonkeyPatch
+    max_segment: int, max_moved: int, max_pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree_module, "MAX_SEGMENT", max_segment)
+    monkeypatch.setattr(TreeAgainstSet, "max_segment", max_segment)
+    monkeypatch.setattr(tree_module, "MAX_PIECES", max_pieces)
     monkeypatch.setattr(tree_module, "MAX_MOVED_CHILDREN", max_moved)
     TreeAgainstSet.TestCase.settings = settings(
         max_examples=60, stateful_step_count=50, deadline=None
@@ -341,6 +350,61 @@ def test_growing_prefixes_stay_in_few_nodes_at_little_copying(step: int) -> None
     rounds = math.log2(tree_module.MAX_SEGMENT / step)
     assert len(tree.path(lease)) <= 2 * total / tree_module.MAX_SEGMENT + rounds + 2
     assert copied <= total * (2 * rounds + 2)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "added", "output", "copies"),
+    [(3, 400, 300, 6), (200, 500, 300, 6), (2200, 600, 2200, 7)],
+    ids=["end of the answer", "short reasoning", "long reasoning"],
+)
+def test_a_conversation_whose_turns_fork_stays_in_few_nodes(
+    replaced: int, added: int, output: int, copies: int
+) -> None:
+    """Each prompt replaces the end of what was stored, and keeps the rest of it stored."""
+    tree: PrefixTree[Rows] = PrefixTree()
+    copied = [0]
+    rng = np.random.default_rng(0)
+    history = _array([])
+    for _ in range(50):
+        kept = history[: max(0, len(history) - replaced)]
+        lease = tree.acquire()
+        assert tree.match_prefix(lease, kept) == len(kept)
+        history = np.concatenate([kept, rng.integers(0, 1000, added + output).astype(np.int32)])
+        for size in [added] + [128] * (output // 128) + [output % 128]:
+            start = sum(piece.length for piece in tree.path(lease))
+            part = history[start : start + size]
+            tree.insert(lease, part, Rows(np.zeros(len(part), np.int64), copied))
+            # Besides full segments, and those that a full one has no room for:
+            open_pieces = [p for p in tree.path(lease) if 2 * len(p.node) < tree_module.MAX_SEGMENT]
+            assert len(open_pieces) <= tree_module.MAX_PIECES
+        tree.release(lease)
+    assert _matched(tree, history) == len(history)
+    assert tree.copied_tokens <= copies * tree.tokens
+
+
+def test_what_a_running_sequence_reads_behind_a_fork_is_not_moved() -> None:
+    tree: PrefixTree[Rows] = PrefixTree()
+    reader = tree.acquire()
+    tree.insert(reader, _array(range(200)), Rows(np.zeros(200, np.int64), [0]))
+    _store(tree, [*range(100), *range(1000, 1300)])
+    assert [piece.length for piece in tree.path(reader)] == [200]
+    tree.release(reader)
+    _store(tree, [*range(100), *range(2000, 2300)])
+    assert _matched(tree, range(200)) == 200
+
+
+def test_two_continuations_that_grow_in_turn_are_seldom_copied() -> None:
+    """Each could be merged with their common beginning, again and again."""
+    tree: PrefixTree[Rows] = PrefixTree()
+    head = _array(range(2000))
+    _store(tree, head)
+    branches = [head, head]
+    for turn in range(200):
+        which = turn % 2
+        added = _array(range(10_000 + 100 * turn, 10_000 + 100 * turn + 64))
+        branches[which] = np.concatenate([branches[which], added])
+        _store(tree, branches[which])
+    assert tree.copied_tokens <= 8 * tree.tokens
 
 
 def test_least_recently_used_prefix_goes_first() -> None:

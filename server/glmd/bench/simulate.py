@@ -29,6 +29,7 @@ class SimulationRow:
         rows_median: prefill rows of a step with prefill.
         pieces_max: most pieces of KV in a sequence's path.
         dispatches_per_layer: most kernels per layer of a step without prefill.
+        copies_per_token: how often a token's KV was copied to merge segments, on average.
     """
 
     device: str
@@ -44,6 +45,7 @@ class SimulationRow:
     rows_median: float
     pieces_max: int
     dispatches_per_layer: int
+    copies_per_token: float
 
 
 PROMPT_STREAMS = (0, 1, 3, 8)
@@ -97,7 +99,7 @@ class _Case:
             alone: seconds to the first token alone; None: these are alone.
             start: from which time on the tokens of `readers` count.
         """
-        steps = self.sim.steps[first_step:]
+        steps, tree = self.sim.steps[first_step:], self.sim.scheduler.tree
         ttft = float(np.median([request.first_token for request in requests]))
         rates, gaps = [], []
         for reader in readers:
@@ -128,6 +130,7 @@ class _Case:
             rows_median=float(np.median([s.prefill_rows for s in steps if s.prefill_rows])),
             pieces_max=max(step.pieces for step in steps),
             dispatches_per_layer=max(plain or [step.dispatches for step in steps]),
+            copies_per_token=tree.copied_tokens / (tree.tokens + tree.evicted_tokens),
         )
 
 
@@ -282,6 +285,7 @@ def simulation_table(rows: list[SimulationRow]) -> Table:
             "rows",
             "pieces",
             "dispatches",
+            "copies",
         ),
     )
     for row in rows:
@@ -298,5 +302,6 @@ def simulation_table(rows: list[SimulationRow]) -> Table:
             f"{row.rows_median:.0f}",
             str(row.pieces_max),
             str(row.dispatches_per_layer),
+            f"{row.copies_per_token:.1f}",
         )
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -140,6 +140,7 @@ class Simulation:
             score_bytes=plan.score_bytes,
             expanded_bytes=plan.expanded_bytes,
         )
+        self.shape = shape
         kv_tokens = plan.kv // KV_TOKEN_BYTES
         self.info = ModelInfo(
             path="GLM-4.7-Flash",
@@ -156,7 +157,7 @@ class Simulation:
         self.steps: list[SimulatedStep] = []
         self.scheduler = Scheduler(
             plan.config,
-            PrefixTree(),
+            PrefixTree(plan.max_segment),
             TailPool(1, 1, mx.uint8),
             kv_budget=kv_tokens,
             kv_bytes_per_token=1,
@@ -171,6 +172,8 @@ class Simulation:
         self._ids = itertools.count()
         self._pending: PendingStep | None = None
         self._device_free_at = 0.0
+        self._copied_tokens = 0
+        """Tokens that the tree had copied by the last step."""
 
     def submit(
         self,
@@ -221,9 +224,10 @@ class Simulation:
 
     def _record(self, step: PendingStep) -> None:
         """Compute when a launched step ends. The device runs steps one after another."""
-        seconds = self._model.cost.seconds(self._device)
-        self._device_free_at = max(self._device_free_at, self.clock) + seconds
         tree = self.scheduler.tree
+        copied, self._copied_tokens = tree.copied_tokens - self._copied_tokens, tree.copied_tokens
+        seconds = replace(self._model.cost, copied_tokens=copied).seconds(self._device)
+        self._device_free_at = max(self._device_free_at, self.clock) + seconds
         leases = [s.lease for s in self.scheduler.running if s.lease is not None]
         self.steps.append(
             SimulatedStep(

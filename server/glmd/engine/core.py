@@ -117,7 +117,7 @@ class Engine:
         )
         self.scheduler = Scheduler(
             self.config,
-            PrefixTree(),
+            PrefixTree(plan.max_segment),
             TailPool(model.kv_layers, model.shape.kv_width, model.dtype),
             kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,

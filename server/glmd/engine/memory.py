@@ -101,6 +101,7 @@ class MemoryPlan:
         kv: bytes left for KV.
         config: the engine's, with `max_step_tokens` that fit `activations`.
         score_bytes, expanded_bytes: see `glmd.model.mla.MLAShape`.
+        max_segment: tokens up to which segments are merged, a copy of which fits `activations`.
     """
 
     weights: int
@@ -109,6 +110,7 @@ class MemoryPlan:
     config: EngineConfig
     score_bytes: int
     expanded_bytes: int
+    max_segment: int
 
 
 def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: int) -> None:
@@ -161,8 +163,15 @@ def plan_memory(
         rows = min(config.max_step_tokens, max(config.max_step_tokens // scale, TAIL_TOKENS))
         scaled = replace(config, max_step_tokens=rows)
         score, expanded = SCORE_BYTES // scale, EXPANDED_BYTES // scale
+        segment = MAX_SEGMENT // scale
         working = activation_bytes(
-            dims, scaled, item, token_bytes, score_bytes=score, expanded_bytes=expanded
+            dims,
+            scaled,
+            item,
+            token_bytes,
+            score_bytes=score,
+            expanded_bytes=expanded,
+            max_segment=segment,
         )
         kv = budget - weights - working
         if kv >= wanted:
@@ -175,7 +184,9 @@ def plan_memory(
             f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
             file=str(folder),
         )
-    return MemoryPlan(weights, working, kv, scaled, score, expanded)
+    # Segments are merged when the layers' transients are gone.
+    segment = min(segment, working // token_bytes)
+    return MemoryPlan(weights, working, kv, scaled, score, expanded, segment)
 
 
 def activation_bytes(
@@ -186,6 +197,7 @@ def activation_bytes(
     *,
     score_bytes: int = SCORE_BYTES,
     expanded_bytes: int = EXPANDED_BYTES,
+    max_segment: int = MAX_SEGMENT,
 ) -> int:
     """Upper bound of a step's transients, in bytes.
 
@@ -205,7 +217,7 @@ def activation_bytes(
         2 * rows * dims.num_attention_heads * dims.max_position_embeddings * item,
     )
     # Decode rows attend to one segment at a time, with a float32 copy of the scores.
-    keys = min(MAX_SEGMENT, dims.max_position_embeddings)
+    keys = min(max_segment, dims.max_position_embeddings)
     decoding = sampled * dims.num_attention_heads * keys * (2 * item + 4)
     width = max(
         dims.intermediate_size,

@@ -318,7 +318,7 @@ class ModelRunner:
             keys = sequence.cache_keys(start, sequence.num_cached_tokens)
             kv = Segment.copy_of(caches, chunk.start, chunk.start + len(keys))
             assert sequence.lease is not None
-            self._tree.insert(sequence.lease, keys, kv)
+            self._tree.insert(sequence.lease, keys, kv, defer=not chunk.num_sampled)
             if sequence.num_cached_tokens < sequence.num_computed_tokens:
                 begun.append(chunk)
         if not begun:

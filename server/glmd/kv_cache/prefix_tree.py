@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from operator import attrgetter
 from typing import Generic
 
@@ -21,9 +21,17 @@ import numpy as np
 
 from glmd.kv_cache.node import Keys, Lease, Node, PathNode, S, common_prefix
 
-MAX_SEGMENT = 8192
-"""Tokens. Merging longer segments would make single steps visibly longer, and eviction coarser,
-and attention no cheaper."""
+MAX_SEGMENT = 32_768
+"""Tokens: 1.8 GB of GLM-4.7-Flash, whose copy takes a Mac's GPU as long as a step or two. Where
+working memory is short, segments are shorter (`glmd.engine.memory`)."""
+
+MERGE_RATIO = 3
+"""How much longer than what follows a piece may be that is merged with it. Fewer, longer pieces at
+more copying: a piece costs three kernels per layer and step, and 1,000 tokens are copied in less
+than a millisecond."""
+
+MAX_PIECES = 8
+"""Pieces that wait to be merged, at the end of a path."""
 
 MAX_MOVED_CHILDREN = 64
 """A node with more children is not merged into its parent: each would have to be moved."""
@@ -66,11 +74,17 @@ class PrefixTree(Generic[S]):
         tokens: number of tokens stored.
         nbytes: bytes of their KV.
         evicted_tokens: number of tokens evicted so far.
+        copied_tokens: number of tokens copied so far to merge segments.
         version: number of changes that replaced segments which leases may hold. Layouts made
             under an earlier version keep memory alive that the tree has freed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_segment: int = MAX_SEGMENT) -> None:
+        """
+        Args:
+            max_segment: tokens up to which segments are merged.
+        """
+        self._max_segment = max_segment
         self._roots: dict[str, Node[S]] = {}
         self._clock = 0
         self._segments = 0
@@ -84,6 +98,7 @@ class PrefixTree(Generic[S]):
         self.tokens = 0
         self.nbytes = 0
         self.evicted_tokens = 0
+        self.copied_tokens = 0
         self.version = 0
 
     # -- leases ---------------------------------------------------------------------------
@@ -165,7 +180,7 @@ class PrefixTree(Generic[S]):
 
     # -- growth ---------------------------------------------------------------------------
 
-    def insert(self, lease: Lease[S], keys: Keys, kv: S) -> None:
+    def insert(self, lease: Lease[S], keys: Keys, kv: S, *, defer: bool = False) -> None:
         """Store tokens behind the lease's prefix and move the lease to their end.
 
         Tokens that are stored already, by another sequence, are not stored again.
@@ -173,6 +188,8 @@ class PrefixTree(Generic[S]):
         Args:
             keys: [n], continuing the lease's prefix.
             kv: their KV, `len(kv) == n`.
+            defer: leave merging to a later insertion, as long as there are few nodes. For tokens
+                that no decode step reads before.
         """
         if len(keys) != len(kv):
             raise ValueError(f"{len(keys)} tokens with KV of {len(kv)}")
@@ -187,62 +204,121 @@ class PrefixTree(Generic[S]):
         self.nbytes += kv.nbytes
         self._segments += 1
         self._move(lease, child, len(child))
-        self._merge_upwards(child)
+        self._merge_upwards(child, defer=defer)
 
-    def _merge_upwards(self, node: Node[S]) -> None:
+    def _merge_upwards(self, node: Node[S], *, defer: bool) -> None:
         """Merge a new node with its ancestors where this shortens paths at little copying.
 
-        Merging only nodes of similar size copies each token O(log n) times in total and leaves
-        a path of n tokens in O(log n + n / MAX_SEGMENT) nodes. Merging pairs, rather than all
-        nodes at once, would copy twice as much in one step.
+        A parent is merged up to the fork; the rest of it becomes a child of the merged node. The
+        part before the fork is at most `MERGE_RATIO` times, the rest at most half as long as what
+        follows: so each token is copied O(log n) times in total, also where two continuations of
+        one prefix grow in turn, and a path of n tokens is left in O(log n + n / max_segment) nodes.
+        Only where more than `MAX_PIECES` nodes could be merged are all of them, whatever the sizes.
+
+        Merging pairs, rather than all nodes at once, would copy twice as much in one step.
         """
-        run, size = [node], len(node)
-        while (parent := node.parent) is not None and node.offset == len(parent):
-            if parent.parent is None or len(parent) > 2 * size or len(parent) + size > MAX_SEGMENT:
+        run = [node]
+        size = total = len(node)
+        cheap = 1
+        while (parent := node.parent) is not None and parent.parent is not None:
+            rest = len(parent) - node.offset
+            total += node.offset
+            if total > self._max_segment or (rest and parent.leased_len > node.offset):
                 break
-            if sum(map(len, node.children.values())) > MAX_MOVED_CHILDREN:
+            if _has_many_children(node) or (rest and _has_many_children(parent)):
                 break
+            if cheap == len(run) and node.offset <= MERGE_RATIO * size and 2 * rest <= size:
+                cheap += 1
+                size = total
             run.append(parent)
-            size += len(parent)
             node = parent
+        if defer and len(run) <= MAX_PIECES:
+            return
+        if len(run) - cheap < MAX_PIECES:
+            run = run[:cheap]
         if len(run) > 1:
             self._merge(run[::-1])
 
     def _merge(self, run: list[Node[S]]) -> None:
-        """Merge nodes, each attached to the end of the one before, into the first.
+        """Merge nodes, each a child of the one before, into the first.
 
-        A lease is held on the end of the last.
+        A lease is held on the end of the last, and none on what a node has behind the next one.
         """
         self.version += 1
-        self._segments -= len(run) - 1
-        target, *others = run
+        target = run[0]
+        ends = [node.offset for node in run[1:]] + [len(run[-1])]
         segments = [node.kv for node in run if node.kv is not None]
-        kv = segments[0].concat(*segments[1:])
-        self.nbytes += kv.nbytes - sum(segment.nbytes for segment in segments)
-        keys = np.concatenate([node.keys for node in run])
-        for parent, node in zip(run, others, strict=False):
+        used = [segment.head(end) for segment, end in zip(segments, ends, strict=True)]
+        kv = used[0].concat(*used[1:])
+        self.copied_tokens += sum(ends)
+        keys = np.concatenate([node.keys[:end] for node, end in zip(run, ends, strict=True)])
+        for parent, node in pairwise(run):
             parent.remove_child(node)
             parent.leased.pop()  # The entry of `node`, the largest.
-        shift = len(target)
-        for node in others:
-            for siblings in node.children.values():
-                for child in siblings.values():
-                    child.parent, child.offset = target, child.offset + shift
-                    target.add_child(child)
-            for lease in node.leases:
-                lease.node, lease.length = target, lease.length + shift
-            target.leases |= node.leases
-            target.leased += [length + shift for length in node.leased]
-            for offset, key in node.evicted_children:
-                target.remember_evicted(offset + shift, key)
-            shift += len(node)
-        last_used = max(node.last_used for node in run)
-        target.interior_last_used = max(node.interior_last_used for node in run)
-        for node in others:
+        rests: list[Node[S]] = []
+        shift = 0
+        for node, segment, end in zip(run, segments, ends, strict=True):
+            rest = self._split_rest(node, segment, end, target, shift)
+            if node is not target:
+                self._move_up(node, target, shift)
+            if rest is not None:
+                rests.append(rest)
+            shift += end
+        self._segments += len(rests) - len(run) + 1
+        self.nbytes += kv.nbytes - sum(segment.nbytes for segment in segments)
+        interior, last_used = max(n.interior_last_used for n in run), run[-1].last_used
+        for node in run[1:]:
             node.keys = node.keys[:0]
             self._update_lists(node)
-        target.keys, target.kv = keys, kv
+        target.keys, target.kv, target.interior_last_used = keys, kv, interior
         self._update_lists(target, last_used)
+        for rest in rests:
+            assert rest.kv is not None
+            self.nbytes += rest.kv.nbytes
+            target.add_child(rest)
+            self._update_lists(rest)
+
+    def _split_rest(
+        self, node: Node[S], kv: S, end: int, target: Node[S], shift: int
+    ) -> Node[S] | None:
+        """Make what `node` has behind its first `end` tokens a node of its own.
+
+        Args:
+            target: the future parent, in which `node` begins at `shift`.
+
+        Returns:
+            None if there is nothing behind.
+        """
+        if end == len(node):
+            return None
+        rest: Node[S] = Node(
+            node.keys[end:].copy(), kv.slice(end, len(node)), target, shift + end, node.start + end
+        )
+        rest.last_used, rest.interior_last_used = node.last_used, node.interior_last_used
+        self.copied_tokens += len(rest)
+        for offset in [offset for offset in node.child_offsets if offset > end]:
+            for child in [*node.children[offset].values()]:
+                node.remove_child(child)
+                child.parent, child.offset = rest, offset - end
+                rest.add_child(child)
+        for offset, key in [entry for entry in node.evicted_children if entry[0] > end]:
+            del node.evicted_children[offset, key]
+            rest.remember_evicted(offset - end, key)
+        return rest
+
+    @staticmethod
+    def _move_up(node: Node[S], target: Node[S], shift: int) -> None:
+        """Move children and leases of a node to `target`, in which it begins at `shift`."""
+        for siblings in node.children.values():
+            for child in siblings.values():
+                child.parent, child.offset = target, child.offset + shift
+                target.add_child(child)
+        for lease in node.leases:
+            lease.node, lease.length = target, lease.length + shift
+        target.leases |= node.leases
+        target.leased += [length + shift for length in node.leased]
+        for offset, key in node.evicted_children:
+            target.remember_evicted(offset + shift, key)
 
     # -- eviction -------------------------------------------------------------------------
 
@@ -392,3 +468,9 @@ class PrefixTree(Generic[S]):
         """Remove the root of a salt under which nothing is stored or leased."""
         if node.parent is None and not node.children and not node.leases:
             del self._roots[node.salt]
+
+
+def _has_many_children(node: Node[S]) -> bool:
+    if len(node.children) > MAX_MOVED_CHILDREN:
+        return True
+    return sum(map(len, node.children.values())) > MAX_MOVED_CHILDREN

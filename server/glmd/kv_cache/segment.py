@@ -44,6 +44,10 @@ class Segment:
             return self
         return Segment.copy_of(self.layers, start, end)
 
+    def head(self, end: int) -> Segment:
+        """The first `end` tokens, in this segment's memory: to be copied by `concat`."""
+        return self if end == len(self) else Segment([layer[:end] for layer in self.layers])
+
     def concat(self, *others: Segment) -> Segment:
         """Copy this segment and `others` into one."""
         parts = [self.layers, *(other.layers for other in others)]

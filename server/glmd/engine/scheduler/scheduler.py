@@ -150,7 +150,7 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         """Move the tail into the tree, and release the slot and the lease."""
         assert sequence.lease is not None
-        self.flush_tail(sequence)
+        self.flush_tail(sequence, defer_merge=True)
         if sequence.slot != NO_SLOT:
             self.tails.release(sequence.slot)
             sequence.slot = NO_SLOT
@@ -158,14 +158,19 @@ class Scheduler:
         sequence.lease = None
         self._ensure_free(0)  # The tail was copied, and the pool may be as large as before.
 
-    def flush_tail(self, sequence: Sequence) -> None:
-        """Move a sequence's tail into the tree. The sequence keeps its slot."""
+    def flush_tail(self, sequence: Sequence, *, defer_merge: bool = False) -> None:
+        """Move a sequence's tail into the tree. The sequence keeps its slot.
+
+        Args:
+            defer_merge: see `PrefixTree.insert`.
+        """
         assert sequence.lease is not None
         start, end = sequence.num_cached_tokens, sequence.num_cacheable_tokens
         if end <= start:
             return
         kv = self.tails.copy_out(sequence.slot, end - start)
-        self.tree.insert(sequence.lease, sequence.cache_keys(start, end), kv)
+        keys = sequence.cache_keys(start, end)
+        self.tree.insert(sequence.lease, keys, kv, defer=defer_merge)
         sequence.num_cached_tokens = end
         if rest := sequence.max_tail_tokens:
             self.tails.shift(sequence.slot, end - start, rest)
