@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 
 from glmd.bench.device_model import (
     BASE_DISPATCHES,
+    DENSE_BYTES,
     DEVICES,
     EXPERTS_BYTES,
     KV_TOKEN_BYTES,
+    LAYERS,
     WEIGHT_BYTES,
     StepCost,
+    computed_rows,
     expert_bytes,
     load_device,
     model_args,
@@ -28,6 +31,7 @@ from glmd.cli.main import app
 from glmd.convert.inspect import inspect
 from glmd.errors import SettingsError
 from glmd.ipc import TokenArray
+from glmd.model.moe import SORTED_ROWS
 
 CONFIG = ROOT / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
 MAX = DEVICES[1]
@@ -54,10 +58,21 @@ def test_a_plain_step_reads_four_experts_and_is_bound_by_dispatches_too() -> Non
     assert step.seconds(MAX) == pytest.approx(7.3e-3 + 3.6e-3, rel=0.02)
 
 
-def test_ungrouped_rows_read_more_than_all_experts() -> None:
-    assert expert_bytes(7) < expert_bytes(8)
-    assert expert_bytes(63) == pytest.approx(2.2 * EXPERTS_BYTES)
+def test_rows_read_experts_one_by_one_only_where_padding_to_groups_does_not_pay() -> None:
+    """Grouped rows read each expert once; padding costs operations, so it begins at 16 rows."""
+    assert expert_bytes(7) < expert_bytes(8) < expert_bytes(15)
+    assert expert_bytes(15) == pytest.approx(15 * 4 / 64 * EXPERTS_BYTES)
+    assert expert_bytes(16) == pytest.approx((1 - (60 / 64) ** 16) * EXPERTS_BYTES)
     assert expert_bytes(64) == pytest.approx(EXPERTS_BYTES, rel=0.02)
+    assert computed_rows(15) == 15
+    assert 16 < computed_rows(16) < computed_rows(63) < computed_rows(64) == 64
+    for device in DEVICES:
+        for rows in range(SORTED_ROWS, 64):
+            step = StepCost(rows, kv_tokens=0, dispatches=BASE_DISPATCHES)
+            dense, pairs = DENSE_BYTES, rows * 4 / 64
+            ungrouped = (dense + EXPERTS_BYTES * min(pairs, 2.2)) / (device.bandwidth_gb * 1e9)
+            ungrouped += LAYERS * BASE_DISPATCHES * device.dispatch_us * 1e-6
+            assert step.seconds(device) <= 1.01 * ungrouped, (device.name, rows)
 
 
 def test_the_clock_advances_by_the_steps_of_the_model() -> None:

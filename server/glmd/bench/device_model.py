@@ -5,7 +5,8 @@ model serves to compare decisions: how many rows, how many pieces, which order. 
 predictions of speed.
 
 Sizes are of the `mixed-8-5` recipe (`glmd inspect`). Expert reads follow MLX 0.32's `gather_qmm`,
-which groups rows by expert from `GROUPED_ROWS` rows on and multiplies row by row below.
+which groups rows by expert from `GROUPED_ROWS` rows on and multiplies row by row below, and
+`glmd.model.moe`, which pads to that number from `SORTED_ROWS` rows on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mlx_lm.models.glm4_moe_lite import ModelArgs
 
 from glmd.errors import SettingsError
 from glmd.model.batch import ForwardBatch, KVSpan, PaddedSpans
+from glmd.model.moe import GROUPED_PAIRS, SORTED_ROWS
 
 LAYERS = 47
 KV_TOKEN_BYTES = LAYERS * 576 * 2
@@ -34,14 +36,14 @@ EXPERTS_BYTES = 19.1e9
 
 EXPERTS, EXPERTS_PER_ROW = 64, 4
 
-GROUPED_ROWS = 64
-"""Rows from which `gather_qmm` reads each expert once: 4 (row, expert) pairs per expert."""
-
 UNGROUPED_ROWS = 8
 """Rows from which ungrouped reads exceed the caches: every (row, expert) pair reads its expert."""
 
-UNGROUPED_CAP = 2.2
-"""Most bytes of ungrouped reads, as a multiple of all experts: caches save the rest."""
+GROUPED_ROWS = GROUPED_PAIRS * EXPERTS // EXPERTS_PER_ROW
+"""Rows from which `gather_qmm` reads each expert once. From `SORTED_ROWS` on, pairs are padded."""
+
+EXPERT_SHARE = 0.55
+"""Share of the routed experts in the operations of a row: 37.7 of 68.9 million per layer."""
 
 BASE_DISPATCHES = 51
 """Kernels of a layer with one decoding sequence and one piece of KV."""
@@ -100,11 +102,16 @@ def model_args() -> ModelArgs:
 
 def expert_bytes(rows: int) -> float:
     """Bytes of routed experts that a step of `rows` rows reads."""
-    if UNGROUPED_ROWS <= rows < GROUPED_ROWS:
-        pairs = rows * EXPERTS_PER_ROW / EXPERTS
-        return EXPERTS_BYTES * min(pairs, UNGROUPED_CAP)
+    if UNGROUPED_ROWS <= rows < SORTED_ROWS:
+        return EXPERTS_BYTES * rows * EXPERTS_PER_ROW / EXPERTS
     unused = (1 - EXPERTS_PER_ROW / EXPERTS) ** rows
     return EXPERTS_BYTES * (1 - unused)
+
+
+def computed_rows(rows: int) -> float:
+    """Rows that a step of `rows` rows computes, with the padding of pairs as a part of a row."""
+    padding = GROUPED_ROWS - rows if SORTED_ROWS <= rows < GROUPED_ROWS else 0
+    return rows + EXPERT_SHARE * padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +121,24 @@ class StepCost:
     Attributes:
         kv_tokens: tokens of KV read in each layer. A token read by two products counts twice.
         dispatches: kernels per layer.
+        copied_tokens: tokens of KV copied to merge segments, each read and written.
     """
 
     rows: int
     kv_tokens: int
     dispatches: int
+    copied_tokens: int = 0
 
     @property
     def nbytes(self) -> float:
-        """Bytes read."""
-        return DENSE_BYTES + expert_bytes(self.rows) + self.kv_tokens * KV_TOKEN_BYTES
+        """Bytes read, and bytes of KV written by copies."""
+        kv = (self.kv_tokens + 2 * self.copied_tokens) * KV_TOKEN_BYTES
+        return DENSE_BYTES + expert_bytes(self.rows) + kv
 
     def seconds(self, device: Device) -> float:
         """Duration on a device."""
         reading = self.nbytes / (device.bandwidth_gb * 1e9)
-        computing = self.rows * device.row_ms * 1e-3
+        computing = computed_rows(self.rows) * device.row_ms * 1e-3
         return max(reading, computing) + LAYERS * self.dispatches * device.dispatch_us * 1e-6
 
 

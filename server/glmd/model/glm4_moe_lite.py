@@ -9,7 +9,6 @@ norms of the query and key-value latents.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -17,13 +16,10 @@ import mlx.core as mx
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project_qkv
-from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs, group_expert_select
+from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs
+from glmd.model.moe import COMPILED_ROWS, GatedMLP, MixtureOfExperts, groups_pairs
 
 LATENT_NORM_EPS = 1e-6
-
-COMPILED_ROWS = 32
-"""Number of rows up to which a layer runs compiled. MLX keeps a compiled graph for each number of
-rows as long as the model exists, and with more rows the host is not the bottleneck."""
 
 Result = TypeVar("Result")
 
@@ -68,7 +64,11 @@ class DecoderBlock:
         attn.kv_a_layernorm.eps = LATENT_NORM_EPS
         if attn.q_lora_rank is not None:
             attn.q_a_layernorm.eps = LATENT_NORM_EPS
-        run_mlp = partial(moe, mlp) if isinstance(mlp, Glm4MoeLiteMoE) else mlp
+        run_mlp: Callable[[mx.array], mx.array]
+        if isinstance(mlp, Glm4MoeLiteMoE):
+            run_mlp = MixtureOfExperts(mlp, pad_pairs=groups_pairs())
+        else:
+            run_mlp = GatedMLP(mlp)
 
         def pre_attention(h: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions)
@@ -122,24 +122,6 @@ class DecoderBlock:
         q_nope, q_rope, _ = self._pre_attention(h, batch.positions[rows])
         attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
         return self._post_attention(h, attended), kv
-
-
-def moe(mlp: Any, x: mx.array) -> mx.array:
-    """Weighted sum of the routed experts plus the shared expert: [N, hidden] → [N, hidden]."""
-    gate = mlp.gate
-    experts, scores = group_expert_select(
-        x.astype(mx.float32) @ gate.weight.T,
-        gate.e_score_correction_bias,
-        gate.top_k,
-        gate.n_group,
-        gate.topk_group,
-        gate.routed_scaling_factor,
-        gate.norm_topk_prob,
-    )
-    y: mx.array = mlp.switch_mlp(x, experts)  # [N, experts per token, hidden]
-    y = (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
-    y += mlp.shared_experts(x)
-    return y
 
 
 class Glm4MoeLiteModel:
