@@ -93,7 +93,7 @@ def test_working_memory_is_reduced_where_kv_would_be_short() -> None:
     assert small.activations < large.activations / 4
     assert small.kv > 12_000 * 55_296
     for plan in (large, small):
-        assert 2048 < plan.max_segment <= plan.activations // 55_296
+        assert 1024 < plan.max_segment <= plan.activations // 55_296
     for plan, gib in ((large, 36), (small, 21.33)):
         total = plan.weights + plan.activations + plan.kv
         assert total == int(gib * 2**30)
