@@ -11,6 +11,7 @@ from glmd import __version__
 from glmd.cli.bench import app as bench_app
 from glmd.cli.chat import chat
 from glmd.cli.config import app as config_app
+from glmd.cli.connect import connect
 from glmd.cli.convert import convert, inspect
 from glmd.cli.doctor import doctor
 from glmd.cli.evaluate import evaluate
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, convert, inspect, evaluate, doctor):
+for command in (serve, chat, connect, convert, inspect, evaluate, doctor):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

@@ -1,0 +1,540 @@
+"""`glmd connect`: settings of editors and agents for this server, printed, written or launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomlkit
+import typer
+import yaml
+
+from glmd.cli.chat import find_key
+from glmd.cli.chat_session import ChatClient
+from glmd.cli.daemon import base_url
+from glmd.cli.serve import ConfigOption
+from glmd.config import load
+from glmd.errors import ServerRefused, SettingsError
+from glmd.utils.files import atomic_write
+from glmd.utils.text import did_you_mean
+
+MODEL = "default"
+"""Name that the server accepts for whatever model it serves."""
+
+TITLE = "GLM-4.7-Flash"
+
+MAX_OUTPUT_TOKENS = 65_536
+"""Limit of one answer for clients that ask for a number, and that plan prompts around it."""
+
+TIMEOUT_MS = 600_000
+"""Milliseconds without an event that clients wait: a long prompt on a busy server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A running server, as a client needs it.
+
+    Attributes:
+        url: without a path.
+        api_key: None: the server asks for none.
+        context_length: tokens of prompt and answer together.
+    """
+
+    url: str
+    api_key: str | None
+    context_length: int
+
+    @property
+    def key(self) -> str:
+        """The API key; else any text, as many clients insist on one."""
+        return self.api_key or "none"
+
+    @property
+    def openai(self) -> str:
+        """Base URL for clients of OpenAI's API."""
+        return f"{self.url}/v1"
+
+    @property
+    def max_output_tokens(self) -> int:
+        """Tokens of one answer, which leave half of the context to prompts."""
+        return min(MAX_OUTPUT_TOKENS, self.context_length // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Settings of one client for one server.
+
+    Attributes:
+        environment: variables for the program, which `--launch` sets.
+        command: the program and its arguments; empty: it has no command.
+        file: configuration file, relative to the home folder; its suffix gives the format.
+        content: to be merged into `file`.
+        configure: command that writes the client's own configuration, in place of `file`.
+        steps: what to enter, for programs that are set up in a window.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    file: str | None = None
+    content: Mapping[str, Any] = field(default_factory=dict)
+    configure: tuple[str, ...] = ()
+    steps: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A program that talks to the server.
+
+    Attributes:
+        notes: what users should know, as Markdown.
+    """
+
+    name: str
+    title: str
+    setup: Callable[[Endpoint], Setup]
+    notes: tuple[str, ...] = ()
+
+
+def claude(server: Endpoint) -> Setup:
+    names = ("", "DEFAULT_OPUS_", "DEFAULT_SONNET_", "DEFAULT_HAIKU_")
+    environment = {
+        "ANTHROPIC_BASE_URL": server.url,
+        "ANTHROPIC_AUTH_TOKEN": server.key,
+        **{f"ANTHROPIC_{name}MODEL": MODEL for name in names},
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(server.context_length),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    return Setup(environment, ("claude",), ".claude/settings.json", {"env": environment})
+
+
+def codex(server: Endpoint) -> Setup:
+    provider: dict[str, Any] = {
+        "name": "glmd",
+        "base_url": server.openai,
+        "wire_api": "responses",
+        "stream_idle_timeout_ms": TIMEOUT_MS,
+    }
+    environment = {}
+    if server.api_key is not None:
+        provider["env_key"] = "GLMD_API_KEY"
+        environment["GLMD_API_KEY"] = server.api_key
+    general = {
+        "model": MODEL,
+        "model_provider": "glmd",
+        "model_context_window": server.context_length,
+    }
+    options = general | {f"model_providers.glmd.{name}": value for name, value in provider.items()}
+    arguments = (
+        word for name, value in options.items() for word in ("-c", f"{name}={json.dumps(value)}")
+    )
+    content = general | {"model_providers": {"glmd": provider}}
+    return Setup(environment, ("codex", *arguments), ".codex/config.toml", content)
+
+
+def opencode(server: Endpoint) -> Setup:
+    model = {
+        "name": TITLE,
+        "reasoning": True,
+        "tool_call": True,
+        "limit": {"context": server.context_length, "output": server.max_output_tokens},
+    }
+    content = {
+        "$schema": "https://opencode.ai/config.json",
+        "provider": {
+            "glmd": {
+                "npm": "@ai-sdk/openai-compatible",
+                "name": "glmd",
+                "options": {
+                    "baseURL": server.openai,
+                    "apiKey": server.key,
+                    "includeUsage": True,
+                },
+                "models": {MODEL: model},
+            }
+        },
+        "model": f"glmd/{MODEL}",
+    }
+    environment = {"OPENCODE_CONFIG_CONTENT": json.dumps(content)}
+    return Setup(environment, ("opencode",), ".config/opencode/opencode.json", content)
+
+
+def qwen(server: Endpoint) -> Setup:
+    environment = {
+        "OPENAI_BASE_URL": server.openai,
+        "OPENAI_API_KEY": server.key,
+        "OPENAI_MODEL": MODEL,
+    }
+    content = {
+        "security": {
+            "auth": {
+                "selectedType": "openai",
+                "baseUrl": server.openai,
+                "apiKey": server.key,
+            }
+        },
+        "model": {
+            "name": MODEL,
+            "generationConfig": {
+                "contextWindowSize": server.context_length,
+                "timeout": TIMEOUT_MS,
+            },
+        },
+    }
+    command = ("qwen", "--auth-type", "openai")
+    return Setup(environment, command, ".qwen/settings.json", content)
+
+
+def aider(server: Endpoint) -> Setup:
+    environment = {"OPENAI_API_BASE": server.openai, "OPENAI_API_KEY": server.key}
+    model = f"openai/{MODEL}"
+    content = {
+        "model": model,
+        "openai-api-base": server.openai,
+        "openai-api-key": server.key,
+        "show-model-warnings": False,
+    }
+    command = ("aider", "--model", model, "--no-show-model-warnings")
+    return Setup(environment, command, ".aider.conf.yml", content)
+
+
+def continue_dev(server: Endpoint) -> Setup:
+    model = {
+        "name": TITLE,
+        "provider": "openai",
+        "model": MODEL,
+        "apiBase": server.openai,
+        "apiKey": server.key,
+        "roles": ["chat", "edit", "apply"],
+        "capabilities": ["tool_use"],
+        "defaultCompletionOptions": {
+            "contextLength": server.context_length,
+            "maxTokens": min(16_384, server.max_output_tokens),
+        },
+    }
+    content = {"name": "Local", "version": "0.0.1", "schema": "v1", "models": [model]}
+    return Setup(command=("cn",), file=".continue/config.yaml", content=content)
+
+
+def zed(server: Endpoint) -> Setup:
+    model = {
+        "name": MODEL,
+        "display_name": TITLE,
+        "max_tokens": server.context_length,
+        "max_output_tokens": server.max_output_tokens,
+        "capabilities": {
+            "tools": True,
+            "images": False,
+            "parallel_tool_calls": True,
+            "prompt_cache_key": False,
+        },
+    }
+    provider = {"api_url": server.openai, "available_models": [model]}
+    content = {"language_models": {"openai_compatible": {"glmd": provider}}}
+    environment = {"GLMD_API_KEY": server.key}
+    return Setup(environment, ("zed",), ".config/zed/settings.json", content)
+
+
+def cline(server: Endpoint) -> Setup:
+    return Setup(
+        command=("cline",),
+        configure=(
+            "cline", "auth", "--provider", "openai-compatible", "--baseurl", server.openai,
+            "--apikey", server.key, "--modelid", MODEL,
+        ),
+        steps=f"In VS Code: Settings → API Provider *OpenAI Compatible*: Base URL {server.openai},"
+        f" API Key {server.key}, Model ID {MODEL}. In the model configuration set the context"
+        f" window to {server.context_length} and turn image support off. Leave *R1 format* off."
+        " Roo Code and Kilo Code have the same fields.",
+    )  # fmt: skip
+
+
+def goose(server: Endpoint) -> Setup:
+    environment = {
+        "GOOSE_PROVIDER": "openai",
+        "GOOSE_MODEL": MODEL,
+        "GOOSE_CONTEXT_LIMIT": str(server.context_length),
+        "OPENAI_HOST": server.url,
+        "OPENAI_API_KEY": server.key,
+    }
+    content = {name: value for name, value in environment.items() if name != "OPENAI_API_KEY"}
+    return Setup(environment, ("goose", "session"), ".config/goose/config.yaml", content)
+
+
+def open_webui(server: Endpoint) -> Setup:
+    environment = {"OPENAI_API_BASE_URL": server.openai, "OPENAI_API_KEY": server.key}
+    return Setup(
+        environment,
+        ("open-webui", "serve"),
+        steps="In the browser: Admin Panel → Settings → Connections → OpenAI API → Add:"
+        f" URL {server.openai}, key {server.key}. From within Docker the host is"
+        " host.docker.internal, with the server on `--host 0.0.0.0` and an API key. Set *Function"
+        " Calling* to *Native* in the model's advanced parameters.",
+    )
+
+
+CLIENTS: tuple[Client, ...] = (
+    Client("claude", "Claude Code", claude),
+    Client("codex", "Codex", codex),
+    Client("opencode", "opencode", opencode),
+    Client("qwen", "Qwen Code", qwen),
+    Client("aider", "aider", aider),
+    Client("continue", "Continue", continue_dev),
+    Client("zed", "Zed", zed),
+    Client("cline", "Cline", cline),
+    Client("goose", "goose", goose),
+    Client("open-webui", "Open WebUI", open_webui),
+)
+
+ALIASES = {
+    "claude-code": "claude",
+    "qwen-code": "qwen",
+    "cn": "continue",
+    "openwebui": "open-webui",
+}
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def connect(
+    client: Annotated[
+        str,
+        typer.Argument(
+            metavar="CLIENT", help=f"Program: {', '.join(each.name for each in CLIENTS)}."
+        ),
+    ],
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write", help="Merge the settings into the client's file, and keep a backup of it."
+        ),
+    ] = False,
+    launch: Annotated[
+        bool,
+        typer.Option(
+            "--launch", help="Start the client with these settings. Writes no file if it need not."
+        ),
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the server. Default: host and port of the settings.", show_default=False
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="API key. Default: that of the settings.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Print the settings that a client needs for the running server, write them, or launch it.
+
+    Address and context length are those of the running server.
+
+    Example: glmd connect claude --launch
+    """
+    if write and launch:
+        raise SettingsError("--write and --launch cannot be combined.")
+    chosen = find_client(client)
+    settings = load({}, config)
+    server = find_endpoint(url or base_url(settings.host, settings.port), key or find_key(settings))
+    setup = chosen.setup(server)
+    if write:
+        typer.echo(write_settings(chosen, setup, Path.home()))
+    elif launch:
+        launch_client(chosen, setup)
+    else:
+        typer.echo(describe(setup))
+
+
+def find_client(name: str) -> Client:
+    """Return a client by name.
+
+    Raises:
+        SettingsError: there is no such client.
+    """
+    wanted = ALIASES.get(name.lower(), name.lower())
+    for each in CLIENTS:
+        if each.name == wanted:
+            return each
+    names = [each.name for each in CLIENTS]
+    raise SettingsError(
+        f"CLIENT: {name} is not known{did_you_mean(wanted, names)} Known are {', '.join(names)}."
+        " Any other client of OpenAI's or Anthropic's API works too; see docs/clients.md."
+    )
+
+
+def find_endpoint(url: str, key: str | None) -> Endpoint:
+    """Ask a running server for its context length.
+
+    Raises:
+        ServerRefused: it does not answer, requires another key, or still loads the model.
+    """
+    with closing(ChatClient(url, key)) as client:
+        served = client.models()[0]
+    length = served.get("max_model_len")
+    if length is None:
+        raise ServerRefused(
+            f"The server at {url} is still loading the model, so its context length is not known."
+            " Try again when it is ready."
+        )
+    return Endpoint(url.rstrip("/"), key, length)
+
+
+def describe(setup: Setup) -> str:
+    """Format the settings for a person to copy."""
+    parts = []
+    if setup.steps is not None:
+        parts.append(setup.steps)
+    if setup.configure:
+        parts.append(shlex.join(setup.configure))
+    if setup.file is not None:
+        parts.append(f"# ~/{setup.file}\n{dump(setup.content, Path(setup.file).suffix)}")
+    in_file = json.dumps(setup.content)
+    exports = [
+        f"export {name}={shlex.quote(value)}"
+        for name, value in setup.environment.items()
+        if setup.file is None or (name.endswith("_KEY") and value not in in_file)
+    ]
+    if exports:
+        parts.append("\n".join(exports))
+    return "\n\n".join(part.rstrip() for part in parts)
+
+
+def dump(content: Mapping[str, Any], suffix: str) -> str:
+    """Format a mapping as JSON, TOML or YAML, by a file's suffix."""
+    if suffix == ".json":
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if suffix == ".toml":
+        return tomlkit.dumps(content)
+    return str(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def write_settings(client: Client, setup: Setup, home: Path) -> str:
+    """Write a client's settings; returns a sentence on what was done.
+
+    Raises:
+        SettingsError: the client keeps no file, or its file cannot be merged without loss.
+    """
+    if setup.configure:
+        run(client, setup.configure)
+        return f"Set up {client.title} with `{' '.join(setup.configure[:2])}`."
+    if setup.file is None:
+        raise SettingsError(f"--write: {client.title} keeps no settings file. {setup.steps}")
+    file = home / setup.file
+    old = file.read_text() if file.exists() else None
+    new = dump(setup.content, file.suffix) if not old else merge(old, setup.content, file)
+    if new == old:
+        return f"{file} has these settings already."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if old is None:
+        atomic_write(file, new.encode())
+        return f"Wrote {file}."
+    backup = free_name(file)
+    shutil.copy2(file, backup)
+    atomic_write(file, new.encode())
+    return f"Changed {file}; the file as it was is {backup}."
+
+
+def free_name(file: Path) -> Path:
+    """Return the first of `file.bak`, `file.bak2`, … that does not exist."""
+    names = (file.with_name(f"{file.name}.bak{n if n > 1 else ''}") for n in range(1, 1 << 30))
+    return next(name for name in names if not name.exists())
+
+
+def merge(old: str, content: Mapping[str, Any], file: Path) -> str:
+    """Merge settings into the text of a file, and keep everything else in it.
+
+    Raises:
+        SettingsError: the text cannot be read, or comments would be lost.
+    """
+    advice = "Add the settings that this command prints without --write."
+    if file.suffix == ".toml":
+        document = tomlkit.parse(old)
+        update(document, content)
+        return tomlkit.dumps(document)
+    try:
+        data = json.loads(old) if file.suffix == ".json" else yaml.safe_load(old)
+    except (ValueError, yaml.YAMLError):
+        data = None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{file}: not plain {file.suffix[1:].upper()}. {advice}")
+    before = json.dumps(data)
+    update(data, content)
+    if json.dumps(data) == before:
+        return old
+    if file.suffix != ".json" and "#" in old:
+        raise SettingsError(f"{file}: has comments, which would be lost. {advice}")
+    return dump(data, file.suffix)
+
+
+def update(target: Any, content: Mapping[str, Any]) -> None:
+    """Set nested keys. A list of named objects keeps those of other names."""
+    for key, value in content.items():
+        present = target.get(key)
+        if isinstance(value, Mapping) and isinstance(present, Mapping):
+            update(present, value)
+        elif isinstance(value, list) and isinstance(present, list) and present:
+            names = {each["name"] for each in value if isinstance(each, dict) and "name" in each}
+            others = [
+                each
+                for each in present
+                if isinstance(each, dict) and each.get("name") not in names and names
+            ]
+            target[key] = [*others, *value]
+        else:
+            target[key] = value
+
+
+def launch_client(client: Client, setup: Setup) -> None:
+    """Replace this process by the client.
+
+    Raises:
+        SettingsError: the client has no command, or is not installed.
+    """
+    if setup.configure:
+        run(client, setup.configure)
+    elif setup.file is not None and not setup.environment:
+        typer.echo(write_settings(client, setup, Path.home()), err=True)
+    program = find_program(client, setup.command)
+    sys.stdout.flush()
+    environment = {**os.environ, **setup.environment}
+    os.execve(program, setup.command, environment)  # noqa: S606
+
+
+def run(client: Client, command: tuple[str, ...]) -> None:
+    """Run a client's own configuration command.
+
+    Raises:
+        SettingsError: it is not installed, or fails.
+    """
+    done = subprocess.run(  # noqa: S603
+        [find_program(client, command), *command[1:]], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise SettingsError(f"`{' '.join(command[:2])}` failed: {' '.join(last)}")
+
+
+def find_program(client: Client, command: tuple[str, ...]) -> str:
+    """Return the path of a client's program.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    found = shutil.which(command[0])
+    if found is None:
+        raise SettingsError(
+            f"{client.title} is not installed: there is no command `{command[0]}`. Install it, or"
+            f" print its settings with `glmd connect {client.name}`."
+        )
+    return found
