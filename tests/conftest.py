@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+# No test uses models that the user has downloaded. Read when huggingface_hub is imported.
+os.environ["HF_HUB_CACHE"] = "/nonexistent/hub"
+
 import httpx
 import pytest
+from hub import hub, published  # noqa: F401
 from hypothesis import settings
 from live import CHECKPOINT, LiveServer, live_server
 from paths import ROOT, TESTS

@@ -129,7 +129,8 @@ class Settings(BaseSettings):
     # Model
     model: str | None = Field(
         None,
-        description="Checkpoint folder or Hugging Face repo id. Default: the bundled demo model.",
+        description="Checkpoint folder, Hugging Face repo id, or short name (glm-4.7-flash, demo)."
+        " Default: glm-4.7-flash if `glmd pull` has downloaded it, else the bundled demo model.",
     )
     aliases: Names = Field(
         (), description="Additional model names to accept, such as gpt-4o or claude-*."

@@ -165,7 +165,7 @@ def test_a_model_that_is_not_downloaded_is_a_warning_unless_the_disk_is_full(
     monkeypatch.setattr(doctor, "DOWNLOAD_BYTES", 1)
     finding = doctor.check_model("owner/name", None)
     assert finding.verdict == "warning"
-    assert "hf download owner/name" in (finding.advice or "")
+    assert "glmd pull owner/name" in (finding.advice or "")
     monkeypatch.setattr(doctor, "DOWNLOAD_BYTES", 10**18)
     assert_problem(doctor.check_model("owner/name", None), "GiB free", "HF_HOME")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, constants, hf_hub_download, snapshot_download
 
 # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; imported from here, it is either.
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -21,9 +23,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from glmd.checkpoint.config import load_config
+from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.checkpoint.weights import list_tensors
 from glmd.errors import CheckpointError, ModelNotFound
+from glmd.utils.files import check_room
+from glmd.utils.text import gb
 
 log = logging.getLogger(__name__)
 
@@ -39,33 +43,72 @@ IGNORE = ("*/*",)
 DEMO = Path(__file__).parents[1] / "demo"
 """The demo checkpoint in the package."""
 
+RECOMMENDED = "leonsarmiento/GLM-4.7-Flash-5bit-mlx"
+"""Repository of the mixed 8/5-bit conversion."""
 
-def resolve_model(model: str) -> Path:
+SHORT_NAMES = {"glm-4.7-flash": RECOMMENDED, "demo": str(DEMO)}
+
+LM_STUDIO = (Path(".lmstudio/models"), Path(".cache/lm-studio/models"))
+"""Folders of LM Studio's models in the home folder: of today's and of older versions."""
+
+TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model on the hub, known from its config.json and file list.
+
+    Attributes:
+        nbytes: of all files that glmd uses.
+        missing: bytes of those that are not in the local cache.
+        weight_bytes: of the main model's weights.
+        mtp_bytes: of mtp.safetensors; 0: there is none.
+    """
+
+    repo: str
+    config: ModelConfig
+    nbytes: int
+    missing: int
+    weight_bytes: int
+    mtp_bytes: int
+
+
+def full_name(model: str) -> str:
+    """Return the repository or folder of a short name, and any other name unchanged."""
+    return SHORT_NAMES.get(model.lower(), model)
+
+
+def resolve_model(model: str, *, for_serving: bool = False) -> Path:
     """Return the local folder of a model, after downloading it if needed.
 
-    A repository that is complete in the local cache is used without a request to the hub, so a
-    start needs no connection; `hf download` updates it. A download shows a progress bar and
-    resumes an earlier one. config.json is downloaded and checked before the weights.
+    A repository that is complete in the local cache, or among LM Studio's models, is used without
+    a request to the hub, so a start needs no connection; `glmd pull` updates it. A download shows
+    a progress bar and resumes an earlier one. config.json is downloaded and checked before the
+    weights.
 
     Args:
-        model: a folder, or a Hugging Face repository id (`owner/name`).
+        model: a folder, a short name, or a Hugging Face repository id (`owner/name`).
+        for_serving: refuse to download a model that is not quantised.
 
     Raises:
         ModelNotFound: there is neither, or the download fails.
-        CheckpointError: the model is not supported.
+        CheckpointError: the model is not supported, or the disk has too little room.
     """
+    model = full_name(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelNotFound(f"{model} is a file, not the folder of a model.")
     _check_id(model)
-    cached = _cached(model)
+    cached = cached_folder(model) or lm_studio_folder(model)
     if cached is not None:
         return cached
-    _fetch_config(model)
-    with _explain_errors(model):
-        return Path(_snapshot(model))
+    remote = look_up(model)
+    if for_serving:
+        check_quantized(remote)
+    return download(remote)
 
 
 def resolve_config(model: str) -> Path:
@@ -80,11 +123,108 @@ def resolve_config(model: str) -> Path:
     Raises:
         ModelNotFound, CheckpointError: as `resolve_model`.
     """
+    model = full_name(model)
     path = Path(model).expanduser()
     if path.exists():
         return path
     _check_id(model)
-    return _cached(model) or _fetch_config(model)
+    found = cached_folder(model) or lm_studio_folder(model)
+    if found is None:
+        _probe(model)
+        found = _fetch_config(model)
+    return found
+
+
+def look_up(repo: str) -> RemoteModel:
+    """Read a model's config.json and file list on the hub; downloads no weights.
+
+    Raises:
+        ModelNotFound: the repository cannot be read.
+        CheckpointError: the model is not supported.
+    """
+    _check_id(repo)
+    _probe(repo)
+    config = load_config(_fetch_config(repo))
+    with _explain_errors(repo):
+        plan: list[DryRunFileInfo] = _download(repo, dry_run=True)
+    sizes = {file.filename: file.file_size or 0 for file in plan}
+    weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    mtp_bytes = weights.pop("mtp.safetensors", 0)
+    return RemoteModel(
+        repo=repo,
+        config=config,
+        nbytes=sum(sizes.values()),
+        missing=sum(sizes[file.filename] for file in plan if file.will_download),
+        weight_bytes=sum(weights.values()),
+        mtp_bytes=mtp_bytes,
+    )
+
+
+def check_quantized(model: RemoteModel) -> None:
+    """Check that a model is quantised, before it is downloaded to be served.
+
+    Raises:
+        CheckpointError: it is not; the message has the commands to use.
+    """
+    if model.config.quantization is None:
+        name = model.repo.partition("/")[2]
+        raise CheckpointError(
+            f"{model.repo} is not quantised: {gb(model.nbytes)} GB to download, and as much memory"
+            f" to serve. Use the recommended conversion instead (`glmd pull`, then `glmd serve"
+            f" glm-4.7-flash`), or make your own: `glmd convert {model.repo} ./{name}-mixed-8-5`."
+            f" To serve it as it is, download it first: `glmd pull {model.repo}`."
+        )
+
+
+def download(model: RemoteModel) -> Path:
+    """Download what is missing of a model, and return its folder.
+
+    Raises:
+        ModelNotFound: the download fails.
+        CheckpointError: the disk has too little room.
+    """
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    check_room(cache / model.repo.replace("/", "--"), model.missing)
+    with _explain_errors(model.repo):
+        return Path(_download(model.repo))
+
+
+def cached_folder(repo: str) -> Path | None:
+    """Return a repository's folder in the local cache; None: missing or incomplete there."""
+    return _cached(repo)
+
+
+def lm_studio_folder(repo: str) -> Path | None:
+    """Return a repository's folder among LM Studio's models; None: missing or not complete."""
+    for folder in LM_STUDIO:
+        found = Path.home() / folder / repo
+        if found.is_dir():
+            try:
+                list_tensors(found)
+            except CheckpointError:
+                continue
+            return found
+    return None
+
+
+def _probe(repo: str) -> None:
+    """Ask the hub for a repository once, so that a wrong name or no connection fails at once."""
+    if constants.HF_HUB_OFFLINE:
+        raise ModelNotFound(
+            f"{repo} is not downloaded, or not completely, and HF_HUB_OFFLINE is set."
+        )
+    with _explain_errors(repo):
+        try:
+            HfApi(endpoint=constants.ENDPOINT).model_info(repo, timeout=TIMEOUT)
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:
+            log.debug("hub not reached: repo=%s", repo, exc_info=error)
+            host = constants.ENDPOINT.removeprefix("https://")
+            raise ModelNotFound(
+                f"{repo} is not downloaded, or not completely, and {host} cannot be reached."
+            ) from None
 
 
 def _check_id(model: str) -> None:
@@ -101,19 +241,16 @@ def _check_id(model: str) -> None:
 
 def _cached(repo: str) -> Path | None:
     try:
-        folder = Path(_snapshot(repo, local_files_only=True))
+        folder = Path(_download(repo, local_files_only=True))
         list_tensors(folder)
     except (LocalEntryNotFoundError, CheckpointError):
         return None  # Missing or incomplete; a download completes it.
     return folder
 
 
-def _snapshot(repo: str, *, local_files_only: bool = False) -> str:
+def _download(repo: str, **options: Any) -> Any:
     return snapshot_download(
-        repo,
-        allow_patterns=list(ALLOW),
-        ignore_patterns=list(IGNORE),
-        local_files_only=local_files_only,
+        repo, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE), **options
     )
 
 

@@ -262,11 +262,13 @@ def check_model(name: str | None, budget: int | None) -> Finding:
     from huggingface_hub import constants
 
     from glmd.checkpoint.config import load_config
-    from glmd.checkpoint.hub import DEMO
+    from glmd.checkpoint.hub import DEMO, RECOMMENDED, cached_folder, full_name
     from glmd.convert.inspect import inspect
 
     found = partial(Finding, "model")
-    folder = DEMO if name is None else local_folder(name)
+    if name is None and cached_folder(RECOMMENDED) is not None:
+        name = RECOMMENDED
+    folder = DEMO if name is None else local_folder(full_name(name))
     if folder is None:
         cache = Path(constants.HF_HUB_CACHE)
         existing = next(path for path in (cache, *cache.parents) if path.exists())
@@ -277,7 +279,7 @@ def check_model(name: str | None, budget: int | None) -> Finding:
                 "problem", f"{text}, and the disk has {gib(free)} GiB free",
                 f"Free {gib(DOWNLOAD_BYTES)} GiB, or set HF_HOME to a folder on another disk.",
             )  # fmt: skip
-        advice = f"The first start downloads it. Download it now: hf download {name}"
+        advice = f"The first start downloads it. Download it now: glmd pull {name}"
         return found("warning", text, advice)
     try:
         config = load_config(folder)

@@ -16,6 +16,7 @@ from glmd.cli.convert import convert, inspect
 from glmd.cli.doctor import doctor
 from glmd.cli.evaluate import evaluate
 from glmd.cli.keys import app as key_app
+from glmd.cli.models import list_models, pull, remove
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
 from glmd.errors import GlmdError
@@ -26,8 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, connect, convert, inspect, evaluate, doctor):
+for command in (serve, chat, pull, connect, convert, inspect, evaluate, doctor):
     app.command()(command)
+app.command("list")(list_models)
+app.command()(remove)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(key_app, name="key")

@@ -164,16 +164,18 @@ def find_model(settings: Settings) -> tuple[str, Path]:
         CheckpointError: a checkpoint of another architecture.
     """
     from glmd.checkpoint.config import load_config
-    from glmd.checkpoint.hub import DEMO, resolve_model
+    from glmd.checkpoint.hub import DEMO, RECOMMENDED, cached_folder, full_name, resolve_model
 
-    name = settings.model
-    if name is None:
+    if settings.model is None and cached_folder(RECOMMENDED) is None:
         log.warning(
             "No model given: serving the bundled demo, a tiny model of the GLM-4.7-Flash"
-            " architecture with almost no knowledge. Pass a folder or a Hugging Face repo id."
+            " architecture with almost no knowledge. `glmd pull` downloads the recommended model."
         )
         return "glmd-demo", DEMO
-    folder = resolve_model(name)
+    name = full_name(settings.model or RECOMMENDED)
+    if name == str(DEMO):
+        return "glmd-demo", DEMO
+    folder = resolve_model(name, for_serving=True)
     load_config(folder)  # The engine would reject another architecture seconds later.
     is_path = folder == Path(name).expanduser()
     return folder.resolve().name if is_path else name, folder
