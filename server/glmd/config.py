@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
+import psutil
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -108,6 +109,30 @@ def split_budgets(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 Budget = Annotated[int, Field(ge=0)]
+
+
+def read_memory(value: Any) -> Any:
+    """Read an amount of memory: with a unit (`24GiB`, `24 GB`), or a share of this machine's."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return value
+    text = str(value).strip()
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            share = 0
+        if not 0 < share <= 100:
+            raise ValueError(f"{text} is not a share between 0% and 100%")
+        return int(psutil.virtual_memory().total * share / 100)
+    if text.isdecimal() and int(text) < LEAST_MEMORY:
+        raise ValueError(f"{text} means {text} bytes. Write {text}GiB, or a share such as 75%")
+    return text
+
+
+LEAST_MEMORY = 1 << 20
+"""Bytes below which a number without a unit is a mistake."""
+
+Memory = Annotated[ByteSize, BeforeValidator(read_memory)]
 Budgets = Annotated[dict[Effort, Budget], NoDecode, BeforeValidator(split_budgets)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -229,11 +254,11 @@ class Settings(BaseSettings):
         description="MTP drafts per step; auto follows the measured gain, off does not load the"
         " MTP layer.",
     )
-    memory_budget: ByteSize | None = Field(
+    memory_budget: Memory | None = Field(
         None,
         ge=1,
-        description="Memory for weights, KV cache and activations, such as 20GiB. Default: derived"
-        " from the device.",
+        description="Memory for weights, KV cache and activations, such as 20GiB, or 75% of this"
+        " machine's. Default: derived from the device.",
     )
     prevent_sleep: bool = Field(
         True, description="On macOS, prevent idle sleep of the Mac while requests run."

@@ -282,6 +282,7 @@ def run(
     """
     freeze_gc_heap()
     url = base_url(state.settings.host, sockets)
+    log.info("Chat page: %s/ (or try: glmd chat)", url)
     log.info("glmd %s serves %s at %s/v1", __version__, state.model.id, url)
     Server(state, read_settings).run(sockets)
     if state.engine.state == "failed":

@@ -7,6 +7,8 @@ import resource
 import socket
 from typing import Any
 
+import psutil
+
 from glmd.errors import SettingsError
 
 BACKLOG = 2048
@@ -48,8 +50,24 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for opened in sockets:
             opened.close()
         reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason += f" by {describe_listener(port)}. Choose another with --port, or stop it"
         raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from error
     return sockets
+
+
+def describe_listener(port: int) -> str:
+    """Name the process that listens on a port, if the system tells this user."""
+    for process in psutil.process_iter(["name", "pid", "cmdline"]):
+        try:
+            connections = process.net_connections("tcp")
+        except (psutil.Error, OSError):
+            continue  # of another user, or gone
+        if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections):
+            command = process.info["cmdline"] or [process.info["name"]]
+            named = "glmd" if "glmd" in " ".join(command[:4]) else process.info["name"]
+            return f"{named} (process {process.info['pid']})"
+    return "a process of another user"
 
 
 def _bind(family: int, address: tuple[Any, ...]) -> socket.socket:

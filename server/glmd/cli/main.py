@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,30 @@ from glmd.cli.keys import app as key_app
 from glmd.cli.models import list_models, pull, remove
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
+from glmd.cli.service import status
 from glmd.errors import GlmdError
+
+OTHER_NAMES = {
+    "run": "chat --model MODEL` or `glmd serve MODEL",
+    "start": "service start",
+    "stop": "service stop",
+    "restart": "service restart",
+    "logs": "service logs",
+    "ps": "status",
+    "ls": "list",
+    "models": "list",
+    "rm": "remove",
+    "delete": "remove",
+    "download": "pull",
+    "get": "pull",
+    "show": "inspect",
+    "launch": "connect CLIENT --launch",
+    "quantize": "convert",
+    "keys": "key",
+    "benchmark": "bench",
+}
+"""Commands of other model servers, and glmd's for the same."""
+
 
 app = typer.Typer(
     name="glmd",
@@ -31,6 +54,7 @@ for command in (serve, chat, pull, connect, convert, inspect, evaluate, doctor):
     app.command()(command)
 app.command("list")(list_models)
 app.command()(remove)
+app.command()(status)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(key_app, name="key")
@@ -41,6 +65,42 @@ def print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"glmd {__version__}")
         raise typer.Exit
+
+
+def lead_on(name: str) -> None:
+    """Register a name of other programs, which fails with glmd's command for the same."""
+
+    def fail(ctx: typer.Context) -> None:
+        ctx.fail(f"There is no command {name}. Use `glmd {OTHER_NAMES[name]}`.")
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(name, hidden=True, context_settings=settings)(fail)
+
+
+for name in OTHER_NAMES:
+    lead_on(name)
+
+
+@app.command("help", hidden=True)
+def show_help(ctx: typer.Context, command: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Print the help of glmd or of one command."""
+    parent = ctx.parent
+    assert parent is not None
+    if command is None:
+        typer.echo(parent.get_help())
+        return
+    group: Any = parent.command
+    found = group.get_command(parent, command)
+    if found is None:
+        ctx.fail(f"There is no command {command}.")
+    with found.make_context(command, [], parent=parent, resilient_parsing=True) as context:
+        typer.echo(found.get_help(context))
+
+
+@app.command("version", hidden=True)
+def show_version() -> None:
+    """Print the version."""
+    print_version(True)
 
 
 @app.callback()

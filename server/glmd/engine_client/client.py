@@ -42,6 +42,7 @@ from glmd.ipc import (
     StepOutputs,
     count_tokens,
 )
+from glmd.utils.text import gb
 
 log = logging.getLogger("glmd.engine_client")
 
@@ -345,7 +346,7 @@ class EngineClient:
 def describe_model(model: ModelInfo) -> str:
     """Summarize the served model for the log."""
     return (
-        f"weights_gb={model.weight_bytes / 1e9:.2f} bits_per_weight={model.bits_per_weight:.3f}"
+        f"weights_gb={gb(model.weight_bytes)} bits_per_weight={model.bits_per_weight:.3f}"
         f" device={model.device!r} max_context={model.max_context}"
         f" mtp={'yes' if model.has_mtp else 'no'}"
     )
