@@ -129,6 +129,9 @@ def read_memory(value: Any) -> Any:
     return text
 
 
+SERVICE_DEFAULTS: Mapping[str, Any] = {"idle_unload": 60.0}
+"""Defaults of a server that runs in the background all day."""
+
 LEAST_MEMORY = 1 << 20
 """Bytes below which a number without a unit is a mistake."""
 
@@ -260,6 +263,15 @@ class Settings(BaseSettings):
         description="Memory for weights, KV cache and activations, such as 20GiB, or 75% of this"
         " machine's. Default: derived from the device.",
     )
+    idle_unload: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        BeforeValidator(lambda value: None if value == "off" else value),
+    ] = Field(
+        None,
+        description="Minutes without a request after which the engine process ends and its memory"
+        " is free; the next request starts it again and waits. The background service uses"
+        f" {SERVICE_DEFAULTS['idle_unload']:g} unless this is set; off is never.",
+    )
     prevent_sleep: bool = Field(
         True, description="On macOS, prevent idle sleep of the Mac while requests run."
     )
@@ -379,9 +391,19 @@ class LoadedSettings:
     origins: Mapping[str, str]
 
 
-def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """Read the settings; arguments and errors as of `load_with_origins`."""
-    return load_with_origins(flags, config).settings
+def load(
+    flags: Mapping[str, Any],
+    config: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read the settings; arguments and errors as of `load_with_origins`.
+
+    Args:
+        defaults: settings in place of the built-in defaults.
+    """
+    loaded = load_with_origins(flags, config)
+    update = {name: value for name, value in (defaults or {}).items() if name not in loaded.origins}
+    return loaded.settings.model_copy(update=update)
 
 
 def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> LoadedSettings:

@@ -44,7 +44,7 @@ from glmd.checkpoint.config import sampling_defaults
 from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
-from glmd.engine_client.client import output_error
+from glmd.engine_client.output_collector import output_error
 from glmd.errors import InvalidRequest
 from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, pack_tokens
 from glmd.utils.text import did_you_mean

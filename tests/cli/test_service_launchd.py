@@ -91,7 +91,7 @@ def test_program_is_an_absolute_path_that_survives_upgrades(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["local/bin/glmd", "service", "install"])
     made = build_spec(None, drain_timeout=30)
-    assert made.arguments == (str(link), "serve")
+    assert made.arguments == (str(link), "serve", "--service")
 
 
 def test_without_a_script_the_interpreter_runs_the_package(
@@ -100,7 +100,7 @@ def test_without_a_script_the_interpreter_runs_the_package(
     monkeypatch.setattr("sys.argv", ["/somewhere/glmd/__main__.py", "service", "install"])
     interpreter, *rest = build_spec("a/b", host="::", port=1, drain_timeout=30).arguments
     assert os.path.isabs(interpreter)
-    assert rest == ["-m", "glmd", "serve", "a/b", "--host", "::", "--port", "1"]
+    assert rest == ["-m", "glmd", "serve", "--service", "a/b", "--host", "::", "--port", "1"]
 
 
 def test_a_program_in_the_uv_cache_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_the_commands_install_report_log_and_remove(run: CliRunner, mac: Mac) ->
     assert run.invoke(commands.app, ["status"]).exit_code == 1
     done = run.invoke(commands.app, ["install", "zai-org/x", "--port", "0"])
     assert done.exit_code == 0, done.output
-    assert "Ready: serve zai-org/x --port 0 at http://127.0.0.1:" in done.output
+    assert "Ready: serve --service zai-org/x --port 0 at http://127.0.0.1:" in done.output
 
     done = run.invoke(commands.app, ["status", "--json"])
     assert done.exit_code == 0

@@ -17,7 +17,9 @@ import fake_engine
 import psutil
 import pytest
 
-from glmd.engine_client.client import EngineClient, OutputCollector
+from glmd.engine_client.admission import RequestTimeouts
+from glmd.engine_client.client import EngineClient
+from glmd.engine_client.output_collector import OutputCollector
 from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import EngineUnavailable, InvalidRequest, Overloaded
 from glmd.ipc import EngineRequest, SequenceOutput, TokenLogprobs, pack_tokens
@@ -371,3 +373,62 @@ async def test_tokens_of_a_dropped_sequence_do_not_count_towards_the_limit() -> 
     collector.put(SequenceOutput(id="r", index=1, tokens=[2] * 90))
     (output,) = await collector.get()
     assert output.tokens == [2] * 90
+
+
+@asynccontextmanager
+async def unloading_client(model: Path, seconds: float = 0.2) -> AsyncIterator[EngineClient]:
+    config = EngineProcessConfig(model, {}, engine="fake_engine")
+    client = EngineClient(config, idle_unload=seconds)
+    await client.start()
+    try:
+        async with asyncio.timeout(120):
+            yield client
+    finally:
+        await client.close()
+
+
+async def test_an_idle_engine_ends_and_the_next_requests_start_it_once(tmp_path: Path) -> None:
+    async with unloading_client(tmp_path) as it:
+        for _ in range(2):
+            await it.wait_for("unloaded")
+            async with asyncio.timeout(60):
+                while it.pid is not None:
+                    await asyncio.sleep(0.02)
+            assert it.accepts_requests
+            answers = await asyncio.gather(
+                *(collect(it, request(k + 1, id=str(k), max_tokens=2)) for k in range(4))
+            )
+            assert answers == [{0: [k + 1, k + 1]} for k in range(4)]
+        assert (it.restarts, it.failure) == (0, None)
+
+
+async def test_an_engine_with_a_request_is_not_unloaded(tmp_path: Path) -> None:
+    async with unloading_client(tmp_path, 0.1) as it:
+        await it.wait_for("unloaded")
+        async with aclosing(it.generate(request(1, max_tokens=10**9))) as outputs:
+            await anext(outputs)
+            await asyncio.sleep(0.5)
+            assert it.state == "ready"
+            await anext(outputs)
+        assert await it.wait_for("unloaded") == "unloaded"
+
+
+async def test_a_request_that_waits_for_the_engine_can_time_out_or_be_closed(
+    tmp_path: Path,
+) -> None:
+    async with unloading_client(tmp_path) as it:
+        await it.wait_for("unloaded")
+        now = asyncio.get_running_loop().time()
+        timeouts = RequestTimeouts(now, queue=0.001)
+        with pytest.raises(Overloaded, match="Queue timeout"):
+            async for _ in it.generate(request(1), timeouts):
+                pass
+        assert await collect(it, request(2, max_tokens=1)) == {0: [2]}
+
+
+async def test_an_unloaded_engine_that_cannot_start_again_is_an_error(tmp_path: Path) -> None:
+    async with unloading_client(tmp_path) as it:
+        await it.wait_for("unloaded")
+        it._config = EngineProcessConfig(tmp_path, {}, engine="no_such_engine")
+        with pytest.raises(EngineUnavailable):
+            await collect(it, request(1))

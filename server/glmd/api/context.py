@@ -82,7 +82,7 @@ async def get_request_context(request: Request, state: StateDep) -> RequestConte
         if (value := request.headers.get(name)) is not None:
             # Headers can shorten the server's timeouts, not extend them.
             limits[phase] = min(parse_seconds(name, value), limits[phase] or math.inf)
-    state.engine.require_ready()
+    state.engine.require_available()
     timeouts = RequestTimeouts(asyncio.get_running_loop().time(), **limits)
     return RequestContext(get_exchange(request), client_id(request.scope), timeouts)
 

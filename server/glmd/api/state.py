@@ -150,7 +150,13 @@ class AppState:
         self.model = model
         self.keys = ApiKeyStore.of(settings) if keys is None else keys
         queue = AdmissionQueue(settings.max_queue, settings.max_queue_tokens)
-        self.engine = EngineClient(launch, queue=queue, process=process)
+        minutes = settings.idle_unload
+        self.engine = EngineClient(
+            launch,
+            queue=queue,
+            idle_unload=None if minutes is None else 60 * minutes,
+            process=process,
+        )
         self.tokenizer = Tokenizer.load(model.folder)
         self._sampling = sampling_defaults(model.folder)
         self.fingerprint = system_fingerprint(__version__, model.id, str(model.created))

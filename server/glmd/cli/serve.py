@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glmd.config import CONFIG_VARIABLE, Settings, load
+from glmd.config import CONFIG_VARIABLE, SERVICE_DEFAULTS, Settings, load
 from glmd.errors import SettingsError
 from glmd.utils.logging import choose_format, configure
 
@@ -67,6 +67,9 @@ def serve(
     log_file: Annotated[Path | None, flag("log_file")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
     config: ConfigOption = None,
+    service: Annotated[
+        bool, typer.Option("--service", hidden=True, help="Use the defaults of the service.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint through the OpenAI and Anthropic APIs.
 
@@ -76,7 +79,8 @@ def serve(
     Example: glmd serve leonsarmiento/GLM-4.7-Flash-5bit-mlx --port 8001
     """
     flags = flags_of(locals())
-    settings = load(flags, config)
+    defaults = SERVICE_DEFAULTS if service else None
+    settings = load(flags, config, defaults)
     log_file = settings.log_file and settings.log_file.expanduser().absolute()
     opened = write_log_to(log_file) if log_file is not None else None
     log_format = choose_format(settings.log_format, sys.stderr)
@@ -96,7 +100,7 @@ def serve(
     def reload() -> Settings:
         if opened is not None:
             opened.refresh()
-        return load(flags, config)
+        return load(flags, config, defaults)
 
     launch = EngineProcessConfig(
         folder,

@@ -104,12 +104,12 @@ def restart(wait: Wait = START_TIMEOUT) -> None:
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the state of the service and its model; exit code 0 only if ready."""
+    """Print the state of the service and its model; exit code 0 if it accepts requests."""
     manager = find_manager()
     state = manager.state()
     report = build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
     typer.echo(json.dumps(report, indent=2) if as_json else _lines(report))
-    if report["status"] != "ready":
+    if report["status"] not in ("ready", "unloaded"):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,6 @@
 """Client of the engine process: supervises it and multiplexes requests over its socket.
 
-Token ids only: text, templates and JSON belong to the layers above. Each request's outputs are
-buffered between the socket and their reader.
+Token ids only: text, templates and JSON belong to the layers above.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from glmd.engine_client.admission import (
     TimeoutTimers,
 )
 from glmd.engine_client.crash_guard import CrashGuard
+from glmd.engine_client.output_collector import OutputCollector, output_error
 from glmd.engine_client.process import EngineProcess, EngineProcessConfig
-from glmd.errors import EngineError, EngineUnavailable, GlmdError, InvalidRequest, Overloaded
+from glmd.errors import EngineUnavailable, GlmdError
 from glmd.ipc import (
     EXIT_REPORTED,
     AbortRequest,
@@ -46,8 +46,9 @@ from glmd.utils.text import gb
 
 log = logging.getLogger("glmd.engine_client")
 
-EngineState = Literal["loading", "ready", "restarting", "failed", "stopped"]
-"""`failed` is final: the engine refused its checkpoint, or never became ready."""
+EngineState = Literal["loading", "ready", "restarting", "unloaded", "failed", "stopped"]
+"""`unloaded`: the next request starts the engine. `failed` is final: the engine refused its
+checkpoint, or never became ready."""
 
 BUFFER_TOKENS = 16_384
 """Unread tokens above which a request fails."""
@@ -86,6 +87,8 @@ class EngineClient:
         config: start parameters of the process.
         queue: bounds on waiting requests. None: no bounds.
         buffer_tokens: unread tokens above which a request fails.
+        idle_unload: seconds without a request after which the engine process ends, and its memory
+            is free. The next request starts the engine and waits for it. None: never.
         process: the first process, started already. None: `start` starts it.
 
     Attributes:
@@ -104,6 +107,7 @@ class EngineClient:
         *,
         queue: AdmissionQueue | None = None,
         buffer_tokens: int = BUFFER_TOKENS,
+        idle_unload: float | None = None,
         process: EngineProcess | None = None,
     ) -> None:
         self.state: EngineState = "stopped"
@@ -117,6 +121,11 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._buffer_tokens = buffer_tokens
         self._state_changed = asyncio.Event()
+        self._idle_unload = idle_unload
+        self._idle = asyncio.Event()  # set while there are no requests
+        self._idle.set()
+        self._idle_since = 0.0
+        self._wanted = asyncio.Event()
         self._requests: dict[str, InFlight] = {}
         self._crash_guard = CrashGuard()
         self._process: EngineProcess | None = None
@@ -154,9 +163,15 @@ class EngineClient:
             await self._state_changed.wait()
         return self.state
 
-    def require_ready(self) -> None:
-        """Raise EngineUnavailable with the reason unless the engine is ready."""
-        if self.state != "ready":
+    @property
+    def accepts_requests(self) -> bool:
+        """Whether requests are processed now, or when the unloaded engine is ready again."""
+        reloading = self.state == "loading" and self.info is not None
+        return reloading or self.state in ("ready", "unloaded")
+
+    def require_available(self) -> None:
+        """Raise EngineUnavailable with the reason unless the engine accepts requests."""
+        if not self.accepts_requests:
             reason = UNAVAILABLE.get(self.state) or self.failure
             raise EngineUnavailable(reason or "The engine is not running.")
 
@@ -176,17 +191,18 @@ class EngineClient:
             RequestQuarantined: the engine crashed repeatedly on this request.
             EngineError: the engine failed on this request alone.
         """
-        self.require_ready()
+        self.require_available()
         if request.id in self._requests:
             raise ValueError(f"id: a request {request.id!r} is already in flight")
         ticket = self.queue.admit_or_reject(request.client, request.n, count_tokens(request.prompt))
         timers = TimeoutTimers(timeouts, lambda phase: self._expire(request.id, phase, timeouts))
         collector = OutputCollector(request.n, self._buffer_tokens)
         self._requests[request.id] = InFlight(collector, ticket, timers)
+        self._idle.clear()
         process = None
         try:
             async with self._crash_guard.track(request) as tracked:
-                self.require_ready()
+                await self._load(collector)
                 process = self._process
                 assert process is not None
                 process.send(request)
@@ -199,10 +215,34 @@ class EngineClient:
                 self._crash_guard.clear(tracked)
         finally:
             del self._requests[request.id]
+            if not self._requests:
+                self._idle_since = time.monotonic()
+                self._idle.set()
             timers.stop()
             self.queue.release(ticket)
             if process is not None and not collector.finished:
                 process.send(AbortRequest(request.id))
+
+    async def _load(self, collector: OutputCollector) -> None:
+        """Wait until the engine is ready; start it if it was unloaded.
+
+        Raises:
+            EngineUnavailable: the engine cannot be started.
+            GlmdError: the request ended meanwhile, as by a timeout.
+        """
+        if self._process is not None and self.state == "ready":
+            return
+        self._wanted.set()
+        ended = asyncio.ensure_future(collector.get())
+        changed = asyncio.ensure_future(self.wait_for("ready", "restarting", "failed", "stopped"))
+        try:
+            await asyncio.wait([ended, changed], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
+        finally:
+            ended.cancel()
+            changed.cancel()
+        self.require_available()
 
     def cancel(self, id: str, index: int) -> None:
         """Abort one sequence of a request in flight; its outputs are dropped."""
@@ -239,6 +279,11 @@ class EngineClient:
                 log.exception("Engine connection failed: error=%s", type(error).__name__)
                 self.failure = f"The engine connection failed: {type(error).__name__}: {error}."
                 reported = False
+            if self.state == "unloaded":
+                await self._wanted.wait()
+                self._set_state("loading")
+                starts = 0
+                continue
             if self.info is None and (reported or starts == MAX_FIRST_STARTS):
                 self._set_state("failed")
                 return
@@ -261,11 +306,18 @@ class EngineClient:
         self._started_process = None
         process.connect(self._context)
         self._process = process
+        self._wanted.clear()
         self.progress = LoadProgress(0, 0)
         listener = asyncio.create_task(self._listen(process), name="engine listener")
         exited = asyncio.create_task(process.exit_code(), name="engine exit")
+        idle = asyncio.create_task(self._until_idle(), name="engine idle")
         try:
-            await asyncio.wait([listener, exited], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([listener, exited, idle], return_when=asyncio.FIRST_COMPLETED)
+            if idle.done() and not (listener.done() or exited.done()):
+                log.info("Engine unloaded: idle_s=%g", self._idle_unload)
+                self.stats = EngineStats()
+                self._set_state("unloaded")
+                return False
             if exited.done() and exited.result() == EXIT_REPORTED:
                 await asyncio.wait([listener], timeout=FAILURE_TIMEOUT)
             if listener.done():
@@ -280,9 +332,23 @@ class EngineClient:
                 self._set_state("restarting")
                 self._crash_guard.engine_died()
             self._fail_requests("The engine stopped while it was processing this request.")
-            listener.cancel()
-            exited.cancel()
+            for task in (listener, exited, idle):
+                task.cancel()
             await process.stop(listening=listening)
+
+    async def _until_idle(self) -> None:
+        """Wait until the engine has had no request for `idle_unload` seconds."""
+        if self._idle_unload is None:
+            await asyncio.Event().wait()
+            return
+        await self.wait_for("ready")
+        self._idle_since = time.monotonic()
+        while True:
+            await self._idle.wait()
+            due = self._idle_since + self._idle_unload
+            if (left := due - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(left)
 
     async def _listen(self, process: EngineProcess) -> str:
         """Handle messages until the engine reports its failure; return the failure."""
@@ -360,115 +426,3 @@ def describe_exit_code(code: int) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
-
-
-class OutputCollector:
-    """Unread outputs of one request, merged to at most one per sequence.
-
-    Args:
-        n: sequences of the request.
-        limit: unread tokens above which an unfinished request fails with `Overloaded`.
-    """
-
-    def __init__(self, n: int, limit: int) -> None:
-        self._running = set(range(n))
-        self._limit = limit
-        self._unread: dict[int, SequenceOutput] = {}
-        self._unread_tokens = 0
-        self._error: GlmdError | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def finished(self) -> bool:
-        """Whether all sequences have ended and all outputs have been read."""
-        return not self._running and not self._unread
-
-    @property
-    def running(self) -> bool:
-        """Whether more outputs can arrive."""
-        return bool(self._running) and not self.failed
-
-    @property
-    def failed(self) -> bool:
-        """Whether the request failed before all of its sequences ended."""
-        return self._error is not None
-
-    def put(self, output: SequenceOutput) -> None:
-        """Add an output; merge it into the sequence's unread output, if there is one."""
-        if output.index not in self._running or self._error is not None:
-            return
-        if output.finish_reason is not None:
-            self._running.discard(output.index)
-        unread = self._unread.get(output.index)
-        if unread is None:
-            self._unread[output.index] = output
-        else:
-            merge(unread, output)
-        self._unread_tokens += len(output.tokens)
-        # Complete answers are delivered whatever their size: no more output can pile up.
-        if self._running and self._unread_tokens > self._limit:
-            self._unread.clear()
-            self.fail(Overloaded(f"The client reads too slowly: {self._limit} tokens are unread."))
-        self._changed.set()
-
-    def end(self, index: int) -> bool:
-        """Drop one sequence and its unread output; return whether it was running."""
-        unread = self._unread.pop(index, None)
-        if unread is not None:
-            self._unread_tokens -= len(unread.tokens)
-        running = index in self._running
-        self._running.discard(index)
-        self._changed.set()
-        return running
-
-    def fail(self, error: GlmdError) -> None:
-        """Raise `error` in the reader after the unread outputs, unless all sequences ended."""
-        if self._running and self._error is None:
-            self._error = error
-            self._changed.set()
-
-    async def get(self) -> list[SequenceOutput]:
-        """Wait for outputs; return and remove all unread ones.
-
-        Raises:
-            GlmdError: the error passed to `fail`.
-        """
-        await self._changed.wait()
-        if self._error is not None and not self._unread:
-            raise self._error
-        if self._error is None:
-            self._changed.clear()
-        outputs = list(self._unread.values())
-        self._unread.clear()
-        self._unread_tokens = 0
-        return outputs
-
-
-def merge(earlier: SequenceOutput, later: SequenceOutput) -> None:
-    """Append the next output of the same sequence to `earlier`."""
-    earlier.tokens += later.tokens
-    if later.logprobs is not None:
-        earlier.logprobs = (earlier.logprobs or []) + later.logprobs
-    earlier.finish_reason = later.finish_reason
-    earlier.error = later.error
-    earlier.error_kind = later.error_kind
-    earlier.error_param = later.error_param
-    earlier.prompt_tokens = earlier.prompt_tokens or later.prompt_tokens
-    earlier.cached_tokens = earlier.cached_tokens or later.cached_tokens
-    earlier.admitted = earlier.admitted or later.admitted
-    earlier.cache_match = earlier.cache_match or later.cache_match
-    earlier.computed_tokens = later.computed_tokens or earlier.computed_tokens
-    earlier.drafted += later.drafted
-    earlier.accepted += later.accepted
-
-
-def output_error(output: SequenceOutput) -> GlmdError:
-    """Return the exception for an output with finish reason "error"."""
-    message = output.error or "The engine ended the request with an error."
-    match output.error_kind:
-        case "invalid_request":
-            return InvalidRequest(message, param=output.error_param)
-        case "overloaded":
-            return Overloaded(message)
-        case _:
-            return EngineError(message)

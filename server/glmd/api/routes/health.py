@@ -27,7 +27,7 @@ class Loading(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ready", "loading", "restarting", "failed", "stopped"]
+    status: Literal["ready", "loading", "restarting", "unloaded", "failed", "stopped"]
     model: str
     loading: Loading | None = Field(None, description="Bytes of weights loaded, until ready.")
     failure: str | None = Field(None, description="Why the engine is not running.")
@@ -43,8 +43,8 @@ async def livez() -> Alive:
 
 @router.get("/health", responses={503: {"model": Health, "description": "Not ready"}})
 async def health(response: Response, state: StateDep) -> Health:
-    """200 if the engine accepts requests, else 503."""
-    response.status_code = 200 if state.is_ready else 503
+    """200 if requests are accepted, also while the engine is unloaded; else 503."""
+    response.status_code = 200 if state.engine.accepts_requests else 503
     return Health(
         status=state.engine.state,
         model=state.model.id,

@@ -81,7 +81,7 @@ class RequestStatus(BaseModel):
 
 
 class EngineStatus(BaseModel):
-    state: Literal["loading", "ready", "restarting", "failed", "stopped"]
+    state: Literal["loading", "ready", "restarting", "unloaded", "failed", "stopped"]
     pid: int | None
     restarts: int = Field(description="Number of engine restarts.")
     failure: str | None = Field(description="Why the engine last exited or did not start.")

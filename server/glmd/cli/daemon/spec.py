@@ -122,7 +122,7 @@ def build_spec(
     Raises:
         ServiceError: this glmd is not installed permanently.
     """
-    arguments = [*glmd_command(), "serve"]
+    arguments = [*glmd_command(), "serve", "--service"]
     if model is not None:
         folder = Path(model).expanduser()
         arguments.append(str(folder.absolute()) if folder.is_dir() else model)
