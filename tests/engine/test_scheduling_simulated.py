@@ -59,6 +59,13 @@ def test_short_prompts_keep_the_longest_gap(device: str) -> None:
     assert row.gap_max_ms <= 250
 
 
+@pytest.mark.parametrize("tokens", [100_000, 200_000])
+@pytest.mark.parametrize("device", NAMES)
+def test_a_lone_long_prompt_is_computed_in_full_steps(device: str, tokens: int) -> None:
+    (row,) = _rows(device, f"prompt-{tokens // 1000}k").values()
+    assert row.steps <= 1.15 * tokens / EngineConfig().max_step_tokens
+
+
 def test_a_lower_rate_and_a_longer_gap_give_prompts_more_time() -> None:
     def first_token(config: EngineConfig) -> float:
         rows = simulate(DEVICES[:1], lambda line: None, only="prompt-30k", config=config)

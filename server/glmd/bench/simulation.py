@@ -36,7 +36,7 @@ from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.loader import LoadedModel
-from glmd.model.mla import MLAShape, select_form
+from glmd.model.mla import MLAShape
 
 ITEM_BYTES = 2
 """Bytes of an activation in bfloat16."""
@@ -161,7 +161,6 @@ class Simulation:
             TailPool(1, 1, mx.uint8),
             kv_budget=kv_tokens,
             kv_bytes_per_token=1,
-            chunk_limit=lambda context, rows: select_form(shape, context, rows, ITEM_BYTES)[0],
         )
         self._device = device
         self._model = SimulatedModel(shape)

@@ -30,7 +30,6 @@ from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpa
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
-from glmd.model.mla import select_form
 from glmd.utils.memory import process_memory_bytes
 
 COMPILE_POLL = 0.02
@@ -121,9 +120,6 @@ class Engine:
             TailPool(model.kv_layers, model.shape.kv_width, model.dtype),
             kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,
-            chunk_limit=lambda context, rows: select_form(
-                model.shape, context, rows, model.dtype.size
-            )[0],
         )
         self.pending_step: PendingStep | None = None
         self.release_limits: Callable[[], object] = lambda: None

@@ -172,6 +172,7 @@ def plan_memory(
             score_bytes=score,
             expanded_bytes=expanded,
             max_segment=segment,
+            context=(budget - weights) // token_bytes,
         )
         kv = budget - weights - working
         if kv >= wanted:
@@ -198,6 +199,7 @@ def activation_bytes(
     score_bytes: int = SCORE_BYTES,
     expanded_bytes: int = EXPANDED_BYTES,
     max_segment: int = MAX_SEGMENT,
+    context: int | None = None,
 ) -> int:
     """Upper bound of a step's transients, in bytes.
 
@@ -207,22 +209,25 @@ def activation_bytes(
     Args:
         item: bytes of one activation.
         token_bytes: bytes of KV per token.
+        context: most tokens of a sequence; None: the model's.
     """
     rows = max(config.max_step_tokens, config.max_running + SMALLEST_CHUNK)
     sampled = config.max_running * config.width
-    attention = min(
-        # Scores and their softmax exist together; expanded keys and values beside them.
-        2 * score_bytes + expanded_bytes,
-        # Small models need no more than a full context.
-        2 * rows * dims.num_attention_heads * dims.max_position_embeddings * item,
-    )
+    context = max(0, min(context or dims.max_position_embeddings, dims.max_position_embeddings))
+    heads = dims.num_attention_heads
+    # Expanded keys and values: at least those of one head.
+    head_bytes = context * item * (dims.qk_nope_head_dim + dims.qk_rope_head_dim + dims.v_head_dim)
+    expanded = min(heads * head_bytes, max(expanded_bytes, head_bytes))
+    # They are written next to the parts that they consist of. Two blocks of scores, each with its
+    # softmax.
+    attention = 2 * expanded + 4 * min(score_bytes, rows * heads * context * item)
     # Decode rows attend to one segment at a time, with a float32 copy of the scores.
     keys = min(max_segment, dims.max_position_embeddings)
-    decoding = sampled * dims.num_attention_heads * keys * (2 * item + 4)
+    decoding = sampled * heads * keys * (2 * item + 4)
     width = max(
         dims.intermediate_size,
         dims.moe_intermediate_size * dims.num_experts_per_tok,
-        dims.num_attention_heads * dims.kv_lora_rank,
+        heads * dims.kv_lora_rank,
     )
     logits = sampled * dims.vocab_size * 4
     cache_vectors = rows * token_bytes

@@ -22,7 +22,6 @@ from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
 from glmd.kv_cache.segment import Segment
 from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
-from glmd.model.mla import select_form
 from glmd.model.sampler import History, SamplingRow, TokenMasks, sample
 
 
@@ -174,8 +173,7 @@ class ModelRunner:
         assert rows.sequence.lease is not None
         path = self._tree.path(rows.sequence.lease)
         spans = [span for level in build_levels([path], len(rows)) for span in level]
-        shape, item = self._model.shape, self._model.dtype.size
-        _, expanded = select_form(shape, rows.num_computed_tokens, len(rows), item)
+        expanded = len(rows) >= self._model.shape.break_even_rows
         # The MTP layer computes its KV from the hidden states of all rows.
         hidden_rows = len(rows) if self._proposer is not None else rows.num_sampled
         return PrefillChunk(rows.start, rows.end, spans, expanded, hidden_rows)

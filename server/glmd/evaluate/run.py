@@ -326,7 +326,7 @@ class _Drafts:
         Args:
             final: [rows, hidden], the main model's hidden states after its norm.
         """
-        rows = forward_batch(self._text, batch, self._shape, self._dtype.size)
+        rows = forward_batch(self._text, batch, self._shape)
         successors = mx.array(self._text.successors[batch.start : batch.end])
         with uncompiled():
             out = self._layer.forward(successors, final, rows, self._tails)

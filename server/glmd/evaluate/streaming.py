@@ -32,7 +32,7 @@ from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import DecoderBlock, mla_shape
 from glmd.model.loader import dtype_in_memory, read_arrays, stored_quantization
-from glmd.model.mla import SCORE_BYTES, MLAShape, select_form
+from glmd.model.mla import SCORE_BYTES, MLAShape
 from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, Model, ModelArgs
 from glmd.model.mtp import MTPWeights
 
@@ -227,16 +227,12 @@ class Activations:
         self.file.unlink(missing_ok=True)
 
 
-def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape, itemsize: int) -> ForwardBatch:
-    """The rows of whole samples as one step without cached context.
-
-    Raises:
-        SettingsError: a sample is too long for one chunk.
-    """
+def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape) -> ForwardBatch:
+    """The rows of whole samples as one step without cached context."""
     chunks = []
     for start, end in batch.bounds:
         rows = end - start
-        _, expanded = select_form(shape, 0, rows, itemsize)
+        expanded = rows >= shape.break_even_rows
         first = start - batch.start
         chunks.append(PrefillChunk(first, first + rows, [], expanded, rows))
     span = slice(batch.start, batch.end)
@@ -270,7 +266,7 @@ class LayerRunner:
         with uncompiled():
             for batch in self.batches:
                 h = source.read(batch.start, batch.end)
-                rows = forward_batch(self.text, batch, self._shape, self._dtype.size)
+                rows = forward_batch(self.text, batch, self._shape)
                 h, _ = block.forward(self._shape, 0, h, rows, self._tails)
                 mx.eval(h)
                 target.write(batch.start, h)
@@ -323,7 +319,7 @@ def peak_bytes(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool = 
     vocabulary = config.vocab_size * hidden
     rows = max(BATCH_ROWS, longest)
     per_row = 8 * hidden + config.num_experts_per_tok * (3 * hidden + 4 * width) + 4 * heads * head
-    working = rows * per_row * 4 + 2 * SCORE_BYTES + CACHE_BYTES
+    working = rows * per_row * 4 + 4 * SCORE_BYTES + CACHE_BYTES
     logits = 8 * LOGITS_ROWS * config.vocab_size * 4
     last = (3 * vocabulary + layer if mtp else vocabulary) * itemsize + logits
     return working + max(layer * itemsize, last)

@@ -9,13 +9,15 @@ norms of the query and key-value latents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.attention import attend, stores_no_scores
 from glmd.model.batch import ForwardBatch
-from glmd.model.mla import MLAShape, Queries, attend, cache_vectors, project_qkv
+from glmd.model.mla import MLAShape, Queries, cache_vectors, project_qkv
 from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs
 from glmd.model.moe import COMPILED_ROWS, GatedMLP, MixtureOfExperts, groups_pairs
 
@@ -136,7 +138,8 @@ class Glm4MoeLiteModel:
     def __init__(self, model: Model, dtype: mx.Dtype) -> None:
         self.args: ModelArgs = model.args
         self.dtype = dtype
-        self.shape = mla_shape(self.args)
+        shape = mla_shape(self.args)
+        self.shape = replace(shape, fused=stores_no_scores(shape, dtype))
         self._model = model
         self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 

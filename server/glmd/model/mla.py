@@ -26,18 +26,15 @@ from typing import Any
 import mlx.core as mx
 
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import DecodeGroup, ForwardBatch, KVSpan, PaddedSpans, SpanLevel
+from glmd.model.batch import DecodeGroup, KVSpan, PaddedSpans, SpanLevel
 
-SCORE_BYTES = 256 << 20
-"""Bytes of attention scores of one chunk in one layer. Chunks shrink, and the expanded form tiles
-its queries, to stay near this size."""
+SCORE_BYTES = 64 << 20
+"""Bytes of attention scores of a block: the expanded form tiles its queries, the absorbed form its
+keys. Two blocks are computed at a time."""
 
-EXPANDED_BYTES = 1 << 30
-"""Bytes of expanded keys and values in one layer. Longer contexts (52k tokens of GLM-4.7-Flash in
-bfloat16) use the absorbed form for chunks of any size."""
-
-MIN_CHUNK = 16
-"""Rows that a chunk may always have."""
+EXPANDED_BYTES = 200 << 20
+"""Bytes of expanded keys and values: those of all heads for contexts up to 10k tokens of
+GLM-4.7-Flash in bfloat16, of fewer heads at a time beyond, and of one head at 202,752 tokens."""
 
 WHOLE_ROWS = 256
 """Rows up to which, where slices are copied, multiplying by whole keys and slicing the result is
@@ -59,6 +56,8 @@ class MLAShape:
     expanded_bytes: int = EXPANDED_BYTES
     slices_copied: bool = False
     """Whether the device copies a slice of columns before multiplying it. A CPU does."""
+    fused: bool = False
+    """Whether attention of `attention.FUSED_ROWS` rows and more stores no scores."""
 
     @property
     def kv_width(self) -> int:
@@ -71,22 +70,10 @@ class MLAShape:
         saved = 2 * self.latent + self.rope - (self.nope + self.rope + self.value)
         return max(1, self.latent * (self.nope + self.value) // max(1, saved))
 
-
-def select_form(shape: MLAShape, context: int, rows: int, itemsize: int) -> tuple[int, bool]:
-    """Choose the form of MLA for a chunk of up to `rows` rows behind `context` tokens.
-
-    Args:
-        itemsize: bytes of one activation.
-
-    Returns:
-        the number of rows that keeps within the memory limits; whether to use the expanded form.
-    """
-    total = context + rows
-    expanded_bytes = total * shape.heads * (shape.nope + shape.rope + shape.value) * itemsize
-    if rows >= shape.break_even_rows and expanded_bytes <= shape.expanded_bytes:
-        return rows, True
-    fitting = shape.score_bytes // (shape.heads * total * itemsize)
-    return min(rows, max(MIN_CHUNK, fitting)), False
+    @property
+    def expanded_width(self) -> int:
+        """Values of a token's expanded key and value in one head."""
+        return self.nope + self.rope + self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +152,13 @@ def _rotate(attn: Any, x: mx.array, positions: mx.array) -> mx.array:
     return rotated.squeeze(2)
 
 
-def _absorb(attn: Any, q: Queries) -> mx.array:
+def absorb(attn: Any, q: Queries) -> mx.array:
     """Queries in the space of the cache: [rows, heads, kv_width]."""
     latent = attn.embed_q(q.nope.swapaxes(0, 1)).swapaxes(0, 1)
     return mx.concatenate([latent, q.rope], axis=-1)
 
 
-def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
+def unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
     """[rows, heads, latent] → [rows, heads * value]."""
     rows = out.shape[0]
     out = attn.unembed_out(out.swapaxes(0, 1)).swapaxes(0, 1)
@@ -181,43 +168,7 @@ def _unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
 # -- attention ------------------------------------------------------------------------------
 
 
-def attend(
-    attn: Any,
-    shape: MLAShape,
-    layer: int,
-    q: Queries,
-    kv: mx.array,
-    batch: ForwardBatch,
-    tails: TailPool,
-) -> mx.array:
-    """Run one layer's attention, after writing the decode rows' `kv` to their tails.
-
-    Args:
-        q: of all N rows, or only of `ForwardBatch.logits_rows`.
-        kv: [N, kv_width] cache vectors.
-
-    Returns:
-        [rows of q, heads * value], before the output projection.
-    """
-    all_rows = q.nope.shape[0] == kv.shape[0]
-    outs = []
-    for group in batch.decode:
-        queries, new = q.slice(group.start, group.end), kv[group.start : group.end]
-        outs.append(_attend_decode(attn, shape, layer, queries, new, group, tails))
-    start = batch.decode[-1].end if batch.decode else 0
-    for chunk in batch.chunks:
-        rows = chunk.end - chunk.start if all_rows else chunk.logits_rows
-        if rows:
-            queries, new = q.slice(start, start + rows), kv[chunk.start : chunk.end]
-            # Expanding the whole context does not pay for a prompt's last row.
-            expanded = chunk.expanded and rows == new.shape[0]
-            form = _attend_expanded if expanded else _attend_absorbed
-            outs.append(form(attn, shape, layer, queries, new, chunk.spans))
-            start += rows
-    return _concat(outs, 0)
-
-
-def _attend_decode(
+def attend_decode(
     attn: Any,
     shape: MLAShape,
     layer: int,
@@ -227,52 +178,12 @@ def _attend_decode(
     tails: TailPool,
 ) -> mx.array:
     tails.write(layer, group.slots, group.tail_positions, kv)
-    q = _absorb(attn, queries)
+    q = absorb(attn, queries)
     out, lse = _attend_fused(shape, layer, q, group, tails.view(layer))
     if lse is not None:
         others = [_attend_level(shape, layer, q, level) for level in group.levels]
         out = _merge([Partial(out, lse), *others])
-    return _unembed(attn, shape, out)
-
-
-def _attend_absorbed(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
-) -> mx.array:
-    q = _absorb(attn, queries)  # [rows, heads, kv_width]
-    keys = kv.shape[0]
-    scores = _scores(shape, q, kv)  # [rows, heads, keys]
-    later = mx.arange(keys - q.shape[0], keys)[:, None, None] < mx.arange(keys)
-    partials = [_softmax_partial(shape, mx.where(later, -mx.inf, scores), [kv])]
-    partials += [_attend_part(shape, layer, q, span) for span in spans]
-    return _unembed(attn, shape, _merge(partials))
-
-
-def _attend_expanded(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
-) -> mx.array:
-    past = [keys for span in spans for keys in span.keys(layer)]
-    keys = mx.concatenate([*past, kv])[None]  # [1, T, kv_width]
-    latent = keys[..., : shape.latent]
-    k_nope = attn.embed_q(latent, transpose=False)  # [heads, T, nope]
-    k_rope = mx.broadcast_to(keys[..., shape.latent :], (shape.heads, keys.shape[1], shape.rope))
-    k = mx.concatenate([k_nope, k_rope], axis=-1)[None]  # [1, heads, T, nope + rope]
-    v = attn.unembed_out(latent)[None]  # [1, heads, T, value]
-    q = mx.concatenate([queries.nope, queries.rope], axis=-1)
-    q = q.swapaxes(0, 1)[None]  # [1, heads, rows, nope + rope]
-    rows, total = q.shape[2], k.shape[2]
-    # Without a fused kernel the scores are materialised, so the queries are tiled.
-    tile = max(MIN_CHUNK, shape.score_bytes // (shape.heads * total * q.dtype.size))
-    outs = []
-    for start in range(0, rows, tile):
-        end = min(start + tile, rows)
-        seen = total - rows + end
-        outs.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], scale=1.0, mask="causal"
-            )
-        )
-    out = _concat(outs, 2)  # [1, heads, rows, value]
-    return out[0].swapaxes(0, 1).reshape(rows, shape.heads * shape.value)
+    return unembed(attn, shape, out)
 
 
 def _attend_fused(
@@ -290,27 +201,27 @@ def _attend_fused(
         keys = part.keys(layer)
         scores += _part_scores(shape, q, part, keys)
         common_keys += keys
-    common = _concat(scores, -1)  # [rows, heads, tail keys + common keys]
+    common = concat(scores, -1)  # [rows, heads, tail keys + common keys]
     common_len = common.shape[-1]
     outs, weights, lses = [], [], []
     for part in group.fused_levels[-1].parts if group.fused_levels else [KVSpan((), 0, q.shape[0])]:
         keys = part.keys(layer)
         own = _part_scores(shape, q, part, keys)
-        part_scores = _concat([common[part.start : part.end], *own], -1)
+        part_scores = concat([common[part.start : part.end], *own], -1)
         part_weights = mx.softmax(part_scores, axis=-1, precise=True)
         weights.append(part_weights[..., :common_len])
         if keys:
             outs.append(_weighted_values(shape, part_weights[..., common_len:], keys))
         if group.levels:
             lses.append(_log_denominator(part_scores, part_weights))
-    all_weights = _concat(weights, 0)
+    all_weights = concat(weights, 0)
     capacity = tails.shape[1]
     out = _tail_values(shape, all_weights[..., :capacity], group, tails)
     if common_keys:
         out = out + _weighted_values(shape, all_weights[..., capacity:], common_keys)
     if outs:
-        out = out + _concat(outs, 0)
-    return out, _concat(lses, 0) if lses else None
+        out = out + concat(outs, 0)
+    return out, concat(lses, 0) if lses else None
 
 
 def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
@@ -343,7 +254,7 @@ def _attend_level(shape: MLAShape, layer: int, q: mx.array, level: SpanLevel) ->
     partials = [_attend_part(shape, layer, q, part) for part in level.parts]
     outs, lses = [partial.out for partial in partials], [partial.lse for partial in partials]
     if level.order is None:
-        return Partial(_concat(outs, 0), _concat(lses, 0))
+        return Partial(concat(outs, 0), concat(lses, 0))
     outs.append(mx.zeros((1, shape.heads, shape.latent), q.dtype))
     lses.append(mx.full((1, shape.heads), -mx.inf))
     return Partial(mx.concatenate(outs)[level.order], mx.concatenate(lses)[level.order])
@@ -352,8 +263,8 @@ def _attend_level(shape: MLAShape, layer: int, q: mx.array, level: SpanLevel) ->
 def _attend_part(shape: MLAShape, layer: int, q: mx.array, part: KVSpan | PaddedSpans) -> Partial:
     keys = part.keys(layer)
     # Scores are concatenated rather than keys, which are larger.
-    scores = _concat(_part_scores(shape, q, part, keys), -1)
-    return _softmax_partial(shape, scores, keys)
+    scores = concat(_part_scores(shape, q, part, keys), -1)
+    return softmax_partial(shape, scores, keys)
 
 
 # -- scores and values ----------------------------------------------------------------------
@@ -368,12 +279,12 @@ def _part_scores(
         q: [rows, heads, kv_width], of all rows of the group.
     """
     if isinstance(part, KVSpan):
-        return [_scores(shape, q[part.start : part.end], array) for array in keys]
+        return [key_scores(shape, q[part.start : part.end], array) for array in keys]
     own = q[part.start : part.end] if part.rows is None else q[part.rows]
-    return [_scores(shape, own, array, part.visible) for array in keys]
+    return [key_scores(shape, own, array, part.visible) for array in keys]
 
 
-def _scores(
+def key_scores(
     shape: MLAShape, q: mx.array, keys: mx.array, visible: mx.array | None = None
 ) -> mx.array:
     """[rows, heads, keys] of q [rows, heads, kv_width].
@@ -388,7 +299,7 @@ def _scores(
     return scores.reshape(q.shape[0], shape.heads, -1)
 
 
-def _softmax_partial(shape: MLAShape, scores: mx.array, keys: list[mx.array]) -> Partial:
+def softmax_partial(shape: MLAShape, scores: mx.array, keys: list[mx.array]) -> Partial:
     """Attention by scores [rows, heads, keys of all arrays]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
     return Partial(_weighted_values(shape, weights, keys), _log_denominator(scores, weights))
@@ -407,7 +318,7 @@ def _weighted_values(shape: MLAShape, weights: mx.array, keys: list[mx.array]) -
 
     Args:
         weights: [rows, heads, keys of all arrays], in the order of the arrays.
-        keys: each as in `_scores`.
+        keys: each as in `key_scores`.
     """
     outs = []
     start = 0
@@ -435,5 +346,5 @@ def _merge(partials: list[Partial]) -> mx.array:
     return reduce(mx.add, [weights[..., i, None] * p.out for i, p in enumerate(partials)])
 
 
-def _concat(arrays: list[mx.array], axis: int) -> mx.array:
+def concat(arrays: list[mx.array], axis: int) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=axis)

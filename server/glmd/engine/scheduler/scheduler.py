@@ -12,7 +12,6 @@ clients; a positive one moves it forward among its own client's only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
@@ -79,13 +78,7 @@ class Scheduler:
         *,
         kv_budget: int,
         kv_bytes_per_token: int,
-        chunk_limit: Callable[[int, int], int],
     ) -> None:
-        """
-        Args:
-            chunk_limit: from (context tokens, rows wanted) to the most rows with which a chunk's
-                transients stay bounded.
-        """
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.tree = tree
@@ -96,7 +89,6 @@ class Scheduler:
         self.prefill_budget = PrefillBudget(config)
         self._prefix_cache = config.prefix_cache
         self._token_bytes = kv_bytes_per_token
-        self._chunk_limit = chunk_limit
         self._prefill_clock = 0
         """Prefill tokens served so far. Waiting sequences age by this clock."""
         self._arrivals = 0
@@ -327,9 +319,7 @@ class Scheduler:
             left = budget - planned - (0 if sequence is oldest else kept)
             if left <= 0 or (sequence is not oldest and self._start(sequence) in starts):
                 continue
-            rows = self._chunk_limit(
-                sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, left)
-            )
+            rows = min(sequence.num_uncomputed_tokens, left)
             ends = rows == sequence.num_uncomputed_tokens
             # A prompt's last row may begin a tail (`ModelRunner._commit_kv`).
             capacity = max(self.tails.capacity, MAX_WIDTH)
