@@ -35,6 +35,8 @@ class Hub:
     cut: str | None = None
     """Send half of a file's body, then close the connection."""
     served: list[str] = field(default_factory=list)
+    repo: str = REPO
+    url: str = ""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -55,16 +57,16 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.refuse is not None:
             status, code = hub.refuse
             return self._send(status, b"{}", {"X-Error-Code": code}, body=body)
-        if path.startswith(f"/api/models/{REPO}/tree/"):
+        if path.startswith(f"/api/models/{hub.repo}/tree/"):
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
                 for name, data in hub.files.items()
             ]
             return self._json(tree, body=body)
-        if path.startswith(f"/api/models/{REPO}"):
+        if path.startswith(f"/api/models/{hub.repo}"):
             siblings = [{"rfilename": name} for name in hub.files]
-            return self._json({"id": REPO, "sha": SHA, "siblings": siblings}, body=body)
-        prefix = f"/{REPO}/resolve/"
+            return self._json({"id": hub.repo, "sha": SHA, "siblings": siblings}, body=body)
+        prefix = f"/{hub.repo}/resolve/"
         name = path.removeprefix(prefix).partition("/")[2]
         if not path.startswith(prefix) or name not in hub.files:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body=body)
@@ -112,6 +114,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.url = url
     point_at(url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
