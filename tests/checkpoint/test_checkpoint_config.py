@@ -130,7 +130,7 @@ def test_an_unsupported_model_type_is_named_with_the_supported_one(tmp_path: Pat
         ("num_key_value_heads", 4),
         ("num_nextn_predict_layers", 2),
         ("quantization_config", {"quant_method": "fp8"}),
-        ("quantization", {"bits": 8, "group_size": 32, "mode": "mxfp8"}),
+        ("quantization", {"bits": 4, "group_size": 32, "mode": "fp4"}),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
@@ -214,7 +214,12 @@ def _sampling(folder: Path, **said: Any) -> SamplingParams:
 
 def test_sampling_defaults_come_from_generation_config(tmp_path: Path) -> None:
     said = _sampling(tmp_path, temperature=0.7, top_p=0.9, eos_token_id=3)
-    assert said == SamplingParams(temperature=0.7, top_p=0.9)
+    assert said == msgspec.structs.replace(RECOMMENDED, temperature=0.7, top_p=0.9)
+    assert _sampling(tmp_path, temperature=1.0) == msgspec.structs.replace(
+        RECOMMENDED, temperature=1.0
+    )
+    assert _sampling(tmp_path, top_k=-1).top_k == 0
+    assert repr(_sampling(tmp_path, top_k=40.0).top_k) == "40"
     assert _sampling(tmp_path, **recommended_fields()) == RECOMMENDED
     assert _sampling(tmp_path, do_sample=False, temperature=0.7).temperature == 0
 
@@ -232,6 +237,8 @@ def test_sampling_defaults_without_generation_config_are_the_recommended(tmp_pat
         {"temperature": float("nan")},
         {"top_p": 1.5},
         {"top_k": "50"},
+        {"top_k": 1.5},
+        {"top_k": -2},
         {"repetition_penalty": 0},
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,31 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ModelNotFound, match="is a file, not the folder of a model"):
         resolve_model(str(file))
+
+
+def test_a_local_copy_without_tokenizer_or_template_is_completed(published: Hub) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (resolve_model(REPO) / name).unlink()
+        assert (resolve_model(REPO) / name).exists()
+
+
+def test_a_local_copy_without_mtp_layer_is_completed_or_served_without(
+    published: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads(published.files["config.json"])
+    mtp = {"file": "mtp.safetensors", "shares_embedding": True, "shares_head": True}
+    config["glmd"] = {"mtp": mtp | {"quantization": {}}}
+    published.files["config.json"] = json.dumps(config).encode()
+    folder = resolve_model(REPO)
+    (folder / "mtp.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model(REPO) == folder
+    assert "mtp.safetensors is missing, and cannot be downloaded" in caplog.text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert (resolve_model(REPO) / "mtp.safetensors").exists()
+
+
+def test_gguf_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelNotFound, match=r"does not read GGUF\. Convert the BF16 model"):
+        resolve_model(str(tmp_path / "model.gguf"))

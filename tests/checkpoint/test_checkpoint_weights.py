@@ -15,7 +15,7 @@ from glmd.checkpoint.weights import (
     INDEX_NAME,
     TensorFileWriter,
     TensorSpec,
-    check_tensors,
+    check_specs,
     list_tensors,
     read_header,
 )
@@ -174,14 +174,15 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 def test_tensors_are_compared_with_the_config(file: Path) -> None:
     tensors = read_header(file)
 
-    def check(expected: dict[str, tuple[int, ...]], dtypes: frozenset[str] | None = None) -> str:
-        return _message(lambda: check_tensors(tensors, expected, folder=file.parent, dtypes=dtypes))
+    def check(*specs: TensorSpec) -> str:
+        return _message(lambda: check_specs(tensors, specs, folder=file.parent))
 
-    shapes = {"a": (2, 3), "b": (4,)}
-    check_tensors(tensors, shapes, folder=file.parent)
-    assert f"{file.parent}: c is missing" in check(shapes | {"c": (1,)})
+    a, b = SPECS
+    check_specs(tensors, SPECS, folder=file.parent)
+    check_specs(tensors, [TensorSpec("a", "BF16", (2, 3)), b], folder=file.parent)
+    assert f"{file.parent}: c is missing" in check(a, b, TensorSpec("c", "F32", (1,)))
     assert f"{file}: b has the shape [4], but config.json requires [5]" in check(
-        {**shapes, "b": (5,)}
+        a, TensorSpec("b", "U16", (5,))
     )
-    assert f"{file}: b does not belong to the model" in check({"a": (2, 3)})
-    assert f"{file}: b is U16, not BF16 or F32" in check(shapes, frozenset({"F32", "BF16"}))
+    assert f"{file}: b does not belong to the model" in check(a)
+    assert f"{file}: b is U16, not BF16 or F16 or F32" in check(a, TensorSpec("b", "BF16", (4,)))

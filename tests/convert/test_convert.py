@@ -16,10 +16,12 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from paths import ROOT
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
+from glmd.checkpoint.chat_template import with_thinking_defaults
 from glmd.checkpoint.config import RECOMMENDED, QuantizedAs, load_config, sampling_defaults
 from glmd.checkpoint.layout import mtp_weights, source_shapes
-from glmd.checkpoint.weights import INDEX_NAME, list_mtp_tensors, list_tensors
-from glmd.convert.convert import THINKING_DEFAULTS, add_mtp, convert, with_thinking_defaults
+from glmd.checkpoint.stored import read_weights
+from glmd.checkpoint.weights import INDEX_NAME, list_tensors
+from glmd.convert.convert import add_mtp, convert
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import RECIPES, plan_stored, total
 from glmd.errors import CheckpointError
@@ -220,7 +222,7 @@ def test_mtp_layer_is_kept_in_a_file_that_plain_mlx_lm_ignores(converted: Path) 
     config = load_config(converted)
     assert config.mtp is not None
     assert not any(name.startswith("model.layers.3.") for name in list_tensors(converted))
-    tensors = list_mtp_tensors(converted, config, {})
+    tensors = read_weights(converted, config).mtp
     assert {t.file.name for t in tensors.values()} == {"mtp.safetensors"}
     assert {n: t.shape for n, t in tensors.items()} == {
         spec.name: spec.shape for p in plan_stored(config).mtp for spec in p.specs
@@ -289,7 +291,7 @@ def test_mtp_layer_can_be_dropped(source: Path, converted: Path, tmp_path: Path)
 def test_a_source_without_mtp_layer_converts_and_says_so(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "in", num_nextn_predict_layers=0)
     done = convert(tmp_path / "in", tmp_path / "out", MIXED)
-    assert "holds no MTP layer" in done.notes[0]
+    assert "has no MTP layer" in done.notes[0]
     assert load_config(tmp_path / "out").mtp is None
 
 
@@ -325,7 +327,7 @@ def test_mtp_layer_is_not_added_to_another_model(source: Path, tmp_path: Path) -
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     with pytest.raises(CheckpointError, match=r"not of the model in .*: .*norm\.weight differs"):
         add_mtp(source, tmp_path / "out", MIXED)
-    with pytest.raises(CheckpointError, match="holds no MTP layer"):
+    with pytest.raises(CheckpointError, match="other: the checkpoint has no MTP layer"):
         add_mtp(tmp_path / "other", tmp_path / "out", MIXED)
     write_random_checkpoint(tmp_path / "wide", hidden_size=192)
     with pytest.raises(CheckpointError, match="hidden_size is 128, not 192"):
@@ -371,7 +373,7 @@ def test_model_card_tells_true_figures_with_units(source: Path, converted: Path)
     card = (converted / "README.md").read_text()
     main = sum(t.nbytes for t in list_tensors(converted).values())
     every = main + sum(
-        t.nbytes for t in list_mtp_tensors(converted, load_config(converted), {}).values()
+        t.nbytes for t in read_weights(converted, load_config(converted)).mtp.values()
     )
     assert f"| **main model** | 1,006,864 | 5, 8, bf16, f32 | {main:,} |" in card
     assert f"| {every:,} |" in card
@@ -436,7 +438,7 @@ def test_template_renders_otherwise_as_before(body: str, trim: bool) -> None:
 def test_defaults_are_put_in_once() -> None:
     once = with_thinking_defaults(TEMPLATE)
     assert with_thinking_defaults(once) == once
-    assert once.count(THINKING_DEFAULTS) == 1
+    assert once.count("set enable_thinking") == once.count("set clear_thinking") == 1
 
 
 def test_transformers_applies_the_defaults_and_kwargs_win(converted: Path) -> None:

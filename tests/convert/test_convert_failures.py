@@ -128,10 +128,16 @@ def test_wrong_shapes_are_named_with_file_and_tensor(
 
 
 def test_a_missing_tensor_is_named(source: Path, tmp_path: Path) -> None:
-    _change_config(source, num_hidden_layers=2)
+    _change_config(source, num_hidden_layers=5)
     error = _refusal(source, tmp_path / "out")
-    assert error.message == f"{source}: model.layers.2.embed_tokens.weight is missing"
-    assert error.tensor == "model.layers.2.embed_tokens.weight"
+    assert error.message == f"{source}: model.layers.4.input_layernorm.weight is missing"
+    assert error.tensor == "model.layers.4.input_layernorm.weight"
+
+
+def test_layers_that_config_json_does_not_count_are_named(source: Path, tmp_path: Path) -> None:
+    _change_config(source, num_hidden_layers=2)
+    message = _refusal(source, tmp_path / "out").message
+    assert "model.layers.2.input_layernorm.weight does not belong to the model" in message
 
 
 def test_a_foreign_tensor_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ before any weight is read.
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,34 +44,31 @@ Absent or null means the value here: the published file has no `scoring_func`, w
 """
 
 
-class QuantizedAs(msgspec.Struct, frozen=True):
-    """Parameters of MLX's quantisation along a matrix's last dimension.
+QuantizationMode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 
-    Raises:
-        ValueError: MLX has no such combination.
-    """
+FLOAT_MODES: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+"""Bits and group size of the modes with 8-bit scales and no biases (`mx.quantize`)."""
+
+
+class QuantizedAs(msgspec.Struct, frozen=True):
+    """Parameters of MLX's quantisation along a matrix's last dimension."""
 
     bits: Bits
     group_size: Literal[16, 32, 64, 128] = 64
-    mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
+    mode: QuantizationMode = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode == "affine":
-            if self.group_size == 16:
-                raise ValueError("affine quantisation has groups of 32, 64 or 128, not 16")
-        elif (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+        if self.mode == "affine" and self.group_size == 16:
+            raise ValueError("affine has groups of 32, 64 or 128")
+        if self.mode != "affine" and (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
             bits, group_size = FLOAT_MODES[self.mode]
-            raise ValueError(f"{self.mode} has {bits} bits and groups of {group_size}")
+            raise ValueError(f"{self.mode} has {bits} bits in groups of {group_size}")
 
     @property
     def stored_bits(self) -> float:
         """Bits per weight with scales and biases."""
         extra = 32 if self.mode == "affine" else 8
         return self.bits + extra / self.group_size
-
-
-FLOAT_MODES: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "nvfp4": (4, 16)}
-"""Bits and group size of floating-point modes: an 8-bit scale per group, and no bias."""
 
 
 class Quantization(msgspec.Struct, frozen=True):
@@ -136,7 +134,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_nextn_predict_layers: Literal[0, 1] = 0
     """MTP layers according to config.json; the weight files may lack them."""
     eos_token_ids: tuple[int, ...] = ()
-    """From config.json, then generation_config.json, without duplicates."""
+    """From config.json, generation_config.json and the tokenizer, then all role tags."""
     pad_token_id: int | None = None
     quantization: Quantization | None = None
     """None: unquantised."""
@@ -152,17 +150,20 @@ def load_config(path: Path) -> ModelConfig:
     """Read a checkpoint's configuration.
 
     Args:
-        path: a checkpoint's folder, or a config.json. EOS ids are also read from a
-            generation_config.json in the same folder.
+        path: a checkpoint's folder, or a config.json. EOS ids are also read from the
+            generation_config.json and the tokenizer in the same folder.
 
     Raises:
-        CheckpointError: the file is missing, malformed or has unsupported settings.
+        CheckpointError: a file is missing, malformed or has unsupported settings.
     """
     file = path / "config.json" if path.is_dir() else path
     raw = read_json_object(file)
     generation = file.parent / "generation_config.json"
+    eos = _ids(raw.get("eos_token_id"))
+    if generation.exists():
+        eos += _ids(read_json_object(generation).get("eos_token_id"))
     try:
-        return _parse(raw, read_json_object(generation) if generation.exists() else {})
+        return _parse(raw, eos + _tokenizer_eos(file.parent, raw.get("vocab_size")))
     except _RefusedError as refused:
         raise CheckpointError(f"{file}: {refused}", file=str(file)) from None
     except msgspec.ValidationError as error:
@@ -196,16 +197,45 @@ def read_json_object(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, not readable or not a JSON object.
     """
     try:
-        value = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        value = json.loads(data)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file", file=str(file)) from None
+        raise CheckpointError(_explain_missing(file), file=str(file)) from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}", file=str(file)) from None
     except ValueError as error:
+        if data.startswith(LFS_POINTER):
+            message = f"{file}: {describe_lfs_pointer()}"
+            raise CheckpointError(message, file=str(file)) from None
         raise CheckpointError(f"{file}: not valid JSON ({error})", file=str(file)) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object", file=str(file))
     return value
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Beginning of a file that Git LFS has not replaced by its content."""
+
+
+def describe_lfs_pointer() -> str:
+    """The problem of a file that is a Git LFS pointer, and the remedy."""
+    remedy = "Run `git lfs pull` in its folder, or download the model with `hf download`."
+    return f"a Git LFS pointer, not the file. {remedy}"
+
+
+def _explain_missing(file: Path) -> str:
+    folder = file.parent
+    if file.name == "config.json" and (folder / "adapter_config.json").exists():
+        return (
+            f"{folder}: a LoRA adapter, not a model. Merge it into its base model with"
+            f" `mlx_lm.fuse --model BASE --adapter-path {folder}`, and serve the result."
+        )
+    if file.name == "config.json" and any(folder.glob("*.gguf")):
+        return (
+            f"{folder}: GGUF files, which glmd does not read. Convert the BF16 model with"
+            " `glmd convert zai-org/GLM-4.7-Flash OUT`."
+        )
+    return f"{file}: no such file"
 
 
 def is_file_name(name: object) -> bool:
@@ -217,7 +247,7 @@ class _RefusedError(Exception):
     """A problem, to be reported with the file's name."""
 
 
-def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
+def _parse(raw: dict[str, Any], eos: list[Any]) -> ModelConfig:
     if raw.get("model_type") != MODEL_TYPE:
         raise _RefusedError(
             f"model_type is {json.dumps(raw.get('model_type'))}, but glmd supports only"
@@ -235,11 +265,9 @@ def _parse(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         known = normalise(raw)
     except ValueError as error:
         raise _RefusedError(str(error)) from None
-    known["eos_token_ids"] = list(
-        dict.fromkeys(_ids(raw.get("eos_token_id")) + _ids(generation.get("eos_token_id")))
-    )
+    known["eos_token_ids"] = list(dict.fromkeys(eos))
     known["num_nextn_predict_layers"] = raw.get("num_nextn_predict_layers") or 0
-    known["quantization"] = _quantization(raw.get("quantization"))
+    known["quantization"] = _quantization(raw.get("quantization") or _from_hf_table(raw))
     known["mtp"] = (raw.get("glmd") or {}).get("mtp")
     config = msgspec.convert(known, ModelConfig)
     _check_consistency(config)
@@ -252,9 +280,10 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         for where, table in (("", raw), ("rope_parameters.", rope)):
             value = table.get(key)
             if value is not None and value not in supported:
+                tied = ". If the files hold lm_head.weight, set it to false"
                 raise _RefusedError(
-                    f"{where}{key} is {json.dumps(value)}, but only"
-                    f" {json.dumps(supported[0])} is supported"
+                    f"{where}{key} is {json.dumps(value)}, but only {json.dumps(supported[0])} is"
+                    f" supported{tied if key == 'tie_word_embeddings' else ''}"
                 )
     for key in ("rope_scaling", "rope_parameters"):
         table = raw.get(key) or {}
@@ -263,10 +292,12 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
             raise _RefusedError(f"{key} of type {json.dumps(kind)} is not supported")
     if raw.get("quantization") is None and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
-        raise _RefusedError(
-            f"quantization_config.quant_method is {json.dumps(method)}, but only BF16, F16 and F32"
-            " weights and MLX's affine quantisation are supported"
-        )
+        if method is not None and method not in FLOAT_MODES:
+            raise _RefusedError(
+                f"quantization_config.quant_method is {json.dumps(method)}, but only BF16, F16 and"
+                " F32 weights and MLX's quantisation are supported. Convert the BF16 model with"
+                " `glmd convert`"
+            )
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise _RefusedError(
@@ -292,19 +323,70 @@ def _ids(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+class _Tokenizer(msgspec.Struct):
+    """The part of a tokenizer.json that names control tokens."""
+
+    added_tokens: list[dict[str, Any]] = []
+
+
+ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+"""Each begins a turn, so each ends the turn before. Many files list only `<|endoftext|>`."""
+
+
+def _tokenizer_eos(folder: Path, vocab_size: Any) -> list[int]:
+    """Ids of the tokenizer's own EOS token and of the role tags; empty: there is no tokenizer."""
+    file = folder / "tokenizer.json"
+    text = file.read_bytes().removeprefix(codecs.BOM_UTF8) if file.is_file() else b"{}"
+    try:
+        tokens = msgspec.json.decode(text, type=_Tokenizer).added_tokens
+    except msgspec.DecodeError as error:
+        is_pointer = text.startswith(LFS_POINTER)
+        problem = describe_lfs_pointer() if is_pointer else f"not a tokenizer: {error}"
+        raise CheckpointError(f"{file}: {problem}", file=str(file)) from None
+    own = folder / "tokenizer_config.json"
+    named = read_json_object(own).get("eos_token") if own.exists() else None
+    spelling = named.get("content") if isinstance(named, dict) else named
+    ids = {token.get("content"): token.get("id") for token in tokens}
+    found = [id for name in (spelling, *ROLE_TAGS) if isinstance(id := ids.get(name), int)]
+    if isinstance(vocab_size, int) and max(found, default=0) >= vocab_size:
+        raise CheckpointError(
+            f"{file}: has the token {max(found)}, but the model has {vocab_size}. Use the"
+            " tokenizer of the same model.",
+            file=str(file),
+        )
+    return found
+
+
+def _from_hf_table(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """MLX's quantisation, if only the table that the hub's model tree reads is there."""
+    table: dict[str, Any] | None = raw.get("quantization_config") or None
+    if table is None or table.get("quant_method") is None:
+        return table
+    return {"mode": table["quant_method"]}
+
+
 def _quantization(table: dict[str, Any] | None) -> dict[str, Any] | None:
     """Split mlx-lm's table, which has the default's keys and the module paths in one object."""
     if table is None:
         return None
-    default = {k: v for k, v in table.items() if k in QuantizedAs.__struct_fields__}
+    default = _quantized_as(table)
     modules = {k: v for k, v in table.items() if isinstance(v, dict | bool)}
     return {
         "default": default,
         "modules": {
-            path: default if how is True else None if how is False else how
+            path: default if how is True else None if how is False else _quantized_as(how)
             for path, how in modules.items()
         },
     }
+
+
+def _quantized_as(table: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `QuantizedAs`, without nulls, and with the only values that a mode allows."""
+    given = {k: table[k] for k in QuantizedAs.__struct_fields__ if table.get(k) is not None}
+    if given.get("mode") in FLOAT_MODES:
+        bits, group_size = FLOAT_MODES[given["mode"]]
+        return {"bits": bits, "group_size": group_size} | given
+    return given
 
 
 def _check_consistency(config: ModelConfig) -> None:
@@ -350,25 +432,23 @@ class _Sampling(msgspec.Struct):
 
     do_sample: bool | None = None
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: float | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
 
 
-def sampling_defaults(folder: Path) -> SamplingParams:
-    """The sampling parameters of requests that set none.
+def read_sampling(folder: Path) -> dict[str, float]:
+    """The sampling parameters that generation_config.json sets; empty: none, or there is no file.
 
-    Read from generation_config.json: parameters that it leaves out are off, and
-    `do_sample: false` means greedy. Without the file, or without any sampling field in it,
-    `RECOMMENDED`.
+    `do_sample: false` is a temperature of 0. A `top_k` of -1, off elsewhere, is 0 here.
 
     Raises:
         CheckpointError: the file is malformed, or a value has the wrong type or is out of range.
     """
     file = folder / FILE_NAME
     if not file.exists():
-        return RECOMMENDED
+        return {}
     try:
         fields = msgspec.convert(read_json_object(file), _Sampling)
     except msgspec.ValidationError as error:
@@ -376,9 +456,22 @@ def sampling_defaults(folder: Path) -> SamplingParams:
     values = {key: getattr(fields, key) for key in SAMPLING_FIELDS}
     given = {key: value for key, value in values.items() if value is not None}
     _check_ranges(file, given)
-    if fields.do_sample is False:
-        return SamplingParams(temperature=0.0)
-    return SamplingParams(**given) if given else RECOMMENDED
+    if "top_k" in given:
+        given["top_k"] = max(0, int(given["top_k"]))
+    return given | {"temperature": 0.0} if fields.do_sample is False else given
+
+
+def sampling_defaults(folder: Path) -> SamplingParams:
+    """The sampling parameters of requests that set none.
+
+    Each is that of generation_config.json, else that of `RECOMMENDED`: the published file sets a
+    temperature alone.
+
+    Raises:
+        CheckpointError: as `read_sampling`.
+    """
+    given: dict[str, Any] = read_sampling(folder)
+    return msgspec.structs.replace(RECOMMENDED, **given)
 
 
 def recommended_fields() -> dict[str, Any]:
@@ -394,9 +487,11 @@ def _check_ranges(file: Path, given: dict[str, float]) -> None:
             f"{file}: {key} is {given[key]}, but must be {allowed}", file=str(file)
         )
 
-    for key in ("temperature", "top_k"):
-        if not given.get(key, 0) >= 0:  # Also refuses NaN.
-            raise refuse(key, "at least 0")
+    if not given.get("temperature", 0) >= 0:  # Also refuses NaN.
+        raise refuse("temperature", "at least 0")
+    top_k = given.get("top_k", 0)
+    if not (top_k >= -1 and float(top_k).is_integer()):
+        raise refuse("top_k", "a whole number; 0 and -1 are off")
     for key in ("top_p", "min_p"):
         if not 0 <= given.get(key, 0) <= 1:
             raise refuse(key, "from 0 to 1")

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    DryRunFileInfo,
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 
 # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; imported from here, it is either.
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -23,8 +30,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from glmd.checkpoint.chat_template import read_template
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.weights import list_tensors
+from glmd.checkpoint.stored import read_weights
 from glmd.errors import CheckpointError, ModelNotFound
 from glmd.utils.files import check_room
 from glmd.utils.text import gb
@@ -100,15 +108,24 @@ def resolve_model(model: str, *, for_serving: bool = False) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelNotFound(f"{model} is a file, not the folder of a model.")
+        remedy = "Convert the BF16 model with `glmd convert zai-org/GLM-4.7-Flash OUT`."
+        gguf = f" glmd does not read GGUF. {remedy}" if folder.suffix == ".gguf" else ""
+        raise ModelNotFound(f"{model} is a file, not the folder of a model.{gguf}")
     _check_id(model)
-    cached = cached_folder(model) or lm_studio_folder(model)
-    if cached is not None:
-        return cached
-    remote = look_up(model)
-    if for_serving:
-        check_quantized(remote)
-    return download(remote)
+    found = cached_folder(model) or lm_studio_folder(model)
+    if found is not None:
+        return found
+    try:
+        remote = look_up(model)
+        if for_serving:
+            check_quantized(remote)
+        return download(remote)
+    except ModelNotFound as error:
+        without_mtp, missing = _cached(model)
+        if without_mtp is None:
+            raise
+        log.warning("%s: %s is missing, and cannot be downloaded. %s", model, missing, error)
+        return without_mtp
 
 
 def resolve_config(model: str) -> Path:
@@ -192,7 +209,8 @@ def download(model: RemoteModel) -> Path:
 
 def cached_folder(repo: str) -> Path | None:
     """Return a repository's folder in the local cache; None: missing or incomplete there."""
-    return _cached(repo)
+    folder, missing = _cached(repo)
+    return folder if missing is None else None
 
 
 def lm_studio_folder(repo: str) -> Path | None:
@@ -201,7 +219,7 @@ def lm_studio_folder(repo: str) -> Path | None:
         found = Path.home() / folder / repo
         if found.is_dir():
             try:
-                list_tensors(found)
+                _missing_mtp(found)
             except CheckpointError:
                 continue
             return found
@@ -239,13 +257,35 @@ def _check_id(model: str) -> None:
         )
 
 
-def _cached(repo: str) -> Path | None:
+def _cached(repo: str) -> tuple[Path | None, str | None]:
+    """The local snapshot of a repository, and a file that it lacks but can be served without.
+
+    None as the first: there is none that can be served. A download completes either.
+    """
+    found = try_to_load_from_cache(repo, "config.json")
+    if not isinstance(found, str):
+        return None, None
+    folder = Path(found).parent
     try:
-        folder = Path(_download(repo, local_files_only=True))
-        list_tensors(folder)
-    except (LocalEntryNotFoundError, CheckpointError):
-        return None  # Missing or incomplete; a download completes it.
-    return folder
+        return folder, _missing_mtp(folder)
+    except CheckpointError as error:
+        log.debug("model not cached: repo=%s", repo, exc_info=error)
+        return None, None
+
+
+def _missing_mtp(folder: Path) -> str | None:
+    """The file of the MTP layer, if it is missing.
+
+    Raises:
+        CheckpointError: the folder cannot be served.
+    """
+    config = load_config(folder)
+    read_weights(folder, config)
+    read_template(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: no such file", file=str(folder))
+    file = config.mtp.file if config.mtp is not None else None
+    return None if file is None or (folder / file).exists() else file
 
 
 def _download(repo: str, **options: Any) -> Any:

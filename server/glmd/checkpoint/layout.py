@@ -9,7 +9,7 @@ mlx-lm's `glm4_moe_lite.py` does. The MTP layer is named as in the published che
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -107,11 +107,6 @@ def mtp_weights(
 def mtp_prefix(config: ModelConfig) -> str:
     """Common prefix of the names of the MTP layer's arrays, without the dot."""
     return f"model.layers.{config.num_hidden_layers}"
-
-
-def in_mlx_layout(names: Container[str]) -> bool:
-    """Whether tensors of these names are in MLX's layout, not in Hugging Face's."""
-    return "model.layers.0.self_attn.embed_q.weight" in names
 
 
 def source_shapes(weights: Iterable[Weight]) -> dict[str, Shape]:

@@ -19,8 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from glmd.checkpoint.config import ModelConfig, is_file_name, read_json_object
-from glmd.checkpoint.layout import Shape, mtp_prefix
+from glmd.checkpoint.config import (
+    LFS_POINTER,
+    QuantizedAs,
+    describe_lfs_pointer,
+    is_file_name,
+    read_json_object,
+)
+from glmd.checkpoint.layout import Shape
 from glmd.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,6 +37,9 @@ ITEM_BYTES: dict[str, int] = {
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes per element by safetensors dtype."""
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+"""Dtypes of unquantised weights."""
 
 _MAX_HEADER = 100_000_000  # The limit of the reference implementation.
 
@@ -57,6 +66,8 @@ class StoredTensor(TensorSpec):
 
     file: Path
     offset: int
+    stored_as: str
+    """The name in the file: that of all experts' tensor, if this is a part of it."""
 
 
 # -- checkpoints ----------------------------------------------------------------------------
@@ -73,7 +84,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     index_file = folder / INDEX_NAME
     if not index_file.exists():
-        return _merge(sorted(folder.glob("model*.safetensors")), folder)
+        return glob_tensors(folder)
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _bad(index_file, "no weight_map")
@@ -83,7 +94,9 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).exists():
-            raise _bad(folder / name, f"missing, of {len(names)} weight files in {INDEX_NAME}")
+            raise _bad(
+                folder / name, f"missing, of {len(names)} files in {INDEX_NAME}. Download it again."
+            )
     tensors = _merge([folder / name for name in names], folder)
     for tensor, name in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
@@ -91,66 +104,70 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def glob_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of all `model*.safetensors`, whatever an index says.
+
+    Raises:
+        CheckpointError: as `list_tensors`.
+    """
+    return _merge(sorted(folder.glob("model*.safetensors")), folder)
+
+
 def _merge(files: list[Path], folder: Path) -> dict[str, StoredTensor]:
     if not files:
-        other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))
-        hint = f" (only {other[0].name}, which glmd does not read)" if other else ""
-        raise _bad(folder, f"no model*.safetensors{hint}")
+        raise _bad(folder, _explain_no_weights(folder))
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
-                raise _bad(file, f"is in {tensors[name].file.name} already", name)
+                raise _bad(
+                    file, f"is in {tensors[name].file.name} already. Delete one of the files", name
+                )
             tensors[name] = tensor
     return tensors
 
 
-def list_mtp_tensors(
-    folder: Path, config: ModelConfig, main: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """List the tensors of a checkpoint's MTP layer by name; empty: there is no MTP layer.
-
-    Args:
-        main: `list_tensors(folder)`, which holds them in the published layout.
-
-    Raises:
-        CheckpointError: the file that config.json names is missing or damaged.
-    """
-    if config.mtp is not None:
-        return read_header(folder / config.mtp.file)
-    prefix = f"{mtp_prefix(config)}."
-    return {name: tensor for name, tensor in main.items() if name.startswith(prefix)}
+def _explain_no_weights(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return (
+            "a LoRA adapter, not a model. Merge it into its base model with"
+            " `mlx_lm.fuse --model BASE --adapter-path ADAPTER`, and serve the result."
+        )
+    other = [file for end in ("*.bin", "*.gguf", "*.safetensors") for file in folder.glob(end)]
+    hint = f" (only {min(other).name}, which glmd does not read)" if other else ""
+    return (
+        f"no model*.safetensors{hint}. Convert the BF16 model with `glmd convert`, or name a"
+        " repository with MLX files."
+    )
 
 
-def check_tensors(
-    tensors: Mapping[str, StoredTensor],
-    expected: Mapping[str, Shape],
-    *,
-    folder: Path,
-    dtypes: frozenset[str] | None = None,
+def check_specs(
+    tensors: Mapping[str, StoredTensor], specs: Sequence[TensorSpec], *, folder: Path
 ) -> None:
     """Compare the stored tensors with those that the configuration requires.
 
     Args:
-        expected: the shape of every required tensor; no other may be stored.
+        specs: every required tensor; no other may be stored. Any dtype of `FLOATS` may stand for
+            another.
         folder: for the error.
-        dtypes: allowed safetensors dtypes; None: any.
 
     Raises:
         CheckpointError: names the first tensor that is missing, has another shape or dtype, or
             does not belong to the model.
     """
-    for name, shape in expected.items():
-        tensor = tensors.get(name)
+    for spec in specs:
+        name, tensor = spec.name, tensors.get(spec.name)
         if tensor is None:
             raise _bad(folder, "is missing", name)
-        if tensor.shape != shape:
-            problem = f"has the shape {list(tensor.shape)}, but config.json requires {list(shape)}"
-            raise _bad(tensor.file, problem, name)
-        if dtypes is not None and tensor.dtype not in dtypes:
-            raise _bad(tensor.file, f"is {tensor.dtype}, not {' or '.join(sorted(dtypes))}", name)
+        if tensor.shape != spec.shape:
+            required = f"config.json requires {list(spec.shape)}"
+            raise _bad(tensor.file, f"has the shape {list(tensor.shape)}, but {required}", name)
+        allowed = FLOATS if spec.dtype in FLOATS else {spec.dtype}
+        if tensor.dtype not in allowed:
+            raise _bad(tensor.file, f"is {tensor.dtype}, not {' or '.join(sorted(allowed))}", name)
+    names = {spec.name for spec in specs}
     for name, tensor in tensors.items():
-        if name not in expected and not _COMPUTED.search(name):
+        if name not in names and not _COMPUTED.search(name):
             raise _bad(tensor.file, "does not belong to the model that config.json describes", name)
 
 
@@ -167,7 +184,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
+            head = stream.read(8)
+            if LFS_POINTER.startswith(head) and (head + stream.read(64)).startswith(LFS_POINTER):
+                raise _bad(file, describe_lfs_pointer())
+            length = int.from_bytes(head, "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise _bad(file, "truncated, or not a safetensors file: its header is cut off")
             text = stream.read(length)
@@ -212,7 +232,7 @@ def _stored(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
                 raise _bad(file, f"has the shape {shape}", name)
             if dtype not in ITEM_BYTES:
                 raise _bad(file, f"has the unknown dtype {dtype}", name)
-            tensor = StoredTensor(name, dtype, tuple(shape), file, base + start)
+            tensor = StoredTensor(name, dtype, tuple(shape), file, base + start, name)
             if tensor.nbytes != end - start:
                 needed = f"{dtype} {shape} needs {tensor.nbytes}"
                 raise _bad(file, f"takes {end - start} bytes, but {needed}", name)
@@ -223,6 +243,23 @@ def _stored(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
 def _bad(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
     message = f"{file}: {tensor} {problem}" if tensor else f"{file}: {problem}"
     return CheckpointError(message, file=str(file), tensor=tensor)
+
+
+# -- quantised arrays --------------------------------------------------------------------------
+
+
+def quantized_specs(path: str, shape: Shape, how: QuantizedAs) -> tuple[TensorSpec, ...]:
+    """The tensors of a quantised module, as `mx.quantize` returns them."""
+    rows, columns = shape[:-1], shape[-1]
+    weight = TensorSpec(f"{path}.weight", "U32", (*rows, columns * how.bits // 32))
+    grouped = (*rows, columns // how.group_size)
+    if how.mode != "affine":
+        return weight, TensorSpec(f"{path}.scales", "U8", grouped)
+    return (
+        weight,
+        TensorSpec(f"{path}.scales", "BF16", grouped),
+        TensorSpec(f"{path}.biases", "BF16", grouped),
+    )
 
 
 # -- writing --------------------------------------------------------------------------------

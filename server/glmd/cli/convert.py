@@ -171,9 +171,10 @@ def _cells(line: Line, bits: str) -> tuple[str, ...]:
 
 
 def _comparison(found: Inspection) -> list[str]:
-    sentences = []
+    sentences = list(found.stored.warnings) if found.stored is not None else []
     if found.mtp is None:
-        sentences.append("There is no MTP layer.")
+        why = found.stored.no_drafts if found.stored else None
+        sentences.append(why or "There is no MTP layer.")
     if found.mtp_vocabulary is not None:
         sentences.append(
             "The MTP vocabulary (embedding and head) is stored only if it differs from that of the"

@@ -261,6 +261,8 @@ def check_model(name: str | None, budget: int | None) -> Finding:
     """Check that the model is complete and fits the memory budget in bytes."""
     from huggingface_hub import constants
 
+    from glmd.chat.template_process import TemplateProcess
+    from glmd.chat.tokenizer import Tokenizer
     from glmd.checkpoint.config import load_config
     from glmd.checkpoint.hub import DEMO, RECOMMENDED, cached_folder, full_name
     from glmd.convert.inspect import inspect
@@ -286,13 +288,16 @@ def check_model(name: str | None, budget: int | None) -> Finding:
         stored = inspect(folder).stored
         if stored is None:
             raise CheckpointError(f"{folder}: no model*.safetensors")
+        TemplateProcess.load(folder, Tokenizer.load(folder).controls).close()
     except CheckpointError as error:
         return found("problem", error.message, "Download or convert the model again.")
     weights = stored.main_bytes + stored.mtp_bytes
     text = f"{name or 'bundled demo'}, {gib(weights)} GiB of weights"
+    notes = " ".join(filter(None, (*stored.warnings, stored.no_drafts))) or None
+    verdict: Verdict = "warning" if stored.warnings else "ok"
     if budget is None:
-        return found("ok", text)
-    layers = config.num_hidden_layers + (1 if config.mtp else 0)
+        return found(verdict, text, notes)
+    layers = config.num_hidden_layers + (1 if stored.mtp_bytes else 0)
     per_token = (config.kv_lora_rank + config.qk_rope_head_dim) * layers * KV_BYTES
     tokens = (budget - weights) // per_token
     if tokens <= 0:
@@ -301,7 +306,7 @@ def check_model(name: str | None, budget: int | None) -> Finding:
             "Convert with fewer bits, or close other programs. On a Mac with more memory, raise the"
             " limit of the GPU: sudo sysctl iogpu.wired_limit_mb=N",
         )  # fmt: skip
-    return found("ok", f"{text}, room for at most {tokens:,} tokens of KV cache")
+    return found(verdict, f"{text}, room for at most {tokens:,} tokens of KV cache", notes)
 
 
 def local_folder(name: str) -> Path | None:

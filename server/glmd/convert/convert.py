@@ -10,13 +10,19 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import msgspec
 
+from glmd.checkpoint.chat_template import (
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG,
+    is_named_template,
+    read_template,
+    with_thinking_defaults,
+)
 from glmd.checkpoint.config import FILE_NAME as GENERATION_CONFIG
 from glmd.checkpoint.config import (
     SAMPLING_FIELDS,
@@ -27,19 +33,11 @@ from glmd.checkpoint.config import (
     read_json_object,
     recommended_fields,
 )
-from glmd.checkpoint.layout import (
-    Component,
-    in_mlx_layout,
-    main_weights,
-    mtp_prefix,
-    mtp_weights,
-    source_shapes,
-)
-from glmd.checkpoint.weights import check_tensors, list_tensors
+from glmd.checkpoint.layout import Component, main_weights, mtp_prefix
+from glmd.checkpoint.stored import MTP_FILE, StoredWeights, read_weights
 from glmd.convert.inspect import model_card
 from glmd.convert.recipes import RECIPES, SHARD_BYTES, Plan, Recipe, plan_recipe, shard, total
 from glmd.convert.weights import (
-    FLOATS,
     Progress,
     WeightReader,
     WeightWriter,
@@ -51,28 +49,12 @@ from glmd.convert.weights import (
 from glmd.errors import CheckpointError
 from glmd.utils.files import check_new, check_room, staged_folder, sync, write_error
 
-MTP_FILE = "mtp.safetensors"
-
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE",
     "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
 """Files copied from the source, if present."""
-
-THINKING_DEFAULTS = (
-    "{#- Defaults that the model card recommends; a caller's own values win. -#}\n"
-    "{%- if enable_thinking is not defined or enable_thinking is none -%}"
-    "{%- set enable_thinking = true -%}{%- endif -%}\n"
-    "{%- if clear_thinking is not defined or clear_thinking is none -%}"
-    "{%- set clear_thinking = false -%}{%- endif %}"
-)
-"""Template code that sets the model card's defaults for thinking and renders to nothing.
-
-The published template has other defaults. Set in the template, the defaults also hold in LM Studio,
-oMLX and plain mlx-lm. An `if` at the top level of a Jinja template opens no scope, so the values
-hold for the rest of the template.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +102,7 @@ def convert(
     need = writer.nbytes + sum((source / file).stat().st_size for file in copied)
     notes = opened.notes(plan)
     generation, templates = _generation_config(source), templates_with_defaults(source)
+    texts = templates | tokenizer_without_limits(source)
     if not templates:
         notes.append(f"{source} has no chat template; the output has none either.")
     with staged_folder(out, need=need) as folder:
@@ -131,7 +114,7 @@ def convert(
         write_index(folder, files)
         for file in copied:
             shutil.copyfile(source / file, folder / file)
-        for file, text in templates.items():
+        for file, text in texts.items():
             (folder / file).write_bytes(text.encode())
         write_json(folder / GENERATION_CONFIG, generation)
         card = model_card(name or source.resolve().name, recipe, plan, unquantized)
@@ -149,7 +132,9 @@ class Source:
 
     Attributes:
         has_mtp: it holds the MTP layer, which is requested.
-        dropped_mtp: it holds the MTP layer, which is not requested.
+        no_mtp: why the layer is missing although it is requested, as a clause; None: it is not
+            missing.
+        warnings: sentences for the user.
         own_embedding, own_head: the MTP layer's embedding or head differs from the main model's.
     """
 
@@ -157,7 +142,8 @@ class Source:
     config: ModelConfig
     reader: WeightReader
     has_mtp: bool
-    dropped_mtp: bool
+    no_mtp: str | None
+    warnings: tuple[str, ...]
     own_embedding: bool
     own_head: bool
 
@@ -172,9 +158,9 @@ class Source:
 
     def notes(self, plan: Plan) -> list[str]:
         """Sentences for the user about `plan`."""
-        notes = []
-        if not self.has_mtp and not self.dropped_mtp:
-            notes.append(f"{self.folder} holds no MTP layer, so the output has none.")
+        notes = list(self.warnings)
+        if self.no_mtp is not None:
+            notes.append(f"The output has no MTP layer: {self.no_mtp}.")
         left = [p for p in plan.all if p.weight.is_matrix and p.quantized is None]
         if left and any(p.quantized for p in plan.all):
             notes.append(
@@ -229,26 +215,25 @@ def open_source(source: Path, *, mtp: bool) -> Source:
             f"{source} is quantised already; glmd converts BF16, F16 or F32 checkpoints.",
             file=str(source),
         )
-    tensors = list_tensors(source)
-    if in_mlx_layout(tensors):
+    stored = read_weights(source, config)
+    if stored.is_mlx:
         raise CheckpointError(f"{source} is in MLX's layout already.", file=str(source))
-    prefix = f"{mtp_prefix(config)}."
-    stored = any(name.startswith(prefix) for name in tensors)
-    has_mtp = stored and mtp
-    expected = source_shapes(chain(main_weights(config), mtp_weights(config) if has_mtp else ()))
-    requested = {n: t for n, t in tensors.items() if mtp or not n.startswith(prefix)}
-    check_tensors(requested, expected, folder=source, dtypes=frozenset(FLOATS))
-    own_embedding = own_head = False
-    if has_mtp:
-        embedding, head = f"{prefix}embed_tokens.weight", f"{prefix}shared_head.head.weight"
-        own_embedding = not equal_bits(tensors[embedding], tensors["model.embed_tokens.weight"])
-        own_head = not equal_bits(tensors[head], tensors["lm_head.weight"])
+    tensors, prefix = {**stored.main, **stored.mtp}, f"{mtp_prefix(config)}."
+    has_mtp = bool(stored.mtp) and mtp
+    own_embedding, own_head = stored.mtp_vocabulary if has_mtp else (False, False)
+    if own_embedding:
+        own, shared = tensors[f"{prefix}embed_tokens.weight"], tensors["model.embed_tokens.weight"]
+        own_embedding = not equal_bits(own, shared)
+    if own_head:
+        own, shared = tensors[f"{prefix}shared_head.head.weight"], tensors["lm_head.weight"]
+        own_head = not equal_bits(own, shared)
     return Source(
         folder=source,
         config=config,
         reader=WeightReader(config, tensors),
         has_mtp=has_mtp,
-        dropped_mtp=stored and not mtp,
+        no_mtp=stored.no_mtp if mtp else None,
+        warnings=stored.warnings,
         own_embedding=own_embedding,
         own_head=own_head,
     )
@@ -265,17 +250,8 @@ def _generation_config(source: Path) -> dict[str, Any]:
     return kept | recommended_fields()
 
 
-def with_thinking_defaults(template: str) -> str:
-    """Put `THINKING_DEFAULTS` in front of a template, unless they are there."""
-    if template.startswith(THINKING_DEFAULTS):
-        return template
-    # Renderers with trim_blocks (transformers) drop a newline after the last tag.
-    guard = '{{ "" }}' if template.startswith("\n") else ""
-    return THINKING_DEFAULTS + guard + template
-
-
 def templates_with_defaults(folder: Path) -> dict[str, str]:
-    """Add `THINKING_DEFAULTS` to the files of a checkpoint that hold chat templates.
+    """Add defaults for thinking to the files of a checkpoint that hold chat templates.
 
     Templates are in `chat_template.jinja`, or in `tokenizer_config.json` under `chat_template`: a
     string, or a list of named templates.
@@ -284,29 +260,39 @@ def templates_with_defaults(folder: Path) -> dict[str, str]:
         the new text by file name; empty: there is no template.
 
     Raises:
-        CheckpointError: tokenizer_config.json is malformed.
+        CheckpointError: a file is malformed.
     """
     texts = {}
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        texts[file.name] = with_thinking_defaults(file.read_bytes().decode())
-    tokenizer = folder / "tokenizer_config.json"
+    if (folder / TEMPLATE_FILE).exists():
+        texts[TEMPLATE_FILE] = with_thinking_defaults(read_template(folder)[0])
+    tokenizer = folder / TOKENIZER_CONFIG
     config = read_json_object(tokenizer) if tokenizer.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, str):
         config["chat_template"] = with_thinking_defaults(template)
-    elif isinstance(template, list) and all(_is_named(entry) for entry in template):
+    elif isinstance(template, list) and all(map(is_named_template, template)):
         config["chat_template"] = [
             entry | {"template": with_thinking_defaults(entry["template"])} for entry in template
         ]
     else:
         return texts
-    texts[tokenizer.name] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    texts[TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return texts
 
 
-def _is_named(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("template"), str)
+def tokenizer_without_limits(folder: Path) -> dict[str, str]:
+    """The text of tokenizer.json without truncation and padding; empty: it has neither.
+
+    `save_pretrained` writes those of the last call, which then hold for every text.
+    """
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return {}
+    tokenizer = read_json_object(file)
+    if tokenizer.get("truncation") is None and tokenizer.get("padding") is None:
+        return {}
+    tokenizer |= {"truncation": None, "padding": None}
+    return {file.name: json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n"}
 
 
 _MAY_DIFFER = {
@@ -334,11 +320,12 @@ def add_mtp(
     """
     opened = open_source(source, mtp=True)
     if not opened.has_mtp:
-        raise CheckpointError(f"{source} holds no MTP layer.", file=str(source))
+        raise CheckpointError(f"{source}: {opened.no_mtp}.", file=str(source))
     config = load_config(folder)
-    if config.mtp is not None:
+    stored = read_weights(folder, config)
+    if stored.mtp:
         raise CheckpointError(f"{folder} has an MTP layer already.", file=str(folder))
-    _check_same_model(opened, folder, config)
+    _check_same_model(opened, stored)
     plan = Plan((), opened.plan(recipe).mtp)
     raw = read_json_object(folder / "config.json")
     raw["num_nextn_predict_layers"] = 1
@@ -363,26 +350,31 @@ def add_mtp(
     return Conversion(plan, tuple(opened.notes(plan)))
 
 
-def _check_same_model(opened: Source, folder: Path, config: ModelConfig) -> None:
-    """Compare dimensions, and the arrays that are never quantised: norms and routers."""
+_ROUNDING = 2.0**-7
+"""Relative difference that two roundings in bfloat16's eight bits can make."""
+
+_SMALL = 2.0**-24
+"""Least positive number of float16: smaller weights become 0 in float16 files."""
+
+
+def _check_same_model(opened: Source, stored: StoredWeights) -> None:
+    """Compare dimensions, and the arrays that are never quantised: norms and routers.
+
+    Converters round the router's bias to bfloat16, and everything to float16.
+    """
 
     def differs(problem: str, tensor: str | None = None) -> CheckpointError:
-        message = f"{folder} is not of the model in {opened.folder}: {problem}."
-        return CheckpointError(message, file=str(folder), tensor=tensor)
+        message = f"{stored.folder} is not of the model in {opened.folder}: {problem}."
+        return CheckpointError(message, file=str(stored.folder), tensor=tensor)
 
-    for field in config.__struct_fields__:
-        ours, theirs = getattr(opened.config, field), getattr(config, field)
+    for field in stored.config.__struct_fields__:
+        ours, theirs = getattr(opened.config, field), getattr(stored.config, field)
         if field not in _MAY_DIFFER and ours != theirs:
             raise differs(f"{field} is {theirs}, not {ours}")
-    tensors = list_tensors(folder)
-    reader = WeightReader(config, tensors)
+    reader = WeightReader(stored.config, stored.main)
     for weight in main_weights(opened.config):
         if weight.component not in (Component.NORM, Component.ROUTER):
             continue
-        if weight.name not in tensors:
-            raise differs(f"{weight.name} is missing", weight.name)
-        # In bfloat16, to which other converters also round the router's bias.
-        ours = opened.reader.read(weight).astype(mx.bfloat16)
-        theirs = reader.read(weight).astype(mx.bfloat16)
-        if not mx.array_equal(ours, theirs).item():
+        ours, theirs = (r.read(weight).astype(mx.float32) for r in (opened.reader, reader))
+        if not mx.allclose(ours, theirs, rtol=_ROUNDING, atol=_SMALL).item():
             raise differs(f"{weight.name} differs", weight.name)

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmd.checkpoint.config import RECOMMENDED, ModelConfig, load_config
-from glmd.checkpoint.layout import Shape, in_mlx_layout, main_weights, mtp_weights, source_shapes
-from glmd.checkpoint.weights import check_tensors, list_mtp_tensors, list_tensors
+from glmd.checkpoint.config import RECOMMENDED, load_config
+from glmd.checkpoint.stored import StoredWeights, read_weights
 from glmd.convert.recipes import (
     DEFAULT_RECIPE,
     Line,
@@ -32,13 +31,27 @@ from glmd.utils.text import gb, gib
 class Stored:
     """Bytes of a checkpoint's arrays in the files, and as computed from its config.json.
 
-    `mtp_bytes` is 0 if there is no MTP layer.
+    `mtp_bytes` is 0 if there is no MTP layer, as `no_drafts` says.
     """
 
     main_bytes: int
     main_planned: int
     mtp_bytes: int
     mtp_planned: int
+    no_drafts: str | None
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, weights: StoredWeights) -> Stored:
+        plan = plan_stored(weights.config, weights)
+        return cls(
+            main_bytes=sum(tensor.nbytes for tensor in weights.main.values()),
+            main_planned=total(plan.main).nbytes,
+            mtp_bytes=sum(tensor.nbytes for tensor in weights.mtp.values()),
+            mtp_planned=total(plan.mtp).nbytes,
+            no_drafts=weights.no_drafts,
+            warnings=weights.warnings,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +88,13 @@ def inspect(path: Path, recipe: str | None = None) -> Inspection:
         SettingsError: there is no such recipe, or the checkpoint is quantised already.
     """
     config = load_config(path)
-    stored = _compare(path, config) if path.is_dir() and any(path.glob("*.safetensors")) else None
+    has_files = path.is_dir() and any(path.glob("*.safetensors"))
+    weights = read_weights(path, config) if has_files else None
+    stored = Stored.of(weights) if weights is not None else None
     if config.quantization is not None:
         if recipe is not None:
             raise SettingsError(f"{path} is quantised already, so --recipe cannot be used.")
-        return _tabulate(None, plan_stored(config), None, stored)
+        return _tabulate(None, plan_stored(config, weights), None, stored)
     chosen = find_recipe(recipe or DEFAULT_RECIPE)
     has_mtp = stored.mtp_bytes > 0 if stored else config.num_nextn_predict_layers > 0
     plan = plan_recipe(config, chosen, mtp=has_mtp)
@@ -100,30 +115,6 @@ def _tabulate(
         mtp_vocabulary=vocabulary,
         stored=stored,
     )
-
-
-def _compare(folder: Path, config: ModelConfig) -> Stored:
-    every = list_tensors(folder)
-    mtp = list_mtp_tensors(folder, config, every)
-    main = {name: tensor for name, tensor in every.items() if name not in mtp}
-    plan = plan_stored(config, unquantized_mtp=bool(mtp))
-    if in_mlx_layout(main):
-        shapes, mtp_shapes = _stored_shapes(plan.main), _stored_shapes(plan.mtp)
-    else:
-        shapes = source_shapes(main_weights(config))
-        mtp_shapes = source_shapes(mtp_weights(config)) if mtp else {}
-    check_tensors(main, shapes, folder=folder)
-    check_tensors(mtp, mtp_shapes, folder=folder)
-    return Stored(
-        main_bytes=sum(tensor.nbytes for tensor in main.values()),
-        main_planned=total(plan.main).nbytes,
-        mtp_bytes=sum(tensor.nbytes for tensor in mtp.values()),
-        mtp_planned=total(plan.mtp).nbytes,
-    )
-
-
-def _stored_shapes(weights: Iterable[PlannedWeight]) -> dict[str, Shape]:
-    return {spec.name: spec.shape for planned in weights for spec in planned.specs}
 
 
 _CARD = """\

@@ -6,14 +6,15 @@ file headers first, so a plan's numbers are those of the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Final
 
 from glmd.checkpoint.config import Bits, ModelConfig, QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_weights
-from glmd.checkpoint.weights import TensorSpec
+from glmd.checkpoint.stored import StoredWeights
+from glmd.checkpoint.weights import TensorSpec, quantized_specs
 from glmd.errors import SettingsError
 from glmd.utils.text import did_you_mean
 
@@ -101,17 +102,12 @@ class PlannedWeight:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that store it: one, or `mx.quantize`'s weight, scales and biases."""
-        name, path, shape = self.weight.name, self.weight.path, self.weight.shape
+        """The tensors that store it: one, or `mx.quantize`'s weight, scales and (affine) biases."""
+        weight = self.weight
         if self.quantized is None:
-            return (TensorSpec(name, "F32" if self.weight.keeps_float32 else "BF16", shape),)
-        rows, columns = shape[:-1], shape[-1]
-        groups = columns // self.quantized.group_size
-        return (
-            TensorSpec(name, "U32", (*rows, columns * self.quantized.bits // 32)),
-            TensorSpec(f"{path}.scales", "BF16", (*rows, groups)),
-            TensorSpec(f"{path}.biases", "BF16", (*rows, groups)),
-        )
+            dtype = "F32" if weight.keeps_float32 else "BF16"
+            return (TensorSpec(weight.name, dtype, weight.shape),)
+        return quantized_specs(weight.path, weight.shape, self.quantized)
 
     @property
     def nbytes(self) -> int:
@@ -183,31 +179,34 @@ def plan_recipe(
     )
 
 
-def plan_stored(config: ModelConfig, *, unquantized_mtp: bool = False) -> Plan:
-    """Compute the plan of an existing checkpoint from its config.json.
+def plan_stored(config: ModelConfig, stored: StoredWeights | None = None) -> Plan:
+    """The plan of an existing checkpoint.
 
     Args:
-        unquantized_mtp: the checkpoint is in Hugging Face's layout and holds the MTP layer.
+        stored: its files; None: only config.json is known, and the quantisation table is taken at
+            its word.
     """
 
     def quantization(weight: Weight) -> QuantizedAs | None:
+        if stored is not None:
+            return stored.quantization.get(weight.path)
         if config.quantization is None or not weight.is_matrix:
             return None
-        stored = config.quantization.of(weight.path)
-        return None if stored is None or weight.shape[-1] % stored.group_size else stored
+        how = config.quantization.of(weight.path)
+        return None if how is None or weight.shape[-1] % how.group_size else how
 
     main = _planned(main_weights(config), quantization)
+    if config.mtp is None if stored is None else not stored.mtp:
+        return Plan(main)
+    own_embedding = own_head = True
+    table: Mapping[str, QuantizedAs] = {}
     if config.mtp is not None:
         table = config.mtp.quantization
-        layer = mtp_weights(
-            config,
-            own_embedding=not config.mtp.shares_embedding,
-            own_head=not config.mtp.shares_head,
-        )
-        return Plan(main, _planned(layer, lambda weight: table.get(weight.path)))
-    if unquantized_mtp:
-        return Plan(main, _planned(mtp_weights(config), lambda _: None))
-    return Plan(main)
+        own_embedding, own_head = not config.mtp.shares_embedding, not config.mtp.shares_head
+    elif stored is not None:
+        own_embedding, own_head = stored.mtp_vocabulary
+    layer = mtp_weights(config, own_embedding=own_embedding, own_head=own_head)
+    return Plan(main, _planned(layer, lambda weight: table.get(weight.path)))
 
 
 def _planned(

@@ -23,7 +23,7 @@ from glmd.checkpoint.weights import INDEX_NAME, StoredTensor, TensorFileWriter
 from glmd.convert.recipes import PlannedWeight, total
 from glmd.errors import CheckpointError
 
-FLOATS: dict[str, tuple[type[np.unsignedinteger[Any]], int, mx.Dtype]] = {
+FLOAT_BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, mx.Dtype]] = {
     "BF16": (np.uint16, 0x7F80, mx.bfloat16),
     "F16": (np.uint16, 0x7C00, mx.float16),
     "F32": (np.uint32, 0x7F80_0000, mx.float32),
@@ -49,7 +49,7 @@ class WeightReader:
 
     Args:
         config: of the checkpoint.
-        tensors: checked against the config, with dtypes of `FLOATS`.
+        tensors: checked against the config, with dtypes of `FLOAT_BITS`.
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
@@ -63,7 +63,7 @@ class WeightReader:
         Raises:
             CheckpointError: a file cannot be read, or holds infinities or NaN.
         """
-        dtype = FLOATS[self._tensors[weight.sources[0]].dtype][2]
+        dtype = FLOAT_BITS[self._tensors[weight.sources[0]].dtype][2]
         array = self._fold(weight, mx.array(self._stack(weight)).view(dtype))
         return array.astype(mx.float32 if weight.keeps_float32 else mx.bfloat16)
 
@@ -76,7 +76,7 @@ class WeightReader:
                 f"{weight.name}: its tensors have different dtypes, {', '.join(sorted(dtypes))}",
                 tensor=weight.name,
             )
-        bits, exponent, _ = FLOATS[dtypes.pop()]
+        bits, exponent, _ = FLOAT_BITS[dtypes.pop()]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if nbytes > self._buffer.nbytes:
             self._buffer = np.empty(nbytes, np.uint8)

@@ -6,6 +6,7 @@ works while the device does.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -16,6 +17,7 @@ import mlx.core as mx
 from llguidance import LLMatcher
 
 from glmd.checkpoint.config import load_config
+from glmd.checkpoint.stored import read_weights
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig, validate_request
 from glmd.engine.model_runner import ModelRunner
@@ -31,6 +33,8 @@ from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
 from glmd.utils.memory import process_memory_bytes
+
+log = logging.getLogger("glmd.engine")
 
 COMPILE_POLL = 0.02
 """Seconds for which a step waits for a grammar when there is nothing else to do."""
@@ -50,7 +54,12 @@ def load_engine(
     """
     budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
-    memory.check_fit(folder, parsed, config, budget)
+    stored = read_weights(folder, parsed)
+    memory.check_fit(stored, config, budget)
+    for warning in stored.warnings:
+        log.warning("%s", warning)
+    if config.mtp != 0 and stored.no_drafts is not None:
+        log.warning("%s", stored.no_drafts)
     structured_output = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
     memory.DeviceLimits.set(budget)
     try:

@@ -9,12 +9,13 @@ import mlx.core as mx
 import psutil
 
 from glmd.checkpoint.config import ModelConfig
+from glmd.checkpoint.stored import StoredWeights
 from glmd.engine.config import EngineConfig
 from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK
 from glmd.errors import CheckpointError
 from glmd.kv_cache.prefix_tree import MAX_SEGMENT
 from glmd.kv_cache.tail_pool import TAIL_TOKENS
-from glmd.model.loader import choose_dtype, has_mtp_layer, weight_bytes
+from glmd.model.loader import choose_dtype, weight_bytes
 from glmd.model.mla import EXPANDED_BYTES, SCORE_BYTES
 from glmd.model.mlx_lm_layers import ModelArgs
 
@@ -113,21 +114,22 @@ class MemoryPlan:
     max_segment: int
 
 
-def check_fit(folder: Path, model: ModelConfig, config: EngineConfig, budget: int) -> None:
+def check_fit(stored: StoredWeights, config: EngineConfig, budget: int) -> None:
     """Check from the headers of a checkpoint's files that the model fits in a budget.
 
     Raises:
-        CheckpointError: as in `plan_memory`, or files are missing or damaged.
+        CheckpointError: as in `plan_memory`.
     """
     dtype = choose_dtype(config.dtype)
     mtp = config.mtp != 0
-    layers = model.num_hidden_layers + (mtp and has_mtp_layer(folder, model))
+    model = stored.config
+    layers = model.num_hidden_layers + (mtp and bool(stored.mtp))
     plan_memory(
-        folder,
+        stored.folder,
         model,
         config,
         budget,
-        weights=weight_bytes(folder, model, dtype, mtp=mtp),
+        weights=weight_bytes(stored, dtype, mtp=mtp),
         token_bytes=layers * (model.kv_lora_rank + model.qk_rope_head_dim) * dtype.size,
         item=dtype.size,
     )

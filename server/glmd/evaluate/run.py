@@ -107,8 +107,7 @@ class Pass:
     @property
     def nbytes(self) -> int:
         """Bytes of the main model's arrays in the files."""
-        mtp = self.reader.mtp_tensors
-        return sum(t.nbytes for name, t in self.reader.tensors.items() if name not in mtp)
+        return sum(tensor.nbytes for tensor in self.reader.stored.main.values())
 
     @property
     def experts(self) -> npt.NDArray[np.uint16]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,17 +22,17 @@ from mlx.nn.layers.normalization import RMSNorm
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten, tree_unflatten
 
-from glmd.checkpoint.config import ModelConfig, Quantization, QuantizedAs, load_config
+from glmd.checkpoint.config import ModelConfig, QuantizedAs, load_config
 from glmd.checkpoint.layout import mtp_prefix
-from glmd.checkpoint.weights import list_mtp_tensors, list_tensors
+from glmd.checkpoint.stored import read_weights
 from glmd.errors import CheckpointError
 from glmd.evaluate.text import Batch, TokenSet
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import DecoderBlock, mla_shape
-from glmd.model.loader import dtype_in_memory, read_arrays, stored_quantization
+from glmd.model.loader import dtype_in_memory, read_arrays, to_mlx_layout
 from glmd.model.mla import SCORE_BYTES, MLAShape
-from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, Model, ModelArgs
+from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
 from glmd.model.mtp import MTPWeights
 
 BATCH_ROWS = 1024
@@ -82,8 +81,7 @@ class LayerReader:
         self.folder = folder
         self.dtype = dtype
         self.config: ModelConfig = load_config(folder)
-        self.tensors = list_tensors(folder)
-        self.mtp_tensors = list_mtp_tensors(folder, self.config, self.tensors)
+        self.stored = read_weights(folder, self.config)
         self.args = ModelArgs.from_dict(msgspec.structs.asdict(self.config))
         self.shape: MLAShape = mla_shape(self.args)
 
@@ -93,19 +91,12 @@ class LayerReader:
 
     def read(self, prefix: str) -> Arrays:
         """Read the arrays whose names begin with `prefix`, in MLX's layout, when evaluated."""
-        stored = self.mtp_tensors if prefix.startswith(mtp_prefix(self.config)) else self.tensors
-        files = {tensor.file for name, tensor in stored.items() if name.startswith(prefix)}
-        arrays = {
-            name: array
-            for file in sorted(files)
-            for name, array in read_arrays(file).items()
-            if name.startswith(prefix)
-        }
+        is_mtp = prefix.startswith(mtp_prefix(self.config))
+        stored = self.stored.mtp if is_mtp else self.stored.main
+        arrays = read_arrays({name: t for name, t in stored.items() if name.startswith(prefix)})
         # mlx-lm stacks experts and splits kv_b_proj for `num_hidden_layers` layers.
         args = replace(self.args, num_hidden_layers=self.layers + 1)
-        sanitize: Any = Model.sanitize
-        sanitized: Arrays = sanitize(SimpleNamespace(args=args), arrays)
-        return sanitized
+        return to_mlx_layout(args, arrays, self._quantization(prefix))
 
     def embedding(self, arrays: Arrays | None = None) -> Any:
         module = Embedding(self.config.vocab_size, self.config.hidden_size)
@@ -124,15 +115,11 @@ class LayerReader:
 
     def mtp(self, arrays: Arrays | None = None) -> MTPWeights | None:
         """The MTP layer, with its own embedding and head if stored; None: no MTP layer."""
-        if not self.mtp_tensors:
+        if not self.stored.mtp:
             return None
         prefix = mtp_prefix(self.config)
-        names = self.mtp_tensors
-        module = MTPWeights(
-            self.args,
-            own_embedding=f"{prefix}.embed_tokens.weight" in names,
-            own_head=f"{prefix}.shared_head.head.weight" in names,
-        )
+        own_embedding, own_head = self.stored.mtp_vocabulary
+        module = MTPWeights(self.args, own_embedding=own_embedding, own_head=own_head)
         self.fill(module, prefix, arrays)
         return module
 
@@ -143,16 +130,14 @@ class LayerReader:
             prefix: of the names of the module's arrays, without the dot.
             arrays: in place of those in the files, unquantised; None: read them.
         """
-        table: Quantization | None = None
         if arrays is None:
             arrays = self.read(prefix + ".")
-            table = self._table(prefix)
-        if table is not None:
-            stored = arrays
+            quantization = self._quantization(prefix)
 
             def quantized_as(path: str, part: Module) -> bool | dict[str, Any]:
                 full = ".".join(filter(None, (prefix, path)))
-                return stored_quantization(table, stored, full, part)
+                how = quantization.get(full)
+                return False if how is None else msgspec.structs.asdict(how)
 
             module = _quantized(module, quantized_as)
         own = {name.removeprefix(prefix + "."): array for name, array in arrays.items()}
@@ -164,13 +149,11 @@ class LayerReader:
         self._evaluate(module)
         return module
 
-    def _table(self, prefix: str) -> Quantization | None:
-        if prefix != mtp_prefix(self.config):
-            return self.config.quantization
-        if self.config.mtp is None or not self.config.mtp.quantization:
-            return None
-        named: Mapping[str, QuantizedAs] = self.config.mtp.quantization
-        return Quantization(next(iter(named.values())), dict(named))
+    def _quantization(self, prefix: str) -> Mapping[str, QuantizedAs]:
+        """The quantisation of modules by path."""
+        if not prefix.startswith(mtp_prefix(self.config)):
+            return self.stored.quantization
+        return {} if self.config.mtp is None else self.config.mtp.quantization
 
     def _evaluate(self, module: Module) -> None:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu

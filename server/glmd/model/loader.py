@@ -16,9 +16,10 @@ from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten, tree_unflatten
 
-from glmd.checkpoint.config import ModelConfig, Quantization, load_config
+from glmd.checkpoint.config import QuantizedAs, load_config
 from glmd.checkpoint.layout import main_weights, mtp_prefix
-from glmd.checkpoint.weights import StoredTensor, list_mtp_tensors, list_tensors
+from glmd.checkpoint.stored import StoredWeights, read_weights
+from glmd.checkpoint.weights import StoredTensor
 from glmd.errors import CheckpointError, SettingsError
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
@@ -27,6 +28,9 @@ from glmd.model.mlx_lm_layers import Model, ModelArgs, SwitchLinear
 from glmd.model.mtp import MTPLayer, MTPWeights
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+MAX_ERROR_CHARS = 400
+"""Of MLX's errors, which list the names of all tensors."""
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -81,10 +85,14 @@ class LoadedModel(Glm4MoeLiteModel):
         """Compile kernels before the first request, by running one row and two rows.
 
         More rows use the kernels of two.
+
+        Raises:
+            CheckpointError: the logits are not finite, or all equal, so that every answer would be
+                the same token for ever.
         """
         tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
         for rows in (1, 2):
-            tokens, positions = mx.zeros(rows, mx.int32), mx.arange(rows, dtype=mx.int32)
+            tokens = positions = mx.arange(rows, dtype=mx.int32)
             chunk = PrefillChunk(0, rows, [], expanded=False, logits_rows=rows)
             batch = ForwardBatch(tokens, positions, [], [chunk])
             hidden, _ = self.forward(batch, tails)
@@ -93,6 +101,19 @@ class LoadedModel(Glm4MoeLiteModel):
                 outputs.append(self.mtp.compute_kv(tokens, hidden, batch, tails))
                 outputs.append(self.mtp.forward(tokens, hidden, batch, tails))
             mx.eval(outputs)
+        logits = outputs[0]
+        if not (mx.isfinite(logits).all() & (logits.max() > logits.min())).item():
+            raise CheckpointError(self._explain_logits(), file=str(self.folder))
+
+    def _explain_logits(self) -> str:
+        for name, array in _arrays(self._model):
+            if name.endswith((".weight", ".scales")) and not mx.any(array).item():
+                return f"{self.folder}: {name} is all zeros. Download or convert the model again."
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        return (
+            f"{self.folder}: the model computes no finite, distinct logits in {dtype}. Use the"
+            " setting dtype = bfloat16, or convert the model again."
+        )
 
 
 def load_model(
@@ -113,24 +134,28 @@ def load_model(
         CheckpointError: no checkpoint of this family, or files are missing or damaged.
         SettingsError: the device cannot run the checkpoint in this dtype.
     """
-    config = load_config(folder)
-    tensors = list_tensors(folder)
-    layer = mtp_prefix(config) + "."
-    main = [tensor for name, tensor in tensors.items() if not name.startswith(layer)]
-    model = _load_main(folder, config, tensors)
+    stored = read_weights(folder, load_config(folder))
+    config = stored.config
+    model = _load_main(stored)
     kind = choose_dtype(dtype)
     if kind != mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
         _check_experts(model, kind)
     done, total = 0, _nbytes(model)
     # Part by part, as a cast of everything at once would hold all weights twice.
-    for part in (model.model.embed_tokens, model.lm_head, *model.layers, model.model.norm):
+    parts = {
+        "model.embed_tokens.": model.model.embed_tokens,
+        "lm_head.": model.lm_head,
+        **{f"model.layers.{index}.": layer for index, layer in enumerate(model.layers)},
+        "model.norm.": model.model.norm,
+    }
+    for prefix, part in parts.items():
         done += _nbytes(part)
-        _cast(part, kind)
+        _cast(part, kind, folder, prefix)
         on_progress(done, total)
     weights: MTPWeights | None = None
-    if mtp and (config.mtp is not None or len(main) < len(tensors)):
-        weights = _load_mtp(folder, config, model)
-        _cast(weights, kind)
+    if mtp and stored.mtp:
+        weights = _load_mtp(stored, model)
+        _cast(weights, kind, folder, f"{mtp_prefix(config)}.")
     parameters = sum(prod(weight.shape) for weight in main_weights(config))
     return LoadedModel(
         model,
@@ -138,65 +163,48 @@ def load_model(
         kind,
         folder=folder,
         eos_token_ids=config.eos_token_ids,
-        bits_per_weight=8 * sum(tensor.nbytes for tensor in main) / parameters,
+        bits_per_weight=8 * sum(tensor.nbytes for tensor in stored.main.values()) / parameters,
     )
 
 
-def _load_main(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Model:
+def _load_main(stored: StoredWeights) -> Model:
     """Load the main model; its weights are read from the files when they are first evaluated."""
-    model = Model(ModelArgs.from_dict(msgspec.structs.asdict(config)))
-    stored: dict[str, mx.array] = {}
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        stored |= read_arrays(file)
-    try:
-        arrays: dict[str, mx.array] = model.sanitize(stored)
-        if config.quantization is not None:
-            predicate = partial(stored_quantization, config.quantization, arrays)
-            quantize(model, class_predicate=predicate)
-        model.eval()
-        model.load_weights(list(arrays.items()))
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {error}", file=str(folder)) from error
+    model = Model(ModelArgs.from_dict(msgspec.structs.asdict(stored.config)))
+    arrays = to_mlx_layout(model.args, read_arrays(stored.main), stored.quantization)
+    quantize(model, class_predicate=partial(_quantized_as, stored.quantization, ""))
+    model.eval()
+    _set_weights(model, arrays, stored.folder)
     return model
 
 
-def stored_quantization(
-    table: Quantization, arrays: Mapping[str, mx.array], path: str, module: Module
+def _quantized_as(
+    quantization: Mapping[str, QuantizedAs], prefix: str, path: str, _: Module
 ) -> bool | dict[str, Any]:
-    """Return the quantisation of a module of the main model as `quantize` takes it.
-
-    mlx-lm writes mixed checkpoints whose default does not hold for modules that the table does not
-    name, so for those bits and group size are inferred from the arrays' shapes.
-    """
-    if path in table.modules:
-        named = table.modules[path]
-        return False if named is None else msgspec.structs.asdict(named)
-    if not hasattr(module, "to_quantized") or f"{path}.scales" not in arrays:
-        return False
-    width = module.weight.shape[-1]
-    return {
-        "group_size": width // arrays[f"{path}.scales"].shape[-1],
-        "bits": arrays[f"{path}.weight"].shape[-1] * 32 // width,
-        "mode": "affine",
-    }
+    """Return the quantisation of a module as `quantize` takes it."""
+    how = quantization.get(prefix + path)
+    return False if how is None else msgspec.structs.asdict(how)
 
 
-def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MTPWeights:
+def _set_weights(module: Module, arrays: Mapping[str, mx.array], folder: Path) -> None:
+    try:
+        module.load_weights(list(arrays.items()))
+    except ValueError as error:  # it lists all names
+        message = f"{folder}: {str(error)[:MAX_ERROR_CHARS]}".replace("\n", " ")
+        raise CheckpointError(message, file=str(folder)) from error
+
+
+def _load_mtp(stored: StoredWeights, model: Model) -> MTPWeights:
     """Load the MTP layer from its own file, or from the published layout's weights."""
+    config = stored.config
     prefix = mtp_prefix(config) + "."
-    arrays: dict[str, mx.array] = {}
+    arrays = read_arrays(stored.mtp)
+    quantization: Mapping[str, QuantizedAs] = {}
     if config.mtp is not None:
-        arrays = read_arrays(folder / config.mtp.file)
         quantization = config.mtp.quantization
     else:
-        for file in sorted({tensor.file for tensor in list_tensors(folder).values()}):
-            arrays |= read_arrays(file)
-        arrays = {name: array for name, array in arrays.items() if name.startswith(prefix)}
         # mlx-lm stacks experts and splits kv_b_proj for `num_hidden_layers` layers.
         args = replace(model.args, num_hidden_layers=config.num_hidden_layers + 1)
-        sanitize: Any = Model.sanitize
-        arrays = sanitize(SimpleNamespace(args=args), arrays)
-        quantization = {}
+        arrays = to_mlx_layout(args, arrays, quantization)
     arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     _drop_if_shared(arrays, "embed_tokens", model.model.embed_tokens)
     _drop_if_shared(arrays, "shared_head.head", model.lm_head)
@@ -205,17 +213,56 @@ def _load_mtp(folder: Path, config: ModelConfig, model: Model) -> MTPWeights:
         own_embedding="embed_tokens.weight" in arrays,
         own_head="shared_head.head.weight" in arrays,
     )
-
-    def quantized_as(path: str, _: Module) -> bool | dict[str, Any]:
-        stored = quantization.get(prefix + path)
-        return False if stored is None else msgspec.structs.asdict(stored)
-
-    quantize(weights, class_predicate=quantized_as)
-    try:
-        weights.load_weights(list(arrays.items()))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: MTP layer: {error}", file=str(folder)) from error
+    quantize(weights, class_predicate=partial(_quantized_as, quantization, prefix))
+    _set_weights(weights, arrays, stored.folder)
     return weights
+
+
+def to_mlx_layout(
+    args: ModelArgs, arrays: dict[str, mx.array], quantization: Mapping[str, QuantizedAs]
+) -> dict[str, mx.array]:
+    """Stack experts and split `kv_b_proj` and fused experts.
+
+    Args:
+        quantization: of modules by path, in the layout that the arrays have and in MLX's.
+    """
+    for name in [name for name in arrays if ".mlp.experts.gate_up_proj" in name]:
+        experts = name.partition(".experts.")[0]
+        gate, up = mx.split(arrays.pop(name), 2, axis=1)  # [E, 2 × width, hidden]
+        arrays[f"{experts}.switch_mlp.gate_proj.weight"] = mx.contiguous(gate)
+        arrays[f"{experts}.switch_mlp.up_proj.weight"] = mx.contiguous(up)
+    for name in [name for name in arrays if ".mlp.experts.down_proj" in name]:
+        experts = name.partition(".experts.")[0]
+        arrays[f"{experts}.switch_mlp.down_proj.weight"] = arrays.pop(name)
+    for path in [path for path in quantization if f"{path}.weight" in arrays]:
+        if path.endswith(".kv_b_proj"):
+            _split_quantized_kv_b(args, arrays, path, quantization)
+    sanitize: Any = Model.sanitize
+    result: dict[str, mx.array] = sanitize(SimpleNamespace(args=args), arrays)
+    return result
+
+
+def _split_quantized_kv_b(
+    args: ModelArgs,
+    arrays: dict[str, mx.array],
+    path: str,
+    quantization: Mapping[str, QuantizedAs],
+) -> None:
+    """Split a quantised `kv_b_proj` by head, and quantise each half again if its groups fit."""
+    how = msgspec.structs.asdict(quantization[path])
+    names = ("weight", "scales", "biases")[: 3 if how["mode"] == "affine" else 2]
+    parts: list[Any] = [arrays.pop(f"{path}.{name}") for name in names]
+    whole = mx.dequantize(*parts, **how)
+    whole = whole.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
+    nope = args.qk_nope_head_dim
+    halves = {"embed_q": whole[:, :nope].swapaxes(1, 2), "unembed_out": whole[:, nope:]}
+    for name, half in halves.items():
+        half_path = path.removesuffix("kv_b_proj") + name
+        if half_path not in quantization:
+            arrays[f"{half_path}.weight"] = mx.contiguous(half)
+            continue
+        for part, array in zip(names, mx.quantize(half, **how), strict=True):
+            arrays[f"{half_path}.{part}"] = array
 
 
 def _check_experts(model: Model, dtype: mx.Dtype) -> None:
@@ -239,11 +286,17 @@ def _drop_if_shared(arrays: dict[str, mx.array], path: str, main: Module) -> Non
             del arrays[name]
 
 
-def read_arrays(file: Path) -> dict[str, mx.array]:
-    try:
-        return cast(dict[str, mx.array], mx.load(str(file)))
-    except RuntimeError as error:
-        raise CheckpointError(f"{file}: {error}", file=str(file)) from error
+def read_arrays(tensors: Mapping[str, StoredTensor]) -> dict[str, mx.array]:
+    """The arrays of the tensors, by their names in the files."""
+    wanted = {(tensor.file, tensor.stored_as) for tensor in tensors.values()}
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        try:
+            loaded = cast(dict[str, mx.array], mx.load(str(file)))
+        except RuntimeError as error:
+            raise CheckpointError(f"{file}: {error}", file=str(file)) from error
+        arrays |= {name: array for name, array in loaded.items() if (file, name) in wanted}
+    return arrays
 
 
 def _arrays(module: Module) -> list[tuple[str, mx.array]]:
@@ -255,8 +308,15 @@ def _nbytes(module: Module) -> int:
     return sum(array.nbytes for _, array in _arrays(module))
 
 
-def _cast(module: Module, dtype: mx.Dtype) -> None:
-    """Read a module's weights into memory, floating ones as `dtype`."""
+def _cast(module: Module, dtype: mx.Dtype, folder: Path, prefix: str) -> None:
+    """Read a module's weights into memory, floating ones as `dtype`.
+
+    Args:
+        prefix: of the module's names, for errors.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
     floating = [
         (name, array.astype(dtype_in_memory(name, dtype)))
         for name, array in _arrays(module)
@@ -264,6 +324,18 @@ def _cast(module: Module, dtype: mx.Dtype) -> None:
     ]
     module.update(tree_unflatten(floating))
     mx.eval(module.parameters())
+    finite = [mx.isfinite(array).all() for _, array in floating]
+    mx.eval(finite)
+    for (name, array), is_finite in zip(floating, finite, strict=True):
+        if not is_finite.item():
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            remedy = "Use the setting dtype = bfloat16" if dtype == mx.float16 else "Download"
+            raise CheckpointError(
+                f"{folder}: {prefix}{name} holds infinities or NaN as {kind}. {remedy}, or convert"
+                " the model again.",
+                file=str(folder),
+                tensor=prefix + name,
+            )
 
 
 def dtype_in_memory(name: str, dtype: mx.Dtype) -> mx.Dtype:
@@ -278,28 +350,18 @@ def choose_dtype(name: DtypeName) -> mx.Dtype:
     return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
 
 
-def has_mtp_layer(folder: Path, config: ModelConfig) -> bool:
-    """Whether a checkpoint holds the MTP layer."""
-    return bool(list_mtp_tensors(folder, config, list_tensors(folder)))
-
-
-def weight_bytes(folder: Path, config: ModelConfig, dtype: mx.Dtype, *, mtp: bool) -> int:
+def weight_bytes(stored: StoredWeights, dtype: mx.Dtype, *, mtp: bool) -> int:
     """Compute the bytes of a checkpoint's weights in memory from its files' headers.
 
     Args:
         dtype: of unquantised weights in memory.
         mtp: count the MTP layer, if there is one. In the published layout its embedding and head
             are not counted, as they are not loaded if they equal the main model's.
-
-    Raises:
-        CheckpointError: files are missing or damaged.
     """
-    tensors = list_tensors(folder)
-    layer = list_mtp_tensors(folder, config, tensors)
-    counted = {name: tensor for name, tensor in tensors.items() if name not in layer}
+    counted = dict(stored.main)
     if mtp:
-        copies = () if config.mtp is not None else (".embed_tokens.weight", ".head.weight")
-        counted |= {name: t for name, t in layer.items() if not name.endswith(copies)}
+        copies = () if stored.config.mtp is not None else (".embed_tokens.weight", ".head.weight")
+        counted |= {name: t for name, t in stored.mtp.items() if not name.endswith(copies)}
     return sum(_bytes_in_memory(tensor, dtype) for tensor in counted.values())
 
 

@@ -53,6 +53,7 @@ def load_tokenizer(folder: Path, vocab_size: int, end_ids: Sequence[int]) -> LLT
     file = folder / "tokenizer.json"
     try:
         tokenizer = json.loads(file.read_bytes())
+        tokenizer |= {"truncation": None, "padding": None}
         vocabulary = tokenizer["model"]["vocab"]
         for token in tokenizer["added_tokens"]:
             name = token["content"]
