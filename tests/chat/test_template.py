@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from paths import ROOT
 
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Piece
+from glmd.checkpoint.chat_template import with_thinking_defaults
 from glmd.errors import CheckpointError, InvalidRequest
 
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
@@ -139,9 +141,9 @@ def test_a_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path
     [
         (None, "", "no chat template"),
         ("tokenizer_config.json", "{}", "no chat template"),
-        ("tokenizer_config.json", "{", "damaged"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
         ("chat_template.jinja", "{% if %}", "not a Jinja template"),
-        ("chat_template.jinja", TEMPLATE.replace("<|user|>", "<|{{ 'user' }}|>"), "<.user.>"),
+        ("chat_template.jinja", TEMPLATE.replace("<|user|>", "<user>"), "write <.user.>. Take"),
     ],
 )
 def test_a_missing_or_broken_template_is_named(
@@ -194,3 +196,61 @@ def test_templates_render_the_same_text_as_in_transformers(source: str) -> None:
 def test_every_control_token_of_a_template_is_marked() -> None:
     for name in SPELLINGS:
         assert tokenizer().controls[name] in small(f"{name}{{{{ '{name}' }}}}").render(USER)
+
+
+JOINS = ("'<|' + {} + '|>'", "'<|' ~ {} ~ '|>'", "'<|%s|>' % {}", "'<|{{}}|>'.format({})")
+
+
+@pytest.mark.parametrize("join", JOINS)
+@given(st.lists(tag_like, min_size=1, max_size=4))
+def test_tags_made_of_roles_are_tags_and_texts_of_clients_are_not(
+    join: str, texts: list[str]
+) -> None:
+    tags, made = tokenizer().special_tokens, _by_roles(join)
+    roles = ["system", "user", "assistant", "tool"]
+    messages = [{"role": roles[i % 4], "content": text} for i, text in enumerate(texts)]
+    pieces = made.render(messages)
+    expected = [(tags.system, tags.user, tags.assistant, tags.observation)[i % 4]
+                for i in range(len(texts))]  # fmt: skip
+    assert [piece for piece in pieces if isinstance(piece, int)] == expected
+    assert [piece for piece in pieces if isinstance(piece, str)] == [t for t in texts if t]
+
+
+@cache
+def _by_roles(join: str) -> ChatTemplate:
+    role = "('observation' if message.role == 'tool' else message.role)"
+    loop = "{%- for message in messages -%}{{ " + join.format(role) + " }}{{ message.content }}"
+    return ChatTemplate(loop + "{%- endfor -%}", tokenizer().controls)
+
+
+def test_a_role_that_is_printed_alone_is_text() -> None:
+    assert text_of("{{ messages[0].role }} {{ messages | tojson }}") == (
+        'user [{"role": "user", "content": "Hi"}]'
+    )
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{%- set enable_thinking = false -%}\n{%- set clear_thinking = true -%}\n",
+        "{# first #}\n{% set clear_thinking = True %}\n\n{%set enable_thinking=False%}",
+        with_thinking_defaults("")
+        + "{% set enable_thinking = false %}{% set clear_thinking=true %}",
+    ],
+)
+def test_leading_set_lines_are_defaults(head: str) -> None:
+    made = small(head + "{{ enable_thinking }} {{ clear_thinking }}")
+    assert made.defaults == {"enable_thinking": False, "clear_thinking": True}
+    assert made.ignored == ()
+
+    def shown(**kwargs: Any) -> str:
+        return spelled(made.render(USER, kwargs=kwargs)).split("[gMASK]")[0].strip()
+
+    assert shown() == "False True"
+    assert shown(enable_thinking=True) == "True True"
+    assert shown(enable_thinking=None, clear_thinking=False) == "False False"
+
+
+def test_a_variable_that_a_template_ignores_is_reported() -> None:
+    fixed = "[gMASK]{%- set enable_thinking = true -%}" + TEMPLATE
+    assert ChatTemplate(fixed, tokenizer().controls).ignored == ("enable_thinking",)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import CHECKPOINT, live_server
 
-from glmd.chat.template import read_template
 from glmd.chat.template_process import TemplateProcess
+from glmd.checkpoint.chat_template import read_template
 from glmd.errors import CheckpointError, InvalidRequest
 
 pytestmark = pytest.mark.e2e

@@ -64,7 +64,8 @@ def build_prompt(
         raise invalid_field("messages", "the chat template does not open an assistant's turn.")
     returned: dict[int, AssistantMessage] = {}
     if turn_cache is not None:
-        clear = bool(template_variables(conversation.template_kwargs)["clear_thinking"])
+        variables = template_variables(conversation.template_kwargs, template.defaults)
+        clear = bool(variables["clear_thinking"])
         opened = [i for i, pieces in enumerate(sections) if pieces[0] == special_tokens.assistant]
         returned = _returned_turns(messages, opened, after_user=clear)
 

@@ -2,8 +2,10 @@
 
 A template writes control tokens as text, and a user can write the same text. To tell them apart,
 the control tokens in the template's literals are replaced, in its syntax tree, by marks:
-private-use characters drawn at random when the template is loaded. The output is then split at the
-marks, which become token ids. Everything else stays text, whatever it spells.
+private-use characters drawn at random when the template is loaded. Names of roles carry marks
+where they are printed, for templates that make tags of them (`'<|' + message.role + '|>'`). The
+output is split at the marks, which become token ids. Everything else stays text, whatever it
+spells.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.visitor
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glmd.chat.tokenizer import SPELLINGS, Piece
+from glmd.checkpoint.chat_template import (
+    RECOMMENDED_THINKING,
+    explain_remedy,
+    read_template,
+    split_thinking,
+)
 from glmd.errors import CheckpointError, InvalidRequest, invalid_field
-
-DEFAULT_VARIABLES = {"enable_thinking": True, "clear_thinking": False}
-"""As the model card recommends."""
 
 SERVER_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
@@ -34,6 +40,7 @@ PRIVATE_USE = 0xF0000
 """First of the 65,534 private-use characters of plane 15."""
 
 ROLES = tuple(SPELLINGS[role] for role in ("system", "user", "assistant", "observation"))
+ROLE_NAMES = tuple(tag.strip("<|>") for tag in ROLES)
 PROBE = (
     {"role": "system", "content": "?"},
     {"role": "user", "content": "?"},
@@ -48,11 +55,47 @@ PROBE = (
 )
 """A conversation for which a template in GLM's format writes all `ROLES`."""
 
+THINKING_PROBE = (
+    {"role": "user", "content": "1"},
+    {"role": "assistant", "content": "2", "reasoning_content": "3"},
+    {"role": "user", "content": "4"},
+)
+"""A conversation whose prompt depends on each variable for thinking."""
+
+
+class _Role(str):
+    """A role's name that has a mark on either side where it is printed or joined."""
+
+    def __new__(cls, name: str, mark: str) -> _Role:
+        self = super().__new__(cls, name)
+        self._printed = mark + name + mark
+        return self
+
+    _printed: str
+
+    def __str__(self) -> str:
+        return self._printed
+
+    def __format__(self, spec: str) -> str:
+        return format(self._printed, spec)
+
+    def __add__(self, other: str) -> str:
+        return self._printed + str(other)
+
+    def __radd__(self, other: str) -> str:
+        return other + self._printed
+
 
 class ChatTemplate:
     """A Jinja chat template in the environment that transformers gives it.
 
     See `_compile_jinja_template` in transformers/utils/chat_template_utils.py.
+
+    Attributes:
+        source: the template as it is in the file.
+        defaults: values of the variables for thinking in requests that set none: those that the
+            template sets at its head, else the recommended ones.
+        ignored: variables for thinking that make no difference to the template.
     """
 
     def __init__(
@@ -68,14 +111,20 @@ class ChatTemplate:
             CheckpointError: the template does not compile, or is not in GLM's format.
         """
         self.source = source
+        values, source = split_thinking(source)
+        self.defaults: Mapping[str, bool] = {**RECOMMENDED_THINKING, **values}
         draw = secrets.SystemRandom().sample(range(0xFFFE), 4)
         secret = "".join(chr(PRIVATE_USE + number) for number in draw)
         self._ids = list(controls.values())
         marks = {name: secret + chr(PRIVATE_USE + i) for i, name in enumerate(controls)}
         self._mark = re.compile(f"{secret}(.)", re.DOTALL)
+        self._marks = marks
+        self._role_mark = secret + chr(PRIVATE_USE + len(marks))
+        self._role_tag = re.compile(rf"<\|{self._role_mark}(\w+){self._role_mark}\|>")
         try:
-            self._template = _compile(source, marks)
+            self._template = _compile(source, marks, self._role_mark)
             probe = self.render(PROBE)
+            self.ignored = tuple(name for name in self.defaults if not self._heeds(name))
         except jinja2.TemplateError as error:
             raise CheckpointError(f"{file}: not a Jinja template: {error}", file=file) from error
         except InvalidRequest as error:
@@ -83,9 +132,14 @@ class ChatTemplate:
             raise CheckpointError(f"{file}: not usable: {problem}", file=file) from error
         missing = [name for name in ROLES if controls.get(name) not in probe]
         if missing:
-            raise CheckpointError(
-                f"{file}: the template does not write {', '.join(missing)}.", file=file
-            )
+            problem = f"the template does not write {', '.join(missing)}"
+            remedy = explain_remedy(Path(file).parent)
+            raise CheckpointError(f"{file}: {problem}. {remedy}", file=file)
+
+    def _heeds(self, name: str) -> bool:
+        """Whether a variable for thinking makes a difference."""
+        on, off = (self.render(THINKING_PROBE, kwargs={name: value}) for value in (True, False))
+        return on != off
 
     @classmethod
     def load(cls, folder: Path, controls: Mapping[str, int]) -> ChatTemplate:
@@ -113,16 +167,17 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template cannot render the conversation.
         """
-        variables = template_variables(kwargs or {})
+        variables = template_variables(kwargs or {}, self.defaults)
         try:
             marked = self._template.render(
-                messages=messages,
+                messages=[self._with_role(message) for message in messages],
                 tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
         except Exception as error:  # a template can raise anything, about this conversation
             raise invalid_field("messages", f"the chat template cannot render: {error}") from error
+        marked = self._role_tag.sub(self._tag_of, marked).replace(self._role_mark, "")
         pieces: list[Piece] = []
         for position, part in enumerate(self._mark.split(marked)):
             if position % 2:
@@ -131,33 +186,19 @@ class ChatTemplate:
                 pieces.append(part)
         return pieces
 
+    def _with_role(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        role = message.get("role")
+        return (
+            {**message, "role": _Role(role, self._role_mark)} if isinstance(role, str) else message
+        )
 
-def read_template(folder: Path) -> tuple[str, Path]:
-    """Read `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
-
-    Returns: the template, and its file.
-
-    Raises:
-        CheckpointError: no template, or the file is damaged.
-    """
-    file = folder / "chat_template.jinja"
-    config = folder / "tokenizer_config.json"
-    try:
-        if file.is_file():
-            return file.read_text("utf-8"), file
-        source = json.loads(config.read_text("utf-8")).get("chat_template")
-    except FileNotFoundError:
-        source = None
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: damaged: {error}", file=str(config)) from error
-    if not isinstance(source, str):
-        message = f"{folder}: no chat template (chat_template.jinja)."
-        raise CheckpointError(message, file=str(file))
-    return source, config
+    def _tag_of(self, match: re.Match[str]) -> str:
+        """The mark of the control token that a role's name and its brackets spell."""
+        return self._marks.get(f"<|{match[1]}|>", match[0])
 
 
-def template_variables(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`DEFAULT_VARIABLES`, updated with the values in `kwargs` that are not None.
+def template_variables(kwargs: Mapping[str, Any], defaults: Mapping[str, bool]) -> dict[str, Any]:
+    """`defaults`, updated with the values in `kwargs` that are not None.
 
     Raises:
         InvalidRequest: a thinking switch is not a boolean, or the server sets the variable.
@@ -166,13 +207,26 @@ def template_variables(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for key in SERVER_VARIABLES:
         if key in given:
             raise invalid_field(f"chat_template_kwargs.{key}", "set by the server.")
-    for key in DEFAULT_VARIABLES:
+    for key in defaults:
         if not isinstance(given.get(key, True), bool):
             raise invalid_field(f"chat_template_kwargs.{key}", "must be true or false.")
-    return {**DEFAULT_VARIABLES, **given}
+    return {**defaults, **given}
 
 
-def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
+class _RoleNames(jinja2.visitor.NodeTransformer):
+    """Replaces a role's name in a template's literals by a global variable with its `_Role`."""
+
+    def visit_Const(self, node: jinja2.nodes.Const) -> jinja2.nodes.Node:  # noqa: N802
+        if node.value not in ROLE_NAMES:
+            return node
+        return jinja2.nodes.Name(_role_variable(node.value), "load", lineno=node.lineno)
+
+
+def _role_variable(name: str) -> str:
+    return f"_role_{name}"
+
+
+def _compile(source: str, marks: Mapping[str, str], role_mark: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -181,7 +235,9 @@ def _compile(source: str, marks: Mapping[str, str]) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    tree = environment.parse(source)
+    for name in ROLE_NAMES:
+        environment.globals[_role_variable(name)] = _Role(name, role_mark)
+    tree = _RoleNames().visit(environment.parse(source))
     longest_first = sorted(marks, key=len, reverse=True)
     spelling = re.compile("|".join(map(re.escape, longest_first)))
     for text in tree.find_all(jinja2.nodes.TemplateData):

@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
-from glmd.chat.template import ChatTemplate, read_template, template_variables
+from glmd.chat.template import ChatTemplate, template_variables
 from glmd.chat.tokenizer import Piece
+from glmd.checkpoint.chat_template import read_template
 from glmd.errors import CheckpointError, InvalidRequest, invalid_field
 from glmd.utils.memory import process_memory_bytes
 
@@ -54,6 +55,9 @@ class TemplateProcess:
     """A `ChatTemplate` in a child process, which is restarted after it was killed.
 
     Not thread-safe.
+
+    Attributes:
+        defaults: as of `ChatTemplate`.
     """
 
     def __init__(
@@ -87,6 +91,11 @@ class TemplateProcess:
         if "error" in reply:
             self.close()
             raise CheckpointError(reply["error"], file=file)
+        self.defaults: Mapping[str, bool] = reply["defaults"]
+        for name in reply["ignored"]:
+            log.warning(
+                "%s: the template ignores %s. Requests that set it get no other prompt.", file, name
+            )
 
     @classmethod
     def load(cls, folder: Path, controls: Mapping[str, int]) -> TemplateProcess:
@@ -111,7 +120,8 @@ class TemplateProcess:
             InvalidRequest: the template cannot render the conversation, or exceeds a limit.
         """
         kwargs = kwargs or {}
-        template_variables(kwargs)  # the child reports only the text of an error, not its field
+        # The child reports only the text of an error, not its field.
+        template_variables(kwargs, self.defaults)
         try:
             # Escaped ASCII, because UTF-8 has no form for lone surrogates.
             data = json.dumps({"messages": messages, "tools": tools, "kwargs": kwargs}).encode()
@@ -196,7 +206,7 @@ def serve(connection: Connection) -> None:
     except CheckpointError as error:
         send({"error": error.message[:MAX_ERROR_CHARS]})
         return
-    send({})
+    send({"defaults": template.defaults, "ignored": template.ignored})
     while True:
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:

@@ -65,6 +65,9 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file}: not a byte-level BPE tokenizer, as GLM-4.7's is.", file=file
             )
+        # Those of the call before the file was saved, which would cut and pad every text.
+        backend.no_truncation()
+        backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self.controls: Mapping[str, int] = {token.content: id for id, token in added.items()}
         self.spellings: Mapping[int, str] = {id: name for name, id in self.controls.items()}
@@ -93,9 +96,14 @@ class Tokenizer:
         """
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file.", file=str(file))
+            raise CheckpointError(
+                f"{file}: no such file. Take the model's own: `hf download zai-org/GLM-4.7-Flash"
+                f" tokenizer.json --local-dir {folder}`.",
+                file=str(file),
+            )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            text = file.read_bytes().decode("utf-8-sig")
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: {error}", file=str(file)) from error
         return cls(backend, str(file))
