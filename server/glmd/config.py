@@ -257,6 +257,11 @@ class Settings(BaseSettings):
         description="MTP drafts per step; auto follows the measured gain, off does not load the"
         " MTP layer.",
     )
+    dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Data type of activations, KV cache and unquantised weights; auto is bfloat16,"
+        " in which the model was trained, or float32 without a GPU.",
+    )
     memory_budget: Memory | None = Field(
         None,
         ge=1,
@@ -278,12 +283,14 @@ class Settings(BaseSettings):
 
     # Thinking
     enable_thinking: bool = Field(
-        True, description="Think before answering, in requests that do not set it."
+        True,
+        description="Think before answering, in requests that do not set it. Lines at the head of"
+        " the chat template can set another default.",
     )
     clear_thinking: bool = Field(
         False,
         description="Leave the reasoning of earlier turns out of the prompt, in requests that do"
-        " not set it.",
+        " not set it. Lines at the head of the chat template can set another default.",
     )
     effort_budgets: Budgets = Field(
         EFFORT_BUDGETS,
@@ -373,6 +380,7 @@ class Settings(BaseSettings):
             "min_stream_rate": self.min_stream_rate,
             "max_gap": self.max_gap,
             "mtp": DRAFTS[self.mtp],
+            "dtype": self.dtype,
         }
 
 

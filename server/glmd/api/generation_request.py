@@ -72,19 +72,27 @@ class Defaults:
 
     @classmethod
     def of(
-        cls, settings: Settings, checkpoint: SamplingParams, named: Profile | None = None
+        cls,
+        settings: Settings,
+        checkpoint: SamplingParams,
+        named: Profile | None = None,
+        thinking: Mapping[str, bool] | None = None,
     ) -> Defaults:
         """Values of the profile, else of the settings, else of the checkpoint.
 
         Args:
             checkpoint: Sampling parameters of the checkpoint's generation config.
+            thinking: Variables that the checkpoint's chat template sets, if they are not set.
             named: Profile that the request names. None: the settings' profile, if any.
         """
         default = settings.all_profiles[settings.profile] if settings.profile else None
         profile = named or default
         values = profile.values if profile else {}
+        template = thinking or {}
 
         def choose(name: str) -> Any:
+            if name not in values and name not in settings.model_fields_set and name in template:
+                return template[name]
             return values.get(name, getattr(settings, name, None))
 
         chosen = {name: choose(name) for name in SamplingParams.__struct_fields__}

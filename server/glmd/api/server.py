@@ -192,12 +192,16 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, state: AppState, read_settings: Callable[[], Settings] | None = None
+        self,
+        state: AppState,
+        read_settings: Callable[[], Settings] | None = None,
+        url: str = "",
     ) -> None:
         """
         Args:
             state: what to serve.
             read_settings: loads the current settings on SIGHUP; None: settings never change.
+            url: of the listening socket, for the log.
         """
         settings = state.settings
         connection = partial(Connection, settings=settings, max_connections=connection_limit())
@@ -218,6 +222,7 @@ class Server(uvicorn.Server):
         )
         self._state = state
         self._read_settings = read_settings
+        self._url = url
         self._had_terminal = has_terminal()
 
     @contextmanager
@@ -261,7 +266,12 @@ class Server(uvicorn.Server):
             timer.cancel()
 
     async def _exit_on_engine_failure(self) -> None:
-        await self._state.engine.wait_for("failed")
+        """Log that the model is served once it is; exit if it cannot be."""
+        engine = self._state.engine
+        if await engine.wait_for("ready", "failed") == "ready":
+            log.info("Chat page: %s/ (or try: glmd chat)", self._url)
+            log.info("glmd serves %s at %s/v1", self._state.model.id, self._url)
+        await engine.wait_for("failed")
         self.should_exit = True
 
 
@@ -282,9 +292,9 @@ def run(
     """
     freeze_gc_heap()
     url = base_url(state.settings.host, sockets)
-    log.info("Chat page: %s/ (or try: glmd chat)", url)
-    log.info("glmd %s serves %s at %s/v1", __version__, state.model.id, url)
-    Server(state, read_settings).run(sockets)
+    log.info("glmd %s loads %s, and listens at %s", __version__, state.model.id, url)
+    log.info("Sampling defaults: %s", state.describe_sampling())
+    Server(state, read_settings, url).run(sockets)
     if state.engine.state == "failed":
         raise CheckpointError(state.engine.failure or "The engine did not start.")
 

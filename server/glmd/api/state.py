@@ -28,7 +28,7 @@ from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import MAX_NAME, Conversation, Prompt, check_length
-from glmd.checkpoint.config import sampling_defaults
+from glmd.checkpoint.config import read_sampling, sampling_defaults
 from glmd.config import Settings
 from glmd.engine_client.admission import AdmissionQueue
 from glmd.engine_client.client import EngineClient
@@ -201,8 +201,29 @@ class AppState:
                 f"profile: unknown profile {name!r}{did_you_mean(name, profiles)}", param="profile"
             )
         return Defaults.of(
-            self.settings, self._sampling, profiles[name] if name is not None else None
+            self.settings,
+            self._sampling,
+            profiles[name] if name is not None else None,
+            self._template.defaults,
         )
+
+    def describe_sampling(self) -> str:
+        """Describe the default sampling parameters, and where each comes from, for the log."""
+        given = read_sampling(self.model.folder)
+        name = self.settings.profile
+        profile = self.settings.all_profiles[name] if name else None
+        sampling = self.defaults(None).sampling
+        parts = []
+        for field in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            origin = "model card"
+            if profile is not None and field in profile.values:
+                origin = f"profile {name}"
+            elif getattr(self.settings, field, None) is not None:
+                origin = "settings"
+            elif field in given:
+                origin = "generation_config.json"
+            parts.append(f"{field}={getattr(sampling, field):g} ({origin})")
+        return " ".join(parts)
 
     def profile_of(self, model: str) -> str | None:
         """Return the profile that a model name selects; None: none.
