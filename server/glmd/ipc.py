@@ -249,6 +249,17 @@ class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """Moving average of accepted / drafted; 0 without an MTP layer."""
     preemptions: int = 0
     evicted_tokens: int = 0
+    disk_bytes: int = 0
+    """Bytes of KV in the disk cache."""
+    disk_budget_bytes: int = 0
+    """Limit of `disk_bytes`; 0: there is no disk cache."""
+    disk_segments: int = 0
+    disk_hits: int = 0
+    """Sequences for which KV was restored from disk."""
+    disk_restored_tokens: int = 0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    """Since the folder was created, for the disk's wear."""
     step_seconds: float = 0.0
     """Moving average of a step's duration."""
     step_seconds_total: float = 0.0

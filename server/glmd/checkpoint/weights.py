@@ -12,8 +12,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,9 @@ ITEM_BYTES: dict[str, int] = {
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 """Dtypes of unquantised weights."""
+
+SAMPLE_BYTES = 256
+"""Bytes of each tensor in a fingerprint."""
 
 _MAX_HEADER = 100_000_000  # The limit of the reference implementation.
 
@@ -139,6 +143,30 @@ def _explain_no_weights(folder: Path) -> str:
         f"no model*.safetensors{hint}. Convert the BF16 model with `glmd convert`, or name a"
         " repository with MLX files."
     )
+
+
+def fingerprint(folder: Path, tensors: Iterable[StoredTensor]) -> str:
+    """Digest that changes with the weights of a checkpoint.
+
+    Of config.json, of the sizes and times of the weight files, and of the name, type and a few
+    bytes of each tensor: reading gigabytes at each start would take seconds.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_file.setdefault(tensor.file, []).append(tensor)
+    digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    for file in sorted(by_file):
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+            for tensor in by_file[file]:
+                digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+                middle = tensor.offset + tensor.nbytes // 2
+                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, middle))
+    return digest.hexdigest()
 
 
 def check_specs(
@@ -286,17 +314,26 @@ class TensorFileWriter:
 
     A context manager; leaving it syncs the file to disk. The file must not exist.
 
+    Args:
+        mode: permissions of the file, less the umask.
+
     Raises:
         OSError: the file cannot be written.
         ValueError: a tensor is written out of order, in the wrong size, or not at all.
     """
 
     def __init__(
-        self, file: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+        self,
+        file: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        mode: int = 0o666,
     ) -> None:
         self._pending = list(reversed(specs))
         # Unbuffered, so that an error is raised by the write that meets it.
-        self._stream = file.open("xb", buffering=0)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        self._stream = os.fdopen(descriptor, "wb", buffering=0)
         self._write_all(memoryview(header_bytes(specs, metadata)))
 
     def write(self, name: str, data: memoryview | bytes) -> None:

@@ -41,6 +41,8 @@ class EngineConfig:
         mtp: draft tokens per sequence and step. "auto": none or one, by measurement. 0: the MTP
             layer is not loaded.
         prefix_cache: share KV between requests and keep it after they end.
+        disk_cache: most bytes of KV in files, from which prefixes are restored; 0: none.
+        disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
     """
 
     max_running: int = 32
@@ -53,6 +55,8 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     prefix_cache: bool = True
+    disk_cache: int = 0
+    disk_cache_folder: str | None = None
 
     @property
     def width(self) -> int:
@@ -68,6 +72,10 @@ class EngineConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise SettingsError(f"{name} must be greater than 0, not {value}.")
+        if self.disk_cache < 0:
+            raise SettingsError(f"disk_cache must be at least 0, not {self.disk_cache}.")
+        if self.disk_cache and self.disk_cache_folder is None:
+            raise SettingsError("disk_cache needs disk_cache_folder. Name a folder for its files.")
 
 
 MAX_CONTINUATIONS = 1024

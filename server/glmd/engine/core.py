@@ -22,6 +22,7 @@ from glmd.engine import memory
 from glmd.engine.config import EngineConfig, validate_request
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
+from glmd.engine.scheduler.disk_tier import DiskTier, open_disk_cache
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
 from glmd.engine.spec_decode.controller import DraftController
@@ -30,6 +31,7 @@ from glmd.engine.structured_output import StructuredOutputManager
 from glmd.errors import GlmdError, InvalidRequest
 from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
 from glmd.kv_cache.prefix_tree import PrefixTree
+from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
 from glmd.utils.memory import process_memory_bytes
@@ -38,6 +40,9 @@ log = logging.getLogger("glmd.engine")
 
 COMPILE_POLL = 0.02
 """Seconds for which a step waits for a grammar when there is nothing else to do."""
+
+DISK_POLL = 0.02
+"""Seconds for which a step waits for a file when there is nothing else to do."""
 
 
 def load_engine(
@@ -123,12 +128,16 @@ class Engine:
             bits_per_weight=model.bits_per_weight,
             device=memory.device_name(),
         )
+        cache = open_disk_cache(config, model)
+        tree = PrefixTree[Segment](plan.max_segment, track_unsaved=cache is not None)
+        self._disk = None if cache is None else DiskTier(tree, cache)
         self.scheduler = Scheduler(
             self.config,
-            PrefixTree(plan.max_segment),
+            tree,
             TailPool(model.kv_layers, model.shape.kv_width, model.dtype),
             kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,
+            disk=self._disk,
         )
         self.pending_step: PendingStep | None = None
         self.release_limits: Callable[[], object] = lambda: None
@@ -240,6 +249,8 @@ class Engine:
                 raise
             self._recover(error)
         outputs, self._outputs = self._outputs, []
+        if self._disk is not None:
+            self._disk.save(idle=not self._requests and self.pending_step is None)
         return outputs + progress
 
     def _step(self) -> list[SequenceOutput]:
@@ -250,6 +261,8 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled and self.pending_step is None and self._compiling:
             wait(self._compiling.values(), COMPILE_POLL, FIRST_COMPLETED)
+        elif not scheduled and self.pending_step is None and self._disk is not None:
+            self._disk.wait(DISK_POLL)
         launched = None
         if scheduled:
             num_drafts = self._draft_controller.choose(max(1, len(scheduled.decode)))
@@ -342,6 +355,8 @@ class Engine:
             self.cancel(id)
         self.pending_step = None
         self._runner.reset()
+        if self._disk is not None:
+            self._disk.close()
         self.scheduler.tree.clear()
         mx.clear_cache()
         self.release_limits()
@@ -378,6 +393,7 @@ class Engine:
             acceptance=self._draft_controller.acceptance if self.info.has_mtp else 0.0,
             preemptions=scheduler.preemptions,
             evicted_tokens=tree.evicted_tokens,
+            **({} if self._disk is None else self._disk.stats()),
             step_seconds=self._step_seconds,
             step_seconds_total=self._step_seconds_total,
         )

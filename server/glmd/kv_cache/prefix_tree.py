@@ -75,16 +75,21 @@ class PrefixTree(Generic[S]):
         nbytes: bytes of their KV.
         evicted_tokens: number of tokens evicted so far.
         copied_tokens: number of tokens copied so far to merge segments.
+        unsaved: nodes with tokens that have not been saved, oldest first; who saves them takes
+            them out. Others are evicted before them.
         version: number of changes that replaced segments which leases may hold. Layouts made
             under an earlier version keep memory alive that the tree has freed.
     """
 
-    def __init__(self, max_segment: int = MAX_SEGMENT) -> None:
+    def __init__(self, max_segment: int = MAX_SEGMENT, *, track_unsaved: bool = False) -> None:
         """
         Args:
             max_segment: tokens up to which segments are merged.
+            track_unsaved: fill `unsaved`.
         """
         self._max_segment = max_segment
+        self._track_unsaved = track_unsaved
+        self.unsaved: dict[Node[S], None] = {}
         self._roots: dict[str, Node[S]] = {}
         self._clock = 0
         self._segments = 0
@@ -200,6 +205,8 @@ class PrefixTree(Generic[S]):
         parent, offset = lease.node, lease.length
         child = Node(keys, kv, parent, offset, start=parent.start + offset)
         parent.add_child(child)
+        if self._track_unsaved:
+            self.unsaved[child] = None
         self.tokens += len(keys)
         self.nbytes += kv.nbytes
         self._segments += 1
@@ -263,13 +270,16 @@ class PrefixTree(Generic[S]):
                 self._move_up(node, target, shift)
             if rest is not None:
                 rests.append(rest)
+                if node in self.unsaved:
+                    self.unsaved[rest] = None
             shift += end
         self._segments += len(rests) - len(run) + 1
         self.nbytes += kv.nbytes - sum(segment.nbytes for segment in segments)
+        if any(node in self.unsaved for node in run):
+            self.unsaved[target] = None
         interior, last_used = max(n.interior_last_used for n in run), run[-1].last_used
         for node in run[1:]:
-            node.keys = node.keys[:0]
-            self._update_lists(node)
+            self._discard(node)
         target.keys, target.kv, target.interior_last_used = keys, kv, interior
         self._update_lists(target, last_used)
         for rest in rests:
@@ -330,11 +340,14 @@ class PrefixTree(Generic[S]):
     def evict(self, nbytes: int) -> int:
         """Free at least `nbytes`, least recently used ends first; return the bytes freed.
 
+        Ends that have not been saved come last.
+
         Fewer are freed when everything else is leased.
         """
         freed = 0
         while freed < nbytes and self._evictable:
-            node = self._evictable[0]
+            saved = (node for node in self._evictable if node not in self.unsaved)
+            node = next(saved, self._evictable[0])
             freed += self._truncate(node, node.pinned_len)
         return freed
 
@@ -347,6 +360,7 @@ class PrefixTree(Generic[S]):
         self.version += 1
         self.evicted_tokens += self.tokens
         self._roots.clear()
+        self.unsaved.clear()
         self._evictable.clear()
         self._branch_lengths.clear()
         self.leases.clear()
@@ -370,9 +384,11 @@ class PrefixTree(Generic[S]):
             parent.remove_child(node)
             parent.remember_evicted(node.offset, key)
         self.nbytes -= freed
-        node.keys = node.keys[:length].copy()
-        self._update_lists(node)
-        if not length:
+        if length:
+            node.keys = node.keys[:length].copy()
+            self._update_lists(node)
+        else:
+            self._discard(node)
             last_used = parent.last_used
             if parent.pinned_len < len(parent):
                 # Use of the child was use of the parent's interior, which is its end now.
@@ -380,6 +396,12 @@ class PrefixTree(Generic[S]):
             self._update_lists(parent, last_used)
             self._drop_empty_root(parent)
         return freed
+
+    def _discard(self, node: Node[S]) -> None:
+        """Let go of a node that is not in the tree any more."""
+        node.keys, node.kv = node.keys[:0], None
+        self.unsaved.pop(node, None)
+        self._update_lists(node)
 
     # -- shape ----------------------------------------------------------------------------
 

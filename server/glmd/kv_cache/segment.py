@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -25,6 +25,14 @@ class Segment:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The segment's arrays by name, [tokens, …] each; inverted by `from_arrays`."""
+        return {str(index): layer for index, layer in enumerate(self.layers)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, mx.array]) -> Segment:
+        return cls(list(arrays.values()))
 
     @classmethod
     def copy_of(cls, layers: Sequence[mx.array], start: int, end: int) -> Segment:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from glmd.engine.config import MAX_WIDTH, EngineConfig
+from glmd.engine.scheduler.disk_tier import DiskTier
 from glmd.engine.scheduler.prefill_budget import (
     OUTPUT_WEIGHT,
     SMALLEST_CHUNK,
@@ -68,6 +70,7 @@ class Scheduler:
         kv_budget: bytes for the tree and the tails.
         max_running: most sequences that may run at once.
         preemptions: number of times a running sequence was sent back to wait.
+        disk: KV on disk; None: there is none.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Scheduler:
         *,
         kv_budget: int,
         kv_bytes_per_token: int,
+        disk: DiskTier | None = None,
     ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -86,6 +90,7 @@ class Scheduler:
         self.kv_budget = kv_budget
         self.max_running = config.max_running
         self.preemptions = 0
+        self.disk = disk
         self.prefill_budget = PrefillBudget(config)
         self._prefix_cache = config.prefix_cache
         self._token_bytes = kv_bytes_per_token
@@ -128,6 +133,8 @@ class Scheduler:
         """Drop all KV and send the running sequences back to wait; returns those."""
         dropped, self.running = self.running, []
         for sequence in dropped:
+            if self.disk is not None:
+                self.disk.cancel(sequence)
             sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
             self._requeue(sequence)
         self.tree.reset()
@@ -142,6 +149,8 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         """Move the tail into the tree, and release the slot and the lease."""
         assert sequence.lease is not None
+        if self.disk is not None:
+            self.disk.cancel(sequence)
         self.flush_tail(sequence, defer_merge=True)
         if sequence.slot != NO_SLOT:
             self.tails.release(sequence.slot)
@@ -209,6 +218,8 @@ class Scheduler:
         for sequence in decode:
             self._fairness.charge(sequence.request.client, OUTPUT_WEIGHT)
         admitted = self._admit() if self.preemptions == preemptions else []
+        if self.disk is not None:
+            self.disk.advance(self._extend_match, self._ensure_free, streams=bool(decode))
         uncomputed = [s.num_uncomputed_tokens for s in self._prefilling()]
         if not uncomputed:
             return SchedulerOutput(decode, [], admitted)
@@ -281,14 +292,23 @@ class Scheduler:
             self.running.append(sequence)
             counts[sequence.request.client] += 1
             pending_prefill[sequence.request.client] += sequence.num_uncomputed_tokens
+            restored = 0
+            if self.disk is not None and self._prefix_cache:
+                restored = self.disk.begin(sequence)
             if sequence.status is SequenceStatus.WAITING:
-                sequence.cache_match = self._explain_match(sequence)
+                sequence.cache_match = self._explain_match(sequence, restored)
                 new.append(sequence)
             sequence.status = SequenceStatus.RUNNING
         return new
 
     def _prefilling(self) -> list[Sequence]:
-        return [s for s in self.running if s.num_uncomputed_tokens > 1]
+        """Sequences with prompt tokens to compute, except where these are being restored."""
+        disk = self.disk
+        return [
+            s
+            for s in self.running
+            if s.num_uncomputed_tokens > 1 and (disk is None or not disk.is_restoring(s))
+        ]
 
     def _schedule_prefill(self, budget: int) -> list[tuple[Sequence, int]]:
         """Divide `budget` rows among the sequences in prefill."""
@@ -358,30 +378,38 @@ class Scheduler:
         sequence.num_cached_tokens += found
         sequence.num_computed_tokens += found
 
-    def _explain_match(self, sequence: Sequence) -> CacheMatch:
-        """How much of a prompt was cached, and why not more."""
+    def _explain_match(self, sequence: Sequence, restored: int) -> CacheMatch:
+        """How much of a prompt was cached, and why not more.
+
+        Args:
+            restored: tokens that follow from disk.
+        """
         assert sequence.lease is not None
         if not self._prefix_cache:
             return CacheMatch(tokens=0, reason="off")
-        found, most = sequence.num_computed_tokens, sequence.prompt_length - 1
+        found, most = sequence.num_computed_tokens + restored, sequence.prompt_length - 1
         if found >= most:
-            return CacheMatch(tokens=found, reason="whole")
+            return CacheMatch(tokens=most, reason="whole")
+        if restored:
+            return CacheMatch(tokens=found, reason="new")
         keys = sequence.cache_keys(0, most)
         divergence = self.tree.divergence(sequence.lease, int(keys[found]))
+        reason: Literal["new", "differs", "evicted", "salt"] = "new"
         if divergence.evicted:
-            return CacheMatch(tokens=found, reason="evicted")
-        if self.tree.stored_elsewhere(sequence.request.cache_salt, keys) > found:
-            return CacheMatch(tokens=found, reason="salt")
-        if divergence.tokens:
+            reason = "evicted"
+        elif self.tree.stored_elsewhere(sequence.request.cache_salt, keys) > found:
+            reason = "salt"
+        elif divergence.tokens:
             return CacheMatch(tokens=found, reason="differs", diverging_tokens=divergence.tokens)
-        return CacheMatch(tokens=found, reason="new")
+        return CacheMatch(tokens=found, reason=reason)
 
     # -- memory -------------------------------------------------------------------------------
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held by the tree and the tails."""
-        return self.tree.nbytes + self.tails.nbytes
+        """Bytes held by the tree and the tails, and on the way to and from the disk."""
+        held = 0 if self.disk is None else self.disk.held_bytes
+        return self.tree.nbytes + self.tails.nbytes + held
 
     def _reserved_bytes(self) -> int:
         """Bytes that running sequences are expected to need further."""
@@ -400,10 +428,13 @@ class Scheduler:
 
     def _ensure_free(self, nbytes: int) -> bool:
         """Evict until `nbytes` are free; returns whether they are."""
-        over = self.kv_bytes + nbytes - self.kv_budget
-        if over <= 0:
-            return True
-        return self.tree.evict(over) >= over
+        while (over := self.kv_bytes + nbytes - self.kv_budget) > 0:
+            if not self.tree.evict(over):
+                break
+        if over > 0 and self.disk is not None:
+            self.disk.drop_held()
+            over = self.kv_bytes + nbytes - self.kv_budget
+        return over <= 0
 
 
 def priority_demotion(sequence: Sequence) -> int:
