@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -472,6 +473,35 @@ def test_store_false_stores_nothing(http: httpx.Client) -> None:
     made = ask(http, "Hm.</think>Hello.", store=False)
     assert made["store"] is False
     assert http.get(f"/v1/responses/{made['id']}").status_code == 404
+
+
+def test_stored_responses_survive_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "kv" / "file"
+    with live_server(disk_file=file) as live, live.client() as http:
+        first = ask(http, CALLS, tools=[TOOL], metadata={"a": "b"}, instructions="Speak up.")
+        second = post(http, input="⟦Ah.</think>Bye.⟧", previous_response_id=first["id"])
+        private = ask(http, "Hm.</think>Hello.", store=False)
+        deleted = ask(http, "Hm.</think>Hello.")
+        http.delete(f"/v1/responses/{deleted['id']}")
+        background = ask(http, "Hm.</think>Later.", background=True)
+        while http.get(f"/v1/responses/{background['id']}").json()["status"] != "completed":
+            time.sleep(0.01)
+        third = post(http, input="⟦</think>So long.⟧", previous_response_id=second["id"])
+    assert {entry.stat().st_mode & 0o777 for entry in file.parent.iterdir()} == {0o600}
+    content = b"".join(entry.read_bytes() for entry in file.parent.iterdir())
+    assert private["id"].encode() not in content
+    with live_server(disk_file=file) as live, live.client() as http:
+        assert http.get(f"/v1/responses/{first['id']}").json() == first
+        assert http.get(f"/v1/responses/{second['id']}").json() == second
+        assert http.get(f"/v1/responses/{background['id']}").json()["status"] == "completed"
+        for gone in (private, deleted):
+            assert http.get(f"/v1/responses/{gone['id']}").status_code == 404
+        again = post(http, input="⟦</think>So long.⟧", previous_response_id=second["id"])
+        assert again["usage"]["input_tokens"] == third["usage"]["input_tokens"]
+        assert http.delete(f"/v1/responses/{first['id']}").json()["deleted"] is True
+        assert http.get(f"/v1/responses/{first['id']}").status_code == 404
+    with live_server() as live, live.client() as http:
+        assert http.get(f"/v1/responses/{second['id']}").status_code == 404
 
 
 def test_the_store_evicts_the_least_recently_used() -> None:

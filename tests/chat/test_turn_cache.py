@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from glmd.chat.types import (
     ToolCall,
     UserMessage,
 )
+from glmd.utils.disk_lru import DiskLRU
 
 TAGS = tokenizer().special_tokens
 TOOLS = [tool("write", path={"type": "string"}, content={}), tool("now")]
@@ -424,3 +426,47 @@ def test_the_least_recently_used_turns_are_evicted_first() -> None:
     assert spliced("a") == 1
     generate(ask("d", cache), ids("</think>Yo<|user|>"), cache)
     assert [spliced(question) for question in questions] == [1, 0, 1, 1]
+
+
+# Turns on disk
+
+
+def test_turns_survive_in_a_file_bound_to_salt_and_tokenizer(tmp_path: Path) -> None:
+    def cache(tokenizer: bytes = b"one") -> TurnTokenCache:
+        return TurnTokenCache(stored=DiskLRU(tmp_path / "f", "turns", 10_000), tokenizer=tokenizer)
+
+    before = cache()
+    first = ask("Hi", before, cache_salt="mine")
+    generated = ids("Hm, hm.</think>\n Hello! \n<|user|>")
+    whole = generate(first, generated, before)
+    before.close()
+    messages: list[Message] = [
+        UserMessage("Hi"),
+        AssistantMessage(whole.content.strip()),
+        UserMessage("Bye"),
+    ]
+    after = cache()
+    assert starts_with(build(messages, after, cache_salt="mine"), first, generated)
+    for _ in range(2):  # From the file, then from memory.
+        assert build(messages, after, cache_salt="mine").spliced_turns == 1
+        assert build(messages, after, cache_salt="other").spliced_turns == 0
+    after.close()
+    other = cache(b"two")
+    assert build(messages, other, cache_salt="mine").spliced_turns == 0
+    other.close()
+
+
+def test_variants_of_a_turn_are_collected_across_restarts(tmp_path: Path) -> None:
+    seen: list[Message] = [UserMessage("Hi"), AssistantMessage("Yes"), UserMessage("Bye")]
+    thoughts = ["First.", "Second."]
+    for thought in thoughts:
+        cache = TurnTokenCache(stored=DiskLRU(tmp_path / "f", "turns", 10_000))
+        generate(ask("Hi", cache), ids(f"{thought}</think>Yes<|user|>"), cache)
+        cache.close()
+    cache = TurnTokenCache(stored=DiskLRU(tmp_path / "f", "turns", 10_000))
+    for thought in thoughts:
+        seen[1] = AssistantMessage("Yes", thought)
+        assert build(seen, cache).spliced_turns == 1
+    seen[1] = AssistantMessage("Yes", "Third.")
+    assert build(seen, cache).spliced_turns == 0
+    cache.close()

@@ -59,16 +59,18 @@ def live_server(
     config: Mapping[str, Any] | None = None,
     ready: bool = True,
     keys: Path | None = None,
+    disk_file: Path | None = None,
     **settings: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends; `ready=False` does not wait for the engine.
 
-    `keys` is the file of `glmd key`, so that no test uses the user's file.
+    `keys` is the file of `glmd key`, so that no test uses the user's file. `disk_file` holds turns
+    and responses that survive.
     """
     model = ServedModel.of("test/tiny", folder, settings.get("aliases", ()))
     made = Settings(port=0, **settings)
     launch = EngineProcessConfig(folder, config or {}, engine=engine, log_level=made.log_level)
-    service = AppState(made, model, launch, ApiKeyStore.of(made, keys))
+    service = AppState(made, model, launch, ApiKeyStore.of(made, keys), disk_file=disk_file)
     server = Server(service)
     sockets = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"

@@ -102,7 +102,7 @@ def create_app(state: AppState) -> FastAPI:
     )
     app.state.glmd = state
     app.state.metrics = meter
-    app.state.responses = ResponseStore(settings.response_store)
+    app.state.responses = ResponseStore(settings.response_store, state.disk_file)
     add_exception_handlers(app)
     for module in ROUTERS:
         app.include_router(module.router)

@@ -37,6 +37,7 @@ from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
 from glmd.structured_output.request import OutputSpec
+from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.text import did_you_mean
 
 log = logging.getLogger("glmd.api")
@@ -125,6 +126,7 @@ class AppState:
         client_lock: one prompt or grammar at a time for each client.
         registry: statistics of the requests to the engine.
         started: `time.monotonic()` of the start, in seconds.
+        disk_file: as given.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class AppState:
         launch: EngineProcessConfig,
         keys: ApiKeyStore | None = None,
         process: EngineProcess | None = None,
+        disk_file: Path | None = None,
     ) -> None:
         """Load everything but weights from the checkpoint.
 
@@ -141,6 +144,7 @@ class AppState:
             launch: how to start the engine process.
             keys: API keys; None: the keys that the settings name.
             process: the engine process, started already; None: `start` starts it.
+            disk_file: file in which turns and responses survive a restart; None: they do not.
 
         Raises:
             SettingsError: the key file cannot be read.
@@ -164,11 +168,23 @@ class AppState:
         self.started = time.monotonic()
         self._grammars = GrammarCompiler(self.tokenizer.controls)
         self._template = TemplateProcess.load(model.folder, self.tokenizer.controls)
-        self._turns = TurnTokenCache(settings.turn_memory) if settings.turn_memory else None
+        self.disk_file = disk_file
+        self._turns = self._open_turns()
         # A thread, because encoding a long prompt must not block the event loop; one thread,
         # because `TurnTokenCache` is not thread-safe.
         self._worker = ThreadPoolExecutor(1, "prompts")
         self.client_lock = PerClientLock()
+
+    def _open_turns(self) -> TurnTokenCache | None:
+        tokens = self.settings.turn_memory
+        if not tokens:
+            return None
+        stored = None
+        if self.disk_file is not None:
+            stored = DiskLRU(self.disk_file, "turns", 4 * tokens)
+        tokenizer = (self.model.folder / "tokenizer.json").read_bytes()
+        digest = hashlib.blake2b(tokenizer, digest_size=16).digest()
+        return TurnTokenCache(tokens, stored=stored, tokenizer=digest)
 
     def configure(self, settings: Settings) -> None:
         """Replace the settings that each request reads."""
@@ -258,6 +274,8 @@ class AppState:
         await self.engine.close()
         await self._grammars.close()
         self._worker.shutdown()
+        if self._turns is not None:
+            self._turns.close()
         self._template.close()
 
     @property

@@ -13,10 +13,12 @@ import json
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import msgspec
 import numpy as np
 
 from glmd.chat.types import AssistantMessage, Prompt
-from glmd.ipc import TokenArray
+from glmd.ipc import TokenArray, pack_tokens, unpack_tokens
+from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.lru import LRUCache
 
 ENTRY_SIZE = 128
@@ -57,14 +59,29 @@ class CachedTurn:
 
 
 class TurnTokenCache:
-    """LRU cache of generated turns. Not thread-safe."""
+    """LRU cache of generated turns, in memory and perhaps in a file. Not thread-safe."""
 
-    def __init__(self, max_tokens: int = 4_000_000) -> None:
+    def __init__(
+        self,
+        max_tokens: int = 4_000_000,
+        *,
+        stored: DiskLRU | None = None,
+        tokenizer: bytes = b"",
+    ) -> None:
         """
         Args:
             max_tokens: capacity in ids of 4 bytes, overhead included.
+            stored: where turns survive the process; None: nowhere.
+            tokenizer: names the tokenizer. Turns that were stored under another are not found.
         """
         self._turns: LRUCache[bytes, tuple[CachedTurn, ...]] = LRUCache(max_tokens)
+        self._stored = stored
+        self._tokenizer = tokenizer
+
+    def close(self) -> None:
+        """Close the file of stored turns."""
+        if self._stored is not None:
+            self._stored.close()
 
     def remember(self, prompt: Prompt, turn: GeneratedTurn | None) -> None:
         """Add `turn`, generated from `prompt`.
@@ -87,12 +104,13 @@ class TurnTokenCache:
         key = _key(prompt.turn_key, seen)
         others = [
             other
-            for other in self._turns.get(key) or ()
+            for other in self._variants(key)
             if not np.array_equal(other.tokens, cached.tokens)
         ]
         variants = (*others, cached)[-VARIANTS:]
-        size = sum(len(variant.tokens) + ENTRY_SIZE for variant in variants)
-        self._turns.put(key, variants, size)
+        self._turns.put(key, variants, _size(variants))
+        if self._stored is not None:
+            self._stored.put(self._stored_key(key), _encode(variants))
 
     def find(self, turn_key: bytes, message: AssistantMessage) -> CachedTurn | None:
         """The cached turn that a client sends back as `message`, if any.
@@ -101,10 +119,40 @@ class TurnTokenCache:
         """
         digest = _reasoning_digest(message)
         unknown = not (message.reasoning or "").strip()
-        for variant in reversed(self._turns.get(_key(turn_key, message)) or ()):
+        for variant in reversed(self._variants(_key(turn_key, message))):
             if unknown or variant.reasoning == digest:
                 return variant
         return None
+
+    def _variants(self, key: bytes) -> tuple[CachedTurn, ...]:
+        variants = self._turns.get(key)
+        if variants is None and self._stored is not None:
+            encoded = self._stored.get(self._stored_key(key))
+            if encoded is not None:
+                variants = _decode(encoded)
+                self._turns.put(key, variants, _size(variants))
+        return variants or ()
+
+    def _stored_key(self, key: bytes) -> bytes:
+        return blake2b(key, key=self._tokenizer, digest_size=16).digest()
+
+
+def _size(variants: tuple[CachedTurn, ...]) -> int:
+    """Size in memory, in ids of 4 bytes."""
+    return sum(len(variant.tokens) + ENTRY_SIZE for variant in variants)
+
+
+def _encode(variants: tuple[CachedTurn, ...]) -> bytes:
+    packed = [(turn.reasoning, pack_tokens(turn.tokens), turn.closing) for turn in variants]
+    return msgspec.msgpack.encode(packed)
+
+
+def _decode(encoded: bytes) -> tuple[CachedTurn, ...]:
+    packed = msgspec.msgpack.decode(encoded, type=list[tuple[bytes, bytes, tuple[int, ...]]])
+    return tuple(
+        CachedTurn(reasoning, unpack_tokens(tokens), closing)
+        for reasoning, tokens, closing in packed
+    )
 
 
 def _key(turn_key: bytes, message: AssistantMessage) -> bytes:

@@ -1,11 +1,13 @@
-"""Stored responses, which later requests can continue: in memory, with a size limit."""
+"""Stored responses, which later requests can continue: with a size limit, in memory and on disk."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -13,6 +15,7 @@ from fastapi import Request
 from glmd.api.responses.input import InputItems, Item
 from glmd.api.responses.protocol import ResponseObject
 from glmd.errors import InvalidRequest, invalid_field
+from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.lru import LRUCache
 
 
@@ -29,22 +32,43 @@ class StoredResponse:
         output = [item.model_dump(exclude_none=True) for item in self.response.output]
         return [*self.items.earlier, *self.items.new, *output]
 
+    def encode(self) -> bytes:
+        """JSON; inverted by `decode`."""
+        items = [self.items.earlier, self.items.new, self.items.size]
+        return json.dumps([self.response.model_dump(mode="json"), *items]).encode()
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> StoredResponse:
+        response, *items = json.loads(encoded)
+        return cls(ResponseObject.model_validate(response), InputItems(*items))
+
 
 class ResponseStore:
     """The responses used last, and those that run in the background.
 
     Args:
         capacity: Bytes of JSON of all conversations; shared items count in each conversation.
+        file: Where responses survive the process, within the same capacity; None: nowhere.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, file: Path | None = None) -> None:
         self._kept: LRUCache[str, StoredResponse] = LRUCache(capacity)
+        self._disk: DiskLRU | None = None
+        if file is not None and capacity:
+            self._disk = DiskLRU(file, "responses", capacity)
+        self._writer = ThreadPoolExecutor(1, "stored responses")
         self._running: dict[str, tuple[StoredResponse, asyncio.Task[None]]] = {}
 
     def find(self, id: str) -> StoredResponse | None:
         """The response, finished or running."""
         running = self._running.get(id)
-        return running[0] if running is not None else self._kept.get(id)
+        stored = running[0] if running is not None else self._kept.get(id)
+        if stored is None and self._disk is not None:
+            encoded = self._disk.get(id.encode("utf-8", "surrogatepass"))
+            if encoded is not None:
+                stored = StoredResponse.decode(encoded)
+                self._keep_in_memory(stored)
+        return stored
 
     def read_input(self, input: str | list[Item], previous_id: str | None) -> InputItems:
         """Items of a request's input, after the conversation of the previous response.
@@ -92,6 +116,15 @@ class ResponseStore:
 
     def keep(self, stored: StoredResponse) -> None:
         """Store a finished response, if it fits."""
+        self._keep_in_memory(stored)
+        if self._disk is not None and stored.response.store:
+            self._writer.submit(self._write, self._disk, stored)
+
+    @staticmethod
+    def _write(disk: DiskLRU, stored: StoredResponse) -> None:
+        disk.put(stored.response.id.encode(), stored.encode())
+
+    def _keep_in_memory(self, stored: StoredResponse) -> None:
         size = stored.items.size + len(stored.response.model_dump_json())
         self._kept.put(stored.response.id, stored, size)
 
@@ -123,12 +156,20 @@ class ResponseStore:
         if running is not None:
             running[1].cancel()
             await asyncio.wait([running[1]])
-        return self._kept.pop(id) is not None or running is not None
+        found = self._kept.pop(id) is not None or running is not None
+        if self._disk is not None:
+            key = id.encode("utf-8", "surrogatepass")
+            loop = asyncio.get_running_loop()
+            found |= await loop.run_in_executor(self._writer, self._disk.delete, key)
+        return found
 
     async def close(self) -> None:
-        """Cancel the running responses."""
+        """Cancel the running responses, and finish writing the others."""
         for id in list(self._running):
             await self.delete(id)
+        await asyncio.to_thread(self._writer.shutdown)
+        if self._disk is not None:
+            self._disk.close()
 
 
 def get_store(request: Request) -> ResponseStore:
