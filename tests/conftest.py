@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from glmd.chat.tokenizer import Tokenizer
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT / "server"), str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]
 )
+
+# No server of a test writes into the user's folders.
+_disk_cache = tempfile.TemporaryDirectory(prefix="glmd-disk-")
+os.environ["GLMD_DISK_CACHE_FOLDER"] = _disk_cache.name
 
 # No deadline: the duration of an example depends mostly on the machine.
 settings.register_profile("glmd", deadline=None)

@@ -55,7 +55,12 @@ def serving() -> Iterator[str]:
     """Run `glmd serve` on the demo checkpoint and yield the URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "glmd", "serve", "--port", "0", *OPTIONS],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "server"), "GLMD_DRAIN_TIMEOUT": "0"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "server"),
+            "GLMD_DRAIN_TIMEOUT": "0",
+            "GLMD_DISK_CACHE": "0",
+        },
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -8,6 +8,7 @@ Exits with status 0 if the server became ready, answered, and exited on SIGTERM.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def streamed_answer(client: httpx.Client) -> str:
 
 def main(glmd: str) -> None:
     port = free_port()
-    server = subprocess.Popen([glmd, "serve", "--port", str(port)])
+    server = subprocess.Popen(
+        [glmd, "serve", "--port", str(port)], env={**os.environ, "GLMD_DISK_CACHE": "0"}
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             wait_until_ready(client, server)

@@ -7,6 +7,7 @@ In order of precedence: command-line flag, environment variable (`GLMD_PORT`), c
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -143,6 +144,10 @@ DRAFTS: dict[str, int | str] = {"off": 0, "auto": "auto", "1": 1, "2": 2, "3": 3
 """Values of `Settings.mtp`, and what each is in the engine's configuration."""
 
 
+MAX_DISK_CACHE = 32 << 30
+"""Bytes that the disk cache takes by default at most: 600k tokens of GLM-4.7-Flash."""
+
+
 class Settings(BaseSettings):
     """Settings of `glmd serve`. Create them with `load`, which reads all sources."""
 
@@ -277,6 +282,18 @@ class Settings(BaseSettings):
         " is free; the next request starts it again and waits. The background service uses"
         f" {SERVICE_DEFAULTS['idle_unload']:g} unless this is set; off is never.",
     )
+    disk_cache: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Disk space for KV, generated turns and stored responses that survive a"
+        " restart, such as 32GiB; 0 turns it off. Default: a quarter of what is free, at most"
+        " 32 GiB.",
+    )
+    disk_cache_folder: Path | None = Field(
+        None,
+        description="Folder of the disk cache, used by one server at a time. Default: glmd/kv in"
+        " the user's folder for caches.",
+    )
     prevent_sleep: bool = Field(
         True, description="On macOS, prevent idle sleep of the Mac while requests run."
     )
@@ -306,7 +323,8 @@ class Settings(BaseSettings):
     response_store: ByteSize = Field(
         ByteSize(256 * 2**20),
         ge=0,
-        description="Memory for stored responses of /v1/responses, such as 256MiB; 0 stores none.",
+        description="Size of the stored responses of /v1/responses, in memory and on disk, such as"
+        " 256MiB; 0 stores none.",
     )
 
     # Sampling; None: the checkpoint's generation_config.json, else the model card's
@@ -369,6 +387,23 @@ class Settings(BaseSettings):
     def all_profiles(self) -> dict[str, Profile]:
         """Built-in profiles, overridden by those of the settings."""
         return {**BUILT_IN, **self.profiles}
+
+    @property
+    def disk_cache_place(self) -> tuple[Path, int]:
+        """Folder and capacity of the disk cache in bytes; 0: there is none.
+
+        Looks at the disk: the default depends on its free space, and the cache's own counts as
+        free.
+        """
+        folder = self.disk_cache_folder or platformdirs.user_cache_path("glmd") / "kv"
+        folder = folder.expanduser().absolute()
+        capacity = self.disk_cache
+        if capacity is None:
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            free = shutil.disk_usage(existing).free + kept
+            capacity = ByteSize(min(MAX_DISK_CACHE, free // 4))
+        return folder, int(capacity)
 
     @property
     def engine_config(self) -> dict[str, float | str]:

@@ -182,6 +182,48 @@ def test_sigterm_ends_the_server_with_0_and_leaves_nothing(random_checkpoint: Pa
         engine.wait(10)
 
 
+def test_conversations_survive_a_restart_and_the_death_of_the_engine(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client sends its turns back without their reasoning, and nothing is computed again."""
+    monkeypatch.setenv("GLMD_DISK_CACHE_FOLDER", str(tmp_path))
+    messages = [{"role": "user", "content": "Count the ways. " * 20}]
+    computed: list[int] = []
+
+    def turn(url: str) -> None:
+        wait_until_ready(url)
+        with httpx.Client(base_url=url, timeout=60) as http:
+            answer = ask(http, messages=messages, max_tokens=40)
+        details = answer["usage"]["prompt_tokens_details"]
+        computed.append(answer["usage"]["prompt_tokens"] - details["cached_tokens"])
+        content = answer["choices"][0]["message"]["content"] or ""
+        messages.extend([{"role": "assistant", "content": content.strip()}])
+        messages.extend([{"role": "user", "content": "More."}])
+
+    def disk_bytes(url: str) -> int:
+        stats = httpx.get(f"{url}/glmd/status").json()["engine"]["stats"]
+        return int(stats["disk_bytes"])
+
+    with serving(str(random_checkpoint)) as (process, url):
+        turn(url)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    with serving(str(random_checkpoint)) as (process, url):
+        wait_until_ready(url)
+        before = disk_bytes(url)
+        assert before > 0
+        turn(url)
+        while disk_bytes(url) == before:
+            time.sleep(0.02)
+        engine = engine_of(process)
+        engine.kill()
+        engine.wait(10)
+        turn(url)
+    assert computed[0] > 200
+    assert max(computed[1:]) < 60
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
 def test_the_server_killed_takes_its_loading_engine_with_it(random_checkpoint: Path) -> None:
     with serving(str(random_checkpoint)) as (process, _):
         engine = engine_of(process)

@@ -108,7 +108,8 @@ class SoakReport:
             f" {self.slowest_restart:.1f} s. The canary ran {outcomes.canaries.total()} times,"
             f" with {len(outcomes.canaries)} distinct answer(s). Since its last start"
             f" the engine evicted {self.stats['evicted_tokens']:,} tokens and preempted"
-            f" {self.stats['preemptions']} times."
+            f" {self.stats['preemptions']} times, and restored"
+            f" {self.stats['disk_restored_tokens']:,} from disk."
         )
 
     def reasons(self) -> Iterator[str]:

@@ -23,6 +23,9 @@ BUDGET = "56MiB"
 """Room for the demo's weights and about 5,500 tokens of KV cache, of which a request may use 4,096:
 evictions are constant and preemptions frequent."""
 
+DISK_CACHE = "64MiB"
+"""About 50,000 tokens of KV, so that the disk cache evicts, too."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -50,7 +53,13 @@ class SoakServer:
                 [sys.executable, "-m", "glmd", "serve", "--port", "0", "--memory-budget", BUDGET],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
-                env={**os.environ, "TMPDIR": str(folder), "GLMD_RESPONSE_STORE": "4MiB"},
+                env={
+                    **os.environ,
+                    "TMPDIR": str(folder),
+                    "GLMD_RESPONSE_STORE": "4MiB",
+                    "GLMD_DISK_CACHE": DISK_CACHE,
+                    "GLMD_DISK_CACHE_FOLDER": str(folder / "kv"),
+                },
             )
         self._api = psutil.Process(self._process.pid)
         self.url = self._find_url(log)

@@ -60,6 +60,7 @@ def running(server: BenchServer, folder: Path, log: Path) -> Iterator[tuple[str,
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, *server.arguments, str(folder), "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GLMD_")}
+    environment["GLMD_DISK_CACHE"] = "0"  # A run must not find what an earlier one computed.
     with log.open("ab") as out:
         process = subprocess.Popen(  # noqa: S603
             command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("glmd")
 
+DISK_FILE = "conversations.sqlite"
+"""File in the disk cache's folder with generated turns and stored responses."""
+
 
 def describe_setting(name: str) -> str:
     """Describe a setting and its default, for `--help`."""
@@ -103,9 +106,11 @@ def serve(
             opened.refresh()
         return load(flags, config, defaults)
 
+    disk_folder, disk_cache = settings.disk_cache_place
+    disk_file = disk_folder / DISK_FILE if disk_cache else None
     launch = EngineProcessConfig(
         folder,
-        settings.engine_config,
+        {**settings.engine_config, "disk_cache": disk_cache, "disk_cache_folder": str(disk_folder)},
         log_level=settings.log_level,
         log_format=log_format,
         log_file=log_file,
@@ -115,7 +120,7 @@ def serve(
         from glmd.api.state import AppState, ServedModel
 
         served = ServedModel.of(name, folder, settings.aliases)
-        run(AppState(settings, served, launch, keys, process), sockets, reload)
+        run(AppState(settings, served, launch, keys, process, disk_file), sockets, reload)
 
 
 @contextmanager

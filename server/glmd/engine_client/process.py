@@ -30,6 +30,10 @@ MAX_SOCKET_PATH = 100
 STOP_TIMEOUT = 3.0
 """Seconds to wait after `Shutdown`, and again after SIGTERM."""
 
+SAVE_TIMEOUT = 12.0
+"""Seconds more after `Shutdown` for an engine with a disk cache, which saves its KV for at most
+ten."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineProcessConfig:
@@ -68,8 +72,15 @@ class EngineProcess:
     folder and exits.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], folder: Path, *, save_timeout: float = 0.0
+    ) -> None:
+        """
+        Args:
+            save_timeout: seconds that the process may take to save its state at the end.
+        """
         self._process = process
+        self._save_timeout = save_timeout
         self._folder = folder
         self._socket: zmq.asyncio.Socket
         self._exited: asyncio.Future[int]
@@ -105,7 +116,8 @@ class EngineProcess:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         log.debug("Engine process started: pid=%d", process.pid)
-        return cls(process, folder)
+        save_timeout = SAVE_TIMEOUT if config.config.get("disk_cache") else 0.0
+        return cls(process, folder, save_timeout=save_timeout)
 
     def connect(self, context: zmq.asyncio.Context) -> None:
         """Open this end of the socket, and watch for the exit of the process."""
@@ -156,7 +168,8 @@ class EngineProcess:
         try:
             if listening:
                 self.send(Shutdown())
-            if not listening or not await self._exits_within(STOP_TIMEOUT):
+            patience = STOP_TIMEOUT + self._save_timeout
+            if not listening or not await self._exits_within(patience):
                 self._signal()
                 if not await self._exits_within(STOP_TIMEOUT):
                     log.warning("Killing the engine process: pid=%d", self.pid)

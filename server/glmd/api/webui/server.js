@@ -86,6 +86,7 @@ export class Server {
       Branches: count(stats.kv_branches),
       "Longest prefix": count(stats.kv_longest),
       Evicted: count(stats.evicted_tokens),
+      ...disk(stats),
     });
     list("engine", {
       Context: model.context_length === null ? "–" : `${count(model.context_length)} tokens`,
@@ -116,6 +117,16 @@ function list(id, entries) {
     }
     say(value, text);
   }
+}
+
+function disk(stats) {
+  if (!stats.disk_budget_bytes) return {};
+  return {
+    "On disk": `${bytes(stats.disk_bytes)} of ${bytes(stats.disk_budget_bytes)}`,
+    "Restored from disk": `${count(stats.disk_restored_tokens)} tokens, ${count(stats.disk_hits)} prompts`,
+    "Read from disk": bytes(stats.disk_read_bytes),
+    "Written to disk": `${bytes(stats.disk_written_bytes)} in total`,
+  };
 }
 
 function memory(stats) {

@@ -14,7 +14,7 @@ from typing import Protocol
 from glmd.config import CONFIG_VARIABLE, PREFIX
 from glmd.errors import ServiceError
 
-EXIT_MARGIN = 10
+EXIT_MARGIN = 30
 """Seconds added to the drain timeout: sending the last errors takes two, and the engine needs some
 to free its arrays."""
 
