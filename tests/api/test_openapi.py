@@ -24,6 +24,8 @@ ROUTES = [
     "GET /v1/models/{id}",
     "GET /api/v0/models",
     "GET /api/v0/models/{id}",
+    "GET /api/v1/models",
+    "GET /props",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/responses",

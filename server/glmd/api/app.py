@@ -19,10 +19,12 @@ from glmd.api import power, webui
 from glmd.api.anthropic import routes as messages
 from glmd.api.anthropic.protocol import PATH as MESSAGES_PATH
 from glmd.api.anthropic.protocol import MessageEvent
+from glmd.api.body_encoding import BodyEncodingMiddleware
 from glmd.api.errors import add_exception_handlers, is_below
 from glmd.api.middleware import (
     HeadAsGetMiddleware,
     HeaderLimitMiddleware,
+    NormalizePathMiddleware,
     RequestIdMiddleware,
     access_middleware,
 )
@@ -91,14 +93,17 @@ def create_app(state: AppState) -> FastAPI:
         description=f"Serves {state.model.id} through the OpenAI and Anthropic APIs.",
         lifespan=lifespan,
         middleware=[
+            Middleware(NormalizePathMiddleware),
             Middleware(RequestIdMiddleware, on_end=on_exchange_end),
             Middleware(HeaderLimitMiddleware),
             *access_middleware(settings, state.keys),
+            Middleware(BodyEncodingMiddleware),
             Middleware(BodyLimitMiddleware, limit=settings.max_body, timeout=settings.body_timeout),
             Middleware(HeadAsGetMiddleware),
         ],
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.glmd = state
     app.state.metrics = meter

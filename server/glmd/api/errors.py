@@ -264,7 +264,8 @@ REASONS = {
     "/v1/conversations": "the server stores no conversations; send previous_response_id to"
     " /v1/responses",
     "/api/v0/embeddings": "the server runs a chat model, which computes no embeddings",
-    "/api/v1": "LM Studio's newer API is not served; use /api/v0, or OpenAI's API under /v1",
+    "/api/v1": "of LM Studio's newer API only /api/v1/models is served; use /api/v0, or OpenAI's"
+    " API under /v1",
     **dict.fromkeys(
         (f"/api/{name}" for name in ("chat", "generate", "tags", "show", "ps", "version", "embed")),
         "Ollama's API is not served; use OpenAI's API under /v1",

@@ -43,6 +43,8 @@ MAX_HEAD_BYTES = 2 * MAX_HEADER_BYTES
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """Format of an `x-request-id` header that is used as the request's id."""
 
+SLASHES = re.compile("//+")
+
 OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | webui.PATHS
 """Paths that need no API key: health checks, and the page that asks for the key."""
 
@@ -100,6 +102,18 @@ class RequestIdMiddleware:
             for notify in self._on_end:
                 notify(exchange)
             request_id.reset(token)
+
+
+class NormalizePathMiddleware:
+    """Serve `//v1/models/` as `/v1/models`: base URLs end in a slash, or bring one too many."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+        await self._app(scope, receive, send)
 
 
 class _CheckMiddleware:

@@ -117,9 +117,6 @@ class BodyLimitMiddleware:
         if not is_json(headers.get("content-type", "")):
             message = "The body must be JSON. Send the header `Content-Type: application/json`."
             return ErrorInfo(415, "invalid_request_error", message)
-        if headers.get("content-encoding", "identity") != "identity":
-            message = "Compressed bodies are not supported. Send the body without Content-Encoding."
-            return ErrorInfo(415, "invalid_request_error", message)
         return self._too_large() if length.isdecimal() and int(length) > self._limit else None
 
     def _too_large(self) -> ErrorInfo:

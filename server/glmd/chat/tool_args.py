@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from glmd.chat.types import MAX_DEPTH, Json
-from glmd.errors import invalid_field
+from glmd.errors import InvalidRequest, invalid_field
 
 NAMED = ("null", "boolean", "integer", "number", "string", "array", "object")
 TYPES = frozenset(NAMED)
@@ -44,6 +44,9 @@ LITERALS = {"n": "null", "t": "true", "f": "false"}
 
 RAW_ARGUMENTS = "arguments"
 """Name of the only argument of a recorded call whose arguments cannot be read."""
+
+TOO_DEEP = "schema_too_deep"
+"""Error code of a schema beyond `MAX_DEPTH`."""
 
 MAX_ENCODINGS = 3
 """Times that the arguments of a recorded call may be encoded as JSON."""
@@ -404,7 +407,7 @@ def _check(schema: Json, root: dict[str, Json], param: str, depth: int, seen: se
     if not isinstance(schema, dict):
         raise invalid_field(param, "must be a JSON schema (an object).")
     if depth > MAX_DEPTH:
-        raise invalid_field(param, "nested too deeply.")
+        raise InvalidRequest(f"{param}: nested too deeply.", param=param, code=TOO_DEEP)
     declared = schema.get("type", [])
     names = declared if isinstance(declared, list) else [declared]
     if not all(isinstance(name, str) and name in TYPES for name in names):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from glmd.chat.tool_args import check_schema
-from glmd.chat.types import MAX_TOOLS, Json, Tool, check_count, check_depth
+from glmd.chat.tool_args import TOO_DEEP, check_schema
+from glmd.chat.types import MAX_TOOLS, Json, Tool, check_count
 from glmd.errors import InvalidRequest, invalid_field
 
 NumberedTool = tuple[Mapping[str, Any], str]
@@ -137,11 +137,10 @@ def read_function(
     strict, error = is_strict(raw, param), None
     if schema is None:
         schema = {}
-    check_depth(schema, param_of_schema)
     try:
         check_schema(schema, param_of_schema)
     except InvalidRequest as found:
-        if strict:
+        if strict or found.code == TOO_DEEP:
             raise
         error = found
     return Tool(

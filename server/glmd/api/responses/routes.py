@@ -94,6 +94,23 @@ async def count_input_tokens(
     return InputTokenCount(input_tokens=await count_prompt_tokens(state, client, conversation))
 
 
+@router.get("/v1/responses", include_in_schema=False)
+async def refuse_websocket(http: Request) -> Response:
+    """Refuse the WebSocket that Codex tries first, with the status on which it falls back."""
+    if "upgrade" in http.headers:
+        message = "Responses are not served over WebSocket. Send POST /v1/responses."
+        raise HTTPException(426, message, {"Upgrade": "HTTP/1.1"})
+    raise HTTPException(405, "Send POST /v1/responses, or GET /v1/responses/{id}.")
+
+
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def refuse_compaction() -> Response:
+    """Say what there is instead of compaction."""
+    raise HTTPException(
+        501, "Compaction is not available. Ask for a summary in a message of your own."
+    )
+
+
 @router.get("/v1/responses/{id}", response_model=ResponseObject)
 async def retrieve_response(
     id: str, store: GivenStore, stream: Annotated[bool, Query(description="false only.")] = False

@@ -1,4 +1,8 @@
-"""Routes `/v1/models` (OpenAI, Anthropic) and `/api/v0/models` (LM Studio)."""
+"""Routes that describe the model.
+
+`/v1/models` (OpenAI, Anthropic), `/api/v0/models` and `/api/v1/models` (LM Studio), `/props`
+(llama-server).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,19 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from glmd import __version__
 from glmd.api.state import AppState, StateDep
 from glmd.checkpoint.config import MODEL_TYPE
 
 router = APIRouter(tags=["Models"])
+
+
+class ModelMeta(BaseModel):
+    """As of llama-server."""
+
+    n_ctx: int = Field(description="`context_length` under llama-server's name.")
+    n_vocab: int
+    size: int = Field(description="`size_bytes` under llama-server's name.")
 
 
 class Model(BaseModel):
@@ -31,6 +44,7 @@ class Model(BaseModel):
     )
     max_model_len: int | None = Field(description="`context_length` under vLLM's name.")
     max_input_tokens: int | None = Field(description="`context_length` under Anthropic's name.")
+    meta: ModelMeta | None = Field(description="Null until the engine is ready.")
     has_mtp: bool | None = Field(description="Whether multi-token prediction drafts tokens.")
     bits_per_weight: float | None
     size_bytes: int | None = Field(description="Size of all weights in memory.")
@@ -101,6 +115,9 @@ def describe_model(state: AppState, profile: str | None = None) -> Model:
         context_length=context,
         max_model_len=context,
         max_input_tokens=context,
+        meta=ModelMeta(n_ctx=info.max_context, n_vocab=info.vocab_size, size=info.weight_bytes)
+        if info
+        else None,
         has_mtp=info.has_mtp if info else None,
         bits_per_weight=info.bits_per_weight if info else None,
         size_bytes=info.weight_bytes if info else None,
@@ -132,4 +149,111 @@ def describe_lmstudio_model(state: AppState) -> LMStudioModel:
         state="loaded" if state.is_ready else "not-loaded",
         max_context_length=context,
         loaded_context_length=context,
+    )
+
+
+# -- LM Studio's newer API ------------------------------------------------------------------
+
+
+class LMStudioQuantization(BaseModel):
+    name: str
+    bits_per_weight: float
+
+
+class LMStudioConfig(BaseModel):
+    context_length: int
+
+
+class LMStudioInstance(BaseModel):
+    id: str
+    config: LMStudioConfig
+
+
+class LMStudioCapabilities(BaseModel):
+    vision: Literal[False] = False
+    trained_for_tool_use: Literal[True] = True
+
+
+class LMStudioModelInfo(BaseModel):
+    """Model object of LM Studio 0.4 (https://lmstudio.ai/docs/developer/rest/list)."""
+
+    type: Literal["llm"] = "llm"
+    publisher: str
+    key: str = Field(description="The model's ID.")
+    display_name: str
+    architecture: str = MODEL_TYPE
+    quantization: LMStudioQuantization | None = Field(description="Null until the engine is ready.")
+    size_bytes: int | None
+    params_string: None = None
+    loaded_instances: list[LMStudioInstance] = Field(description="Empty until the engine is ready.")
+    max_context_length: int | None
+    format: Literal["mlx"] = "mlx"
+    capabilities: LMStudioCapabilities = LMStudioCapabilities()
+    description: None = None
+
+
+class LMStudioModelInfos(BaseModel):
+    models: list[LMStudioModelInfo]
+
+
+@router.get("/api/v1/models")
+async def list_lmstudio_model_infos(state: StateDep) -> LMStudioModelInfos:
+    """List the model in the format of LM Studio 0.4."""
+    model, info = state.model, state.engine.info
+    context = info.max_context if info else None
+    instances = []
+    if context is not None and state.is_ready:
+        config = LMStudioConfig(context_length=context)
+        instances.append(LMStudioInstance(id=model.id, config=config))
+    described = LMStudioModelInfo(
+        publisher=model.owner,
+        key=model.id,
+        display_name=model.id.rpartition("/")[2],
+        quantization=LMStudioQuantization(
+            name=f"{info.bits_per_weight:.1f}bit", bits_per_weight=info.bits_per_weight
+        )
+        if info
+        else None,
+        size_bytes=info.weight_bytes if info else None,
+        loaded_instances=instances,
+        max_context_length=context,
+    )
+    return LMStudioModelInfos(models=[described])
+
+
+# -- llama-server -----------------------------------------------------------------------------
+
+
+class GenerationSettings(BaseModel):
+    n_ctx: int | None = Field(description="Context length; null until the engine is ready.")
+    params: dict[str, Any] = Field(description="Default sampling parameters.")
+
+
+class Modalities(BaseModel):
+    vision: Literal[False] = False
+    audio: Literal[False] = False
+
+
+class ServerProps(BaseModel):
+    """Properties of the server, as llama-server has them."""
+
+    default_generation_settings: GenerationSettings
+    model_alias: str
+    modalities: Modalities = Modalities()
+    build_info: str
+
+
+@router.get("/props")
+async def get_props(state: StateDep) -> ServerProps:
+    """Context length and default parameters, for clients of llama-server."""
+    info = state.engine.info
+    sampling = state.defaults(None).sampling
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return ServerProps(
+        default_generation_settings=GenerationSettings(
+            n_ctx=info.max_context if info else None,
+            params={name: getattr(sampling, name) for name in names},
+        ),
+        model_alias=state.model.id,
+        build_info=f"glmd {__version__}",
     )
