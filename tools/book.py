@@ -1,4 +1,4 @@
-"""Generate docs/reference.md and the tables of other pages from the code.
+"""Generate docs/reference.md, tables of other pages, man page and completions from the code.
 
 python tools/book.py            write the pages
 python tools/book.py --check    exit with status 1 if a page is not current
@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import typer
 from pydantic import ByteSize, SecretStr
+from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
 from glmd.api.app import create_app
 from glmd.api.state import AppState, ServedModel
 from glmd.checkpoint.config import load_config
 from glmd.cli.config import format_size
+from glmd.cli.main import app as cli
 from glmd.config import PREFIX, Settings
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES
@@ -28,6 +31,7 @@ from glmd.utils.text import gib
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+DEPLOY = ROOT / "deploy"
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
 CONFIG = ROOT / "tests" / "fixtures" / "glm-4.7-flash" / "config.json"
 
@@ -241,8 +245,61 @@ TABLES = {
 }
 
 
+def man_page() -> str:
+    """Return the man page of the command, with the help of each subcommand."""
+    command: Any = typer.main.get_command(cli)
+    top = command.make_context("glmd", [], resilient_parsing=True)
+    lines = [
+        '.TH GLMD 1 "" "glmd" "User Commands"',
+        ".SH NAME",
+        "glmd \\- server for GLM-4.7-Flash on Apple silicon",
+        ".SH SYNOPSIS",
+        ".B glmd",
+        "COMMAND [OPTIONS] [ARGUMENTS]",
+        ".SH COMMANDS",
+    ]
+
+    def describe(group: Any, context: Any, prefix: str) -> None:
+        for name in group.list_commands(context):
+            found = group.get_command(context, name)
+            if found.hidden:
+                continue
+            words = f"{prefix} {name}"
+            with found.make_context(words, [], parent=context, resilient_parsing=True) as inner:
+                lines.extend([".SS", roff(words), roff(" ".join((found.help or "").split()))])
+                if hasattr(found, "list_commands"):
+                    describe(found, inner, words)
+                    continue
+                for parameter in found.get_params(inner):
+                    record = parameter.get_help_record(inner)
+                    if record is not None:
+                        lines.extend([".TP", roff(record[0]), roff(" ".join(record[1].split()))])
+
+    describe(command, top, "glmd")
+    lines += [
+        ".SH FILES",
+        roff("~/.config/glmd/config.toml: settings. ~/.config/glmd: keys."),
+        ".SH ENVIRONMENT",
+        roff("Every setting can be set as GLMD_NAME, such as GLMD_PORT. See `glmd config show`."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def roff(text: str) -> str:
+    """Escape a line of text for a man page."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\\&" + text if text.startswith((".", "'")) else text
+
+
+COMPLETIONS = {"bash": "glmd.bash", "zsh": "_glmd", "fish": "glmd.fish"}
+
+
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yield the expected text of each page that is generated or has a generated table."""
+    """Yield the expected text of each file that is generated or has a generated table."""
+    yield DEPLOY / "man" / "glmd.1", man_page()
+    for shell, file in COMPLETIONS.items():
+        script = get_completion_script(prog_name="glmd", complete_var="_GLMD_COMPLETE", shell=shell)
+        yield DEPLOY / "completions" / file, script.strip() + "\n"
     yield DOCS / "reference.md", "\n".join(reference()).rstrip() + "\n"
     for name, tables in TABLES.items():
         text = (DOCS / name).read_text()
@@ -259,10 +316,13 @@ def main() -> int:
         (file, text) for file, text in pages() if not file.exists() or file.read_text() != text
     ]
     if "--check" in sys.argv[1:]:
+        # Files in deploy/ are phrased by typer, and change with its version.
+        stale = [(file, text) for file, text in stale if not file.is_relative_to(DEPLOY)]
         for file, _ in stale:
             print(f"{file.relative_to(ROOT)}: not current. Run `python tools/book.py`.")
         return int(bool(stale))
     for file, text in stale:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return 0
 

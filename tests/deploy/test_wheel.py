@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -59,9 +60,24 @@ def test_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     expected = {path.removeprefix("server/") for path in listed if (ROOT / path).exists()}
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    packed = {
+        name
+        for name in zipfile.ZipFile(wheel).namelist()
+        if not re.search(r"\.(dist-info|data)/", name)
+    }
     assert packed == expected
     assert "glmd/py.typed" in packed
+
+
+def test_wheel_installs_the_man_page_and_completions(environment: Path) -> None:
+    share = environment.parent / "share"
+    assert ".TH GLMD 1" in (share / "man" / "man1" / "glmd.1").read_text()
+    for name in (
+        "bash-completion/completions/glmd",
+        "zsh/site-functions/_glmd",
+        "fish/vendor_completions.d/glmd.fish",
+    ):
+        assert "_GLMD_COMPLETE" in (share / name).read_text()
 
 
 def test_wheel_contains_the_licence(wheel: Path) -> None:

@@ -15,7 +15,9 @@ from glmd.ipc import CacheMatch
 log = logging.getLogger("glmd.access")
 
 POLLED_PATHS = frozenset({"/livez", "/health", "/metrics", "/glmd/status"})
-"""Requested every few seconds by monitors; logged at DEBUG."""
+"""Requested every few seconds by monitors; logged at DEBUG, as are the files of the web page."""
+
+PAGE_FILES = "/page/"
 
 MISS_REASONS = {
     "whole": "the whole prompt was cached",
@@ -39,7 +41,8 @@ class AccessLog:
 
     def exchange_ended(self, exchange: HttpExchange) -> None:
         """Log a finished HTTP request."""
-        level = logging.DEBUG if exchange.path in POLLED_PATHS else logging.INFO
+        minor = exchange.path in POLLED_PATHS or exchange.path.startswith(PAGE_FILES)
+        level = logging.DEBUG if minor else logging.INFO
         if log.isEnabledFor(level):
             fields = exchange_fields(exchange)
             log.log(level, "%s", format_fields(fields), extra={"fields": fields})

@@ -1,0 +1,1 @@
+complete --command glmd --no-files --arguments "(env _GLMD_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) glmd)" --condition "env _GLMD_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) glmd"
