@@ -17,6 +17,7 @@ from glmd.cli.doctor import doctor
 from glmd.cli.evaluate import evaluate
 from glmd.cli.keys import app as key_app
 from glmd.cli.models import list_models, pull, remove
+from glmd.cli.recipe import app as recipe_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
 from glmd.cli.service import status
@@ -58,6 +59,7 @@ app.command()(status)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(key_app, name="key")
+app.add_typer(recipe_app, name="recipe")
 app.add_typer(service_app, name="service")
 
 

@@ -43,6 +43,7 @@ from glmd.convert.weights import (
     WeightWriter,
     equal_bits,
     name_shards,
+    read_importance,
     write_index,
     write_json,
 )
@@ -98,7 +99,9 @@ def convert(
     opened = open_source(source, mtp=mtp)
     plan, unquantized = opened.plan(recipe), opened.plan(RECIPES["bf16"])
     copied = [file for file in COPIED if (source / file).is_file()]
-    writer = WeightWriter(opened.reader, total(plan.all).nbytes, progress)
+    writer = WeightWriter(
+        opened.reader, total(plan.all).nbytes, progress, read_importance(recipe.importance)
+    )
     need = writer.nbytes + sum((source / file).stat().st_size for file in copied)
     notes = opened.notes(plan)
     generation, templates = _generation_config(source), templates_with_defaults(source)
@@ -190,11 +193,12 @@ class Source:
             glmd["mtp"] = self.describe_mtp(plan)
         raw["glmd"] = glmd
         if recipe.default is not None:
-            table = msgspec.to_builtins(recipe.default) | {
-                p.weight.path: msgspec.to_builtins(p.quantized)
-                for p in plan.main
-                if p.quantized is not None and p.quantized != recipe.default
-            }
+            table: dict[str, Any] = msgspec.to_builtins(recipe.default)
+            for p in plan.main:
+                if p.quantized is not None and p.quantized != recipe.default:
+                    table[p.weight.path] = msgspec.to_builtins(p.quantized)
+                elif p.quantized is None and p.weight.is_matrix and recipe.modules is not None:
+                    table[p.weight.path] = False
             # mlx-lm reads the first key; the hub's model tree the second.
             raw |= {"quantization": table, "quantization_config": table}
         return raw

@@ -186,6 +186,9 @@ def model_card(source: str, recipe: Recipe, plan: Plan, unquantized: Plan) -> st
 
 
 def _describe(recipe: Recipe) -> str:
+    if recipe.modules is not None:
+        refined = ", scales and biases fitted to calibration text" if recipe.importance else ""
+        return f"each matrix with bits of its own{refined}"
     if recipe.experts is None:
         return "unquantised"
     if recipe.experts == recipe.others:

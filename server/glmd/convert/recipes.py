@@ -6,10 +6,14 @@ file headers first, so a plan's numbers are those of the files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
 
 from glmd.checkpoint.config import Bits, ModelConfig, QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights, mtp_weights
@@ -27,7 +31,7 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bits of the routed experts and of all other matrices.
+    """Bits of the routed experts and of all other matrices, or a table of all matrices.
 
     The experts are nine tenths of the parameters, and each token uses four of sixty-four: their
     bits determine the model's size, the other matrices' bits its quality. The router and the norms
@@ -36,11 +40,16 @@ class Recipe:
     Attributes:
         experts: bits of the routed experts; None: bfloat16.
         others: bits of attention, embedding, head, shared experts, dense MLP and `eh_proj`.
+        modules: quantisation by module path, in place of the above; others are unquantised.
+        importance: safetensors file of input importances by module path, for `refine`. None:
+            scales and biases are those of `mx.quantize`.
     """
 
     name: str
-    experts: Bits | None
-    others: Bits | None
+    experts: Bits | None = None
+    others: Bits | None = None
+    modules: Mapping[str, QuantizedAs] | None = None
+    importance: Path | None = None
 
     def quantization(self, weight: Weight) -> QuantizedAs | None:
         """Quantisation of a weight; None: unquantised.
@@ -48,6 +57,9 @@ class Recipe:
         As in mlx-lm, a matrix stays unquantised if its last dimension is not a multiple of the
         group size.
         """
+        if self.modules is not None:
+            named = self.modules.get(weight.path) if weight.is_matrix else None
+            return None if named is None or weight.shape[-1] % named.group_size else named
         bits = self.experts if weight.component is Component.ROUTED_EXPERTS else self.others
         if bits is None or not weight.is_matrix or weight.shape[-1] % GROUP_SIZE:
             return None
@@ -56,6 +68,9 @@ class Recipe:
     @property
     def default(self) -> QuantizedAs | None:
         """Quantisation of most parameters: the top level of MLX's quantisation table."""
+        if self.modules is not None:
+            counts = Counter(self.modules.values())
+            return counts.most_common(1)[0][0] if counts else None
         if self.experts is None:
             return None
         return QuantizedAs(bits=self.experts, group_size=GROUP_SIZE)
@@ -78,14 +93,51 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT_RECIPE = "mixed-8-5"
 
 
+class RecipeFile(msgspec.Struct, kw_only=True):
+    """A recipe as `glmd recipe search` writes it.
+
+    Attributes:
+        modules: quantisation by module path, of the MTP layer's too.
+        importance: name of a safetensors file in the same folder; see `Recipe`.
+        search: how the recipe was found; see docs/quality.md.
+    """
+
+    name: str
+    modules: dict[str, QuantizedAs]
+    importance: str | None = None
+    search: dict[str, Any] = {}
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        SettingsError: the file cannot be read, or is malformed.
+    """
+    try:
+        read = msgspec.json.decode(file.read_bytes(), type=RecipeFile)
+    except OSError as error:
+        raise SettingsError(f"--recipe: {file} cannot be read: {error.strerror}.") from None
+    except msgspec.MsgspecError as error:
+        raise SettingsError(
+            f"--recipe: {file}: {error}. Write it with `glmd recipe search`."
+        ) from None
+    importance = None if read.importance is None else file.parent / read.importance
+    if importance is not None and not importance.is_file():
+        raise SettingsError(f"--recipe: {file} needs {importance}, which is missing.")
+    return Recipe(read.name, modules=read.modules, importance=importance)
+
+
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe by name.
+    """Return a recipe by name, or from a file.
 
     Raises:
         SettingsError: there is no such recipe; the message lists all.
     """
     if name in RECIPES:
         return RECIPES[name]
+    if name.endswith(".json") or Path(name).expanduser().is_file():
+        return read_recipe(Path(name).expanduser())
     hint = did_you_mean(name, RECIPES)
     raise SettingsError(f'no recipe "{name}"{hint} There are {", ".join(RECIPES)}.')
 
@@ -115,9 +167,12 @@ class PlannedWeight:
 
     @property
     def bits(self) -> str:
-        """Such as "8", "bf16" or "f32"."""
+        """Such as "8", "5/32" (groups of 32 instead of 64), "mxfp4", "bf16" or "f32"."""
         if self.quantized is not None:
-            return str(self.quantized.bits)
+            how = self.quantized
+            if how.mode != "affine":
+                return how.mode
+            return f"{how.bits}" if how.group_size == GROUP_SIZE else f"{how.bits}/{how.group_size}"
         return "f32" if self.weight.keeps_float32 else "bf16"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ from glmd.checkpoint.config import ModelConfig
 from glmd.checkpoint.layout import Fold, Weight
 from glmd.checkpoint.weights import INDEX_NAME, StoredTensor, TensorFileWriter
 from glmd.convert.recipes import PlannedWeight, total
+from glmd.convert.refine import quantize
 from glmd.errors import CheckpointError
 
 FLOAT_BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, mx.Dtype]] = {
@@ -145,8 +146,19 @@ class WeightWriter:
         nbytes: total bytes to write.
     """
 
-    def __init__(self, reader: WeightReader, nbytes: int, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        reader: WeightReader,
+        nbytes: int,
+        progress: Progress | None,
+        importance: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        """
+        Args:
+            importance: input importances by module path, for `refine`.
+        """
         self.nbytes = nbytes
+        self._importance = importance or {}
         self._reader = reader
         self._progress = progress
         self._written = 0
@@ -161,11 +173,36 @@ class WeightWriter:
         specs = [spec for planned in weights for spec in planned.specs]
         with _bounded_cache(), TensorFileWriter(file, specs, {"format": "mlx"}) as writer:
             for planned in weights:
-                for name, data in _encode(planned, self._reader.read(planned.weight)):
+                for name, data in self._encode(planned):
                     writer.write(name, data)
                 self._written += planned.nbytes
                 if self._progress is not None:
                     self._progress(self._written, self.nbytes)
+
+    def _encode(self, planned: PlannedWeight) -> Iterator[tuple[str, memoryview]]:
+        """Quantise a weight; yield name and bytes of each of `planned.specs`."""
+        array, quantized = self._reader.read(planned.weight), planned.quantized
+        parts: tuple[mx.array, ...] = (array,)
+        if quantized is not None:
+            parts = quantize(array, quantized, self._importance.get(planned.weight.path))
+        for spec, part in zip(planned.specs, parts, strict=True):
+            # numpy has no bfloat16, so its bits are viewed as integers, without a copy.
+            bits = mx.contiguous(part.view(mx.uint16) if part.dtype == mx.bfloat16 else part)
+            yield spec.name, np.asarray(bits).data
+
+
+def read_importance(file: Path | None) -> dict[str, mx.array]:
+    """Read input importances by module path; they are loaded when used.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if file is None:
+        return {}
+    try:
+        return cast(dict[str, mx.array], mx.load(str(file)))
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: {error}", file=str(file)) from error
 
 
 @contextmanager
@@ -177,22 +214,6 @@ def _bounded_cache() -> Iterator[None]:
     finally:
         mx.set_cache_limit(before)
         mx.clear_cache()
-
-
-def _encode(planned: PlannedWeight, array: mx.array) -> Iterator[tuple[str, memoryview]]:
-    """Quantise a weight; yield name and bytes of each of `planned.specs`."""
-    quantized = planned.quantized
-    parts: tuple[mx.array, ...] = (array,)
-    if quantized is not None:
-        parts = tuple(
-            mx.quantize(
-                array, group_size=quantized.group_size, bits=quantized.bits, mode=quantized.mode
-            )
-        )
-    for spec, part in zip(planned.specs, parts, strict=True):
-        # numpy has no bfloat16, so its bits are viewed as integers, without a copy.
-        bits = mx.contiguous(part.view(mx.uint16) if part.dtype == mx.bfloat16 else part)
-        yield spec.name, np.asarray(bits).data
 
 
 def name_shards(

@@ -29,12 +29,10 @@ from glmd.evaluate.streaming import (
     BATCH_ROWS,
     LOGITS_ROWS,
     Activations,
-    ExpertTap,
     LayerReader,
     LayerRunner,
     bounded_cache,
     forward_batch,
-    uncompiled,
 )
 from glmd.evaluate.text import Batch, TokenSet
 from glmd.kv_cache.tail_pool import TailPool
@@ -180,16 +178,12 @@ class Pass:
         total: int,
     ) -> None:
         layer = self.reader.layer(index)
-        tap: ExpertTap | None = None
-        if index >= self.dense:
-            tap = layer.mlp.switch_mlp = ExpertTap(layer.mlp.switch_mlp)
         experts, residuals = self.experts, self.residuals
 
-        def observe(batch: Batch, h: mx.array) -> None:
-            if tap is not None and tap.chosen is not None:
-                experts[index - self.dense, batch.start : batch.end] = np.asarray(
-                    tap.chosen.astype(mx.uint16)
-                )
+        def observe(batch: Batch, h: mx.array, chosen: mx.array | None) -> None:
+            if chosen is not None:
+                ids = np.asarray(chosen.astype(mx.uint16))
+                experts[index - self.dense, batch.start : batch.end] = ids
             inside = (self._sampled >= batch.start) & (self._sampled < batch.end)
             if inside.any():
                 rows = mx.array(self._sampled[inside] - batch.start)
@@ -305,7 +299,6 @@ class _Drafts:
         self.weights: MTPWeights | None = reader.mtp()
         if self.weights is None:
             return
-        self.weights.mlp.switch_mlp = ExpertTap(self.weights.mlp.switch_mlp)
         own = "embed_tokens" in self.weights
         self._text = text
         self._shape = reader.shape
@@ -327,8 +320,7 @@ class _Drafts:
         """
         rows = forward_batch(self._text, batch, self._shape)
         successors = mx.array(self._text.successors[batch.start : batch.end])
-        with uncompiled():
-            out = self._layer.forward(successors, final, rows, self._tails)
+        out = self._layer.forward(successors, final, rows, self._tails)
         mx.eval(out)
         return out
 

@@ -29,10 +29,15 @@ from glmd.errors import CheckpointError
 from glmd.evaluate.text import Batch, TokenSet
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.glm4_moe_lite import DecoderBlock, mla_shape
+from glmd.model.glm4_moe_lite import LATENT_NORM_EPS, mla_shape
 from glmd.model.loader import dtype_in_memory, read_arrays, to_mlx_layout
-from glmd.model.mla import SCORE_BYTES, MLAShape
-from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
+from glmd.model.mla import SCORE_BYTES, MLAShape, attend, project_qkv
+from glmd.model.mlx_lm_layers import (
+    Glm4MoeLiteDecoderLayer,
+    Glm4MoeLiteMoE,
+    ModelArgs,
+    group_expert_select,
+)
 from glmd.model.mtp import MTPWeights
 
 BATCH_ROWS = 1024
@@ -47,23 +52,51 @@ CACHE_BYTES = 512 << 20
 Arrays = dict[str, mx.array]
 
 
-class ExpertTap:
-    """The routed experts of a layer, recording which are chosen.
+class PlainLayer:
+    """A decoder layer by mlx-lm's modules, with glmd's attention.
+
+    The engine's layers fuse weights, which takes memory and hides the inputs of single matrices.
+
+    Args:
+        layer: mlx-lm's decoder layer.
 
     Attributes:
-        chosen: [rows, experts per token] of the last batch.
+        chosen: [rows, experts per token], of the last batch; None: a dense layer.
     """
 
-    def __init__(self, experts: Any) -> None:
-        self.experts = experts
+    def __init__(self, layer: Any, shape: MLAShape) -> None:
         self.chosen: mx.array | None = None
-        unquantized = "scales" not in experts.gate_proj
-        # On a CPU, MLX multiplies with selected unquantised experts only in float32.
-        self._widen = unquantized and mx.default_device().type == mx.DeviceType.cpu
+        self._layer = layer
+        self._shape = shape
+        layer.self_attn.kv_a_layernorm.eps = LATENT_NORM_EPS
+        layer.self_attn.q_a_layernorm.eps = LATENT_NORM_EPS
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        self.chosen = indices
-        out: mx.array = self.experts(x.astype(mx.float32) if self._widen else x, indices)
+    def __call__(self, h: mx.array, batch: ForwardBatch, tails: TailPool) -> mx.array:
+        """[rows, hidden] → [rows, hidden]"""
+        layer, attn = self._layer, self._layer.self_attn
+        queries, kv = project_qkv(attn, self._shape, layer.input_layernorm(h), batch.positions)
+        h = h + attn.o_proj(attend(attn, self._shape, 0, queries, kv, batch, tails))
+        x = layer.post_attention_layernorm(h)
+        sparse = isinstance(layer.mlp, Glm4MoeLiteMoE)
+        return h + (self._moe(layer.mlp, x) if sparse else layer.mlp(x))
+
+    def _moe(self, mlp: Any, x: mx.array) -> mx.array:
+        gate = mlp.gate
+        experts, scores = group_expert_select(
+            x.astype(mx.float32) @ gate.weight.T,
+            gate.e_score_correction_bias,
+            gate.top_k,
+            gate.n_group,
+            gate.topk_group,
+            gate.routed_scaling_factor,
+            gate.norm_topk_prob,
+        )
+        self.chosen = experts
+        # On a CPU, MLX multiplies with selected unquantised experts only in float32.
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        y = mlp.switch_mlp(x.astype(mx.float32) if on_cpu else x, experts)
+        routed = (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
+        out: mx.array = routed + mlp.shared_experts(x)
         return out
 
 
@@ -210,12 +243,14 @@ class Activations:
         self.file.unlink(missing_ok=True)
 
 
-def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape) -> ForwardBatch:
+def forward_batch(
+    text: TokenSet, batch: Batch, shape: MLAShape, *, absorbed: bool = False
+) -> ForwardBatch:
     """The rows of whole samples as one step without cached context."""
     chunks = []
     for start, end in batch.bounds:
         rows = end - start
-        expanded = rows >= shape.break_even_rows
+        expanded = rows >= shape.break_even_rows and not absorbed
         first = start - batch.start
         chunks.append(PrefillChunk(first, first + rows, [], expanded, rows))
     span = slice(batch.start, batch.end)
@@ -225,8 +260,23 @@ def forward_batch(text: TokenSet, batch: Batch, shape: MLAShape) -> ForwardBatch
 class LayerRunner:
     """Runs tokens through single layers of one checkpoint."""
 
-    def __init__(self, text: TokenSet, shape: MLAShape, dtype: mx.Dtype, rows: int) -> None:
+    def __init__(
+        self,
+        text: TokenSet,
+        shape: MLAShape,
+        dtype: mx.Dtype,
+        rows: int,
+        *,
+        absorbed: bool = False,
+    ) -> None:
+        """
+        Args:
+            rows: tokens that run together.
+            absorbed: always use the absorbed form of attention, in which every matrix multiplies
+                the inputs along its rows.
+        """
         self.text = text
+        self._absorbed = absorbed
         self.batches = text.batches(rows)
         self._shape = shape
         self._dtype = dtype
@@ -237,39 +287,31 @@ class LayerRunner:
         layer: Any,
         source: Activations,
         target: Activations,
-        observe: Callable[[Batch, mx.array], None] = lambda batch, h: None,
+        observe: Callable[[Batch, mx.array, mx.array | None], None] = lambda batch, h, experts: (
+            None
+        ),
     ) -> None:
         """Run all tokens through a layer.
 
         Args:
             layer: mlx-lm's decoder layer.
-            observe: called after each batch with its new hidden states, [rows, hidden].
+            observe: called after each batch with its new hidden states, [rows, hidden], and the
+                chosen experts, [rows, experts per token], None of a dense layer.
         """
-        block = DecoderBlock(layer, self._shape)
-        with uncompiled():
-            for batch in self.batches:
-                h = source.read(batch.start, batch.end)
-                rows = forward_batch(self.text, batch, self._shape)
-                h, _ = block.forward(self._shape, 0, h, rows, self._tails)
-                mx.eval(h)
-                target.write(batch.start, h)
-                observe(batch, h)
+        plain = PlainLayer(layer, self._shape)
+        for batch in self.batches:
+            h = source.read(batch.start, batch.end)
+            rows = forward_batch(self.text, batch, self._shape, absorbed=self._absorbed)
+            h = plain(h, rows, self._tails)
+            mx.eval(h)
+            target.write(batch.start, h)
+            observe(batch, h, plain.chosen)
 
     def embed(self, embedding: Any, target: Activations) -> None:
         """Write the embeddings of all tokens."""
         for batch in self.batches:
             h = embedding(mx.array(self.text.tokens[batch.start : batch.end]))
             target.write(batch.start, h.astype(self._dtype))
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run `mx.compile`d functions uncompiled, so that taps see arrays of values."""
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
 
 
 @contextmanager
@@ -292,8 +334,8 @@ def peak_bytes(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool = 
         mtp: the MTP layer runs beside its embedding, its head and the main model's head.
     """
     hidden, width = config.hidden_size, config.moe_intermediate_size
-    # Stacking holds one projection of the experts twice.
-    layer = 4 * config.n_routed_experts * hidden * width
+    # Stacking holds one projection of the experts twice, fusing the MTP layer's two.
+    layer = (5 if mtp else 4) * config.n_routed_experts * hidden * width
     layer += 3 * hidden * max(width * config.n_shared_experts, config.intermediate_size)
     heads = config.num_attention_heads
     head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim

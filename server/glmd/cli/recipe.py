@@ -1,0 +1,135 @@
+"""`glmd recipe`: search quantisation recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from glmd.cli.evaluate import Work, find_candidate, progress_bar, work_folder
+from glmd.utils.text import gib
+
+if TYPE_CHECKING:
+    from glmd.evaluate.search import Found
+
+app = typer.Typer(help="Search quantisation recipes. See docs/quality.md.", no_args_is_help=True)
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@app.callback()
+def recipe() -> None:
+    """Search quantisation recipes."""
+
+
+@app.command()
+def search(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="BF16 checkpoint: a folder or a repo id.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Recipe file. A file with importances is written beside it.",
+        ),
+    ] = Path("recipe.json"),
+    nbytes: Annotated[
+        str | None,
+        typer.Option("--bytes", help="Size of the main model, such as 18GiB.", show_default=False),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(min=2, max=9, help="Bits per weight, such as 5.7.", show_default=False),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Calibration text. Default: a part of the corpus."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens for calibration.")] = 16_384,
+    context: Annotated[int, typer.Option(min=2, help="Cut texts at this many tokens.")] = 1024,
+    bands: Annotated[
+        int, typer.Option(min=1, help="Parts in which the layers of a component are measured.")
+    ] = 8,
+    work: Work = None,
+) -> None:
+    """Find the bits of each matrix with the least KL divergence at a given size.
+
+    Then: glmd convert REF OUT --recipe recipe.json
+
+    Example: glmd recipe search zai-org/GLM-4.7-Flash --bytes 18GiB
+    """
+    if (nbytes is None) == (bits is None):
+        raise typer.BadParameter("give one of --bytes and --bits.")
+    size = None if nbytes is None else read_bytes(nbytes)
+
+    from glmd.evaluate.search import search as run
+    from glmd.evaluate.text import read_corpus, read_files, tokenize
+    from glmd.model.loader import choose_dtype
+
+    folder = find_candidate(reference).folder
+    samples = read_files(text) if text else read_corpus("calibration")
+    encoded = tokenize(samples, folder, context=context, limit=tokens)
+    with progress_bar() as on_progress:
+        found = run(
+            folder,
+            out.expanduser(),
+            encoded,
+            (work or work_folder()) / "search",
+            nbytes=size,
+            bits=bits,
+            bands=bands,
+            dtype=choose_dtype("auto"),
+            on_progress=on_progress,
+        )
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(components_table(found))
+    for name, kl in found.measured.items():
+        console.print(f"{name}: mean KL {kl:.5f} on {len(encoded):,} tokens", highlight=False)
+    console.print(
+        f"{found.file}: {gib(found.nbytes)} GiB, {found.bits_per_weight:.3f} bits per weight."
+        f" Predicted KL {found.predicted:.5f}, no less than {found.bound:.5f} at this size.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def read_bytes(text: str) -> int:
+    """Read a size such as `18GiB`."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise typer.BadParameter(f"--bytes: {text!r} is not a size. Use for example 18GiB.")
+    return int(float(match[1]) * unit)
+
+
+def components_table(found: Found) -> Table:
+    """Bits and predicted KL of each component."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for name in ("Component", "Layers", "Bits"):
+        table.add_column(name)
+    for name in ("Parameters", "Bits per weight", "KL at 4 bits", "KL"):
+        table.add_column(name, justify="right")
+    for line in found.components:
+        layers = line["layers"]
+        at_4 = [
+            option["kl"]
+            for option in line["options"]
+            if (option["bits"], option["group_size"]) == (4, 64)
+        ]
+        table.add_row(
+            line["component"],
+            "" if layers is None else f"{layers[0]}–{layers[1]}",
+            line["bits"],
+            f"{line['parameters']:,}",
+            f"{line['bits_per_weight']:.2f}",
+            f"{at_4[0]:.6f}" if at_4 else "",
+            f"{line['kl']:.6f}",
+        )
+    return table
