@@ -40,7 +40,10 @@ def convert(
         ),
     ],
     recipe: Annotated[
-        str, typer.Option(help=f"Quantisation recipe: {', '.join(RECIPES)}.")
+        str,
+        typer.Option(
+            help=f"Quantisation recipe: {', '.join(RECIPES)}, or a file of glmd recipe search."
+        ),
     ] = DEFAULT_RECIPE,
     no_mtp: Annotated[
         bool, typer.Option("--no-mtp", help="Leave out the multi-token-prediction layer.")

@@ -52,10 +52,13 @@ def quantize(
 
 def dequantize(parts: tuple[mx.array, ...], how: QuantizedAs) -> mx.array:
     """Weights as a matrix product uses them, in float32."""
-    weight, *scales = parts
+    weight, scales, *rest = parts
+    biases = None
     if how.mode == "affine":
-        scales = [part.astype(mx.float32) for part in scales]
-    out = mx.dequantize(weight, *scales, group_size=how.group_size, bits=how.bits, mode=how.mode)
+        scales, biases = scales.astype(mx.float32), rest[0].astype(mx.float32)
+    out = mx.dequantize(
+        weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode
+    )
     return out.astype(mx.float32)
 
 
