@@ -143,7 +143,7 @@ def search(
     layer = {
         weight.path: how
         for weight in mtp_weights(reader.config)
-        if reader.mtp_tensors and (how := baseline.quantization(weight)) is not None
+        if reader.stored.mtp and (how := baseline.quantization(weight)) is not None
     }
     content = RecipeFile(
         name=out.stem,

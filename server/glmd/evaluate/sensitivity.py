@@ -195,7 +195,7 @@ class _InputTap:
         assert self.total is not None
         if self._experts is None:
             return self.total
-        average = self.total.sum(0) / mx.maximum(mx.sum(self.count), 1)
+        average = self.total.sum(0) / mx.maximum(mx.array(self.count).sum(), 1)
         return self.total + PRIOR_TOKENS * average
 
 

@@ -28,10 +28,11 @@ from glmd.checkpoint.stored import read_weights
 from glmd.errors import CheckpointError
 from glmd.evaluate.text import Batch, TokenSet
 from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.attention import attend
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import LATENT_NORM_EPS, mla_shape
 from glmd.model.loader import dtype_in_memory, read_arrays, to_mlx_layout
-from glmd.model.mla import SCORE_BYTES, MLAShape, attend, project_qkv
+from glmd.model.mla import SCORE_BYTES, MLAShape, project_qkv
 from glmd.model.mlx_lm_layers import (
     Glm4MoeLiteDecoderLayer,
     Glm4MoeLiteMoE,
