@@ -157,7 +157,10 @@ class _Steps:
         first: int,
     ) -> DecodeGroup:
         positions = lengths[:, None] + np.arange(width)
-        visible = np.arange(tails.capacity) <= positions[..., None]
+        mask = np.where(np.arange(tails.capacity) <= positions[..., None], 0.0, -np.inf)
+        order = slot_order(slots.tolist(), tails.slots)
+        if order is not None:
+            mask = mask[np.array(order.sequences)]
         rows = len(paths) * width
         # At times as if there were so many heads that nothing fits one softmax with the tails.
         heads = SHAPE.heads if len(paths) % 2 else MAX_FUSED_SCORES
@@ -174,8 +177,10 @@ class _Steps:
             levels=others,
             slots=mx.array(np.repeat(slots, width).astype(np.int32)),
             tail_positions=mx.array(positions.flatten().astype(np.int32)),
-            order=slot_order(slots.tolist(), tails.slots),
-            visible=mx.array(np.repeat(visible, SHAPE.heads if width > 1 else 1, axis=1)),
+            order=order,
+            tail_mask=mx.array(
+                np.repeat(mask, SHAPE.heads if width > 1 else 1, axis=1), tails.view(0).dtype
+            ),
         )
 
 

@@ -127,3 +127,17 @@ def simulate(
     if json_file is not None:
         text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)
         json_file.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def kernels(only: Only = "", json_file: Json = None) -> None:
+    """Count the kernels of a layer, against mlx-lm's; needs no GPU and no weights."""
+    from glmd.bench import report
+    from glmd.bench.graph import count_layers, kernels_table
+
+    with report.progress() as on_progress:
+        rows = count_layers(on_progress, only=only)
+    report.console().print(kernels_table(rows))
+    if json_file is not None:
+        text = json.dumps([asdict(row) for row in rows], indent=2)
+        json_file.write_text(text + "\n", encoding="utf-8")

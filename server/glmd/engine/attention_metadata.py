@@ -43,6 +43,13 @@ MAX_PADDED_SPAN_BYTES = 288 << 10
 """Size of one layer's keys up to which spans of single sequences are padded together: 128 tokens of
 GLM-4.7-Flash in float32. Padding copies the keys each time they are read."""
 
+MAX_PADDED_SPAN_BYTES_GPU = 1536 << 10
+"""The same on a GPU: 1,365 tokens in bfloat16. A span of its own is eight to eleven kernels, 12 to
+16 µs; at 220 GB/s the copy takes as long from 1.5 MiB on."""
+
+MAX_PADDING = 2
+"""Factor by which padding may multiply the keys of spans of more than `MAX_PADDED_SPAN_BYTES`."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
@@ -78,6 +85,7 @@ class AttentionMetadataBuilder:
         self._tails = tails
         self._shape = shape
         self._dtype = dtype
+        self._gpu = not shape.slices_copied
         self._previous: dict[Hashable, AttentionMetadata] = {}
         self._current: dict[Hashable, AttentionMetadata] = {}
 
@@ -108,7 +116,7 @@ class AttentionMetadataBuilder:
         rows = len(sequences) * width
         shape = self._shape
         all_levels = [
-            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype)
+            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype, gpu=self._gpu)
             for spans in build_levels([paths[i] for i in order], width)
         ]
         fused, levels = split_fused_levels(all_levels, self._tails.capacity, shape.heads)
@@ -134,6 +142,8 @@ class AttentionMetadataBuilder:
         """
         tail_positions = positions - metadata.tail_starts
         visible = mx.arange(self._tails.capacity) <= tail_positions[..., None]
+        if metadata.slot_order is not None:
+            visible = visible[metadata.slot_order.sequences]
         if metadata.width > 1:
             visible = mx.repeat(visible, self._shape.heads, axis=1)
         return DecodeGroup(
@@ -145,7 +155,7 @@ class AttentionMetadataBuilder:
             slots=metadata.slots,
             tail_positions=tail_positions.flatten(),
             order=metadata.slot_order,
-            visible=visible,
+            tail_mask=mx.where(visible, 0.0, -mx.inf).astype(self._dtype),
         )
 
 
@@ -202,19 +212,33 @@ def split_fused_levels(
 
 
 def pad_short_spans(
-    spans: list[KVSpan], width: int, rows: int, kv_width: int, dtype: mx.Dtype
+    spans: list[KVSpan],
+    width: int,
+    rows: int,
+    kv_width: int,
+    dtype: mx.Dtype,
+    *,
+    gpu: bool = False,
 ) -> SpanLevel:
     """One level's spans, over `rows` rows in all, with short ones padded together.
 
     Args:
         kv_width: values of a token's key in one layer, of `dtype`.
+        gpu: whether kernels are dear and copies cheap.
     """
-    longest = MAX_PADDED_SPAN_BYTES // (kv_width * dtype.size)
-    short: list[KVSpan] = []
-    others: list[KVSpan] = []
-    for span in spans:
-        single = span.end - span.start == width
-        (short if single and len(span) <= longest else others).append(span)
+    token_bytes = kv_width * dtype.size
+    limits = [MAX_PADDED_SPAN_BYTES // token_bytes]
+    if gpu:
+        limits.insert(0, MAX_PADDED_SPAN_BYTES_GPU // token_bytes)
+    for limit in limits:
+        short: list[KVSpan] = []
+        others: list[KVSpan] = []
+        for span in spans:
+            single = span.end - span.start == width
+            (short if single and len(span) <= limit else others).append(span)
+        lengths = [len(span) for span in short]
+        if lengths and max(lengths) * len(lengths) <= MAX_PADDING * sum(lengths):
+            break
     if len(short) < 2:
         short, others = [], spans
     parts: list[KVSpan | PaddedSpans] = [*others]

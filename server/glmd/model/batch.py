@@ -132,9 +132,9 @@ class DecodeGroup:
     """[rows] int32: the position in that tail."""
     order: SlotPermutation | None
     """None: sequence i has slot i, and there are no other slots."""
-    visible: mx.array
-    """[sequences, width * heads, capacity] bool: the tail keys that each row sees. With `width` 1
-    the middle axis may be 1."""
+    tail_mask: mx.array
+    """[slots, width * heads, capacity] in the dtype of queries: 0 for the tail keys that each row
+    sees, else -inf. With `width` 1 the middle axis may be 1."""
 
     @property
     def end(self) -> int:

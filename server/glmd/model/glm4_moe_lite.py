@@ -17,7 +17,13 @@ import mlx.core as mx
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend, stores_no_scores
 from glmd.model.batch import ForwardBatch
-from glmd.model.mla import MLAShape, Queries, cache_vectors, project_qkv
+from glmd.model.mla import (
+    MLAShape,
+    Queries,
+    cache_vectors,
+    project_qkv,
+    scaled_query_norm,
+)
 from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs
 from glmd.model.moe import COMPILED_ROWS, GatedMLP, MixtureOfExperts, groups_pairs
 
@@ -72,8 +78,12 @@ class DecoderBlock:
         else:
             run_mlp = GatedMLP(mlp)
 
+        query_norm = scaled_query_norm(attn)
+        if query_norm is not None:
+            mx.eval(query_norm)
+
         def pre_attention(h: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions)
+            q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions, query_norm)
             return q.nope, q.rope, kv
 
         def post_attention(h: mx.array, attended: mx.array) -> mx.array:

@@ -218,7 +218,7 @@ def _attend_fused(
     capacity = tails.shape[1]
     out = _tail_values(shape, all_weights[..., :capacity], group, tails)
     if common_keys:
-        out = out + _weighted_values(shape, all_weights[..., capacity:], common_keys)
+        out = _weighted_values(shape, all_weights[..., capacity:], common_keys, out)
     if outs:
         out = out + concat(outs, 0)
     return out, concat(lses, 0) if lses else None
@@ -229,10 +229,10 @@ def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.arr
     q = q.reshape(group.sequences, group.width * shape.heads, shape.kv_width)
     if group.order is not None:
         q = q[group.order.sequences]
-    scores = q @ tails.swapaxes(1, 2)  # [slots, width * heads, capacity]
+    # [slots, width * heads, capacity]
+    scores = mx.addmm(group.tail_mask, q, tails.swapaxes(1, 2))
     if group.order is not None:
         scores = scores[group.order.slots]
-    scores = mx.where(group.visible, scores, -mx.inf)
     return scores.reshape(-1, shape.heads, scores.shape[-1])
 
 
@@ -313,28 +313,42 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
     return largest - mx.log(mx.max(weights, axis=-1).astype(mx.float32))
 
 
-def _weighted_values(shape: MLAShape, weights: mx.array, keys: list[mx.array]) -> mx.array:
+def _weighted_values(
+    shape: MLAShape, weights: mx.array, keys: list[mx.array], out: mx.array | None = None
+) -> mx.array:
     """Sum the values in all `keys` by weights: [rows, heads, latent].
 
     Args:
         weights: [rows, heads, keys of all arrays], in the order of the arrays.
         keys: each as in `key_scores`.
+        out: added to the sum.
     """
-    outs = []
     start = 0
     for array in keys:
         end = start + array.shape[-2]
         part = weights[..., start:end].reshape(*array.shape[:-2], -1, array.shape[-2])
-        outs.append(_values(shape, part, array).reshape(-1, shape.heads, shape.latent))
+        if out is not None:
+            out = out.reshape(*part.shape[:-1], shape.latent)
+        out = _values(shape, part, array, out).reshape(-1, shape.heads, shape.latent)
         start = end
-    return reduce(mx.add, outs)
+    assert out is not None
+    return out
 
 
-def _values(shape: MLAShape, weights: mx.array, keys: mx.array) -> mx.array:
-    """Weights [..., rows, keys] by the latents of keys [..., keys, kv_width]: [..., latent]."""
+def _values(
+    shape: MLAShape, weights: mx.array, keys: mx.array, added: mx.array | None = None
+) -> mx.array:
+    """Weights [..., rows, keys] by the latents of keys [..., keys, kv_width]: [..., latent].
+
+    Args:
+        added: to the product, in the same kernel.
+    """
     if shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS:
-        return (weights @ keys)[..., : shape.latent]
-    return weights @ keys[..., : shape.latent]
+        product = (weights @ keys)[..., : shape.latent]
+        return product if added is None else added + product
+    if added is None:
+        return weights @ keys[..., : shape.latent]
+    return mx.addmm(added, weights, keys[..., : shape.latent])
 
 
 def _merge(partials: list[Partial]) -> mx.array:
