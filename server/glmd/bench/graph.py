@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +37,8 @@ from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
 
 VIEWS = frozenset(
-    [
+    {
+        "AsStrided",
         "Broadcast",
         "BroadcastAxes",
         "ExpandDims",
@@ -49,8 +51,7 @@ VIEWS = frozenset(
         "Transpose",
         "Unflatten",
         "View",
-        "AsStrided",
-    ]
+    }
 )
 """Operations that compute nothing."""
 
@@ -84,16 +85,17 @@ def gpu_kernels() -> Iterator[None]:
 
     The operations that stand for them compute something else: graphs are to be counted only.
     """
-    norm, rope = mx.fast.rms_norm, mx.fast.rope
+    fast: Any = mx.fast
+    norm, rope = fast.rms_norm, fast.rope
 
     def one_kernel(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return mx.cumsum(x, axis=-1)
 
-    mx.fast.rms_norm = mx.fast.rope = one_kernel
+    fast.rms_norm = fast.rope = one_kernel
     try:
         yield
     finally:
-        mx.fast.rms_norm, mx.fast.rope = norm, rope
+        fast.rms_norm, fast.rope = norm, rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ class LayerCounter:
 
     def mlx_lm(self, sequences: int, context: int) -> int:
         """Kernels of mlx-lm's layer for one more token of each sequence."""
-        cache = KVCache() if sequences == 1 else BatchKVCache([0] * sequences)
+        cache: Any = KVCache() if sequences == 1 else BatchKVCache([0] * sequences)
         cache.update_and_fetch(
             mx.zeros((sequences, 1, context, self._args.kv_lora_rank), DTYPE),
             mx.zeros((sequences, 1, context, self._args.qk_rope_head_dim), DTYPE),
@@ -249,19 +251,25 @@ def forked_turns(turns: int, on_step: Callable[[Simulation], None]) -> None:
         stream = simulation.submit(
             np.concatenate([kept, added]), TURN_OUTPUT, on_finish=done.append
         )
-        versions: set[Any] = set()
-
-        def observe(stream: Stream = stream, versions: set[Any] = versions) -> bool:
-            tree = simulation.scheduler.tree
-            state = tree.version, tree.tokens
-            if turn == turns - 1 and stream.times and simulation.scheduler.running:
-                if state not in versions and not simulation.scheduler.running[0].at_length_limit:
-                    on_step(simulation)
-                versions.add(state)
-            return False
-
-        simulation.run(observe)
+        observe = partial(_observe, simulation, stream, set(), on_step)
+        simulation.run(observe if turn == turns - 1 else lambda: False)
         history = done[-1]
+
+
+def _observe(
+    simulation: Simulation,
+    stream: Stream,
+    seen: set[tuple[int, int]],
+    on_step: Callable[[Simulation], None],
+) -> bool:
+    """Call `on_step` if the tree has changed since the last call, or this is the first token."""
+    scheduler = simulation.scheduler
+    state = scheduler.tree.version, scheduler.tree.tokens
+    if stream.times and scheduler.running and not scheduler.running[0].at_length_limit:
+        if state not in seen:
+            on_step(simulation)
+        seen.add(state)
+    return False
 
 
 def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[GraphRow]:

@@ -36,6 +36,9 @@ SCALES = (1, 2, 4, 8)
 """Divisors of working memory. At 8, chunks have 256 rows, few enough for the experts' weights to be
 read noticeably more often."""
 
+MERGE_SHARE = 1 / 16
+"""Share of KV that may be left free for copies of merged segments."""
+
 TAIL_ROOM = 2 * TAIL_TOKENS
 """Tokens kept free beside the longest sequence, for its tail."""
 
@@ -187,8 +190,10 @@ def plan_memory(
             f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
             file=str(folder),
         )
-    # Segments are merged when the layers' transients are gone.
-    segment = min(segment, working // token_bytes)
+    # Segments are merged when the layers' transients are gone. A longer copy takes room from KV.
+    segment = min(segment, max(working, int(kv * MERGE_SHARE)) // token_bytes)
+    merging = max(0, segment * token_bytes - working)
+    working, kv = working + merging, kv - merging
     return MemoryPlan(weights, working, kv, scaled, score, expanded, segment)
 
 

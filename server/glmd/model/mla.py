@@ -106,8 +106,13 @@ class Queries:
 # -- projections ----------------------------------------------------------------------------
 
 
+def scaled_query_norm(attn: Any) -> mx.array | None:
+    """The weight of the norm of query latents, times the attention's scale; None: no such norm."""
+    return None if attn.q_lora_rank is None else attn.q_a_layernorm.weight * attn.scale
+
+
 def project_qkv(
-    attn: Any, shape: MLAShape, x: mx.array, positions: mx.array
+    attn: Any, shape: MLAShape, x: mx.array, positions: mx.array, query_norm: mx.array | None
 ) -> tuple[Queries, mx.array]:
     """Compute queries and cache vectors of N rows.
 
@@ -115,16 +120,17 @@ def project_qkv(
         attn: mlx-lm's `Glm4MoeLiteAttention`, for its weights.
         x: [N, hidden], normalised.
         positions: [N] int32.
+        query_norm: from `scaled_query_norm`, so that scaling the queries takes no kernel.
 
     Returns:
         queries; cache vectors [N, kv_width].
     """
     rows = x.shape[0]
-    if attn.q_lora_rank is None:
-        q = attn.q_proj(x)
+    if query_norm is None:
+        q = attn.q_proj(x) * attn.scale
     else:
-        q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x)))
-    q = q.reshape(rows, shape.heads, shape.nope + shape.rope) * attn.scale
+        q = attn.q_b_proj(mx.fast.rms_norm(attn.q_a_proj(x), query_norm, attn.q_a_layernorm.eps))
+    q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
     q_nope, q_rope = mx.split(q, [shape.nope], axis=-1)
     latent, k_rope = _compress(attn, shape, x)
     # Queries and key are rotated together: an unfused rotation is twenty operations.

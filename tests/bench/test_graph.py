@@ -1,0 +1,68 @@
+"""Budgets of kernels per layer. They go down, never up."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from typer.testing import CliRunner
+
+from glmd.bench.graph import GraphRow, count_kernels, count_layers, gpu_kernels
+from glmd.cli.main import app
+
+BUDGETS = {
+    "batch 1, own contexts": (44, 44),
+    "batch 8, own contexts": (78, 86),
+    "batch 8, shared prefix": (62, 70),
+    "batch 1, 1 forked turn": (44, 44),
+    "batch 1, 10 forked turns": (48, 48),
+    "batch 1, 50 forked turns": (48, 48),
+}
+"""Without drafts, and with one draft of each sequence."""
+
+
+@cache
+def _rows() -> dict[tuple[str, int], GraphRow]:
+    rows = [row for only in ("batch 1,", "batch 8,") for row in count_layers(print, only=only)]
+    return {(row.workload, row.drafts): row for row in rows}
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.parametrize("workload", BUDGETS)
+def test_a_layer_launches_no_more_kernels_than_its_budget(workload: str, drafts: int) -> None:
+    assert _rows()[workload, drafts].kernels <= BUDGETS[workload][drafts]
+
+
+def test_one_sequence_takes_no_more_kernels_than_in_mlx_lm() -> None:
+    row = _rows()["batch 1, own contexts", 0]
+    assert row.mlx_lm is not None
+    assert row.kernels <= row.mlx_lm
+
+
+def test_fifty_forked_turns_cost_little_more_than_one() -> None:
+    rows = _rows()
+    one, fifty = (rows[f"batch 1, {turns}", 0] for turns in ("1 forked turn", "50 forked turns"))
+    assert fifty.kernels <= 1.2 * one.kernels
+
+
+def test_views_are_free_and_a_concatenation_is_a_copy_of_each_input() -> None:
+    x, weight = mx.ones((4, 8)), mx.ones(8)
+    mx.eval(x, weight)
+    assert count_kernels(x.T[1:3].reshape(-1, 2)) == 0
+    assert count_kernels(mx.concatenate([x, x[:1], x[1:]])) == 3
+    assert count_kernels(mx.exp(x) @ x.T) == 2
+    with gpu_kernels():
+        normed = mx.fast.rms_norm(x, weight, 1e-5)
+        assert count_kernels(normed) == 1
+    assert count_kernels(mx.fast.rms_norm(x, weight, 1e-5)) != 1 or mx.metal.is_available()
+
+
+def test_the_command_writes_rows(tmp_path: Path) -> None:
+    report = tmp_path / "rows.json"
+    arguments = ["bench", "kernels", "--only", "1 forked turn", "--json", str(report)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert [row["drafts"] for row in json.loads(report.read_text())] == [0, 1]
