@@ -77,7 +77,7 @@ def memory_table() -> Iterator[str]:
             except CheckpointError:
                 cells.append("–")
                 continue
-            small = "" if plan.activations == working else "\\*"
+            small = "" if plan.activations >= working else "\\*"
             cells.append(f"{plan.kv // per_token // 1000:,}k{small}")
         yield f"| {memory} GB | {working_set(memory):.1f} GiB | {' | '.join(cells)} |"
     yield ""
