@@ -112,7 +112,11 @@ def scaled_query_norm(attn: Any) -> mx.array | None:
 
 
 def project_qkv(
-    attn: Any, shape: MLAShape, x: mx.array, positions: mx.array, query_norm: mx.array | None
+    attn: Any,
+    shape: MLAShape,
+    x: mx.array,
+    positions: mx.array,
+    query_norm: mx.array | None = None,
 ) -> tuple[Queries, mx.array]:
     """Compute queries and cache vectors of N rows.
 
@@ -120,14 +124,17 @@ def project_qkv(
         attn: mlx-lm's `Glm4MoeLiteAttention`, for its weights.
         x: [N, hidden], normalised.
         positions: [N] int32.
-        query_norm: from `scaled_query_norm`, so that scaling the queries takes no kernel.
+        query_norm: from `scaled_query_norm`, so that scaling the queries takes no kernel; None: it
+            takes one.
 
     Returns:
         queries; cache vectors [N, kv_width].
     """
     rows = x.shape[0]
-    if query_norm is None:
+    if attn.q_lora_rank is None:
         q = attn.q_proj(x) * attn.scale
+    elif query_norm is None:
+        q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x))) * attn.scale
     else:
         q = attn.q_b_proj(mx.fast.rms_norm(attn.q_a_proj(x), query_norm, attn.q_a_layernorm.eps))
     q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
