@@ -32,7 +32,7 @@ def wait(condition: object) -> None:
 
 
 def test_reload_applies_reloadable_settings_names_others_and_keeps_streams(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "glmd.toml"
     body = {"messages": [{"role": "user", "content": "⟦</think>one two three⟧"}], "stream": True}
@@ -48,6 +48,7 @@ def test_reload_applies_reloadable_settings_names_others_and_keeps_streams(
             "port = 0\nmax_body = '2MiB'\ntemperature = 0.125\naliases = ['new']\n"
             "[profiles.mine]\ntop_k = 5\n"
         )
+        monkeypatch.delenv("GLMD_DISK_CACHE_FOLDER")
         reload_settings(live.service, lambda: load({}, file))
         chunks = sse.read(first + b"".join(pieces)).chunks
         text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
