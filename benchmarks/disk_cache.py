@@ -1,0 +1,165 @@
+"""The disk cache on a checkpoint of random weights with GLM-4.7-Flash's attention dimensions.
+
+    python benchmarks/disk_cache.py [--tokens 20000] [--streams 4] [--conversations 100x4000]
+
+In one run: the first token of a conversation after a restart beside that of computing it; gaps of
+streams with and without a restore beside them; and conversations in turn under memory for a tenth
+of them, with the tokens computed, the bytes written and the most KV beside the least possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from glmd.bench.random_checkpoint import MIDDLE, on_gpu, write_random_checkpoint
+from glmd.engine.config import EngineConfig
+from glmd.engine.core import Engine, load_engine
+from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
+
+VOCABULARY = 4096
+BUDGET = 6 << 30
+
+
+def start(folder: Path, cache: Path) -> Engine:
+    config = EngineConfig(
+        memory_budget=BUDGET, disk_cache=64 << 30, disk_cache_folder=str(cache), mtp=0
+    )
+    return load_engine(folder, config, lambda done, total: None)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    made: list[int] = np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
+    return made
+
+
+def submit(engine: Engine, id: str, prompt: list[int], max_tokens: int) -> None:
+    engine.submit(
+        EngineRequest(
+            id=id,
+            prompt=pack_tokens(prompt),
+            sampling=SamplingParams(temperature=0.0),
+            max_tokens=max_tokens,
+            ignore_eos=True,
+        )
+    )
+
+
+def first_token(engine: Engine, id: str, prompt: list[int]) -> float:
+    """Seconds from the request to its first token; runs the engine until it is idle."""
+    began, first = time.perf_counter(), 0.0
+    submit(engine, id, prompt, 2)
+    while engine.has_work:
+        for output in engine.step():
+            if output.tokens and not first:
+                first = time.perf_counter() - began
+    return first
+
+
+def gaps(engine: Engine, streams: int, restored: list[int] | None, steps: int) -> list[float]:
+    """Seconds of the steps of `streams` streams, with a prompt from disk among them or without."""
+    for number in range(streams):
+        submit(engine, f"stream {number}", tokens(100 + number, 64), 10_000)
+    for _ in range(20):
+        engine.step()
+    if restored is not None:
+        submit(engine, "restored", restored, 1)
+    measured = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        engine.step()
+        measured.append(time.perf_counter() - began)
+    for number in range(streams):
+        engine.cancel(f"stream {number}")
+    engine.cancel("restored")
+    while engine.has_work:
+        engine.step()
+    return measured
+
+
+def measure_restart(folder: Path, cache: Path, length: int) -> None:
+    engine = start(folder, cache)
+    first_token(engine, "warm", tokens(0, 600))
+    computed = first_token(engine, "a", tokens(1, length))
+    engine.close()
+    engine = start(folder, cache)
+    first_token(engine, "warm", tokens(2, 600))
+    restored = first_token(engine, "a", tokens(1, length))
+    print(
+        f"first token of {length} tokens: computed {computed:.2f} s, restored {restored:.2f} s,"
+        f" ratio {restored / computed:.3f}",
+        flush=True,
+    )
+    engine.close()
+
+
+def measure_streams(folder: Path, cache: Path, length: int, streams: int) -> None:
+    """Both sides alternate, each in engines of its own, and each time read from disk."""
+    steps = 150
+    without: list[float] = []
+    beside: list[float] = []
+    for _ in range(3):
+        for prompt, found in ((None, without), (tokens(1, length), beside)):
+            engine = start(folder, cache)
+            found.extend(gaps(engine, streams, prompt, steps))
+            restored = engine.stats().disk_restored_tokens
+            assert prompt is None or restored >= length - 1, restored
+            engine.close()
+    p99 = [float(np.quantile(found, 0.99)) for found in (without, beside)]
+    print(
+        f"gaps of {streams} streams beside a restore of {length} tokens: median"
+        f" {1e3 * median(without):.1f} and {1e3 * median(beside):.1f} ms, p99 {1e3 * p99[0]:.1f}"
+        f" and {1e3 * p99[1]:.1f} ms, ratio {p99[1] / p99[0]:.2f}",
+        flush=True,
+    )
+
+
+def measure_conversations(folder: Path, cache: Path, count: int, length: int) -> None:
+    engine = start(folder, cache)
+    token_bytes = engine.info.kv_bytes_per_token
+    engine.scheduler.kv_budget = (count // 10) * (length + 300) * token_bytes
+    most = 0
+    for turn in range(2):
+        for number in range(count):
+            prompt = tokens(1000 + number, length - 100 * (1 - turn))
+            submit(engine, f"{turn}.{number}", prompt, 1)
+            while engine.has_work:
+                engine.step()
+                most = max(most, engine.scheduler.kv_bytes)
+    stats = engine.stats()
+    engine.close()
+    disk = engine.scheduler.disk
+    assert disk is not None
+    written, least = disk.cache.written_bytes, count * length
+    print(
+        f"{count} conversations of {length} tokens in two turns, memory for a tenth: computed"
+        f" {stats.prompt_tokens_computed / least:.3f} of the least possible, written"
+        f" {written / (least * token_bytes):.3f} of the distinct bytes, KV at most"
+        f" {most / stats.kv_budget_bytes:.3f} of its budget",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--conversations", default="100x4000", help="COUNTxTOKENS")
+    options = parser.parse_args()
+    count, length = map(int, options.conversations.split("x"))
+    with tempfile.TemporaryDirectory(prefix="glmd-disk-") as name:
+        folder = Path(name) / "model"
+        changes = {"max_position_embeddings": 32_768, "vocab_size": VOCABULARY}
+        write_random_checkpoint(folder, dtype="BF16" if on_gpu() else "F32", **MIDDLE | changes)
+        measure_restart(folder, Path(name) / "kv", options.tokens)
+        measure_streams(folder, Path(name) / "kv", options.tokens, options.streams)
+        measure_conversations(folder, Path(name) / "other", count, length)
+
+
+if __name__ == "__main__":
+    main()
