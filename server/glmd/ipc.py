@@ -132,11 +132,10 @@ class CacheMatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     tokens: int
     """Cached tokens from the start of the prompt."""
-    reason: Literal["whole", "new", "differs", "evicted", "salt", "off"]
+    reason: Literal["whole", "new", "differs", "evicted", "off"]
     """whole: all but the last token, which is always computed. new: no stored sequence continues
     the prefix. differs: stored sequences continue the prefix differently. evicted: the next tokens
-    were stored, but evicted. salt: more is stored with another cache_salt. off: the cache is
-    disabled."""
+    were stored, but evicted. off: the cache is disabled. All of it with the same cache_salt."""
     diverging_tokens: int = 0
     """differs: tokens of the longest stored continuation."""
 

@@ -83,12 +83,16 @@ def test_serve_refuses_a_public_address_before_loading_the_model(tmp_path: Path)
 # -- keys -----------------------------------------------------------------------------------
 
 
+def name_of(ring: ApiKeyStore, key: str) -> str | None:
+    found = ring.lookup(key.encode())
+    return None if found is None else found.name
+
+
 def test_keys_come_from_the_setting_and_from_a_file(tmp_path: Path) -> None:
     file = private(tmp_path / "keys", "# of the team\nfirst\n\n  second ß \n")
     ring = ApiKeyStore.of(Settings(api_key="third", api_key_file=file))
     assert ring.required
-    names = {key: ring.lookup(key.encode()) for key in ("first", "second ß", "third", "fourth", "")}
-    assert names == {
+    assert {key: name_of(ring, key) for key in ("first", "second ß", "third", "fourth", "")} == {
         "first": "keys:2", "second ß": "keys:4", "third": "api_key", "fourth": None, "": None,
     }  # fmt: skip
 
@@ -132,7 +136,9 @@ def test_key_command_creates_lists_and_revokes_keys_and_stores_hashes(
     assert first not in store.read_text()
     listed = run(app, ["key", "list"]).stdout
     assert re.fullmatch(r"laptop  20\S+Z\nphone  20\S+Z\n", listed)
-    assert ApiKeyStore.of(Settings(), store).lookup(second.encode()) == "phone"
+    assert name_of(ApiKeyStore.of(Settings(), store), second) == "phone"
+    assert "first key" in made[0].stderr
+    assert "first key" not in made[1].stderr
 
     for arguments, message in [
         (["create", "laptop"], "Key laptop already exists"),
@@ -187,16 +193,47 @@ def test_a_running_server_reloads_keys_and_stays_closed_without_keys(
         assert http.get("/v1/models", headers={"x-api-key": first}).status_code == 401
         assert http.get("/v1/models", headers={"x-api-key": second}).status_code == 200
 
-        store.chmod(0o644)  # What was known stays known, and the log says what is wrong.
-        assert http.get("/v1/models", headers={"x-api-key": second}).status_code == 200
+        store.chmod(0o644)  # It may hold a revocation that nobody has read.
+        assert http.get("/v1/models", headers={"x-api-key": second}).status_code == 401
         assert "chmod 600" in caplog.text
         store.chmod(0o600)
+        assert http.get("/v1/models", headers={"x-api-key": second}).status_code == 200
         revoke_key(store, "second")
         for headers in ({}, {"x-api-key": second}):
             assert http.get("/v1/models", headers=headers).status_code == 401
         assert http.get("/health").status_code == 200
     assert first not in caplog.text
     assert second not in caplog.text
+
+
+def test_a_revocation_counts_while_another_key_file_cannot_be_read(tmp_path: Path) -> None:
+    lines = private(tmp_path / "keys", "line\n")
+    store = tmp_path / "keys.json"
+    first, second = (create_key(store, name) for name in ("first", "second"))
+    ring = ApiKeyStore.of(Settings(api_key_file=lines), store)
+    lines.unlink()
+    revoke_key(store, "first")
+    ring.reload_if_changed()
+    assert [name_of(ring, key) for key in (first, second, "line")] == [None, "second", None]
+    private(lines, "line\n")
+    ring.reload_if_changed()
+    assert [name_of(ring, key) for key in (first, second, "line")] == [None, "second", "keys:1"]
+
+
+def test_keys_created_and_revoked_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    store = tmp_path / "glmd" / "keys.json"
+    create_key(store, "old")
+    program = (
+        "import sys; from pathlib import Path; from glmd.api.auth import create_key;"
+        "[create_key(Path(sys.argv[1]), f'{sys.argv[2]}-{n}') for n in range(10)]"
+    )
+    makers = [
+        subprocess.Popen([sys.executable, "-c", program, str(store), name]) for name in "abcd"
+    ]
+    revoke_key(store, "old")
+    assert [maker.wait(60) for maker in makers] == [0] * 4
+    names = {key.name for key in read_store(store)}
+    assert names == {f"{name}-{number}" for name in "abcd" for number in range(10)}
 
 
 # -- names and origins ----------------------------------------------------------------------
@@ -340,6 +377,6 @@ def test_endless_headers_are_refused_by_the_http_server(scripted: LiveServer) ->
 def test_the_key_store_file_has_the_documented_format(store: Path, tmp_path: Path) -> None:
     key = create_key(tmp_path / "k.json", "one")
     (entry,) = json.loads((tmp_path / "k.json").read_text())["keys"]
-    assert entry.keys() == {"name", "sha256", "created"}
+    assert entry.keys() == {"name", "sha256", "created", "admin"}
     assert key not in json.dumps(entry)
     assert [each.name for each in read_store(tmp_path / "k.json")] == ["one"]

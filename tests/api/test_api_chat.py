@@ -13,6 +13,7 @@ import sse
 from live import LiveServer, live_server
 
 from glmd.api.openai.protocol import ChatCompletionRequest
+from glmd.api.serving import bind_salt
 
 TOOL = {
     "type": "function",
@@ -193,6 +194,7 @@ def test_every_sampling_parameter_reaches_the_engine(http: httpx.Client) -> None
     answer = ask(http, "</think>{request}", logit_bias={"17": -100}, **sampling, **limits)
     request = request_of(answer)
     assert request["sampling"] == sampling | {"logit_bias": {"17": -100.0}}
+    limits["cache_salt"] = bind_salt("", "s")
     assert {name: request[name] for name in limits} == limits
 
 

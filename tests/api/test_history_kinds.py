@@ -71,7 +71,7 @@ def messages_api(messages: list[Message], *tools: Message) -> Shown:
 def responses(items: list[Message], *tools: Message) -> Shown:
     body = {"input": items, "tools": [RESPONSES_TOOL, *tools]}
     request = ResponsesRequest.model_validate(body)
-    read = ResponseStore(0).read_input(request.input, None)
+    read = ResponseStore(0).read_input(request.input, None, owner="")
     return show(request.conversation(DEFAULTS, read, read_tools(request.tools)))
 
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from live import LiveServer
+from live import LiveServer, live_server
 from requests_by_path import body_of, error_of, wait_until
 
+from glmd.api.auth import Access, create_key
 from glmd.api.context import client_id
 from glmd.api.state import PerClientLock
 
@@ -57,16 +58,23 @@ async def test_a_cancelled_wait_leaves_no_lock() -> None:
         pass
 
 
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, str, str]]:
+    """A server, and two keys of it."""
+    store = tmp_path_factory.mktemp("keys") / "keys.json"
+    first, second = (create_key(store, name) for name in ("first", "second"))
+    with live_server(keys=store) as live:
+        yield live, first, second
+
+
 @contextmanager
-def busy(live: LiveServer, authorization: str) -> Iterator[None]:
+def busy(live: LiveServer, key: str) -> Iterator[None]:
     """Hold the client's lock in the block."""
     begun, over = threading.Event(), threading.Event()
-    scope: Any = {
-        "type": "http",
-        "state": {},
-        "client": ("127.0.0.1", 1),
-        "headers": [(b"authorization", authorization.encode())],
-    }
+    found = live.service.keys.lookup(key.encode())
+    assert found is not None
+    access = Access(found.owner, sees_all=False)
+    scope: Any = {"type": "http", "state": {"access": access}, "client": ("127.0.0.1", 1)}
 
     async def hold() -> None:
         async with live.service.client_lock.acquire(client_id(scope)):
@@ -92,41 +100,54 @@ def busy(live: LiveServer, authorization: str) -> Iterator[None]:
     ],
 )
 def test_timeouts_apply_while_a_prompt_waits_for_preparation(
-    scripted: LiveServer, header: str, expected: tuple[int, str]
+    keyed: tuple[LiveServer, str, str], header: str, expected: tuple[int, str]
 ) -> None:
     path = "/v1/chat/completions"
-    with busy(scripted, "Bearer slow"), scripted.client() as http:
-        mine = http.post(
-            path, json=body_of(path, "Hi"), headers={header: "0.2", "authorization": "Bearer slow"}
-        )
+    live, slow, quick = keyed
+    with busy(live, slow), live.client() as http:
+        mine = http.post(path, json=body_of(path, "Hi"), headers={header: "0.2", "x-api-key": slow})
         assert error_of(path, mine) == expected
-        other = http.post(path, json=body_of(path, "</think>Hi"))
+        body = body_of(path, "</think>Hi")
+        other = http.post(path, json=body, headers={"x-api-key": quick})
         assert other.status_code == 200, "another client is not held up"
-    assert not scripted.service.engine.queue.sequences
+    assert not live.service.engine.queue.sequences
+
+
+def test_a_made_up_key_makes_no_new_client(scripted: LiveServer) -> None:
+    """Otherwise a client without a key could take the turns of many."""
+
+    def scope(*headers: tuple[bytes, bytes], address: str = "127.0.0.1") -> Any:
+        access = Access("", sees_all=True)
+        return {"state": {"access": access}, "client": (address, 1), "headers": headers}
+
+    plain = client_id(scope())
+    assert client_id(scope((b"authorization", b"Bearer x"), (b"x-api-key", b"y"))) == plain
+    assert client_id(scope(address="127.0.0.2")) != plain
 
 
 def test_nothing_is_prepared_for_a_disconnected_client(
-    scripted: LiveServer, monkeypatch: pytest.MonkeyPatch
+    keyed: tuple[LiveServer, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = scripted.service
+    live, key, _ = keyed
+    service = live.service
     prepared = []
     build_prompt: Callable[..., Any] = service.build_prompt
 
-    async def note(*arguments: Any) -> Any:
+    async def note(*arguments: Any, **options: Any) -> Any:
         prepared.append(arguments)
-        return await build_prompt(*arguments)
+        return await build_prompt(*arguments, **options)
 
     monkeypatch.setattr(service, "build_prompt", note)
     body = b'{"messages": [{"role": "user", "content": "Hi"}]}'
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        "Authorization: Bearer gone\r\n\r\n"
+        f"Authorization: Bearer {key}\r\n\r\n"
     )
-    host, port = scripted.url.removeprefix("http://").split(":")
-    connections = scripted.server.server_state.connections
+    host, port = live.url.removeprefix("http://").split(":")
+    connections = live.server.server_state.connections
     before = len(connections)
-    with busy(scripted, "Bearer gone"):
+    with busy(live, key):
         with socket.create_connection((host, int(port))) as opened:
             opened.sendall(head.encode() + body)
             wait_until(lambda: service.engine.queue.sequences == 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,10 @@ import pytest
 import tokenizers
 from chat_kit import SPELLINGS, any_ids, backend, tag_like, texts, tokenizer
 from hypothesis import assume, given
-from tokenizers import models
+from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
 
+from glmd.chat import tokenizer as tokenizer_module
 from glmd.chat.tokenizer import Tokenizer
 from glmd.errors import CheckpointError
 
@@ -91,3 +96,55 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="byte-level BPE"):
         Tokenizer.load(tmp_path)
+
+
+GLM_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Pre-tokenizer of GLM-4.7's tokenizer.json."""
+
+
+WORDS = ("a", "Zé", "the", " ", "\n", "\r\n", "'s", ".", "你", "7", "\u0301")
+
+
+@cache
+def glm_tokenizer() -> Tokenizer:
+    made = backend()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GLM_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return Tokenizer(made, "tokenizer.json")
+
+
+@pytest.mark.parametrize("made", [tokenizer, glm_tokenizer], ids=["GPT-2", "GLM"])
+@given(st.lists(st.sampled_from(WORDS)))
+def test_a_text_in_steps_has_the_ids_of_the_whole(
+    made: Callable[[], Tokenizer], parts: list[str]
+) -> None:
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "STEP_CHARS", 3)
+        steps = list(tokenizer_module.cut_text(text))
+        longer = list(tokenizer_module.cut_text(text + "the end"))
+    assert "".join(steps) == text
+    assert max(map(len, steps), default=0) <= 6
+    assert longer[: len(steps[:-1])] == steps[:-1], "equal beginnings are cut alike"
+    ends = list(accumulate(map(len, steps)))[:-1]
+    if all(tokenizer_module.CUT.match(text, end - 1) for end in ends):
+        encode = made().encode
+        assert [id for step in steps for id in encode(step)] == encode(text)
+
+
+@given(st.lists(st.sampled_from(["<|user|>", "<|us", "er|>", "a", "<think>", "<", "\n"])))
+def test_markup_is_split_alike_in_steps_of_any_length(parts: list[str]) -> None:
+    text = "".join(parts)
+    whole = list(tokenizer().split_markup(text))
+    spellings = tokenizer().spellings
+    assert "".join(spellings[piece] if isinstance(piece, int) else piece for piece in whole) == text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "STEP_CHARS", 2)
+        assert list(tokenizer().split_markup(text)) == whole

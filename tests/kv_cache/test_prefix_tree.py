@@ -532,7 +532,6 @@ def _work(branches: int) -> dict[str, int]:
         "stats": _instructions(tree.stats),
         "evictable tokens": _instructions(lambda: tree.evictable_tokens),
         "divergence": _instructions(lambda: tree.divergence(held, 7)),
-        "other salts": _instructions(lambda: tree.stored_elsewhere("", _array(common))),
         "match and release": _instructions(lambda: _matched(tree, [*common, 20_000, 1])),
         "insert at the end": _instructions(lambda: _store(tree, [*common, 7, 8])),
         "insert as long as the node": _instructions(

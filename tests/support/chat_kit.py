@@ -143,7 +143,10 @@ def prompt(in_reasoning: bool = True) -> Prompt:
 
 
 def build(
-    messages: Sequence[Message], turn_cache: TurnTokenCache | None = None, **options: Any
+    messages: Sequence[Message],
+    turn_cache: TurnTokenCache | None = None,
+    owner: str = "",
+    **options: Any,
 ) -> Prompt:
     """The prompt of a conversation; `options` are fields of `Conversation`."""
     return build_prompt(
@@ -151,6 +154,7 @@ def build(
         tokenizer=tokenizer(),
         template=template(),
         turn_cache=turn_cache,
+        owner=owner,
     )
 
 

@@ -232,7 +232,6 @@ def test_a_slow_request_is_explained(lines: Lines) -> None:
             CacheMatch(tokens=3, reason="evicted"),
             "3 of 10 prompt tokens cached: the rest was evicted.",
         ),
-        (CacheMatch(tokens=0, reason="salt"), "more is cached with another cache_salt."),
         (
             CacheMatch(tokens=0, reason="off"),
             "0 of 10 prompt tokens cached: the prefix",

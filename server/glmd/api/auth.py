@@ -7,6 +7,7 @@ is no dictionary to try. All keys are compared by hash and never shown.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import ipaddress
@@ -17,7 +18,8 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,11 +49,37 @@ class StoredKey:
         name: shown to people and in logs.
         sha256: of the key, in hexadecimal.
         created: when `glmd key create` made the key, in RFC 3339; "" for other keys.
+        admin: sees and cancels what belongs to other keys.
     """
 
     name: str
     sha256: str
     created: str = ""
+    admin: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Opaque id of what belongs to the key. A new key of the same name has another."""
+        return hashlib.sha256(f"owner {self.sha256}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a request may see.
+
+    Attributes:
+        owner: id of its key (`StoredKey.owner`); "" without a key.
+        sees_all: its key is an admin's, or the server needs no key.
+        key_name: name of its key; None: no valid key.
+    """
+
+    owner: str
+    sees_all: bool
+    key_name: str | None = None
+
+    def may_see(self, owner: str) -> bool:
+        """Whether what belongs to `owner` is visible."""
+        return self.sees_all or owner == self.owner
 
 
 KeyFileReader = Callable[[Path], list[StoredKey]]
@@ -84,13 +112,16 @@ class ApiKeyStore:
         self._files = list(files)
         self._signatures: list[object] = []
         self._keys: list[StoredKey] = []
-        self._reload()
+        for error in self._reload():
+            raise error
 
     @classmethod
     def of(cls, settings: Settings, store: Path | None = None) -> ApiKeyStore:
         """Load the keys that the settings name, and the keys of `glmd key` in `store`."""
         secret = settings.api_key
-        fixed = [] if secret is None else [StoredKey("api_key", digest(secret.get_secret_value()))]
+        fixed = []
+        if secret is not None:
+            fixed.append(StoredKey("api_key", digest(secret.get_secret_value()), admin=True))
         files: list[tuple[Path, KeyFileReader]] = []
         if settings.api_key_file is not None:
             files.append((settings.api_key_file.expanduser(), read_lines))
@@ -99,29 +130,39 @@ class ApiKeyStore:
         return cls(fixed, files)
 
     def reload_if_changed(self) -> None:
-        """Reload the keys if a file has changed; if that fails, keep the loaded keys."""
+        """Reload the keys if a file has changed.
+
+        The keys of a file that cannot be read are refused until it can: the change may have been
+        to revoke one of them.
+        """
         if [file_signature(file) for file, _ in self._files] == self._signatures:
             return
-        try:
-            self._reload()
-            log.info("API keys reloaded: keys=%d", len(self._keys))
-        except SettingsError as error:
-            log.error("API keys not reloaded; the loaded keys stay valid: %s", error.message)
+        for error in self._reload():
+            log.error("Keys of this file are refused until it can be read: %s", error.message)
+        log.info("API keys reloaded: keys=%d", len(self._keys))
 
-    def lookup(self, key: bytes) -> str | None:
-        """Return the name of a key in constant time; None: unknown key."""
+    def lookup(self, key: bytes) -> StoredKey | None:
+        """Find a key in constant time; None: unknown key."""
         sha256 = hashlib.sha256(key).hexdigest()
-        name: str | None = None
+        found: StoredKey | None = None
         for stored in self._keys:
             if hmac.compare_digest(sha256, stored.sha256):
-                name = stored.name
-        return name
+                found = stored
+        return found
 
-    def _reload(self) -> None:
+    def _reload(self) -> list[SettingsError]:
+        """Read all files; return the errors. A file with an error has no valid keys."""
         # Signatures first: a file that changes while it is read is read again.
         self._signatures = [file_signature(file) for file, _ in self._files]
-        self._keys = [*self._fixed, *(key for file, read in self._files for key in read(file))]
-        self.required = self.required or bool(self._keys)
+        keys, errors = list(self._fixed), []
+        for file, read in self._files:
+            try:
+                keys += read(file)
+            except SettingsError as error:
+                errors.append(error)
+        self._keys = keys
+        self.required = self.required or bool(keys or errors)
+        return errors
 
 
 def require_key_on_public_bind(settings: Settings, keys: ApiKeyStore) -> None:
@@ -154,7 +195,7 @@ def file_signature(file: Path) -> object:
         status = file.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_mode
 
 
 def digest(key: str) -> str:
@@ -224,8 +265,11 @@ def read_store(file: Path) -> list[StoredKey]:
     return keys
 
 
-def create_key(file: Path, name: str) -> str:
+def create_key(file: Path, name: str, *, admin: bool = False) -> str:
     """Create a random key, store its hash in `file`, and return the key.
+
+    Args:
+        admin: the key sees and cancels what belongs to other keys.
 
     Raises:
         SettingsError: the name exists or is invalid, or the file cannot be read or written.
@@ -234,12 +278,13 @@ def create_key(file: Path, name: str) -> str:
         raise SettingsError(
             f"Invalid key name {name!r}. Use up to 64 letters, digits and . _ @ - characters."
         )
-    keys = read_store(file)
-    if any(key.name == name for key in keys):
-        raise SettingsError(f"Key {name} already exists. Revoke it first.")
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    write_store(file, [*keys, StoredKey(name, digest(key), created)])
+    with locked_store(file):
+        keys = read_store(file)
+        if any(key.name == name for key in keys):
+            raise SettingsError(f"Key {name} already exists. Revoke it first.")
+        write_store(file, [*keys, StoredKey(name, digest(key), created, admin)])
     return key
 
 
@@ -249,14 +294,36 @@ def revoke_key(file: Path, name: str) -> list[StoredKey]:
     Raises:
         SettingsError: no key has the name, or the file cannot be read or written.
     """
-    keys = read_store(file)
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        raise SettingsError(
-            f"There is no key {name}{did_you_mean(name, [key.name for key in keys])}"
-        )
-    write_store(file, left)
+    with locked_store(file):
+        keys = read_store(file)
+        left = [key for key in keys if key.name != name]
+        if len(left) == len(keys):
+            raise SettingsError(
+                f"There is no key {name}{did_you_mean(name, [key.name for key in keys])}"
+            )
+        write_store(file, left)
     return left
+
+
+@contextmanager
+def locked_store(file: Path) -> Iterator[None]:
+    """Exclude other processes that change `file` from the block.
+
+    The lock is on a file beside it, because each change replaces the file.
+
+    Raises:
+        SettingsError: the lock file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_store(file: Path, keys: Sequence[StoredKey]) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
+from glmd.api.auth import Access
 from glmd.api.observability.request_stats import HttpExchange, get_exchange
 from glmd.api.state import AppState, StateDep
 from glmd.engine_client.admission import Phase, RequestTimeouts
@@ -32,14 +32,12 @@ argument `timeout` of the official clients is how long the client itself waits."
 def client_id(scope: Scope) -> str:
     """Return an opaque id for the address and API key of a request.
 
-    Both count, because several users may share a key, and several programs an address. Where the
-    server requires no key, a key that is sent still tells programs apart.
+    Both count, because several users may share a key, and several programs an address. A key that
+    is not valid does not: a client could send another with each request.
     """
-    headers = Headers(scope=scope)
-    sent = headers.get("x-api-key") or headers.get("authorization", "")
-    key = scope["state"].get("key_name", sent)  # of several keys sent, the valid one
+    access: Access = scope["state"]["access"]
     address = scope["client"][0] if scope.get("client") else ""
-    return hashlib.sha256(f"{address} {key}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{address} {access.owner}".encode()).hexdigest()[:16]
 
 
 async def get_client(request: Request) -> str:
@@ -50,6 +48,15 @@ async def get_client(request: Request) -> str:
 ClientDep = Annotated[str, Depends(get_client)]
 
 
+async def get_access(request: Request) -> Access:
+    """FastAPI dependency: what the request may see."""
+    access: Access = request.state.access
+    return access
+
+
+AccessDep = Annotated[Access, Depends(get_access)]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """Properties of an HTTP request that every API shares.
@@ -57,11 +64,13 @@ class RequestContext:
     Attributes:
         exchange: the HTTP request and response, for logs and metrics.
         client: client id (`client_id`).
+        owner: whose responses and cached turns the request may use (`Access.owner`).
         timeouts: limits on the time to each phase of the request.
     """
 
     exchange: HttpExchange
     client: str
+    owner: str
     timeouts: RequestTimeouts
 
 
@@ -84,7 +93,8 @@ async def get_request_context(request: Request, state: StateDep) -> RequestConte
             limits[phase] = min(parse_seconds(name, value), limits[phase] or math.inf)
     state.engine.require_available()
     timeouts = RequestTimeouts(asyncio.get_running_loop().time(), **limits)
-    return RequestContext(get_exchange(request), client_id(request.scope), timeouts)
+    access: Access = request.state.access
+    return RequestContext(get_exchange(request), client_id(request.scope), access.owner, timeouts)
 
 
 ContextDep = Annotated[RequestContext, Depends(get_request_context)]

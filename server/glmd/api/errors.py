@@ -32,6 +32,7 @@ from glmd.errors import (
     Overloaded,
     RequestQuarantined,
 )
+from glmd.utils.memory import exit_if_out_of_memory
 
 log = logging.getLogger("glmd.api")
 
@@ -41,6 +42,7 @@ MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 1000, 300
 
 def to_error(exception: Exception) -> ErrorInfo:
     """Map an exception to the error that the client gets; details of bugs stay in the log."""
+    exit_if_out_of_memory(exception)
     error = _map_exception(exception)
     message, param = error.message, error.param
     if len(message) > MAX_MESSAGE_CHARS:
@@ -77,14 +79,16 @@ def _map_exception(exception: Exception) -> ErrorInfo:  # noqa: PLR0911
         case GlmdError(message=message):
             return ErrorInfo(500, "server_error", message)
         case RequestValidationError():
-            return _validation_error(exception.errors(), exception.body)
+            return validation_error(exception.errors(), exception.body)
+        case RefusedBody(error=refusal):
+            return refusal
         case HTTPException():
             return ErrorInfo(exception.status_code, invalid, str(exception.detail))
         case _:
             return ErrorInfo(500, "server_error", "Internal server error; see the server's log.")
 
 
-def _validation_error(errors: Sequence[Any], body: Any) -> ErrorInfo:
+def validation_error(errors: Sequence[Any], body: Any) -> ErrorInfo:
     """Report the pydantic error whose path leads farthest into the body.
 
     Every member of a union reports an error; the longest path belongs to the member that the client
@@ -222,6 +226,14 @@ class ErrorInfo:
 def overloaded(message: str) -> ErrorInfo:
     """A refusal for lack of capacity, with a retry after one second."""
     return ErrorInfo(503, "overloaded_error", message, code="overloaded", retry_after=1.0)
+
+
+class RefusedBody(HTTPException):
+    """A body that is no valid request. FastAPI passes on no other exception of `Request.json`."""
+
+    def __init__(self, error: ErrorInfo) -> None:
+        super().__init__(error.status, error.message, error.headers)
+        self.error = error
 
 
 _formats: dict[str, Callable[[ErrorInfo, Scope], JSONResponse]] = {}

@@ -11,11 +11,18 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from glmd.api.observability.request_stats import Api
 from glmd.chat.types import (
@@ -28,6 +35,7 @@ from glmd.config import Profile, Settings
 from glmd.errors import invalid_field
 from glmd.ipc import SamplingParams
 from glmd.structured_output.request import OutputSpec
+from glmd.utils.text import quoted
 
 log = logging.getLogger("glmd.api")
 
@@ -38,6 +46,9 @@ OMITTED_HEADER = "x-glmd-omitted"
 
 MAX_LISTED, MAX_NAME = 32, 64
 """Names in a header, and characters of each name."""
+
+MAX_MEMBERS = 1000
+"""Fields of a body, known and unknown."""
 
 MAX_STOPS = 16
 
@@ -162,7 +173,7 @@ def new_id(prefix: str) -> str:
 def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
     for key in value or {}:
         if not (key.isascii() and key.isdigit()):
-            raise ValueError(f"keys must be token ids, not {key!r}")
+            raise ValueError(f"keys must be token ids, not {quoted(key)}")
     return value
 
 
@@ -225,7 +236,9 @@ FailFastList = Annotated[list[T], Field(fail_fast=True)]
 
 An error takes ten times as long as a valid item, and a body may have millions of items."""
 
-NoOp: TypeAlias = Annotated[Any, Field(description=NO_OP)]
+NoOp: TypeAlias = Annotated[Any, BeforeValidator(lambda _: None), Field(description=NO_OP)]
+"""Field that is not read; its value is not kept."""
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
@@ -244,7 +257,30 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class RequestFields(BaseModel):
+class RequestBody(BaseModel):
+    """Body of a request, with at most `MAX_MEMBERS` fields.
+
+    Nothing reads the value of an unknown field, so only its kind is kept: True stands for a text,
+    list or object that is not empty.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def limit_fields(cls, body: object) -> object:
+        if isinstance(body, dict) and len(body) > MAX_MEMBERS:
+            raise ValueError(f"must have at most {MAX_MEMBERS} fields, not {len(body)}")
+        return body
+
+    @model_validator(mode="after")
+    def drop_unknown_values(self) -> Self:
+        extra = self.model_extra or {}
+        for name, value in extra.items():
+            if isinstance(value, str | list | dict) and value:
+                extra[name] = True
+        return self
+
+
+class RequestFields(RequestBody):
     """Fields of every generating request. null means absent."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)

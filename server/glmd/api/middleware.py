@@ -25,11 +25,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmd.api import webui
-from glmd.api.auth import ApiKeyStore
+from glmd.api.auth import Access, ApiKeyStore
 from glmd.api.errors import ErrorInfo, error_response
 from glmd.api.observability.request_stats import HttpExchange
 from glmd.config import Settings
 from glmd.utils.logging import request_id
+from glmd.utils.memory import exit_if_out_of_memory
 
 MAX_URL_BYTES = 8192
 MAX_HEADERS = 128
@@ -91,13 +92,13 @@ class RequestIdMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception as error:
+            exit_if_out_of_memory(error)
             if exchange.status is None:
                 exchange.status = 500  # sent by Starlette's ServerErrorMiddleware
             raise
         finally:
             exchange.route = getattr(scope.get("route"), "path", None)
-            exchange.key = scope["state"].get("key_name")
             exchange.end()
             for notify in self._on_end:
                 notify(exchange)
@@ -230,7 +231,7 @@ class OriginCheckMiddleware(_CheckMiddleware):
 class ApiKeyMiddleware(_CheckMiddleware):
     """Require an API key, except for `OPEN_PATHS`.
 
-    Sets `state["key_name"]` of the request's scope to the name of a valid key.
+    Sets `state["access"]` of the request's scope.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeyStore) -> None:
@@ -240,10 +241,11 @@ class ApiKeyMiddleware(_CheckMiddleware):
     def check(self, scope: Scope) -> ErrorInfo | None:
         self._keys.reload_if_changed()
         for key in sent_keys(Headers(scope=scope)):
-            name = self._keys.lookup(key)
-            if name is not None:
-                scope["state"]["key_name"] = name
+            found = self._keys.lookup(key)
+            if found is not None:
+                self._grant(scope, Access(found.owner, found.admin, found.name))
                 return None
+        self._grant(scope, Access("", sees_all=not self._keys.required))
         if scope["path"] in OPEN_PATHS or not self._keys.required:
             return None
         return ErrorInfo(
@@ -252,6 +254,12 @@ class ApiKeyMiddleware(_CheckMiddleware):
             "API key missing or invalid. Send `Authorization: Bearer KEY` or `x-api-key: KEY`.",
             code="invalid_api_key",
         )
+
+    @staticmethod
+    def _grant(scope: Scope, access: Access) -> None:
+        scope["state"]["access"] = access
+        exchange: HttpExchange = scope["state"]["exchange"]
+        exchange.owner, exchange.key = access.owner, access.key_name
 
 
 class HeadAsGetMiddleware:

@@ -33,7 +33,7 @@ from glmd.api.sockets import base_url, connection_limit
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
-from glmd.utils.memory import freeze_gc_heap
+from glmd.utils.memory import exit_if_out_of_memory, freeze_gc_heap, return_large_blocks
 
 log = logging.getLogger("glmd")
 
@@ -252,6 +252,7 @@ class Server(uvicorn.Server):
             reload_settings(self._state, self._read_settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(handle_loop_error)
         await super().startup(sockets)
         self._engine_watch = asyncio.create_task(self._exit_on_engine_failure())
 
@@ -275,6 +276,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def handle_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle an exception that nothing has caught."""
+    exit_if_out_of_memory(context.get("exception"))
+    loop.default_exception_handler(context)
+
+
 def run(
     state: AppState,
     sockets: list[socket.socket],
@@ -290,6 +297,7 @@ def run(
     Raises:
         CheckpointError: the engine cannot serve the model.
     """
+    return_large_blocks()
     freeze_gc_heap()
     url = base_url(state.settings.host, sockets)
     log.info("glmd %s loads %s, and listens at %s", __version__, state.model.id, url)

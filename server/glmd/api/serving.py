@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request, Response
 
-from glmd.api.context import RequestContext, prepare_slot
+from glmd.api.auth import Access
+from glmd.api.context import RequestContext, client_id, prepare_slot
 from glmd.api.generation_request import (
     Defaults,
     GenerationRequest,
@@ -29,10 +31,11 @@ from glmd.api.streaming import (
     stream_frames,
 )
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
+from glmd.chat.prompt import Steps
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.types import Conversation, Prompt
 from glmd.errors import invalid_field
-from glmd.ipc import EngineRequest, pack_tokens
+from glmd.ipc import EngineRequest, TokenArray, pack_tokens
 
 Builder = TypeVar("Builder", bound=ResponseBuilder)
 
@@ -64,7 +67,8 @@ async def serve(
     )
     unknown = body.unknown_parameters()
     async with prepare_slot(http, state, context):
-        request = read(state.defaults(body.model, body.profile))
+        defaults = state.defaults(body.model, body.profile)
+        request = await state.run_by_size(http, partial(read, defaults))
         generation = await start_generation(state, context, request)
     builder = build(generation)
     headers = ignored_header([*unknown, *request.ignored]) | omitted_header(request.prompt)
@@ -91,9 +95,11 @@ async def start_generation(
     """
     is_chat = isinstance(request.prompt, Conversation)
     if isinstance(request.prompt, Conversation):
-        prompts = [await state.build_prompt(request.prompt)]
+        prompt = await state.build_prompt(request.prompt, context.owner, param=request.param)
+        prompts = [prompt]
     else:
-        prompts = await state.run_in_worker(partial(encode, request.prompt, state.tokenizer))
+        steps = encode_steps(request.prompt, state.tokenizer)
+        prompts = await state.take_turns(steps, param=request.param)
     for prompt in prompts:
         state.check_length(len(prompt.tokens), param=request.param)
     grammar = await state.compile_grammar(request.output, prompts[0])
@@ -125,7 +131,7 @@ async def start_generation(
             grammar=grammar,
             client=context.client,
             priority=request.priority,
-            cache_salt=request.cache_salt,
+            cache_salt=bind_salt(context.owner, request.cache_salt),
             prompt_progress=True,
         )
         processors = [process(prompt) for _ in range(request.n)]
@@ -141,25 +147,54 @@ async def start_generation(
     )
 
 
-def encode(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[Prompt]:
+def encode_steps(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> Steps[list[Prompt]]:
     """Raw prompts as token ids.
 
     Raises:
         InvalidRequest: a prompt is empty.
     """
-    encoded = [
-        tokenizer.encode_markup(prompt) if isinstance(prompt, str) else np.array(prompt, np.int32)
-        for prompt in prompts
-    ]
-    if not all(map(len, encoded)):
-        raise invalid_field("prompt", "must have at least one token.")
-    return [Prompt(tokens, in_reasoning=False, turn_start=0, turn_key=b"") for tokens in encoded]
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            tokens = yield from markup_steps(prompt, tokenizer)
+        else:
+            tokens = np.array(prompt, np.int32)
+            yield len(tokens)
+        if not len(tokens):
+            raise invalid_field("prompt", "must have at least one token.")
+        encoded.append(Prompt(tokens, in_reasoning=False, turn_start=0, turn_key=b""))
+    return encoded
 
 
-async def count_prompt_tokens(state: AppState, client: str, conversation: Conversation) -> int:
-    """Number of tokens of a conversation's prompt."""
-    async with state.client_lock.acquire(client):
-        prompt = await state.build_prompt(conversation)
+def markup_steps(text: str, tokenizer: Tokenizer) -> Steps[TokenArray]:
+    """Token ids of text in which spellings of control tokens are control tokens."""
+    chunks: list[TokenArray] = []
+    length = 0
+    for chunk in tokenizer.encode_steps(tokenizer.split_markup(text)):
+        chunks.append(chunk)
+        length += len(chunk)
+        yield length
+    return np.concatenate(chunks)
+
+
+def bind_salt(owner: str, salt: str) -> str:
+    """Salt of an owner's requests, of fixed length; "" without a salt.
+
+    Nobody can use another owner's salt, whether or not it can be guessed.
+    """
+    if not salt:
+        return ""
+    scope = f"{owner}\0{salt}".encode("utf-8", "surrogatepass")
+    return blake2b(scope, digest_size=16).hexdigest()
+
+
+async def count_prompt_tokens(
+    http: Request, state: AppState, access: Access, read: Callable[[], Conversation]
+) -> int:
+    """Number of tokens of the prompt of a conversation, which `read` reads from the request."""
+    async with state.client_lock.acquire(client_id(http.scope)):
+        conversation = await state.run_by_size(http, read)
+        prompt = await state.build_prompt(conversation, access.owner)
     return len(prompt.tokens)
 
 

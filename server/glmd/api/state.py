@@ -20,12 +20,13 @@ from fastapi import Depends, Request
 
 from glmd import __version__
 from glmd.api.auth import ApiKeyStore
+from glmd.api.body_reader import BodyReader
 from glmd.api.generation_request import Defaults
 from glmd.api.observability.request_stats import RequestRegistry
 from glmd.chat.output_processor import ChatOutputProcessor
-from glmd.chat.prompt import build_prompt
+from glmd.chat.prompt import Done, Steps, advance, prompt_steps
 from glmd.chat.template_process import TemplateProcess
-from glmd.chat.tokenizer import Tokenizer
+from glmd.chat.tokenizer import Tokenizer, utf8_size
 from glmd.chat.turn_cache import TurnTokenCache
 from glmd.chat.types import MAX_NAME, Conversation, Prompt, check_length
 from glmd.checkpoint.config import read_sampling, sampling_defaults
@@ -38,11 +39,18 @@ from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
 from glmd.structured_output.request import OutputSpec
 from glmd.utils.disk_lru import DiskLRU
+from glmd.utils.memory import exit_if_out_of_memory
 from glmd.utils.text import did_you_mean
 
 log = logging.getLogger("glmd.api")
 
 T = TypeVar("T")
+
+TURN_TOKENS = 8192
+"""Tokens of a prompt after which other clients' prompts have their turn: 20 to 100 ms."""
+
+MIN_CHECKED_BYTES = 64 * 1024
+"""Text of a conversation up to which its tokens are counted rather than estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +131,8 @@ class AppState:
         engine: client of the engine process.
         tokenizer: the checkpoint's tokenizer.
         fingerprint: `system_fingerprint` of responses; depends on glmd's version and the model.
-        client_lock: one prompt or grammar at a time for each client.
+        client_lock: one large body, prompt or grammar at a time for each client.
+        bodies: reads large bodies.
         registry: statistics of the requests to the engine.
         started: `time.monotonic()` of the start, in seconds.
         disk_file: as given.
@@ -174,6 +183,8 @@ class AppState:
         # because `TurnTokenCache` is not thread-safe.
         self._worker = ThreadPoolExecutor(1, "prompts")
         self.client_lock = PerClientLock()
+        self._reader = ThreadPoolExecutor(1, "requests")
+        self.bodies = BodyReader()
 
     def _open_turns(self) -> TurnTokenCache | None:
         tokens = self.settings.turn_memory
@@ -276,28 +287,53 @@ class AppState:
         self._worker.shutdown()
         if self._turns is not None:
             self._turns.close()
+        self._reader.shutdown()
         self._template.close()
+        self.bodies.close()
 
     @property
     def is_ready(self) -> bool:
         """Whether the engine accepts requests."""
         return self.engine.state == "ready"
 
-    async def build_prompt(self, conversation: Conversation) -> Prompt:
+    async def build_prompt(
+        self, conversation: Conversation, owner: str, *, param: str | None = None
+    ) -> Prompt:
         """Render and tokenize a conversation.
 
+        Args:
+            owner: whose cached turns may be used.
+            param: the request's field, if the prompt must leave room for an answer; else None.
+
         Raises:
-            InvalidRequest: the chat template refuses the conversation.
+            InvalidRequest: the chat template refuses the conversation, or the prompt is too long.
         """
-        return await self.run_in_worker(
-            partial(
-                build_prompt,
-                conversation,
-                tokenizer=self.tokenizer,
-                template=self._template,
-                turn_cache=self._turns,
-            )
+        if param is not None:
+            await self.run_in_worker(partial(self._check_bytes, conversation, param))
+        steps = prompt_steps(
+            conversation,
+            tokenizer=self.tokenizer,
+            template=self._template,
+            turn_cache=self._turns,
+            owner=owner,
         )
+        return await self.take_turns(steps, param=param)
+
+    async def take_turns(self, steps: Steps[T], *, param: str | None = None) -> T:
+        """Do a client's steps on the prompt thread, and those of other clients in between.
+
+        Args:
+            param: the request's field, if a prompt must leave room for an answer; else None.
+
+        Raises:
+            InvalidRequest: the prompt is too long.
+        """
+        while True:
+            reached = await self.run_in_worker(partial(advance, steps, TURN_TOKENS))
+            if isinstance(reached, Done):
+                return reached.result
+            if param is not None:
+                self.check_length(reached, param=param, exact=False)
 
     async def compile_grammar(
         self, structure: OutputSpec, prompt: Prompt | None = None
@@ -329,11 +365,31 @@ class AppState:
         """Run a slow task on the prompt thread."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, task)
 
-    def check_length(self, tokens: int, *, param: str) -> None:
+    async def run_by_size(self, request: Request, task: Callable[[], T]) -> T:
+        """Run a task whose time grows with the request's body: if that is large, on a thread."""
+        if not getattr(request.state, "large_body", False):
+            return task()
+        return await asyncio.get_running_loop().run_in_executor(self._reader, task)
+
+    def _check_bytes(self, conversation: Conversation, param: str) -> None:
+        """Check that the text of a conversation can be a prompt, without rendering it.
+
+        Raises:
+            InvalidRequest: the prompt is too long.
+        """
+        texts = (message.text for message in conversation.messages)
+        size = sum(map(utf8_size, texts))
+        if size > MIN_CHECKED_BYTES:
+            self.check_length(size // self.tokenizer.longest_token, param=param, exact=False)
+
+    def check_length(self, tokens: int, *, param: str, exact: bool = True) -> None:
         """Check that a prompt of `tokens` tokens leaves room for an answer.
 
         Claude Code compacts its conversation when it reads `prompt is too long`, other clients when
         they read the code.
+
+        Args:
+            exact: False: the prompt has at least so many tokens.
 
         Raises:
             InvalidRequest: the prompt is too long.
@@ -341,7 +397,8 @@ class AppState:
         info = self.engine.info
         if info is not None and tokens >= info.max_context:
             raise InvalidRequest(
-                f"{param}: prompt is too long: {tokens} tokens > {info.max_context} maximum,"
+                f"{param}: prompt is too long: {'' if exact else 'at least '}{tokens} tokens"
+                f" > {info.max_context} maximum,"
                 " which the prompt and the answer share.",
                 param=param,
                 code="context_length_exceeded",
@@ -350,6 +407,7 @@ class AppState:
 
 def _log_turn_error(done: Future[None]) -> None:
     if (error := done.exception()) is not None:
+        exit_if_out_of_memory(error)
         log.error("Turn not cached.", exc_info=error)
 
 

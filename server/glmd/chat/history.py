@@ -9,6 +9,7 @@ is refused, because there the client can still send something else.
 from __future__ import annotations
 
 import html
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from glmd.chat.tool_args import dump, record_arguments
 from glmd.chat.tools import read_definition
 from glmd.chat.types import AssistantMessage, Message, Tool, ToolCall, ToolMessage
 from glmd.errors import invalid_field
+from glmd.utils.text import quoted
 
 TEXT_PARTS = {
     "text": "text",
@@ -161,7 +163,7 @@ class HistoryReader:
                 changes = self.text(part.get("tool_changes"), param, separator="\n")
                 return f"{part['content']}\n{changes}".rstrip("\n")
         if strict:
-            shown = "this content" if kind is None else f"content of type {kind!r}"
+            shown = "this content" if kind is None else f"content of type {quoted(kind)}"
             raise invalid_field(param, f"{shown} is not supported. The model reads text only.")
         return self._record(part, kind or "object", param)
 
@@ -422,7 +424,9 @@ def order_tool_results(messages: Sequence[Message]) -> list[Message]:
     """
     ordered: list[Message] = []
     open_calls: dict[int, str] = {}
-    """Ids of the last assistant message's calls without a result, by index."""
+    """Ids of the last assistant message's calls without a result, by index, in order."""
+    places: dict[str, deque[int]] = {}
+    """Indices of those calls, by id."""
     results: dict[int, ToolMessage] = {}
     """Results of the present run, by index of the call."""
     others: list[ToolMessage] = []
@@ -440,16 +444,22 @@ def order_tool_results(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         if isinstance(message, ToolMessage):
             wanted = message.call_id
-            call = next((i for i, id in open_calls.items() if wanted in (None, id)), None)
-            if call is None:
+            if wanted is None:
+                wanted = next(iter(open_calls.values()), None)
+            same = places.get(wanted) if wanted is not None else None
+            if not same:
                 others.append(message)
             else:
+                call = same.popleft()
                 del open_calls[call]
                 results[call] = message
             continue
         end_run()
         if isinstance(message, AssistantMessage):
             open_calls = {index: call.id for index, call in enumerate(message.calls)}
+            places = {id: deque() for id in open_calls.values()}
+            for index, id in open_calls.items():
+                places[id].append(index)
         ordered.append(message)
     end_run()
     return ordered

@@ -6,9 +6,11 @@ that is an assistant's turn can then be replaced by the token ids that the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from math import inf
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,11 @@ from glmd.chat.types import (
 from glmd.errors import invalid_field
 from glmd.ipc import TokenArray
 
+T = TypeVar("T")
+
+Steps = Generator[int, None, T]
+"""Work in steps that are short for any input. Yields the tokens of the prompt so far, returns T."""
+
 
 def build_prompt(
     conversation: Conversation,
@@ -36,7 +43,49 @@ def build_prompt(
     tokenizer: Tokenizer,
     template: ChatTemplate | TemplateProcess,
     turn_cache: TurnTokenCache | None = None,
+    owner: str = "",
 ) -> Prompt:
+    """Do all steps of `prompt_steps`."""
+    steps = prompt_steps(
+        conversation,
+        tokenizer=tokenizer,
+        template=template,
+        turn_cache=turn_cache,
+        owner=owner,
+    )
+    end = advance(steps, inf)
+    assert isinstance(end, Done)
+    return end.result
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """The end of all steps."""
+
+    result: T
+
+
+def advance(steps: Steps[T], tokens: float) -> int | Done[T]:
+    """Do steps until they have added `tokens` tokens; return the prompt's tokens so far."""
+    begun: int | None = None
+    while True:
+        try:
+            reached = next(steps)
+        except StopIteration as end:
+            return Done(end.value)
+        begun = reached if begun is None else begun
+        if not 0 <= reached - begun < tokens:  # less: the next of several prompts
+            return reached
+
+
+def prompt_steps(
+    conversation: Conversation,
+    *,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | TemplateProcess,
+    turn_cache: TurnTokenCache | None = None,
+    owner: str = "",
+) -> Steps[Prompt]:
     """Render and encode a conversation, with cached turns in place of rendered ones.
 
     With `conversation.continue_final` the last message, an assistant's, stays open: the model
@@ -44,6 +93,7 @@ def build_prompt(
 
     Args:
         turn_cache: None: every turn is encoded from its text.
+        owner: whose cached turns may be used.
 
     Raises:
         InvalidRequest: the template cannot render the conversation, or the last message cannot be
@@ -69,28 +119,39 @@ def build_prompt(
         opened = [i for i, pieces in enumerate(sections) if pieces[0] == special_tokens.assistant]
         returned = _returned_turns(messages, opened, after_user=clear)
 
-    ids = _PromptIds(conversation.cache_salt)
+    ids = _PromptIds(owner, conversation.cache_salt)
+
+    def encode(pieces: Sequence[Piece]) -> Steps[None]:
+        for chunk in tokenizer.encode_steps(pieces):
+            ids.add(chunk)
+            yield ids.length
+
     spliced = 0
     for index, section in enumerate(sections):
         message = returned.get(index)
         if message is None or turn_cache is None:
-            ids.add(tokenizer.encode_rendered(section))
+            yield from encode(section)
             continue
         ids.add([special_tokens.assistant])
         turn = turn_cache.find(ids.digest(), message)
         if turn is None:
-            ids.add(tokenizer.encode_rendered(section[1:]))
+            yield from encode(section[1:])
         else:
             spliced += 1
             ids.add(turn.tokens)
             ids.add(turn.closing)
     ids.add([special_tokens.assistant])
     turn_start, turn_key = ids.length, ids.digest()
+    prefilled = False
     if final is None or not (final.text or final.reasoning):
-        ids.add(tokenizer.encode_rendered(opening[1:]))
+        yield from encode(opening[1:])
     else:
         turn = turn_cache.find(turn_key, final) if turn_cache is not None else None
-        ids.add(_encode_open_turn(final, tokenizer) if turn is None else turn.tokens)
+        if turn is None:
+            prefilled = True
+            yield from encode(_open_turn(final, tokenizer))
+        else:
+            ids.add(turn.tokens)
     tokens = ids.array()
     think, end_think = special_tokens.think, special_tokens.end_think
     generated = tokens[turn_start:]
@@ -103,16 +164,18 @@ def build_prompt(
         reasoning=(final.reasoning or "") if final is not None else "",
         content=final.text if final is not None else "",
         spliced_turns=spliced,
+        prefilled=prefilled,
     )
 
 
 class _PromptIds:
     """Token ids of a prompt under construction, and their digest."""
 
-    def __init__(self, salt: str) -> None:
+    def __init__(self, owner: str, salt: str) -> None:
         self.length = 0
         self._chunks: list[TokenArray] = []
-        self._digest = blake2b(salt.encode("utf-8", "surrogatepass") + b"\0", digest_size=16)
+        scope = f"{owner}\0{salt}\0".encode("utf-8", "surrogatepass")
+        self._digest = blake2b(scope, digest_size=16)
 
     def add(self, ids: npt.ArrayLike) -> None:
         chunk = np.asarray(ids, dtype=np.int32)
@@ -197,12 +260,12 @@ def _returned_turns(
     return found
 
 
-def _encode_open_turn(message: AssistantMessage, tokenizer: Tokenizer) -> TokenArray:
-    """Token ids of a turn in GLM's format, without its end."""
+def _open_turn(message: AssistantMessage, tokenizer: Tokenizer) -> list[Piece]:
+    """A turn in GLM's format, without its end."""
     special_tokens = tokenizer.special_tokens
     pieces: list[Piece] = [special_tokens.end_think]
     if message.reasoning:
         pieces = [special_tokens.think, message.reasoning]
         if message.text:
             pieces.append(special_tokens.end_think)
-    return tokenizer.encode_rendered([*pieces, message.text])
+    return [*pieces, message.text]

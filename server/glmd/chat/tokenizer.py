@@ -8,9 +8,10 @@ which marks the tokens that it writes (`glmd.chat.template`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,22 @@ from glmd.utils.lru import LRUCache
 MIN_CACHED_CHARS = 256
 """Characters of the shortest text whose ids are cached. BPE takes 0.6 s for a million characters, a
 look-up 0.2 ms."""
-CACHE_CHARS = 8_000_000
-"""Characters of cached texts, about ten full contexts: 40 MB."""
+CACHE_BYTES = 16 << 20
+"""Memory of cached ids: about twenty full contexts."""
+ENTRY_BYTES = 400
+"""Memory of an entry besides its ids."""
+
+STEP_CHARS = 1 << 16
+"""Characters of a text that are encoded at a time: at most 0.2 s."""
+STEP_IDS = 8192
+"""Ids of short texts that are returned at a time."""
+
+CUT = re.compile(r"\n(?=\S)|[^\W\d_](?=[ ,.;:\u3001\u3002\uff0c][^\W\d_])")
+"""End of a step: a line break before text, or a letter before one space or mark and a letter.
+
+Byte-level BPE merges no bytes across these places, because its pre-tokenizer ends a word there, in
+GLM's form (`\\p{L}+`, `\\s*[\\r\\n]+`) as in all others in use. Where there is none, a step ends
+after twice its length, and the ids on either side may differ from those of the whole text."""
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -76,7 +91,7 @@ class Tokenizer:
         self.special = marked - self.special_tokens.in_turn | self.special_tokens.roles
         self.vocab_size: int = backend.get_vocab_size()
         self._backend = backend
-        self._encoded: LRUCache[str, TokenArray] = LRUCache(CACHE_CHARS)
+        self._encoded: LRUCache[bytes, TokenArray] = LRUCache(CACHE_BYTES)
         self._bytes = {id: name.encode() for id, name in self.spellings.items()}
         self._byte_of_char = _byte_of_char()
         # The library finds added tokens in text unless they are special and this flag is set.
@@ -123,27 +138,35 @@ class Tokenizer:
         return ids
 
     def encode_rendered(self, pieces: Iterable[Piece]) -> TokenArray:
-        """Token ids of a rendered template. int32, shape [n].
+        """Token ids of a rendered template. int32, shape [n]."""
+        return np.concatenate(list(self.encode_steps(pieces)))
+
+    def encode_steps(self, pieces: Iterable[Piece]) -> Iterator[TokenArray]:
+        """Token ids of a rendered template, in steps of bounded work. int32, shapes [n_i].
 
         The ids of long texts are cached: a client sends its whole conversation with each request.
         """
         ids: list[int] = []
-        chunks: list[TokenArray] = []
         for piece in pieces:
             if isinstance(piece, int):
                 ids.append(piece)
             elif len(piece) < MIN_CACHED_CHARS:
                 ids += self.encode(piece)
             else:
-                chunks += (np.array(ids, np.int32), self._encode_cached(piece))
+                yield np.array(ids, np.int32)
                 ids = []
-        return np.concatenate([*chunks, np.array(ids, np.int32)])
+                yield from map(self._encode_cached, cut_text(piece))
+            if len(ids) >= STEP_IDS:
+                yield np.array(ids, np.int32)
+                ids = []
+        yield np.array(ids, np.int32)
 
     def _encode_cached(self, text: str) -> TokenArray:
-        ids = self._encoded.get(text)
+        key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        ids = self._encoded.get(key)
         if ids is None:
             ids = np.array(self.encode(text), np.int32)
-            self._encoded.put(text, ids, len(text))
+            self._encoded.put(key, ids, ids.nbytes + ENTRY_BYTES)
         return ids
 
     def encode_markup(self, text: str) -> TokenArray:
@@ -153,14 +176,35 @@ class Tokenizer:
 
         Returns: int32, shape [n].
         """
-        return self.encode_rendered(
-            self.controls.get(piece, piece) for piece in self._any_control.split(text)
-        )
+        return self.encode_rendered(self.split_markup(text))
+
+    def split_markup(self, text: str) -> Iterator[Piece]:
+        """Text and the control tokens that it spells, in order."""
+        margin = max(map(len, self.controls))
+        start = position = 0
+        while position < len(text):
+            # A search holds the GIL. A spelling that begins in this step may end in the next.
+            end = position + STEP_CHARS
+            found = self._any_control.search(text, position, end + margin)
+            if found is None or found.start() >= end:
+                position = end
+                continue
+            if found.start() > start:
+                yield text[start : found.start()]
+            yield self.controls[found[0]]
+            start = position = found.end()
+        if start < len(text):
+            yield text[start:]
 
     @cached_property
     def _any_control(self) -> re.Pattern[str]:
         longest_first = sorted(self.controls, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        return re.compile("|".join(map(re.escape, longest_first)))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token of text."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=False)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens spelled out. Invalid UTF-8 becomes U+FFFD."""
@@ -171,9 +215,31 @@ class Tokenizer:
         known = self._bytes.get(id)
         if known is None:
             name: str | None = self._backend.id_to_token(id)
-            known = bytes(map(self._byte_of_char.__getitem__, name)) if name else b""
-            self._bytes[id] = known
+            if name is None:
+                return b""  # Not kept: a request may name any id.
+            known = self._bytes[id] = bytes(map(self._byte_of_char.__getitem__, name))
         return known
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Parts of a text, each of about `STEP_CHARS` characters, that end at a `CUT` if there is one.
+
+    Where a part ends depends only on the text before, so a longer text has the same first parts.
+    """
+    start = 0
+    while len(text) - start > STEP_CHARS:
+        earliest, latest = start + STEP_CHARS, start + 2 * STEP_CHARS
+        cut = CUT.search(text, earliest, latest)
+        end = cut.end() if cut is not None else latest
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 Piece = str | int

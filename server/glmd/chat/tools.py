@@ -8,6 +8,7 @@ from typing import Any
 from glmd.chat.tool_args import TOO_DEEP, check_schema
 from glmd.chat.types import MAX_TOOLS, Json, Tool, check_count
 from glmd.errors import InvalidRequest, invalid_field
+from glmd.utils.text import quoted
 
 NumberedTool = tuple[Mapping[str, Any], str]
 """A tool, and its place in the request, such as `tools[0]`."""
@@ -64,7 +65,8 @@ def read_flat_tools(
     def read(definition: Mapping[str, Any], where: str) -> Tool:
         type = definition.get("type")
         if type not in function_types:
-            problem = f"{type!r} is not supported. Send a function with name and {schema_key}."
+            shown = quoted(type) if isinstance(type, str) else "this type"
+            problem = f"{shown} is not supported. Send a function with name and {schema_key}."
             raise invalid_field(f"{where}.type", problem)
         return _read_flat(definition, where, schema_key)
 
@@ -100,7 +102,7 @@ def collect_tools(
         tool = read(definition, where)
         if tool.name in tools:
             field = tool.param.rpartition(".")[0] or where
-            raise invalid_field(f"{field}.name", f"duplicate tool name {tool.name!r}.")
+            raise invalid_field(f"{field}.name", f"duplicate tool name {quoted(tool.name)}.")
         tools[tool.name] = tool
         if tool.schema_error is not None:
             unread.append(tool.schema_error.param or tool.param)

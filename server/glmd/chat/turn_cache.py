@@ -3,8 +3,9 @@
 Clients send an assistant turn back as text, usually without its reasoning, with whitespace trimmed
 and arguments serialized differently. Rendered and tokenized again, the turn would differ from the
 generated ids: the model would lose its reasoning, and the KV cache would miss from that turn on. A
-turn is therefore found by the text that the client saw and by all ids before the turn, which only
-the same conversation shares.
+turn is therefore found by its owner, by the text that the client saw and by all ids before the
+turn, which only the same conversation shares. It holds ids that the model generated, and none that
+a client wrote: otherwise one client's words could become the thoughts of another's model.
 """
 
 from __future__ import annotations
@@ -84,12 +85,14 @@ class TurnTokenCache:
             self._stored.close()
 
     def remember(self, prompt: Prompt, turn: GeneratedTurn | None) -> None:
-        """Add `turn`, generated from `prompt`.
+        """Add `turn`, generated from `prompt`, unless the client wrote its beginning.
+
+        The text that a client sees does not tell what it wrote as the turn's reasoning.
 
         Args:
             turn: from `ChatOutputProcessor.turn`; None: nothing to cache.
         """
-        if turn is None:
+        if turn is None or prompt.prefilled:
             return
         seen = AssistantMessage(
             prompt.content + turn.seen.text,

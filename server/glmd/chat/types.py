@@ -123,10 +123,11 @@ class Prompt:
         in_reasoning: generation starts inside `<think>`.
         turn_start: index into `tokens` of the generated turn's first token, after
             `<|assistant|>`.
-        turn_key: digest of the cache salt and `tokens[:turn_start]`.
+        turn_key: digest of the owner, the cache salt and `tokens[:turn_start]`.
         reasoning: reasoning of the message to continue; "" if there is none.
         content: content of the message to continue; "" if there is none.
         spliced_turns: number of earlier turns whose token ids came from the turn cache.
+        prefilled: the turn begins with text of the client that the model did not generate.
     """
 
     tokens: TokenArray
@@ -136,6 +137,7 @@ class Prompt:
     reasoning: str = ""
     content: str = ""
     spliced_turns: int = 0
+    prefilled: bool = False
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]

@@ -42,6 +42,7 @@ from glmd.ipc import (
     StepOutputs,
     count_tokens,
 )
+from glmd.utils.memory import exit_if_out_of_memory
 from glmd.utils.text import gb
 
 log = logging.getLogger("glmd.engine_client")
@@ -275,6 +276,7 @@ class EngineClient:
             try:
                 reported = await self._run_process()
             except Exception as error:
+                exit_if_out_of_memory(error)
                 # An undecodable message, for example. The process has been stopped: restart it.
                 log.exception("Engine connection failed: error=%s", type(error).__name__)
                 self.failure = f"The engine connection failed: {type(error).__name__}: {error}."

@@ -39,9 +39,6 @@ MAX_MOVED_CHILDREN = 64
 MAX_SIBLINGS = 64
 """Continuations of a prefix, the latest, among which `divergence` finds the longest."""
 
-MAX_SALTS = 16
-"""Cache salts, the latest, among which `stored_elsewhere` looks for a prompt."""
-
 _LAST_USED = attrgetter("last_used")
 
 
@@ -174,14 +171,6 @@ class PrefixTree(Generic[S]):
             tokens=max([len(node) - length, *map(len, islice(siblings, MAX_SIBLINGS))]),
             evicted=(length, key) in node.evicted_children,
         )
-
-    def stored_elsewhere(self, salt: str, keys: Keys) -> int:
-        """Length of the longest prefix of `keys` that is stored under another salt.
-
-        Only the latest `MAX_SALTS` salts are looked at.
-        """
-        others = (root for root in reversed(self._roots.values()) if root.salt != salt)
-        return max((self._walk(root, 0, keys)[2] for root in islice(others, MAX_SALTS)), default=0)
 
     # -- growth ---------------------------------------------------------------------------
 

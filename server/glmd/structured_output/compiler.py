@@ -139,7 +139,7 @@ class GrammarCompiler:
 
     async def _compile_once(self, spec: OutputSpec) -> CompiledGrammar | Refusal:
         """Return a cached result, or join or start a compilation."""
-        data = _encode(spec)
+        data = await asyncio.to_thread(_encode, spec)
         key = blake2b(data, digest_size=16).digest()
         cached = self._cache.get(key)
         if cached is not None:
@@ -226,6 +226,9 @@ def _encode(spec: OutputSpec) -> bytes:
         InvalidRequest: a value is not JSON, or the spec is too large.
     """
     param = _param(spec)
+    too_large = InvalidRequest(f"{param} is larger than {MAX_BYTES >> 20} MiB.", param=param)
+    if _is_larger(msgspec.to_builtins(spec), MAX_BYTES):
+        raise too_large
     try:
         # Unlike msgspec, json refuses NaN instead of writing null.
         text = json.dumps(msgspec.to_builtins(spec), ensure_ascii=False, allow_nan=False)
@@ -237,8 +240,25 @@ def _encode(spec: OutputSpec) -> bytes:
         message = f"{param} contains NaN or Infinity, which is not JSON."
         raise InvalidRequest(message, param=param) from None
     if len(data) > MAX_BYTES:
-        raise InvalidRequest(f"{param} is larger than {MAX_BYTES >> 20} MiB.", param=param)
+        raise too_large
     return data
+
+
+def _is_larger(value: object, limit: int) -> bool:
+    """Whether a value is larger than `limit` as JSON, by the length of its texts and lists.
+
+    Writing JSON holds the GIL for as long as it takes, this does not.
+    """
+    size, rest = 0, [value]
+    while rest and size <= limit:
+        each = rest.pop()
+        if isinstance(each, dict):
+            rest += each
+            rest += each.values()
+        elif isinstance(each, list | tuple):
+            rest += each
+        size += len(each) if isinstance(each, str) else 1
+    return size > limit
 
 
 async def _ask(worker: asyncio.subprocess.Process, line: bytes) -> bytes:

@@ -14,6 +14,10 @@ import msgspec
 from glmd.chat.tools import is_strict
 from glmd.chat.types import MAX_PATTERN, Tool, check_depth, check_length
 from glmd.errors import InvalidRequest
+from glmd.utils.text import quoted
+
+MAX_SCHEMA_TEXT = 1 << 20
+"""Characters of a JSON schema sent as text; the compiler takes as many bytes."""
 
 MAX_CHOICES = 10_000
 
@@ -129,7 +133,7 @@ def make_structure(
     names = {tool.name for tool in tools}
     for name in allowed or ():
         if name not in names:
-            problem = f"the tool {name!r} is not among the tools"
+            problem = f"the tool {quoted(name)} is not among the tools"
             raise InvalidRequest(f"{param} allows a tool call, but {problem}.", param=param)
     if allowed is not None:
         tools = [tool for tool in tools if tool.name in allowed]
@@ -150,7 +154,9 @@ def make_structure(
         if rule.enforced and rule.name in wrong:
             raise wrong[rule.name]
     if required and not rules:
-        problem = f"the tool {named!r} is not among the tools" if named else "there are no tools"
+        problem = (
+            f"the tool {quoted(named)} is not among the tools" if named else "there are no tools"
+        )
         raise InvalidRequest(f"{param} requires a tool call, but {problem}.", param=param)
     if required:
         return OutputSpec(None, "required", rules, parallel)
@@ -200,6 +206,7 @@ def _read_format(kind: str, value: object, param: str, *, whitespace: bool = Tru
 def _read_schema(value: object, param: str) -> Schema:
     """Read a schema sent as JSON or as a string of JSON."""
     if isinstance(value, str):
+        check_length(value, MAX_SCHEMA_TEXT, param)
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:

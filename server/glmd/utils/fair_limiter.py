@@ -40,12 +40,12 @@ class FairLimiter:
 
     @contextmanager
     def share(self, client: str) -> Iterator[Reservation]:
-        """Yield an empty reservation of `client`, released at the end of the block."""
+        """Yield an empty reservation of `client`, held until the end of the block."""
         reservation = Reservation(self, client)
         try:
             yield reservation
         finally:
-            self.add(client, -reservation.size)
+            reservation.release()
 
 
 class Reservation:
@@ -57,6 +57,7 @@ class Reservation:
 
     def __init__(self, limiter: FairLimiter, client: str) -> None:
         self.size = 0
+        self._holders = 1
         self._limiter = limiter
         self._client = client
 
@@ -67,3 +68,14 @@ class Reservation:
             self._limiter.add(self._client, amount)
             self.size += amount
         return fits
+
+    def hold(self) -> None:
+        """Keep the reservation until one more call of `release`."""
+        self._holders += 1
+
+    def release(self) -> None:
+        """Give back all units, unless others hold the reservation."""
+        self._holders -= 1
+        if not self._holders:
+            self._limiter.add(self._client, -self.size)
+            self.size = 0

@@ -91,8 +91,8 @@ class CountTokensRequest(RequestFields):
     thinking: ThinkingConfig | None = optional("Absent: off, unless the profile enables it.")
     output_config: OutputConfig | None = None
     thread: Any = optional("Refused: conversations are sent whole.")
-    cache_control: Any = optional(NO_OP + " Prefixes are cached by content.")
-    context_management: Any = optional(NO_OP + " Nothing is dropped or edited.")
+    cache_control: NoOp = optional(NO_OP + " Prefixes are cached by content.")
+    context_management: NoOp = optional(NO_OP + " Nothing is dropped or edited.")
     metadata: NoOp = None
     service_tier: NoOp = None
     speed: NoOp = None

@@ -37,7 +37,7 @@ from glmd.api.anthropic.protocol import (
     ToolUseBlock,
     error_body,
 )
-from glmd.api.context import ClientDep, ContextDep
+from glmd.api.context import AccessDep, ContextDep
 from glmd.api.errors import ErrorInfo
 from glmd.api.generation_request import omitted_header
 from glmd.api.request_body import JsonRoute
@@ -46,6 +46,7 @@ from glmd.api.state import StateDep
 from glmd.api.streaming import Generation, StreamEvent, sse_frame
 from glmd.chat.types import (
     ContentDelta,
+    Conversation,
     Finished,
     ReasoningDelta,
     ToolCallDelta,
@@ -220,12 +221,16 @@ async def create_message(
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(
-    body: CountTokensRequest, response: Response, state: StateDep, client: ClientDep
+    body: CountTokensRequest, http: Request, response: Response, state: StateDep, access: AccessDep
 ) -> TokenCount:
     """Count the tokens of a request's prompt."""
     defaults = state.defaults(body.model, body.profile)
     body.unknown_parameters()
-    tools, _ = read_tools(body.tools)
-    conversation = body.conversation(defaults, tools)
-    response.headers.update(omitted_header(conversation))
-    return TokenCount(input_tokens=await count_prompt_tokens(state, client, conversation))
+
+    def read() -> Conversation:
+        tools, _ = read_tools(body.tools)
+        conversation = body.conversation(defaults, tools)
+        response.headers.update(omitted_header(conversation))
+        return conversation
+
+    return TokenCount(input_tokens=await count_prompt_tokens(http, state, access, read))

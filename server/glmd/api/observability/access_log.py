@@ -24,7 +24,6 @@ MISS_REASONS = {
     "new": "nothing is cached beyond that prefix",
     "differs": "the cache continues differently there, for {diverging} tokens",
     "evicted": "the rest was evicted",
-    "salt": "more is cached with another cache_salt",
     "off": "the prefix cache is off",
 }
 

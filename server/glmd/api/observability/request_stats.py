@@ -63,6 +63,7 @@ class HttpExchange:
         started_at: `started` as Unix time.
         trace: the client's trace headers (`TRACE_HEADERS`).
         key: name of the API key; None: no key.
+        owner: whose request it is (`Access.owner`).
         api: API of a request that generates; None: other requests.
         model: model name in the request.
         stream: the request asks for a stream.
@@ -81,6 +82,7 @@ class HttpExchange:
     started_at: float = field(default_factory=time.time)
     trace: dict[str, str] = field(default_factory=dict)
     key: str | None = None
+    owner: str = ""
     api: Api | None = None
     model: str | None = None
     stream: bool = False

@@ -14,11 +14,13 @@ from glmd.api.generation_request import (
     FailFastList,
     Integer,
     NoOp,
+    RequestBody,
     RequestFields,
     StrictModel,
     TokenId,
     agreed_value,
     check_stops,
+    limit_members,
     optional,
 )
 from glmd.chat.history import HistoryReader
@@ -49,6 +51,9 @@ MESSAGES_SCHEMA: dict[str, Any] = {
         },
     },
 }
+
+
+MAX_TEMPLATE_VARIABLES = 100
 
 
 def check_limit(value: int | None) -> int | None:
@@ -94,7 +99,7 @@ class StreamOptions(StrictModel):
 class OpenAINoOps(BaseModel):
     """Fields without effect of all OpenAI requests."""
 
-    prompt_cache_key: Any = optional(NO_OP + " Prefixes are cached by content.")
+    prompt_cache_key: NoOp = optional(NO_OP + " Prefixes are cached by content.")
     prompt_cache_retention: NoOp = None
     prompt_cache_options: NoOp = None
     safety_identifier: NoOp = None
@@ -102,7 +107,7 @@ class OpenAINoOps(BaseModel):
     user: NoOp = None
 
 
-class ConversationFields(BaseModel):
+class ConversationFields(RequestBody):
     """Fields that decide the prompt; `/tokenize` and `/apply-template` have them too."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -118,7 +123,9 @@ class ConversationFields(BaseModel):
         "none: no thinking. Other efforts limit the reasoning to the tokens of the"
         " server's setting effort_budgets, unless a budget is given."
     )
-    chat_template_kwargs: dict[str, Any] | None = optional("Variables of the chat template.")
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, limit_members(MAX_TEMPLATE_VARIABLES)
+    ] = optional("Variables of the chat template.")
     continue_final_message: bool | None = optional("Continue the last message, the assistant's.")
     add_generation_prompt: bool | None = optional("The opposite of continue_final_message.")
     cache_salt: str | None = optional("Requests with different salts share no cached prefix.")

@@ -26,6 +26,7 @@ from glmd.chat.types import (
     check_count,
 )
 from glmd.errors import InvalidRequest, invalid_field
+from glmd.utils.text import quoted
 
 Item = dict[str, Any]
 
@@ -238,7 +239,7 @@ class ItemReader:
                 f"{param}.type", "compaction is not available. Ask for a summary in a message."
             )
         if strict and kind not in RECORDS:
-            raise invalid_field(f"{param}.type", f"{kind!r} is not supported.")
+            raise invalid_field(f"{param}.type", f"{quoted(str(kind))} is not supported.")
         text = reader.part(item, param)
         return UserMessage(text) if text else None
 

@@ -132,8 +132,8 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         "Stored with the response.", max_length=16
     )
     truncation: Literal["auto", "disabled"] | None = optional(NO_OP + " Long prompts are refused.")
-    max_tool_calls: Any = optional(NO_OP + " It counts hosted tools.")
-    context_management: Any = optional(NO_OP + " Nothing is dropped or edited.")
+    max_tool_calls: NoOp = optional(NO_OP + " It counts hosted tools.")
+    context_management: NoOp = optional(NO_OP + " Nothing is dropped or edited.")
     client_metadata: NoOp = None
 
     def to_generation_request(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.exceptions import HTTPException
 
-from glmd.api.context import ClientDep, ContextDep
+from glmd.api.auth import Access
+from glmd.api.context import AccessDep, ContextDep
 from glmd.api.errors import log_unhandled, to_error
 from glmd.api.generation_request import Defaults, GenerationRequest, omitted_header
 from glmd.api.request_body import JsonRoute
-from glmd.api.responses.input import RequestTools, read_tools
+from glmd.api.responses.input import InputItems, RequestTools, read_tools
 from glmd.api.responses.protocol import (
     AllowedToolsChoice,
     DeletedResponse,
@@ -30,7 +32,9 @@ from glmd.api.responses.stream import ResponsesBuilder
 from glmd.api.serving import count_prompt_tokens, json_response, serve
 from glmd.api.state import StateDep
 from glmd.api.streaming import Generation
+from glmd.chat.types import Conversation
 from glmd.errors import InvalidRequest, invalid_field
+from glmd.utils.fair_limiter import Reservation
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
 
@@ -46,8 +50,7 @@ async def create_response(
     context: ContextDep,
 ) -> Response:
     """Continue a conversation: streamed, whole, or in the background."""
-    tools = read_tools(body.tools)
-    items = store.read_input(body.input, body.previous_response_id)
+    tools, items = await state.run_by_size(http, partial(read_parts, body, store, context.owner))
 
     def read(defaults: Defaults) -> GenerationRequest:
         return body.to_generation_request(defaults, items, tools)
@@ -55,7 +58,7 @@ async def create_response(
     def build(generation: Generation) -> ResponsesBuilder:
         response = new_response(body, tools, state.model.id, generation.request)
         return ResponsesBuilder(
-            StoredResponse(response, items),
+            StoredResponse(response, items, context.owner),
             generation,
             tools=tools,
             tokenizer=state.tokenizer,
@@ -64,7 +67,9 @@ async def create_response(
         )
 
     def run_in_background(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
-        store.run(builder.stored, finish(builder, work))
+        memory: Reservation = http.state.body_memory
+        memory.hold()
+        store.run(builder.stored, finish(builder, work), memory.release)
 
     return await serve(
         http,
@@ -80,18 +85,34 @@ async def create_response(
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(
     body: ResponsesRequest,
+    http: Request,
     response: Response,
     state: StateDep,
     store: GivenStore,
-    client: ClientDep,
+    access: AccessDep,
 ) -> InputTokenCount:
     """Count the tokens of a request's prompt."""
     body.unknown_parameters()
     defaults = state.defaults(body.model, body.profile)
-    items = store.read_input(body.input, body.previous_response_id)
-    conversation = body.conversation(defaults, items, read_tools(body.tools))
-    response.headers.update(omitted_header(conversation))
-    return InputTokenCount(input_tokens=await count_prompt_tokens(state, client, conversation))
+
+    def read() -> Conversation:
+        tools, items = read_parts(body, store, access.owner)
+        conversation = body.conversation(defaults, items, tools)
+        response.headers.update(omitted_header(conversation))
+        return conversation
+
+    return InputTokenCount(input_tokens=await count_prompt_tokens(http, state, access, read))
+
+
+def read_parts(
+    body: ResponsesRequest, store: ResponseStore, owner: str
+) -> tuple[RequestTools, InputItems]:
+    """The tools of a request, and the items of its conversation.
+
+    Raises:
+        InvalidRequest: a tool is malformed, or a response or item is not stored.
+    """
+    return read_tools(body.tools), store.read_input(body.input, body.previous_response_id, owner)
 
 
 @router.get("/v1/responses", include_in_schema=False)
@@ -113,29 +134,32 @@ async def refuse_compaction() -> Response:
 
 @router.get("/v1/responses/{id}", response_model=ResponseObject)
 async def retrieve_response(
-    id: str, store: GivenStore, stream: Annotated[bool, Query(description="false only.")] = False
+    id: str,
+    store: GivenStore,
+    access: AccessDep,
+    stream: Annotated[bool, Query(description="false only.")] = False,
 ) -> Response:
     """Retrieve a stored response, or the present state of a response in the background."""
     if stream:
         raise invalid_field("stream", "a stored response cannot be streamed.")
-    return whole(stored_or_404(store.find(id), id))
+    return whole(visible(store, id, access))
 
 
 @router.post("/v1/responses/{id}/cancel", response_model=ResponseObject)
-async def cancel_response(id: str, store: GivenStore) -> Response:
+async def cancel_response(id: str, store: GivenStore, access: AccessDep) -> Response:
     """Cancel a response in the background."""
+    visible(store, id, access)
     stored = await store.cancel(id)
     if stored is None:
-        stored_or_404(store.find(id), id)
         raise InvalidRequest(f"Response {id!r} does not run in the background.")
     return whole(stored)
 
 
 @router.delete("/v1/responses/{id}")
-async def delete_response(id: str, store: GivenStore) -> DeletedResponse:
+async def delete_response(id: str, store: GivenStore, access: AccessDep) -> DeletedResponse:
     """Delete a stored response; responses that continued it are unaffected."""
-    if not await store.delete(id):
-        stored_or_404(None, id)
+    visible(store, id, access)
+    await store.delete(id)
     return DeletedResponse(id=id)
 
 
@@ -184,8 +208,14 @@ async def finish(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> 
         builder.fail(to_error(error))
 
 
-def stored_or_404(stored: StoredResponse | None, id: str) -> StoredResponse:
-    if stored is None:
+def visible(store: ResponseStore, id: str, access: Access) -> StoredResponse:
+    """The stored response, if the request may see it.
+
+    Raises:
+        HTTPException: 404.
+    """
+    stored = store.find(id)
+    if stored is None or not access.may_see(stored.owner):
         raise HTTPException(404, f"Response {id!r} is not stored, or not any more.")
     return stored
 

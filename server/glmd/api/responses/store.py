@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,20 @@ from glmd.api.responses.protocol import ResponseObject
 from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.lru import LRUCache
+from glmd.utils.text import quoted
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response and the conversation before its output, without instructions."""
+    """A response and the conversation before its output, without instructions.
+
+    Attributes:
+        owner: whose response it is (`Access.owner`).
+    """
 
     response: ResponseObject
     items: InputItems
+    owner: str
 
     @property
     def conversation(self) -> list[Item]:
@@ -35,12 +42,12 @@ class StoredResponse:
     def encode(self) -> bytes:
         """JSON; inverted by `decode`."""
         items = [self.items.earlier, self.items.new, self.items.size]
-        return json.dumps([self.response.model_dump(mode="json"), *items]).encode()
+        return json.dumps([self.response.model_dump(mode="json"), *items, self.owner]).encode()
 
     @classmethod
     def decode(cls, encoded: bytes) -> StoredResponse:
-        response, *items = json.loads(encoded)
-        return cls(ResponseObject.model_validate(response), InputItems(*items))
+        response, *items, owner = json.loads(encoded)
+        return cls(ResponseObject.model_validate(response), InputItems(*items), owner)
 
 
 class ResponseStore:
@@ -56,13 +63,15 @@ class ResponseStore:
         self._disk: DiskLRU | None = None
         if file is not None and capacity:
             self._disk = DiskLRU(file, "responses", capacity)
+        self._lock = threading.Lock()  # The input of a large body is read on a thread.
         self._writer = ThreadPoolExecutor(1, "stored responses")
         self._running: dict[str, tuple[StoredResponse, asyncio.Task[None]]] = {}
 
     def find(self, id: str) -> StoredResponse | None:
         """The response, finished or running."""
         running = self._running.get(id)
-        stored = running[0] if running is not None else self._kept.get(id)
+        with self._lock:
+            stored = running[0] if running is not None else self._kept.get(id)
         if stored is None and self._disk is not None:
             encoded = self._disk.get(id.encode("utf-8", "surrogatepass"))
             if encoded is not None:
@@ -70,36 +79,41 @@ class ResponseStore:
                 self._keep_in_memory(stored)
         return stored
 
-    def read_input(self, input: str | list[Item], previous_id: str | None) -> InputItems:
+    def read_input(
+        self, input: str | list[Item], previous_id: str | None, owner: str
+    ) -> InputItems:
         """Items of a request's input, after the conversation of the previous response.
+
+        Args:
+            owner: whose responses may be continued and referred to.
 
         Raises:
             InvalidRequest: the response is not stored, or not done.
         """
         if isinstance(input, str):
             input = [{"type": "message", "role": "user", "content": input}]
-        new = [self._resolve(item) for item in input]
+        new = [self._resolve(item, owner) for item in input]
         size = len(json.dumps(new, ensure_ascii=False))
         if not previous_id:
             return InputItems([], new, size)
-        previous = self._previous(previous_id)
+        previous = self._previous(previous_id, owner)
         return InputItems(previous.conversation, new, previous.items.size + size)
 
-    def _previous(self, id: str) -> StoredResponse:
+    def _previous(self, id: str, owner: str) -> StoredResponse:
         stored = self.find(id)
-        if stored is None:
+        if stored is None or stored.owner != owner:
             raise InvalidRequest(
-                f"previous_response_id: response {id!r} is not stored, or not any more.",
+                f"previous_response_id: response {quoted(id)} is not stored, or not any more.",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
         if stored.response.status not in ("completed", "incomplete"):
             raise invalid_field(
-                "previous_response_id", f"response {id!r} is {stored.response.status}."
+                "previous_response_id", f"response {quoted(id)} is {stored.response.status}."
             )
         return stored
 
-    def _resolve(self, item: Item) -> Item:
+    def _resolve(self, item: Item, owner: str) -> Item:
         """The item that `item` refers to; itself if it is no reference, or to nothing stored.
 
         An item's ID holds its response's ID.
@@ -109,7 +123,8 @@ class ResponseStore:
         id = item.get("id")
         parts = id.split("_") if isinstance(id, str) else []
         stored = self.find(f"resp_{parts[1]}") if len(parts) == 3 else None
-        for output in stored.response.output if stored is not None else ():
+        is_own = stored is not None and stored.owner == owner
+        for output in stored.response.output if stored is not None and is_own else ():
             if output.id == id:
                 return output.model_dump(exclude_none=True)
         return item
@@ -126,10 +141,16 @@ class ResponseStore:
 
     def _keep_in_memory(self, stored: StoredResponse) -> None:
         size = stored.items.size + len(stored.response.model_dump_json())
-        self._kept.put(stored.response.id, stored, size)
+        with self._lock:
+            self._kept.put(stored.response.id, stored, size)
 
-    def run(self, stored: StoredResponse, work: Coroutine[Any, Any, None]) -> None:
-        """Finish a response in the background, then store it."""
+    def run(
+        self,
+        stored: StoredResponse,
+        work: Coroutine[Any, Any, None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """Finish a response in the background, then store it and call `on_end`."""
         id = stored.response.id
         task = asyncio.create_task(work, name=id)
         self._running[id] = (stored, task)
@@ -137,6 +158,7 @@ class ResponseStore:
         def done(_: asyncio.Task[None]) -> None:
             if self._running.pop(id, None) is not None:
                 self.keep(stored)
+            on_end()
 
         task.add_done_callback(done)
 
@@ -156,7 +178,8 @@ class ResponseStore:
         if running is not None:
             running[1].cancel()
             await asyncio.wait([running[1]])
-        found = self._kept.pop(id) is not None or running is not None
+        with self._lock:
+            found = self._kept.pop(id) is not None or running is not None
         if self._disk is not None:
             key = id.encode("utf-8", "surrogatepass")
             loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import get_args
 
 from fastapi import APIRouter, Request, Response
@@ -22,14 +23,19 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from starlette.exceptions import HTTPException
 
 from glmd import __version__
+from glmd.api.context import AccessDep
 from glmd.api.observability.request_stats import HttpExchange
 from glmd.api.state import AppState
 from glmd.engine_client.client import EngineState
 from glmd.utils.memory import process_memory_bytes
 
 router = APIRouter(tags=["Monitoring"])
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""HTTP methods that are labels."""
 
 
 def gauge(name: str, description: str, value: float) -> Metric:
@@ -80,8 +86,20 @@ ENGINE_METRICS: tuple[tuple[Callable[[str, str, float], Metric], str, str, str],
 
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(request: Request) -> Response:
-    """All metrics, in Prometheus's text format or OpenMetrics by the Accept header."""
+async def metrics(request: Request, access: AccessDep) -> Response:
+    """All metrics, in Prometheus's text format or OpenMetrics by the Accept header.
+
+    They count the requests of all keys.
+
+    Raises:
+        HTTPException: 403: the key is not an admin's.
+    """
+    if not access.sees_all:
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "The metrics count the requests of all keys. Use an admin's key"
+            " (`glmd key create NAME --admin`).",
+        )
     registry: CollectorRegistry = request.app.state.metrics.registry
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(registry), media_type=content_type)
@@ -104,8 +122,9 @@ class Metrics(Collector):
     def count(self, exchange: HttpExchange) -> None:
         """Count an HTTP response."""
         assert exchange.status is not None
-        # Clients choose paths without a route, so such paths must not become labels.
-        self._responses[exchange.method, exchange.route or "none", exchange.status] += 1
+        # Clients choose methods and paths without a route, so those must not become labels.
+        method = exchange.method if exchange.method in METHODS else "other"
+        self._responses[method, exchange.route or "none", exchange.status] += 1
 
     def collect(self) -> Iterator[Metric]:
         yield from self._server()

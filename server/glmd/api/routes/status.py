@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -12,12 +13,15 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from glmd import __version__
+from glmd.api.auth import Access
+from glmd.api.context import AccessDep
 from glmd.api.generation_request import Defaults
 from glmd.api.observability.request_stats import (
     HISTORY,
     Api,
     Finish,
     RequestState,
+    RequestStats,
 )
 from glmd.api.routes.health import Loading
 from glmd.api.routes.models import Model, describe_model
@@ -41,6 +45,10 @@ SAMPLING_FIELDS = (
 def of_exchange(name: str, description: str | None = None) -> Any:
     """A field whose value is an attribute of the request's `HttpExchange`."""
     return Field(validation_alias=AliasPath("exchange", name), description=description)
+
+
+OWN_REASONS = ("whole", "off")
+"""Reasons that say nothing about the requests of others."""
 
 
 class RequestStatus(BaseModel):
@@ -70,8 +78,8 @@ class RequestStatus(BaseModel):
         None,
         validation_alias=AliasPath("match", "reason"),
         description="Why no more was cached at admission: whole (all was cached), new (nothing is"
-        " cached beyond that prefix), differs (the cache continues differently), evicted, salt"
-        " (cached with another cache_salt), off.",
+        " cached beyond that prefix), differs (the cache continues differently), evicted, off. Only"
+        " admin keys see new, differs and evicted: they tell about requests of other keys.",
     )
     generated_tokens: int
     drafted: int = Field(description="Verified MTP drafts.")
@@ -88,7 +96,7 @@ class EngineStatus(BaseModel):
     loading: Loading | None = Field(description="Bytes of weights loaded, until ready.")
     stats: dict[str, int | float] = Field(
         description="Counters and gauges of the engine, updated every second: queues, memory, KV,"
-        " cache, steps, drafts."
+        " cache, steps, drafts. Empty for keys that are not an admin's."
     )
 
 
@@ -140,8 +148,11 @@ class Status(BaseModel):
     defaults: DefaultValues = Field(description="Without a profile.")
     profiles: dict[str, DefaultValues] = Field(description="By profile.")
     engine: EngineStatus
-    speed: Speed
-    running: list[RequestStatus] = Field(description="Running requests, in order of arrival.")
+    speed: Speed | None = Field(description="null for keys that are not an admin's.")
+    running: list[RequestStatus] = Field(
+        description="Running requests of the key, or of all keys for an admin's, in order of"
+        " arrival."
+    )
     recent: list[RequestStatus] = Field(description="Finished requests, latest first.")
 
 
@@ -152,6 +163,7 @@ class CancelledRequests(BaseModel):
 @router.get("/status")
 async def status(
     state: StateDep,
+    access: AccessDep,
     recent: Annotated[
         int, Query(ge=0, le=HISTORY, description="Maximum number of finished requests.")
     ] = HISTORY,
@@ -174,21 +186,28 @@ async def status(
             restarts=engine.restarts,
             failure=engine.failure,
             loading=Loading.of(state),
-            stats=msgspec.structs.asdict(engine.stats),
+            stats=msgspec.structs.asdict(engine.stats) if access.sees_all else {},
         ),
-        speed=measure_speed(state),
-        running=list(map(RequestStatus.model_validate, registry.running.values())),
-        recent=[
-            RequestStatus.model_validate(stats)
-            for stats in islice(reversed(registry.recent), recent)
-        ],
+        speed=measure_speed(state) if access.sees_all else None,
+        running=list(rows(registry.running.values(), access)),
+        recent=list(islice(rows(reversed(registry.recent), access), recent)),
     )
 
 
+def rows(requests: Iterable[RequestStats], access: Access) -> Iterator[RequestStatus]:
+    """The requests that `access` may see."""
+    for stats in requests:
+        if access.may_see(stats.exchange.owner):
+            row = RequestStatus.model_validate(stats)
+            if not access.sees_all and row.cache_reason not in OWN_REASONS:
+                row.cache_reason = None
+            yield row
+
+
 @router.post("/requests/{id}/cancel")
-async def cancel(id: str, state: StateDep) -> CancelledRequests:
+async def cancel(id: str, state: StateDep, access: AccessDep) -> CancelledRequests:
     """Cancel a running request, by response id or x-request-id; the client gets an error."""
-    found = state.registry.find(id)
+    found = [stats for stats in state.registry.find(id) if access.may_see(stats.exchange.owner)]
     if not found:
         raise HTTPException(404, f"No running request {id!r}.")
     for stats in found:

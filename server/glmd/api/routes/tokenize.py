@@ -5,23 +5,37 @@ Fields have vLLM's names and, where llama.cpp's names differ, also llama.cpp's n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 
-from glmd.api.context import ClientDep
-from glmd.api.generation_request import FailFastList, TokenId, ignored_header, omitted_header
+from glmd.api.auth import Access
+from glmd.api.context import AccessDep, client_id
+from glmd.api.generation_request import (
+    FailFastList,
+    RequestBody,
+    TokenId,
+    ignored_header,
+    omitted_header,
+)
 from glmd.api.openai.input import ConversationFields
 from glmd.api.request_body import JsonRoute
-from glmd.api.state import StateDep
-from glmd.errors import InvalidRequest
+from glmd.api.serving import markup_steps
+from glmd.api.state import AppState, StateDep
+from glmd.chat.types import Prompt
+from glmd.errors import InvalidRequest, invalid_field
 
 router = APIRouter(tags=["Tokens"], route_class=JsonRoute)
 
+MAX_ANSWER_TOKENS = 1_000_000
+"""Token ids in an answer: five full contexts."""
 
-class TokenizeText(BaseModel):
+
+class TokenizeText(RequestBody):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
@@ -42,10 +56,15 @@ def request_kind(body: object) -> str:
     return "chat" if isinstance(body, dict) and "messages" in body else "text"
 
 
-TokenizeRequest = Annotated[
-    Annotated[TokenizeChat, Tag("chat")] | Annotated[TokenizeText, Tag("text")],
-    Discriminator(request_kind),
-]
+class TokenizeRequest(
+    RootModel[
+        Annotated[
+            Annotated[TokenizeChat, Tag("chat")] | Annotated[TokenizeText, Tag("text")],
+            Discriminator(request_kind),
+        ]
+    ]
+):
+    """A text, or a conversation."""
 
 
 class Tokenized(BaseModel):
@@ -55,7 +74,7 @@ class Tokenized(BaseModel):
     token_strs: list[str] | None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(RequestBody):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
@@ -72,66 +91,92 @@ class Rendered(BaseModel):
     tokens: list[int]
 
 
-def set_ignored_header(body: BaseModel, response: Response) -> None:
-    """List unknown fields in the response's header."""
-    extra = body.model_extra or {}
-    response.headers.update(ignored_header(name for name in extra if extra[name] is not None))
-
-
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=Tokenized)
 async def tokenize(
-    body: TokenizeRequest, response: Response, state: StateDep, client: ClientDep
-) -> Tokenized:
+    body: TokenizeRequest, http: Request, state: StateDep, access: AccessDep
+) -> Response:
     """Tokenize a text, or a conversation as rendered by the chat template."""
-    set_ignored_header(body, response)
-    if isinstance(body, TokenizeChat):
-        defaults = state.defaults(body.model, body.profile)
-        conversation = body.conversation(defaults)
-        response.headers.update(omitted_header(conversation))
-        async with state.client_lock.acquire(client):
-            prompt = await state.build_prompt(conversation)
+    request = body.root
+    headers: dict[str, str] = {}
+    if isinstance(request, TokenizeChat):
+        prompt, headers = await _build_prompt(request, http, state, access)
         ids = prompt.tokens
     else:
-        state.defaults(body.model)
-        text = body.prompt if body.prompt is not None else body.content
+        state.defaults(request.model)
+        text = request.prompt if request.prompt is not None else request.content
         if text is None:
             raise InvalidRequest("prompt: missing. Send prompt or messages.", param="prompt")
-        async with state.client_lock.acquire(client):
-            ids = await state.run_in_worker(partial(state.tokenizer.encode_markup, text))
-    tokens = ids.tolist()
+        async with state.client_lock.acquire(client_id(http.scope)):
+            ids = await state.take_turns(markup_steps(text, state.tokenizer))
+    _check_answer(len(ids), "messages" if isinstance(request, TokenizeChat) else "prompt")
     info = state.engine.info
-    return Tokenized(
-        count=len(tokens),
-        max_model_len=info.max_context if info else None,
-        tokens=tokens,
-        token_strs=[state.tokenizer.decode([id]) for id in tokens]
-        if body.return_token_strs
-        else None,
-    )
+
+    def answer() -> bytes:
+        tokens = ids.tolist()
+        strings = map(state.tokenizer.decode, ([id] for id in tokens))
+        return msgspec.json.encode(
+            {
+                "count": len(tokens),
+                "max_model_len": info.max_context if info else None,
+                "tokens": tokens,
+                "token_strs": list(strings) if request.return_token_strs else None,
+            }
+        )
+
+    return _respond(await state.run_in_worker(answer), request, headers)
 
 
-@router.post("/detokenize")
-async def detokenize(
-    body: DetokenizeRequest, response: Response, state: StateDep, client: ClientDep
-) -> Detokenized:
+@router.post("/detokenize", response_model=Detokenized)
+async def detokenize(body: DetokenizeRequest, http: Request, state: StateDep) -> Response:
     """Convert tokens to text, special tokens included."""
-    set_ignored_header(body, response)
     state.defaults(body.model)
-    async with state.client_lock.acquire(client):
-        text = await state.run_in_worker(partial(state.tokenizer.decode, body.tokens))
-    return Detokenized(prompt=text, content=text)
+
+    def answer() -> bytes:
+        text = state.tokenizer.decode(body.tokens)
+        return msgspec.json.encode({"prompt": text, "content": text})
+
+    async with state.client_lock.acquire(client_id(http.scope)):
+        return _respond(await state.run_in_worker(answer), body)
 
 
-@router.post("/apply-template")
+@router.post("/apply-template", response_model=Rendered)
 async def apply_template(
-    body: TokenizeChat, response: Response, state: StateDep, client: ClientDep
-) -> Rendered:
+    body: TokenizeChat, http: Request, state: StateDep, access: AccessDep
+) -> Response:
     """Render a conversation with the chat template."""
-    set_ignored_header(body, response)
+    prompt, headers = await _build_prompt(body, http, state, access)
+    _check_answer(len(prompt.tokens), "messages")
+
+    def answer() -> bytes:
+        tokens = prompt.tokens.tolist()
+        return msgspec.json.encode({"prompt": state.tokenizer.decode(tokens), "tokens": tokens})
+
+    return _respond(await state.run_in_worker(answer), body, headers)
+
+
+async def _build_prompt(
+    body: TokenizeChat, http: Request, state: AppState, access: Access
+) -> tuple[Prompt, dict[str, str]]:
+    """The prompt, and the header that lists what it does not show."""
     defaults = state.defaults(body.model, body.profile)
-    conversation = body.conversation(defaults)
-    response.headers.update(omitted_header(conversation))
-    async with state.client_lock.acquire(client):
-        prompt = await state.build_prompt(conversation)
-    tokens = prompt.tokens.tolist()
-    return Rendered(prompt=state.tokenizer.decode(tokens), tokens=tokens)
+    async with state.client_lock.acquire(client_id(http.scope)):
+        conversation = await state.run_by_size(http, partial(body.conversation, defaults))
+        prompt = await state.build_prompt(conversation, access.owner)
+    return prompt, omitted_header(conversation)
+
+
+def _check_answer(tokens: int, param: str) -> None:
+    """
+    Raises:
+        InvalidRequest: more tokens than an answer lists.
+    """
+    if tokens > MAX_ANSWER_TOKENS:
+        problem = f"{tokens} tokens exceed the limit of {MAX_ANSWER_TOKENS} of this route."
+        raise invalid_field(param, problem)
+
+
+def _respond(answer: bytes, body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
+    """A response with a header that lists the body's unknown fields, and further `headers`."""
+    extra = body.model_extra or {}
+    ignored = ignored_header(name for name in extra if extra[name] is not None)
+    return Response(answer, media_type="application/json", headers={**ignored, **(headers or {})})

@@ -62,6 +62,20 @@ export class Server {
     state(engine.state, engine.failure ?? "", engine.loading);
 
     say(byId("failure"), engine.state === "ready" ? "" : (engine.failure ?? ""));
+    this.requests.show(running, recent);
+    if (speed !== null) this.#totals(time, model, stats, speed);
+    list("engine", {
+      Context: model.context_length === null ? "–" : `${count(model.context_length)} tokens`,
+      Weights: model.bits_per_weight === null ? "–" : `${model.bits_per_weight.toFixed(3)} bits`,
+      Uptime: seconds(uptime),
+      Restarts: count(engine.restarts),
+      Preemptions: speed === null ? "–" : count(stats.preemptions),
+      glmd: version,
+    });
+  }
+
+  /** Counts of all keys' requests, which the server shows to admins. */
+  #totals(time, model, stats, speed) {
     list("facts", {
       Running: count(stats.running),
       Waiting: count(stats.waiting),
@@ -77,7 +91,6 @@ export class Server {
     const waits = speed.first_tokens.map((first) => [time - first.time, first.ttft]);
     this.ttft.show(waits, span, waits.at(-1)?.[1] ?? null);
 
-    this.requests.show(running, recent);
     memory(stats);
     list("tree", {
       "Tokens cached": count(stats.kv_tokens),
@@ -87,14 +100,6 @@ export class Server {
       "Longest prefix": count(stats.kv_longest),
       Evicted: count(stats.evicted_tokens),
       ...disk(stats),
-    });
-    list("engine", {
-      Context: model.context_length === null ? "–" : `${count(model.context_length)} tokens`,
-      Weights: model.bits_per_weight === null ? "–" : `${model.bits_per_weight.toFixed(3)} bits`,
-      Uptime: seconds(uptime),
-      Restarts: count(engine.restarts),
-      Preemptions: count(stats.preemptions),
-      glmd: version,
     });
   }
 }

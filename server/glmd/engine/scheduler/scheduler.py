@@ -392,13 +392,11 @@ class Scheduler:
             return CacheMatch(tokens=most, reason="whole")
         if restored:
             return CacheMatch(tokens=found, reason="new")
-        keys = sequence.cache_keys(0, most)
-        divergence = self.tree.divergence(sequence.lease, int(keys[found]))
-        reason: Literal["new", "differs", "evicted", "salt"] = "new"
+        (key,) = sequence.cache_keys(found, found + 1)
+        divergence = self.tree.divergence(sequence.lease, int(key))
+        reason: Literal["new", "differs", "evicted"] = "new"
         if divergence.evicted:
             reason = "evicted"
-        elif self.tree.stored_elsewhere(sequence.request.cache_salt, keys) > found:
-            reason = "salt"
         elif divergence.tokens:
             return CacheMatch(tokens=found, reason="differs", diverging_tokens=divergence.tokens)
         return CacheMatch(tokens=found, reason=reason)
