@@ -23,7 +23,6 @@ from glmd.convert.recipes import (
 from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.sensitivity import (
-    EXPONENTS,
     Group,
     Sensitivities,
     Variant,
@@ -41,12 +40,6 @@ BASELINE = "mixed-8-5"
 """Recipe whose bits the MTP layer gets: drafts are verified, so
 its bits cost acceptance and no quality."""
 
-QUADRATIC = (1.0, 1.0)
-"""KL proportional to the squared error, whatever the probes say. Beside the power law through the
-probes, which few tokens determine poorly where routers flip, it gives a second allocation. The
-largest recipe with a name that fits is the third. Of all, the one with the least measured KL is
-kept."""
-
 REFINED = ", refined"
 """Suffix of names in `Found.measured`."""
 
@@ -58,8 +51,8 @@ class Found:
     Attributes:
         file: the recipe's JSON file, written.
         nbytes: of the main model.
-        predicted: sum of the components' KL.
-        bound: no allocation of the size has a smaller sum.
+        predicted: KL by the components' sensitivities.
+        bound: no allocation of the size has a smaller prediction.
         measured: KL of the whole on the calibration text, by name of the allocation.
     """
 
@@ -74,7 +67,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An allocation, the size of the main model with it, and the sum of the matrices' KL."""
+    """An allocation, the size of the main model with it, and its predicted KL."""
 
     modules: dict[str, QuantizedAs]
     nbytes: int
@@ -124,8 +117,8 @@ def search(
         on_progress=lambda done, of: on_progress("Sensitivities", done, of),
     )  # fmt: skip
     candidates = {
-        "power law": _solve(measured, whole.nbytes, budget, EXPONENTS),
-        "quadratic": _solve(measured, whole.nbytes, budget, QUADRATIC),
+        "power law": _solve(measured, whole.nbytes, budget, measured.exponent),
+        "quadratic": _solve(measured, whole.nbytes, budget, 1.0),
         **_fixed(reader, measured, budget),
     }
     kl = _verify(
@@ -174,15 +167,13 @@ def _smallest(reader: LayerReader, unquantized: int) -> int:
     return unquantized + sum(sizes)
 
 
-def _solve(
-    measured: Sensitivities, unquantized: int, budget: int, exponents: tuple[float, float]
-) -> _Candidate:
+def _solve(measured: Sensitivities, unquantized: int, budget: int, exponent: float) -> _Candidate:
     """Choose each matrix's quantisation."""
     pairs = [(group, weight) for group in measured.groups for weight in group.weights]
     choices = [options_of(weight) for _, weight in pairs]
     items = [
         [
-            Option(PlannedWeight(weight, how).nbytes, measured.cost(group, weight, how, exponents))
+            Option(PlannedWeight(weight, how).nbytes, measured.cost(group, weight, how, exponent))
             for how in options
         ]
         for (group, weight), options in zip(pairs, choices, strict=True)
@@ -195,7 +186,7 @@ def _solve(
         weight.path: options[index]
         for (_, weight), options, index in zip(pairs, choices, found.chosen, strict=True)
     }
-    return _Candidate(modules, found.nbytes + fixed, found.cost, found.bound)
+    return _Candidate(modules, found.nbytes + fixed, found.cost**exponent, found.bound**exponent)
 
 
 def _fixed(reader: LayerReader, measured: Sensitivities, budget: int) -> dict[str, _Candidate]:
@@ -207,12 +198,12 @@ def _fixed(reader: LayerReader, measured: Sensitivities, budget: int) -> dict[st
         if size <= budget and recipe.default is not None:
             modules = {p.weight.path: p.quantized for p in plan if p.quantized is not None}
             cost = sum(
-                measured.cost(group, weight, modules[weight.path])
+                measured.cost(group, weight, modules[weight.path], measured.exponent)
                 for group in measured.groups
                 for weight in group.weights
                 if weight.path in modules
             )
-            fitting[recipe.name] = _Candidate(modules, size, cost)
+            fitting[recipe.name] = _Candidate(modules, size, cost**measured.exponent)
     largest = sorted(fitting, key=lambda name: fitting[name].nbytes)[-1:]
     return {name: fitting[name] for name in largest}
 
@@ -250,20 +241,22 @@ def _explain(
     planned = [PlannedWeight(weight, modules.get(weight.path)) for weight in group.weights]
     line = total(planned)
     common = set.intersection(*(set(options_of(weight)) for weight in group.weights))
+    exponent = measured.exponent
+    own = sum(
+        measured.cost(group, weight, modules[weight.path], exponent)
+        for weight in group.weights
+        if weight.path in modules
+    )
     options = []
     for how in sorted(common, key=lambda how: (how.stored_bits, how.mode)):
-        cost = sum(measured.cost(group, weight, how) for weight in group.weights)
-        options.append({**msgspec.to_builtins(how), "kl": cost})
+        cost = sum(measured.cost(group, weight, how, exponent) for weight in group.weights)
+        options.append({**msgspec.to_builtins(how), "kl": cost**exponent})
     return {
         "component": group.component,
         "layers": group.layers,
         "parameters": line.parameters,
         "bits": line.bits,
         "bits_per_weight": line.bits_per_weight,
-        "kl": sum(
-            measured.cost(group, weight, modules[weight.path])
-            for weight in group.weights
-            if weight.path in modules
-        ),
+        "kl": own**exponent,
         "options": options,
     }

@@ -9,16 +9,19 @@ One pass over the reference does three things layer by layer, with each layer's 
   KL is measured.
 
 KL would be proportional to the squared error of a smooth model; where errors make a router choose
-other experts it grows like the error itself. So the KL of an option lies on the power law through
-both probes. The KL of components adds up as long as it is small.
+other experts it grows like the error itself. So KL is taken as a power of the squared error, with
+one exponent, and errors of components, which are independent, add up: the sum is of
+KL ** (1 / exponent). (Adding up KL itself would overrate small errors: with the demo it predicts
+0.17 for `mixed-8-5`, which has 0.11.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import log
+from math import exp, log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -93,30 +96,29 @@ class Sensitivities:
     errors: dict[str, dict[QuantizedAs, float]]
     importance: dict[str, mx.array]
 
-    def cost(
-        self,
-        group: Group,
-        weight: Weight,
-        option: QuantizedAs,
-        exponents: tuple[float, float] = EXPONENTS,
-    ) -> float:
-        """KL of one matrix quantised as `option`.
+    @property
+    def exponent(self) -> float:
+        """Exponent of KL over squared error: the median of the components'."""
+        found = []
+        for group in self.groups:
+            coarse, fine = (self._error(group, probe) for probe in PROBES)
+            if fine and coarse > fine and min(group.kl) > 0:
+                found.append(log(group.kl[0] / group.kl[1]) / log(coarse / fine))
+        low, high = EXPONENTS
+        return min(high, max(low, median(found))) if found else 1.0
 
-        Args:
-            exponents: least and greatest exponent of KL over squared error.
-        """
-        coarse, fine = PROBES
-        own = self.errors[weight.path]
-        whole = sum(self.errors[each.path][coarse] for each in group.weights)
-        if not whole or not own[coarse] or not group.kl[0]:
-            return 0.0
-        exponent = 1.0
-        if own[fine] and group.kl[1]:
-            exponent = log(group.kl[0] / group.kl[1]) / log(own[coarse] / own[fine])
-        low, high = exponents
-        exponent = min(high, max(low, exponent))
-        share = own[coarse] / whole
-        return share * group.kl[0] * float((own[option] / own[coarse]) ** exponent)
+    def cost(self, group: Group, weight: Weight, option: QuantizedAs, exponent: float) -> float:
+        """What quantising one matrix adds to KL ** (1 / exponent)."""
+        rates = [
+            log(kl) / exponent - log(error)
+            for kl, probe in zip(group.kl, PROBES, strict=True)
+            if kl > 0 and (error := self._error(group, probe)) > 0
+        ]
+        rate = exp(sum(rates) / len(rates)) if rates else 0.0
+        return rate * self.errors[weight.path][option]
+
+    def _error(self, group: Group, option: QuantizedAs) -> float:
+        return sum(self.errors[weight.path][option] for weight in group.weights)
 
 
 def groups_of(reader: LayerReader, bands: int) -> list[Group]:
