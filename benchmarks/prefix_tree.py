@@ -46,6 +46,9 @@ class FakeSegment:
     def head(self, end: int) -> FakeSegment:
         return FakeSegment(end)
 
+    def joins(self, other: FakeSegment) -> bool:
+        return True
+
     def concat(self, *others: FakeSegment) -> FakeSegment:
         return FakeSegment(self.tokens + sum(map(len, others)))
 

@@ -1,4 +1,4 @@
-"""The draft controller drafts where drafts make generation faster."""
+"""The draft controller drafts where drafts make generation faster, and costs little elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from random import Random
 
 import pytest
 
-from glmd.engine.spec_decode.controller import HOLD_STEPS, DraftController
+from glmd.engine.spec_decode.controller import (
+    FIRST_TRIAL,
+    HOLD_STEPS,
+    PROBED,
+    DraftController,
+    DraftPlan,
+)
 
 
 def run(
@@ -16,91 +22,132 @@ def run(
     cost: float,
     acceptance: float,
     sequences: int = 1,
+    prefill: bool = False,
     seed: int = 0,
-) -> list[int]:
-    """Simulate steps in which a draft multiplies the duration by `cost`; returns their drafts."""
+) -> list[DraftPlan]:
+    """Simulate steps in which drafts multiply the duration by `cost`; returns their plans."""
     random = Random(seed)
-    chosen, before = [], 0
+    plans: list[DraftPlan] = []
+    before = DraftPlan(0)
     for _ in range(steps):
-        drafts = controller.choose(sequences)
+        plan = controller.choose(sequences)
         # Drafts of one step are verified in the next.
-        accepted = sum(random.random() < acceptance for _ in range(sequences)) if before else 0
-        seconds = (cost if before else 1.0) * random.uniform(0.8, 1.3)
-        controller.observe(sequences, before, accepted, seconds)
-        chosen.append(drafts)
-        before = drafts
-    return chosen
+        verified = min(sequences, before.sequences or sequences) * before.drafts
+        made = min(sequences, plan.sequences or sequences) * plan.drafts
+        accepted = sum(random.random() < acceptance for _ in range(verified))
+        seconds = (1 + (cost - 1) * verified / sequences) * random.uniform(0.8, 1.3)
+        kind = verified // sequences if made == verified in (0, sequences) else None
+        drafted = 0 if before.with_gaps else verified
+        controller.observe(
+            sequences, kind, drafted, accepted if drafted else 0, None if prefill else seconds
+        )
+        plans.append(plan)
+        before = plan
+    return plans
+
+
+def settle(controller: DraftController, *, steps: int = FIRST_TRIAL + 100, **load: float) -> None:
+    """Run until drafts have been tried once."""
+    run(controller, steps, **load)  # type: ignore[arg-type]
+
+
+def kinds(plans: list[DraftPlan]) -> set[int]:
+    return {plan.drafts for plan in plans}
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 16])
 def test_drafts_where_accepted_tokens_outweigh_longer_steps(sequences: int) -> None:
     controller = DraftController("auto")
-    run(controller, 100, cost=1.35, acceptance=0.85, sequences=sequences)
-    held = run(controller, 300, cost=1.35, acceptance=0.85, sequences=sequences)
-    assert set(held) == {1}
+    settle(controller, cost=1.35, acceptance=0.85, sequences=sequences)
+    assert kinds(run(controller, 300, cost=1.35, acceptance=0.85, sequences=sequences)) == {1}
     assert controller.gain(sequences) == pytest.approx(1.85 / 1.35, rel=0.25)
 
 
 def test_does_not_draft_where_steps_become_too_long() -> None:
     controller = DraftController("auto")
-    run(controller, 100, cost=2.2, acceptance=0.8)
-    assert set(run(controller, 300, cost=2.2, acceptance=0.8)) == {0}
+    settle(controller, cost=2.2, acceptance=0.8)
+    assert kinds(run(controller, 300, cost=2.2, acceptance=0.8)) == {0}
+
+
+def test_no_draft_is_made_before_the_first_trial_is_worth_its_time() -> None:
+    controller = DraftController("auto")
+    assert kinds(run(controller, FIRST_TRIAL - 1, cost=1.1, acceptance=0.9)) == {0}
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 32])
+def test_refused_drafts_cost_two_percent_of_the_steps_time(sequences: int) -> None:
+    controller = DraftController("auto")
+    plans = run(controller, 6000, cost=2.0, acceptance=0.02, sequences=sequences)
+    drafted = sum(min(sequences, plan.sequences or sequences) * plan.drafts for plan in plans)
+    assert 0 < drafted < 0.02 * 6000 * sequences
+
+
+def test_a_probe_of_a_large_batch_is_made_by_few_sequences() -> None:
+    controller = DraftController("auto")
+    plans = run(controller, FIRST_TRIAL + 100, cost=2.0, acceptance=0.02, sequences=32)
+    assert {plan.sequences for plan in plans if plan.drafts} == {PROBED}
+
+
+def test_accepted_drafts_that_do_not_pay_are_tried_more_and_more_rarely() -> None:
+    controller = DraftController("auto")
+    plans = run(controller, 12_000, cost=2.2, acceptance=0.9, sequences=8)
+    first, last = plans[:4000], plans[-4000:]
+    assert 0 < sum(plan.drafts for plan in last) < sum(plan.drafts for plan in first)
+    assert sum(plan.drafts for plan in plans) < 0.02 * len(plans)
 
 
 def test_decides_again_when_conditions_change() -> None:
     controller = DraftController("auto")
-    run(controller, HOLD_STEPS, cost=2.5, acceptance=0.9)
-    assert controller.drafts == 0
-    run(controller, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9)
-    assert controller.drafts == 1
+    settle(controller, cost=2.5, acceptance=0.9)
+    assert controller.plan.drafts == 0
+    settle(controller, steps=8 * HOLD_STEPS + 200, cost=1.2, acceptance=0.9)
+    assert controller.plan.drafts == 1
 
 
 def test_stops_soon_after_drafts_are_no_longer_accepted() -> None:
     controller = DraftController("auto")
-    run(controller, 100, cost=1.4, acceptance=0.9)
-    assert set(run(controller, 50, cost=1.4, acceptance=0.9)) == {1}
+    settle(controller, cost=1.4, acceptance=0.9)
+    assert kinds(run(controller, 50, cost=1.4, acceptance=0.9)) == {1}
     run(controller, 100, cost=1.4, acceptance=0.1)
-    assert set(run(controller, 200, cost=1.4, acceptance=0.1)) == {0}
+    assert kinds(run(controller, 200, cost=1.4, acceptance=0.1)) == {0}
 
 
-def test_the_first_measurement_counts_the_drafts_accepted_in_it() -> None:
+def test_drafts_again_once_they_are_accepted() -> None:
     controller = DraftController("auto")
-    run(controller, 40, cost=1.3, acceptance=0.0)
-    assert set(run(controller, 300, cost=1.3, acceptance=0.0)) == {0}
-
-
-def test_hopeless_acceptance_stops_drafts_for_all_batch_sizes_until_measured_again() -> None:
-    controller = DraftController("auto")
-    assert sum(run(controller, 200, cost=1.05, acceptance=0.0)) < 40
-    assert sum(run(controller, 200, cost=1.05, acceptance=0.0, sequences=8)) == 0
-    run(controller, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9)
-    assert controller.choose(1) == 1
+    settle(controller, cost=1.2, acceptance=0.0)
+    assert controller.plan.drafts == 0
+    settle(controller, steps=3 * HOLD_STEPS, cost=1.2, acceptance=0.9)
+    assert controller.plan.drafts == 1
 
 
 def test_decides_for_each_batch_size() -> None:
     controller = DraftController("auto")
-    for _ in range(40):
-        run(controller, 5, cost=1.2, acceptance=0.8, sequences=1)
-        run(controller, 5, cost=3.0, acceptance=0.8, sequences=32)
-    assert controller.choose(1) == 1
-    assert controller.choose(32) == 0
+    settle(controller, cost=1.2, acceptance=0.8, sequences=1)
+    for _ in range(10):
+        run(controller, 20, cost=1.2, acceptance=0.8, sequences=1)
+        run(controller, 20, cost=3.0, acceptance=0.8, sequences=32)
+    assert kinds(run(controller, 20, cost=1.2, acceptance=0.8, sequences=1)[-10:]) == {1}
+    assert kinds(run(controller, 20, cost=3.0, acceptance=0.8, sequences=32)[-10:]) == {0}
 
 
-def test_measuring_the_slower_kind_takes_few_steps() -> None:
+def test_a_short_change_of_the_batch_size_changes_nothing() -> None:
     controller = DraftController("auto")
-    chosen = run(controller, 6000, cost=3.0, acceptance=0.5)
-    assert sum(chosen) < 0.05 * len(chosen)
+    settle(controller, cost=1.2, acceptance=0.8, sequences=1)
+    run(controller, 100, cost=3.0, acceptance=0.8, sequences=32)
+    run(controller, 100, cost=1.2, acceptance=0.8, sequences=1)
+    assert kinds(run(controller, 5, cost=3.0, acceptance=0.8, sequences=32)) == {1}
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 2, 3])
 def test_a_fixed_setting_is_kept(drafts: int) -> None:
     controller = DraftController(drafts)  # type: ignore[arg-type]
-    assert set(run(controller, 200, cost=5.0, acceptance=0.1)) == {drafts}
+    for _ in range(200):
+        assert controller.choose(1) == DraftPlan(drafts)
+        controller.observe(1, drafts, drafts, 0, 1.0)
 
 
 def test_steps_with_prefill_count_for_acceptance_but_not_for_durations() -> None:
     controller = DraftController("auto")
-    for _ in range(200):
-        controller.observe(1, controller.choose(1), 1, None)
+    run(controller, 2 * FIRST_TRIAL, cost=1.2, acceptance=1.0, prefill=True)
     assert controller.gain(1) is None
     assert controller.acceptance > 0.8

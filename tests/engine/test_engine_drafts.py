@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines import Run, assert_reference_tokens, request, run, tiny_engine, tiny_model
+from engines import (
+    Run,
+    assert_idle,
+    assert_reference_tokens,
+    request,
+    run,
+    tiny_engine,
+    tiny_model,
+)
 from mlx_lm.models.base import create_attention_mask
 
+from glmd.engine.core import Engine
+from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.kv_cache.node import Node
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
@@ -68,6 +79,17 @@ def _stored_prefix(node: Node[Segment]) -> tuple[list[int], KV]:
     return tokens, np.array(mx.concatenate(parts, axis=1))
 
 
+def _compute_all_deferred(engine: Engine) -> int:
+    """Catch up on all deferred segments; returns their number."""
+    proposer = engine._runner._proposer
+    assert proposer is not None
+    nodes = [n for n in engine.scheduler.tree.nodes() if n.kv is not None and n.kv.deferred]
+    for node in nodes:
+        while node.kv is not None and node.kv.deferred:
+            assert 0 < proposer._compute_deferred(node, 29) <= 29
+    return len(nodes)
+
+
 def _assert_same_kv(found: KV, expected: KV) -> None:
     for layer, (one, other) in enumerate(zip(found, expected, strict=True)):
         np.testing.assert_allclose(one, other, atol=2e-3, err_msg=f"layer {layer}")
@@ -113,6 +135,83 @@ def test_kv_in_tree_and_tails_is_that_of_one_forward_pass(mtp: int) -> None:
     for node in nodes:
         tokens, kv = _stored_prefix(node)
         _assert_same_kv(kv, _reference_kv(model, tokens))
+
+
+OFF, ON = DraftPlan(0), DraftPlan(1)
+PROBE, GAPS = DraftPlan(1, sequences=1), DraftPlan(1, with_gaps=True)
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [[OFF], [OFF, ON], [ON, OFF, PROBE, GAPS, OFF, ON, OFF], [GAPS, OFF, PROBE, ON, PROBE, OFF]],
+    ids=lambda plans: f"{len(plans)} plans",
+)
+def test_deferred_kv_is_that_of_one_forward_pass_once_caught_up(plans: list[DraftPlan]) -> None:
+    """Whatever was deferred and caught up meanwhile: through shared prefixes, tails that move into
+    the tree, preemption, and segments that were computed partly."""
+    model = _model(vocab_size=96, eos_token_id=[1])
+    running = Run(tiny_engine(model, mtp="auto", max_step_tokens=33))
+    engine, scheduler = running.engine, running.engine.scheduler
+    current = itertools.chain.from_iterable(itertools.repeat(plan, 17) for plan in plans)
+    current = itertools.chain(current, itertools.repeat(plans[-1]))
+    engine._draft_controller.choose = lambda n: next(current)  # type: ignore[method-assign]
+    prompt = [token % 90 + 3 for token in PROMPT]
+    prompts = [prompt, prompt[:50], [*prompt[:50], 7, 8, *prompt[:40]], [*prompt, 9], [5, 7]]
+    asked = [
+        request(f"{i}", each, max_tokens=70, ignore_eos=True, temperature=4.0, seed=i)
+        for i, each in enumerate(prompts)
+    ]
+    coming = list(asked)
+    while coming or engine.has_work:
+        if coming and running.steps % 12 == 0:
+            running.submit(coming.pop(0))
+        if running.steps == 45:
+            scheduler.preempt(scheduler.running[0])
+        running.step()
+        leases = {s.lease for s in scheduler.running}
+        complete = engine._runner._proposer._complete  # type: ignore[union-attr]
+        for lease in leases & complete:
+            assert lease is not None
+            assert not any(p.node.kv and p.node.kv.deferred for p in scheduler.tree.path(lease))
+    stats = engine.stats()
+    assert stats.preemptions
+    assert stats.prompt_tokens_cached > 2 * 48
+    assert (stats.drafted > 0) == (plans != [OFF])
+    for one in asked:
+        assert_reference_tokens(model, one, running.answer(one.id))
+    assert_idle(engine)
+    assert _compute_all_deferred(engine) or plans[-1] is ON
+    assert_idle(engine)
+    for node in scheduler.tree.nodes():
+        tokens, kv = _stored_prefix(node)
+        _assert_same_kv(kv, _reference_kv(model, tokens))
+
+
+def test_drafting_catches_up_with_what_was_deferred() -> None:
+    """The drafts behind a deferred prompt and answer are those of one forward pass."""
+    model = _model()
+    running = Run(tiny_engine(model, mtp="auto", max_step_tokens=33))
+    engine = running.engine
+    plans = itertools.chain(itertools.repeat(OFF, 100), itertools.repeat(ON))
+    engine._draft_controller.choose = lambda n: next(plans)  # type: ignore[method-assign]
+    running.submit(request("a", PROMPT, max_tokens=180, ignore_eos=True))
+    drafts: list[tuple[int, int]] = []
+    while engine.has_work:
+        running.step()
+        step = engine.pending_step
+        if step is not None and step.drafted:
+            assert not step.with_gaps
+            assert step.counts is not None
+            assert step.drafts is not None
+            known = step.rows.sampled[0].sequence.length
+            drafts.append((known + int(step.counts[0]), int(step.drafts[0, 0])))
+    tokens = PROMPT + running.answer("a").tokens
+    logits = _reference_drafts(model, tokens)
+    compared = [(position, token) for position, token in drafts if position - 2 < len(logits)]
+    assert len(compared) > 40
+    for position, token in compared:
+        row = logits[position - 2]
+        assert row[token] >= row.max() - 1e-3
 
 
 @pytest.mark.parametrize(("mtp", "shares_vocabulary"), [(1, True), (3, False)])

@@ -29,6 +29,7 @@ from glmd.engine.memory import TAIL_ROOM, plan_memory
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.scheduler.scheduler import Scheduler
 from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
+from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
 from glmd.ipc import EngineRequest, ModelInfo, SamplingParams, TokenArray, pack_tokens
@@ -196,7 +197,7 @@ class Simulation:
                 self._read(self._pending)
                 self._pending = None
             output = self.scheduler.schedule()
-            launched = self._runner.execute(output, self._pending, 0) if output else None
+            launched = self._runner.execute(output, self._pending, DraftPlan(0)) if output else None
             if launched is not None:
                 self._record(launched)
             if self._pending is not None:

@@ -97,21 +97,31 @@ class AttentionMetadataBuilder:
         """Forget everything, and with it all references to segments."""
         self._previous, self._current = {}, {}
 
-    def build(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
-        """Metadata for `width` rows of each sequence. All need a slot and a lease."""
+    def build(
+        self, sequences: list[Sequence], width: int, *, deferred: bool = True
+    ) -> AttentionMetadata:
+        """Metadata for `width` rows of each sequence. All need a slot and a lease.
+
+        Args:
+            deferred: include deferred segments, which have no KV of the MTP layer.
+        """
         ends = tuple(
             (s.slot, s.num_cached_tokens, s.lease.node, s.lease.length)
             for s in sequences
             if s.lease is not None
         )
         # The tree may join or cut segments without moving a lease: hence its version.
-        key = (ends, width, self._tails.slots, self._tree.version)
-        found = self._previous.get(key) or self._current.get(key) or self._build(sequences, width)
+        key = (ends, width, deferred, self._tails.slots, self._tree.version)
+        found = self._previous.get(key) or self._current.get(key)
+        if found is None:
+            found = self._build(sequences, width, deferred=deferred)
         self._current[key] = found
         return found
 
-    def _build(self, sequences: list[Sequence], width: int) -> AttentionMetadata:
+    def _build(self, sequences: list[Sequence], width: int, *, deferred: bool) -> AttentionMetadata:
         paths = [self._tree.path(s.lease) for s in sequences if s.lease is not None]
+        if not deferred:
+            paths = [[p for p in path if p.node.kv and not p.node.kv.deferred] for path in paths]
         order = sort_by_prefix(sequences, paths)
         rows = len(sequences) * width
         shape = self._shape

@@ -101,7 +101,11 @@ class Engine:
         memory_budget: int,
         structured_output: StructuredOutputManager | None = None,
     ) -> None:
-        token_bytes = model.kv_bytes_per_token
+        self._defers = config.mtp == "auto" and model.mtp is not None
+        """The MTP layer's KV is deferred while drafts do not pay."""
+        token_bytes = memory.kv_bytes_per_token(
+            model.args, model.kv_layers, model.dtype.size, deferred=self._defers
+        )
         plan = memory.plan_memory(
             model.folder,
             model.args,
@@ -134,7 +138,12 @@ class Engine:
         self.scheduler = Scheduler(
             self.config,
             tree,
-            TailPool(model.kv_layers, model.shape.kv_width, model.dtype),
+            TailPool(
+                model.kv_layers,
+                model.shape.kv_width,
+                model.dtype,
+                deferred_width=model.args.hidden_size if self._defers else None,
+            ),
             kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,
             disk=self._disk,
@@ -254,9 +263,14 @@ class Engine:
         return outputs + progress
 
     def _step(self) -> list[SequenceOutput]:
-        if self.pending_step is not None and self.scheduler.requires_sync:
+        plan = self._draft_controller.choose(self.scheduler.num_decoding)
+        deferred = self._defers and not plan.drafts
+        switches = deferred != self.scheduler.tails.deferred
+        if self.pending_step is not None and (self.scheduler.requires_sync or switches):
             self._read(self.pending_step)
             self.pending_step = None
+        if switches:
+            self.scheduler.set_deferred(deferred)
         self._schedule_compiled()
         scheduled = self.scheduler.schedule()
         if not scheduled and self.pending_step is None and self._compiling:
@@ -265,8 +279,7 @@ class Engine:
             self._disk.wait(DISK_POLL)
         launched = None
         if scheduled:
-            num_drafts = self._draft_controller.choose(max(1, len(scheduled.decode)))
-            launched = self._runner.execute(scheduled, self.pending_step, num_drafts)
+            launched = self._runner.execute(scheduled, self.pending_step, plan)
         else:
             self._runner.reset()
         if self.pending_step is not None:
@@ -313,25 +326,35 @@ class Engine:
         self._rows += rows.num_rows
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
         self._step_seconds_total += seconds
-        accepted = self._read_tokens(step, confirmed)
+        drafted, accepted = self._read_tokens(step, confirmed)
+        # Drafts verified and drafts made, of each sequence.
+        kinds = {each.num_sampled - 1 for each in rows.decode}
+        made = 0 if step.drafts is None else step.drafts.shape[1]
+        kinds.add(made if len(step.drafted) in (0, len(rows.sampled)) else -1)
         self._draft_controller.observe(
-            len(rows.sampled),
-            max((each.num_sampled for each in rows.sampled), default=1) - 1,
+            len(rows.decode),
+            kinds.pop() if len(kinds) == 1 else None,
+            drafted,
             accepted,
             seconds if not rows.prefill else None,
         )
         self.scheduler.prefill_budget.observe(len(rows.decode), rows.num_prefill_rows, seconds)
 
-    def _read_tokens(self, step: PendingStep, confirmed: list[list[int]]) -> int:
-        """Append confirmed tokens to their sequences; returns the number of accepted drafts.
+    def _read_tokens(self, step: PendingStep, confirmed: list[list[int]]) -> tuple[int, int]:
+        """Append confirmed tokens to their sequences.
 
         The statistics count as accepted only drafts up to the end of their sequence.
+
+        Returns:
+            drafts made without gaps in the MTP layer's KV; how many of them were accepted.
         """
-        accepted = 0
+        drafted = accepted = 0
         for rows, tokens in zip(step.rows.sampled, confirmed, strict=True):
             sequence, count = rows.sequence, len(tokens)
             sequence.num_inflight_tokens -= rows.num_sampled
-            accepted += count - 1
+            if sequence not in step.verified_with_gaps:
+                drafted += rows.num_sampled - 1
+                accepted += count - 1
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if sequence.status is SequenceStatus.RUNNING:
@@ -347,7 +370,7 @@ class Engine:
             self._outputs.append(output)
             if output.finish_reason is not None:
                 self._finish(sequence)
-        return accepted
+        return drafted, accepted
 
     def close(self) -> None:
         """Drop all requests and memory. The engine cannot be used afterwards."""
@@ -389,7 +412,7 @@ class Engine:
             drafted=self._drafted,
             accepted=self._accepted,
             verified=self._verified,
-            drafts=self._draft_controller.drafts,
+            drafts=self._draft_controller.plan.drafts,
             acceptance=self._draft_controller.acceptance if self.info.has_mtp else 0.0,
             preemptions=scheduler.preemptions,
             evicted_tokens=tree.evicted_tokens,

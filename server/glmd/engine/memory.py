@@ -126,16 +126,36 @@ def check_fit(stored: StoredWeights, config: EngineConfig, budget: int) -> None:
     dtype = choose_dtype(config.dtype)
     mtp = config.mtp != 0
     model = stored.config
-    layers = model.num_hidden_layers + (mtp and bool(stored.mtp))
+    has_mtp = mtp and bool(stored.mtp)
     plan_memory(
         stored.folder,
         model,
         config,
         budget,
         weights=weight_bytes(stored, dtype, mtp=mtp),
-        token_bytes=layers * (model.kv_lora_rank + model.qk_rope_head_dim) * dtype.size,
+        token_bytes=kv_bytes_per_token(
+            model,
+            model.num_hidden_layers + has_mtp,
+            dtype.size,
+            deferred=has_mtp and config.mtp == "auto",
+        ),
         item=dtype.size,
     )
+
+
+def kv_bytes_per_token(
+    dims: ModelConfig | ModelArgs, layers: int, item: int, *, deferred: bool
+) -> int:
+    """Most bytes of KV per token.
+
+    Args:
+        layers: with KV.
+        item: bytes of one value.
+        deferred: the last layer's KV may be deferred; see `glmd.kv_cache.segment.Segment`.
+    """
+    width = dims.kv_lora_rank + dims.qk_rope_head_dim
+    last = max(width, dims.hidden_size) if deferred else width
+    return ((layers - 1) * width + last) * item
 
 
 def plan_memory(

@@ -16,6 +16,7 @@ from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_level
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
+from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.spec_decode.proposer import MTPProposer
 from glmd.engine.step import PendingStep, SequenceRows, StepRows
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
@@ -49,29 +50,39 @@ class ModelRunner:
         )
         self._proposer: MTPProposer | None = None
         if model.mtp is not None:
-            self._proposer = MTPProposer(model.mtp, scheduler, self._metadata_builder)
+            self._proposer = MTPProposer(model, model.mtp, scheduler, self._metadata_builder)
 
     def reset(self) -> None:
         """Release what is kept from step to step."""
         self._metadata_builder.clear()
+        if self._proposer is not None:
+            self._proposer.reset()
 
     def execute(
-        self, output: SchedulerOutput, previous: PendingStep | None, num_drafts: int
+        self, output: SchedulerOutput, previous: PendingStep | None, plan: DraftPlan
     ) -> PendingStep:
         """Launch a step.
 
         Args:
             previous: the step in flight; None: there is none.
-            num_drafts: tokens to draft per sequence for the next step.
+            plan: of the drafts for the next step. The tails are deferred if it has none.
         """
+        proposer = self._proposer
+        if proposer is not None and self._tails.deferred:
+            proposer.reset()
+            proposer = None
+        if proposer is not None:
+            proposer.catch_up(output.decode, plan)
         rows, batch = self._prepare_batch(output, previous)
         hidden, caches = self._model.forward(batch, self._tails)
         step = self._sample(rows, batch, hidden, previous)
-        if self._proposer is not None:
-            caches = [*caches, self._proposer.compute_kv(rows, batch, step.tokens, hidden)]
+        if proposer is not None:
+            caches = [*caches, proposer.compute_kv(rows, batch, step.tokens, hidden)]
         self._commit_kv(rows, caches)
-        if self._proposer is not None and num_drafts and rows.sampled:
-            step.drafts = self._proposer.draft(step, batch, hidden, num_drafts)
+        if proposer is not None and plan.drafts and rows.sampled:
+            proposer.draft(step, batch, hidden, plan)
+        if previous is not None:
+            step.verified_with_gaps = previous.with_gaps
         self._metadata_builder.next_step()
         self._dispatch(step, caches)
         for sampled in rows.sampled:
@@ -120,7 +131,10 @@ class ModelRunner:
             tokens.append(mx.array(sequence.tokens(start, start + count)))
             positions.append(mx.arange(start, start + count, dtype=mx.int32))
             chunks.append(self._prefill_chunk(chunk))
-        batch = ForwardBatch(mx.concatenate(tokens), mx.concatenate(positions), groups, chunks)
+        deferred = self._tails.deferred
+        batch = ForwardBatch(
+            mx.concatenate(tokens), mx.concatenate(positions), groups, chunks, deferred
+        )
         return rows, batch
 
     def _decode_groups(
@@ -133,7 +147,7 @@ class ModelRunner:
         drafted: list[Sequence] = []
         others: list[Sequence] = []
         for sequence in decode:
-            in_flight = sequence.num_inflight_tokens and sequence in previous.rows.sample_index
+            in_flight = sequence.num_inflight_tokens and sequence in previous.drafted
             (drafted if in_flight and sequence.can_draft else others).append(sequence)
         groups = [(drafted, 1 + drafts.shape[1]), (others, 1)]
         return [(sequences, width) for sequences, width in groups if sequences]
@@ -175,7 +189,8 @@ class ModelRunner:
         spans = [span for level in build_levels([path], len(rows)) for span in level]
         expanded = len(rows) >= self._model.shape.break_even_rows
         # The MTP layer computes its KV from the hidden states of all rows.
-        hidden_rows = len(rows) if self._proposer is not None else rows.num_sampled
+        upkeep = self._proposer is not None and not self._tails.deferred
+        hidden_rows = len(rows) if upkeep else rows.num_sampled
         return PrefillChunk(rows.start, rows.end, spans, expanded, hidden_rows)
 
     # -- sampling -----------------------------------------------------------------------------
@@ -195,7 +210,7 @@ class ModelRunner:
         if len(rows.sampled_rows) < rows.num_rows:
             index = mx.array(rows.sampled_rows)
             positions = positions[index]
-            # Without an MTP layer the model returned the hidden states of these rows only.
+            # Unless the MTP layer runs, the model returned the hidden states of these rows only.
             if len(rows.sampled_rows) < hidden.shape[0]:
                 hidden = hidden[index]
         logits = self._model.logits(hidden)
@@ -314,7 +329,8 @@ class ModelRunner:
                 start, sequence.num_computed_tokens
             )
             keys = sequence.cache_keys(start, sequence.num_cached_tokens)
-            kv = Segment.copy_of(caches, chunk.start, chunk.start + len(keys))
+            deferred = self._tails.deferred
+            kv = Segment.copy_of(caches, chunk.start, chunk.start + len(keys), deferred=deferred)
             assert sequence.lease is not None
             self._tree.insert(sequence.lease, keys, kv, defer=not chunk.num_sampled)
             if sequence.num_cached_tokens < sequence.num_computed_tokens:

@@ -118,6 +118,9 @@ class PendingStep:
         counts: [S] int32, confirmed tokens: 1, and 1 per draft that the model chose, too.
         last: [S] int32, the last confirmed token.
         drafts: [S, k] int32, for the next step; None for k = 0.
+        drafted: sequences with drafts in `drafts`. The others' rows are arbitrary.
+        with_gaps: those of them of whose context the MTP layer did not see all tokens.
+        verified_with_gaps: `with_gaps` of the step before, whose drafts this step verifies.
         logprobs: by index among the sampled rows; see `SamplerOutput`.
         ready: an array that is evaluated when the step is.
         dispatched: time at which MLX returned from dispatching the step.
@@ -133,6 +136,9 @@ class PendingStep:
     counts: mx.array | None = None
     last: mx.array | None = None
     drafts: mx.array | None = None
+    drafted: frozenset[Sequence] = frozenset()
+    with_gaps: frozenset[Sequence] = frozenset()
+    verified_with_gaps: frozenset[Sequence] = frozenset()
     logprobs: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     dispatched: float = 0.0
     fetched: float = 0.0

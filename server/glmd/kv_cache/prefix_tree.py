@@ -202,6 +202,13 @@ class PrefixTree(Generic[S]):
         self._move(lease, child, len(child))
         self._merge_upwards(child, defer=defer)
 
+    def replace(self, node: Node[S], kv: S) -> None:
+        """Store other KV of the same tokens in a node."""
+        assert node.kv is not None
+        self.version += 1
+        self.nbytes += kv.nbytes - node.kv.nbytes
+        node.kv = kv
+
     def _merge_upwards(self, node: Node[S], *, defer: bool) -> None:
         """Merge a new node with its ancestors where this shortens paths at little copying.
 
@@ -220,6 +227,10 @@ class PrefixTree(Generic[S]):
             rest = len(parent) - node.offset
             total += node.offset
             if total > self._max_segment or (rest and parent.leased_len > node.offset):
+                break
+            assert parent.kv is not None
+            assert node.kv is not None
+            if not parent.kv.joins(node.kv):
                 break
             if _has_many_children(node) or (rest and _has_many_children(parent)):
                 break

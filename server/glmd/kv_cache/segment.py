@@ -7,17 +7,28 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 
+DEFERRED = "deferred"
+"""Name of the last layer's input in the arrays of a deferred segment."""
+
+
 class Segment:
     """KV of `len(self)` consecutive tokens, immutable: one [tokens, width] array per layer.
 
     The arrays own their memory (no views of larger buffers), so dropping the segment frees
     `nbytes`.
+
+    Attributes:
+        deferred: the MTP layer's KV is not computed yet. The last array is the input of the main
+            model's last layer, from which it can be: [tokens, hidden].
+        caught_up: the MTP layer's KV of the first tokens of a deferred segment, in parts.
     """
 
-    __slots__ = ("layers",)
+    __slots__ = ("caught_up", "deferred", "layers")
 
-    def __init__(self, layers: Sequence[mx.array]) -> None:
+    def __init__(self, layers: Sequence[mx.array], *, deferred: bool = False) -> None:
         self.layers = list(layers)
+        self.deferred = deferred
+        self.caught_up: list[mx.array] = []
 
     def __len__(self) -> int:
         return self.layers[0].shape[0]
@@ -28,14 +39,19 @@ class Segment:
 
     def arrays(self) -> dict[str, mx.array]:
         """The segment's arrays by name, [tokens, …] each; inverted by `from_arrays`."""
-        return {str(index): layer for index, layer in enumerate(self.layers)}
+        names = [str(index) for index in range(len(self.layers))]
+        if self.deferred:
+            names[-1] = DEFERRED
+        return dict(zip(names, self.layers, strict=True))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, mx.array]) -> Segment:
-        return cls(list(arrays.values()))
+        return cls(list(arrays.values()), deferred=DEFERRED in arrays)
 
     @classmethod
-    def copy_of(cls, layers: Sequence[mx.array], start: int, end: int) -> Segment:
+    def copy_of(
+        cls, layers: Sequence[mx.array], start: int, end: int, *, deferred: bool = False
+    ) -> Segment:
         """Copy rows `start` to `end` of each layer, [rows, width], into a segment.
 
         Taken by index, as a slice would be a view that keeps the larger buffer alive. Evaluation
@@ -44,21 +60,27 @@ class Segment:
         rows = mx.arange(start, end)
         copies = [mx.take(layer, rows, axis=0) for layer in layers]
         mx.async_eval(*copies)
-        return cls(copies)
+        return cls(copies, deferred=deferred)
 
     def slice(self, start: int, end: int) -> Segment:
         """Tokens `start` to `end` as a segment with its own memory."""
         if start == 0 and end == len(self):
             return self
-        return Segment.copy_of(self.layers, start, end)
+        return Segment.copy_of(self.layers, start, end, deferred=self.deferred)
+
+    def joins(self, other: Segment) -> bool:
+        """Whether both can be one segment."""
+        return self.deferred == other.deferred
 
     def head(self, end: int) -> Segment:
         """The first `end` tokens, in this segment's memory: to be copied by `concat`."""
-        return self if end == len(self) else Segment([layer[:end] for layer in self.layers])
+        if end == len(self):
+            return self
+        return Segment([layer[:end] for layer in self.layers], deferred=self.deferred)
 
     def concat(self, *others: Segment) -> Segment:
         """Copy this segment and `others` into one."""
         parts = [self.layers, *(other.layers for other in others)]
         layers = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
         mx.async_eval(*layers)
-        return Segment(layers)
+        return Segment(layers, deferred=self.deferred)

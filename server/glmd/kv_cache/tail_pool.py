@@ -25,16 +25,41 @@ _GROW_TOKENS = 32
 class TailPool:
     """Slots for tails of up to `TAIL_TOKENS` tokens plus drafts.
 
+    Args:
+        layers: number of layers.
+        width: values of a token's KV in one layer.
+        deferred_width: width of the last layer's array while the tails are deferred, as they are
+            at first; None: they never are.
+
     Attributes:
         slots: number of slots.
         capacity: tokens that fit into each slot.
+        deferred: tails become deferred segments; see `Segment`.
     """
 
-    def __init__(self, layers: int, width: int, dtype: mx.Dtype) -> None:
-        self._layers = layers
-        self._width = width
+    def __init__(
+        self, layers: int, width: int, dtype: mx.Dtype, *, deferred_width: int | None = None
+    ) -> None:
+        self._widths = [width] * layers
+        self._last_widths = {False: width, True: deferred_width}
         self._dtype = dtype
+        self.deferred = False
         self.reset()
+        self.set_deferred(deferred_width is not None)
+
+    @property
+    def defers(self) -> bool:
+        """Whether the tails can be deferred."""
+        return self._last_widths[True] is not None
+
+    def set_deferred(self, deferred: bool) -> None:
+        """Change what the last layer's array holds. The tails must be empty."""
+        width = self._last_widths[deferred]
+        assert width is not None
+        self.deferred = deferred
+        self._widths[-1] = width
+        if self._pools:
+            self._pools[-1] = mx.zeros((self.slots, self.capacity, width), self._dtype)
 
     def reset(self) -> None:
         """Release all slots and free the pool's memory."""
@@ -111,7 +136,8 @@ class TailPool:
 
     def copy_out(self, slot: int, tokens: int) -> Segment:
         """Copy the first `tokens` tokens of a tail into a segment."""
-        return Segment.copy_of([pool[slot] for pool in self._pools], 0, tokens)
+        layers = [pool[slot] for pool in self._pools]
+        return Segment.copy_of(layers, 0, tokens, deferred=self.deferred)
 
     def shift(self, slot: int, start: int, count: int) -> None:
         """Move `count` tokens from `start` to the beginning of a tail, after it was sealed."""
@@ -128,9 +154,8 @@ class TailPool:
         return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
     def _resize(self, slots: int, capacity: int) -> None:
-        shape = (slots, capacity, self._width)
         if not self._pools:
-            self._pools = [mx.zeros(shape, self._dtype) for _ in range(self._layers)]
+            self._pools = [mx.zeros((slots, capacity, w), self._dtype) for w in self._widths]
         else:
             pad = [(0, max(slots - self.slots, 0)), (0, max(capacity - self.capacity, 0)), (0, 0)]
             self._pools = [mx.pad(pool[:slots, :capacity], pad) for pool in self._pools]

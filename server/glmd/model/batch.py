@@ -167,6 +167,8 @@ class ForwardBatch:
     positions: mx.array
     decode: list[DecodeGroup]
     chunks: list[PrefillChunk]
+    deferred: bool = False
+    """The MTP layer's KV will be computed later, from the input of the last layer."""
 
     @property
     def logits_rows(self) -> list[int]:

@@ -158,17 +158,39 @@ class Glm4MoeLiteModel:
 
         Returns:
             hidden states of `batch.logits_rows` after the final norm, [logits rows, hidden];
-            cache vectors of all rows per layer, each [N, kv_width].
+            cache vectors of all rows per layer, each [N, kv_width], and behind them, if
+            `batch.deferred`, the input of the last layer, [N, hidden].
         """
         inner = self._model.model
         h = inner.embed_tokens(batch.tokens)  # [N, hidden]
         caches = []
-        for index, block in enumerate(self._blocks):
-            last = index == len(self._blocks) - 1
-            run = block.forward_last if last else block.forward
-            h, kv = run(self.shape, index, h, batch, tails)
+        *others, last = self._blocks
+        for index, block in enumerate(others):
+            h, kv = block.forward(self.shape, index, h, batch, tails)
             caches.append(kv)
-        return inner.norm(h), caches
+        out, kv = last.forward_last(self.shape, len(others), h, batch, tails)
+        caches.append(kv)
+        if batch.deferred:
+            for group in batch.decode:
+                rows = h[group.start : group.end]
+                tails.write(len(caches), group.slots, group.tail_positions, rows)
+            caches.append(h)
+        return inner.norm(out), caches
+
+    def forward_deferred(self, h: mx.array, batch: ForwardBatch, tails: TailPool) -> mx.array:
+        """Run the last layer over the rows of a deferred segment.
+
+        Args:
+            h: [N, hidden], the layer's input.
+            batch: one chunk of all rows.
+
+        Returns:
+            hidden states after the final norm, [N, hidden].
+        """
+        last = len(self._blocks) - 1
+        out, _ = self._blocks[last].forward(self.shape, last, h, batch, tails)
+        normed: mx.array = self._model.model.norm(out)
+        return normed
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[rows, hidden] after the final norm → [rows, vocabulary] float32."""

@@ -176,6 +176,12 @@ class Scheduler:
         if rest := sequence.max_tail_tokens:
             self.tails.shift(sequence.slot, end - start, rest)
 
+    def set_deferred(self, deferred: bool) -> None:
+        """Change whether new KV is deferred (`Segment`). No step may be in flight."""
+        for sequence in self.running:
+            self.flush_tail(sequence)
+        self.tails.set_deferred(deferred)
+
     def allocate_slot(self, sequence: Sequence) -> None:
         """Give a sequence a tail unless it has one."""
         if sequence.slot == NO_SLOT:
@@ -205,6 +211,11 @@ class Scheduler:
         return Counter(s.request.client for s in self.running)
 
     # -- schedule -----------------------------------------------------------------------------
+
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that need one row."""
+        return sum(s.num_uncomputed_tokens == 1 for s in self.running)
 
     @property
     def requires_sync(self) -> bool:

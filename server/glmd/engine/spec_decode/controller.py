@@ -2,25 +2,42 @@
 
 A step that verifies a draft per sequence takes longer than one without: much longer where rows cost
 compute (a CPU, a large batch), hardly longer where reading the weights dominates. Its gain is the
-accepted drafts. For each batch size the controller measures both kinds, keeps the faster, and
-measures again later. In between it only stops drafting, when acceptance no longer covers the cost.
+accepted drafts. While drafts do not pay, the MTP layer does nothing, so that nothing is lost.
+
+After a while drafts are tried again. First a few sequences draft, until the share of accepted
+drafts is known. If that could pay, all draft for a few steps, whose durations are compared with
+those before and behind them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from statistics import median
 from typing import Literal
 
-BLOCK_STEPS = 4
-"""Consecutive steps of one kind while measuring. The kinds alternate, since the machine's other
-load changes from second to second, and both must meet the same conditions."""
+FIRST_TRIAL = 512
+"""Steps without drafts before the first trial, which may take a tenth of their time."""
+
+HOLD_STEPS, MAX_HOLD_STEPS = 600, 16 * 600
+"""Steps for which a decision holds. Each repeated decision against drafts holds twice as long."""
+
+PROBED = 4
+"""Most sequences that draft while the share of accepted drafts is measured."""
+
+PROBE_DRAFTS = 16
+"""Drafts after which that share is known well enough to measure durations or to give up."""
 
 NUM_SAMPLES = 9
-"""Timed steps of each kind, of which the medians are compared."""
+"""Timed steps with the other kind, and as many before and behind them with the present kind, since
+the machine's other load changes from second to second. Medians are compared."""
 
-HOLD_STEPS = 600
-"""Steps for which a decision holds: at most 4 % of steps are spent measuring."""
+STAGE_LIMIT = 128
+"""Steps of a probe or a trial after which it is given up."""
+
+SETTLE_STEPS = 8
+"""Steps in which the batch size must stay another before its decision counts."""
 
 DECAY = 0.98
 """Weight of a step's drafts, in the acceptance, against those of the next step."""
@@ -29,50 +46,92 @@ PRIOR, PRIOR_DRAFTS = 0.7, 2
 """Acceptance assumed at first, and the number of drafts that the assumption counts for."""
 
 HOPELESS = 0.1
-"""Acceptance below which drafts pay on no device, so that measuring stops."""
+"""Acceptance below which drafts pay on no device."""
 
 REMEMBERED = 1 / 8
-"""Share of the known acceptance kept when a batch size is measured again: the present text may be
-easier to guess."""
+"""Share of the known acceptance kept when drafts are tried again: the present text may be easier to
+guess."""
+
+COST_REMEMBERED = 0.8
+"""Share of the known additional duration of a step with drafts that each probe expects. It may have
+been measured in a bad moment, or at longer contexts."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What the MTP layer does in a step.
+
+    Attributes:
+        drafts: per sequence. 0: the layer does nothing, and its KV is deferred.
+        sequences: most sequences that draft; None: all.
+        with_gaps: draft at once, although KV was deferred, rather than compute it first. Fewer
+            drafts are accepted, but steps take as long.
+    """
+
+    drafts: int
+    sequences: int | None = None
+    with_gaps: bool = False
+
+
+class _Stage(Enum):
+    HOLD = auto()  # the decision is used
+    PROBE = auto()  # a few sequences draft
+    TRIAL = auto()  # the other kind of step is timed
+    CHECK = auto()  # the present kind is timed again
+
+
+@dataclass(slots=True, eq=False)
 class _Choice:
     """State of one batch size.
 
     Attributes:
+        holds_until: step until which the decision holds.
         drafts: the decision, 0 or 1.
-        holds_until: step until which it holds; 0: never decided.
+        hold_steps: for how many steps the last decision was made.
         gain: speed with a draft over speed without, last measured; None: never.
-        cost: duration of a step with a draft over one without, last measured.
-        seconds: durations measured so far, by drafts.
-        steps: steps spent measuring so far.
+        cost: expected duration of a step with a draft over one without; None: never measured.
+        stage_steps: steps in the stage so far.
+        probed: drafts of the probe so far.
+        samples: samples in `seconds` from which on the stage ends.
+        seconds: latest durations, by drafts.
     """
 
-    drafts: int = 1
-    holds_until: int = 0
+    holds_until: int
+    drafts: int = 0
+    hold_steps: int = 0
     gain: float | None = None
-    cost: float = 1.0
-    seconds: dict[int, list[float]] = field(default_factory=lambda: {0: [], 1: []})
-    steps: int = 0
+    cost: float | None = None
+    stage: _Stage = _Stage.HOLD
+    stage_steps: int = 0
+    probed: int = 0
+    samples: int = 0
+    seconds: dict[int, deque[float]] = field(
+        default_factory=lambda: {kind: deque(maxlen=2 * NUM_SAMPLES) for kind in (0, 1)}
+    )
+
+    def enter(self, stage: _Stage) -> None:
+        self.stage, self.stage_steps, self.probed = stage, 0, 0
 
 
 class DraftController:
-    """Chooses the number of drafts per sequence for each step.
+    """Chooses for each step how many drafts the MTP layer makes.
 
     Args:
         setting: a fixed number of drafts; "auto": none or one.
 
     Attributes:
-        drafts: chosen for the latest step.
+        plan: chosen for the latest step.
     """
 
     def __init__(self, setting: Literal["auto", 0, 1, 2, 3]) -> None:
-        self._fixed: int | None = None if setting == "auto" else setting
-        self.drafts: int = 1 if self._fixed is None else self._fixed
+        self._auto = setting == "auto"
+        self.plan = DraftPlan(0 if setting == "auto" else setting)
         self._choices: dict[int, _Choice] = {}
+        self._settled: _Choice | None = None
+        """The choice that is used, unless the batch size has changed for good."""
+        self._unsettled_steps = 0
         self._steps = 0
-        self._last_observed = -1
+        self._last_observed: int | None = None
         self._drafted = self._accepted = 0.0
         """Decaying counts of drafts."""
 
@@ -81,58 +140,112 @@ class DraftController:
         """Share of recent drafts that were accepted."""
         return (PRIOR * PRIOR_DRAFTS + self._accepted) / (PRIOR_DRAFTS + self._drafted)
 
-    def choose(self, sequences: int) -> int:
-        """Drafts per sequence for a step with `sequences` decoding sequences."""
-        if self._fixed is not None:
-            return self._fixed
+    def choose(self, sequences: int) -> DraftPlan:
+        """Plan a step with `sequences` decoding sequences; 0: the plan stays as it is."""
+        if not self._auto or not sequences:
+            return self.plan
         self._steps += 1
-        choice = self._choices.setdefault(_bucket(sequences), _Choice())
-        if choice.holds_until and choice.steps == 0 and self._steps >= choice.holds_until:
-            self._drafted *= REMEMBERED
-            self._accepted *= REMEMBERED
-        if self._steps >= choice.holds_until and self.acceptance < HOPELESS:
-            self._hold(choice, 0)
-        if self._steps < choice.holds_until:
-            worth = max(choice.cost, 1 + HOPELESS)
-            self.drafts = choice.drafts and int(1 + self.acceptance > worth)
-        else:
-            self.drafts = 1 - choice.steps // BLOCK_STEPS % 2
-            choice.steps += 1
-        return self.drafts
+        bucket = _bucket(sequences)
+        choice = self._choices.get(bucket) or self._choices.setdefault(bucket, self._new_choice())
+        if self._settled is not None and choice is not self._settled:
+            self._unsettled_steps += 1
+            if self._unsettled_steps < SETTLE_STEPS:
+                return self.plan
+            if self._settled.stage is not _Stage.HOLD:
+                self._hold(self._settled, self._settled.drafts)
+        self._unsettled_steps = 0
+        self._settled = choice
+        self.plan = self._advance(choice)
+        return self.plan
 
-    def observe(self, sequences: int, drafts: int, accepted: int, seconds: float | None) -> None:
-        """Learn from a step.
+    def _new_choice(self) -> _Choice:
+        """A batch size is tried at once if drafts pay for another, and so their KV is there."""
+        if not self.plan.drafts:
+            return _Choice(self._steps + FIRST_TRIAL)
+        choice = _Choice(self._steps)
+        choice.enter(_Stage.TRIAL)
+        return choice
 
-        Args:
-            drafts: verified per sequence.
-            accepted: of all sequences.
-            seconds: duration; None if the step had prefill, too.
-        """
-        if sequences and drafts:
-            self._drafted = DECAY * self._drafted + sequences * drafts
-            self._accepted = DECAY * self._accepted + accepted
-        # Steps overlap: the first of its kind is timed with a part of the other kind.
-        steady, self._last_observed = drafts == self._last_observed, drafts
-        choice = self._choices.get(_bucket(sequences))
-        if choice is None or seconds is None or not steady or self._steps < choice.holds_until:
-            return
-        choice.seconds[drafts].append(seconds)
-        if min(map(len, choice.seconds.values())) >= NUM_SAMPLES:
+    def _advance(self, choice: _Choice) -> DraftPlan:
+        """Enter the next stage if it is time to; return the plan of the present one."""
+        other = 1 - choice.drafts
+        if choice.stage is _Stage.HOLD:
+            if choice.drafts and not self._may_pay(choice.cost or 1.0):
+                self._hold(choice, 0)
+            if self._steps < choice.holds_until:
+                return DraftPlan(choice.drafts)
+            choice.enter(_Stage.TRIAL if choice.drafts else _Stage.PROBE)
+            choice.seconds[other].clear()
+            if not choice.drafts:
+                self._drafted *= REMEMBERED
+                self._accepted *= REMEMBERED
+        choice.stage_steps += 1
+        if choice.stage_steps > STAGE_LIMIT:
+            self._hold(choice, choice.drafts)
+        if choice.stage is _Stage.PROBE:
+            if choice.probed < PROBE_DRAFTS and self.acceptance >= HOPELESS:
+                return DraftPlan(1, sequences=PROBED)
+            if choice.cost is not None:
+                choice.cost = 1 + COST_REMEMBERED * (choice.cost - 1)
+            if self._may_pay(choice.cost or 1.0):
+                choice.enter(_Stage.TRIAL)
+            else:
+                self._hold(choice, 0)
+        if choice.stage is _Stage.TRIAL:
+            if len(choice.seconds[other]) < NUM_SAMPLES:
+                return DraftPlan(other, with_gaps=True)
+            choice.enter(_Stage.CHECK)
+            before = list(choice.seconds[choice.drafts])[-NUM_SAMPLES:]
+            choice.seconds[choice.drafts] = deque(before, maxlen=2 * NUM_SAMPLES)
+            choice.samples = len(before) + NUM_SAMPLES
+        if choice.stage is _Stage.CHECK:
+            if len(choice.seconds[choice.drafts]) < choice.samples:
+                return DraftPlan(choice.drafts, with_gaps=True)
             without, with_draft = (median(choice.seconds[kind]) for kind in (0, 1))
             choice.cost = with_draft / without
             choice.gain = (1 + self.acceptance) / choice.cost
             self._hold(choice, int(choice.gain > 1))
+        return DraftPlan(choice.drafts)
+
+    def _may_pay(self, cost: float) -> bool:
+        return 1 + self.acceptance > max(cost, 1 + HOPELESS)
+
+    def _hold(self, choice: _Choice, drafts: int) -> None:
+        again = not drafts and not choice.drafts
+        longer = min(2 * choice.hold_steps, MAX_HOLD_STEPS) if again else 0
+        choice.hold_steps = max(HOLD_STEPS, longer)
+        choice.drafts = drafts
+        choice.holds_until = self._steps + choice.hold_steps
+        choice.enter(_Stage.HOLD)
+
+    def observe(
+        self, sequences: int, kind: int | None, drafted: int, accepted: int, seconds: float | None
+    ) -> None:
+        """Learn from a step.
+
+        Args:
+            sequences: that decoded.
+            kind: drafts per sequence, both verified and made; None: not the same for all.
+            drafted: drafts verified, but for those made with gaps.
+            accepted: of them.
+            seconds: duration; None if the step had prefill, too.
+        """
+        choice = self._choices.get(_bucket(sequences))
+        if drafted:
+            self._drafted = DECAY * self._drafted + drafted
+            self._accepted = DECAY * self._accepted + accepted
+            if choice is not None:
+                choice.probed += drafted
+        # Steps overlap: the first of its kind is timed with a part of the other kind.
+        steady, self._last_observed = kind == self._last_observed, kind
+        if choice is None or seconds is None or not steady or kind is None or not sequences:
+            return
+        choice.seconds[kind].append(seconds)
 
     def gain(self, sequences: int) -> float | None:
         """Measured speed with a draft over speed without; None if not measured yet."""
         choice = self._choices.get(_bucket(sequences))
         return None if choice is None else choice.gain
-
-    def _hold(self, choice: _Choice, drafts: int) -> None:
-        choice.drafts = drafts
-        choice.holds_until = self._steps + HOLD_STEPS
-        choice.seconds = {0: [], 1: []}
-        choice.steps = 0
 
 
 def _bucket(sequences: int) -> int:

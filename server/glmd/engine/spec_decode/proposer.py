@@ -5,30 +5,115 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from glmd.engine.attention_metadata import AttentionMetadataBuilder
+from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
 from glmd.engine.config import MAX_WIDTH
 from glmd.engine.scheduler.scheduler import Scheduler
+from glmd.engine.sequence import Sequence
+from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.step import PendingStep, StepRows
-from glmd.model.batch import ForwardBatch
+from glmd.kv_cache.node import Lease, Node
+from glmd.kv_cache.segment import Segment
+from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.mla import select_form
 from glmd.model.mtp import MTPLayer
 from glmd.model.sampler import SamplingRow, sample
+
+CATCH_UP_ROWS = 32
+"""Rows of prefill whose work a step may spend on deferred KV, which takes one layer of a row."""
 
 
 class MTPProposer:
     """Runs the MTP layer behind the main model's forward pass and sampling of a step."""
 
     def __init__(
-        self, layer: MTPLayer, scheduler: Scheduler, metadata_builder: AttentionMetadataBuilder
+        self,
+        model: Glm4MoeLiteModel,
+        layer: MTPLayer,
+        scheduler: Scheduler,
+        metadata_builder: AttentionMetadataBuilder,
     ) -> None:
+        self._model = model
         self._layer = layer
         self._scheduler = scheduler
+        self._tree = scheduler.tree
         self._tails = scheduler.tails
         self._metadata_builder = metadata_builder
+        self._complete: set[Lease[Segment]] = set()
+        """Leases of decoding sequences whose prefix has no deferred segments."""
+
+    # -- deferred KV --------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget which sequences have no deferred KV."""
+        self._complete.clear()
+
+    def catch_up(self, sequences: list[Sequence], plan: DraftPlan) -> None:
+        """Compute deferred KV of decoding sequences, as much as a step may.
+
+        Of a limited number of sequences, those are chosen that need least.
+        """
+        self._complete &= {s.lease for s in sequences if s.lease is not None}
+        if plan.with_gaps or len(self._complete) >= (plan.sequences or len(sequences)):
+            return
+        deferred = [self._deferred(s) for s in sequences if s.can_draft]
+        deferred.sort(key=lambda nodes: sum(map(len, nodes)))
+        rows = CATCH_UP_ROWS * self._model.args.num_hidden_layers
+        for nodes in deferred[: plan.sequences]:
+            for node in nodes:
+                rows -= self._compute_deferred(node, rows)
+                if rows <= 0:
+                    return
+
+    def _deferred(self, sequence: Sequence) -> list[Node[Segment]]:
+        """The nodes of a sequence's prefix that are deferred."""
+        assert sequence.lease is not None
+        if sequence.lease in self._complete:
+            return []
+        path = self._tree.path(sequence.lease)
+        nodes = [part.node for part in path if part.node.kv is not None and part.node.kv.deferred]
+        if not nodes:
+            self._complete.add(sequence.lease)
+        return nodes
+
+    def _compute_deferred(self, node: Node[Segment], limit: int) -> int:
+        """Compute the KV of up to `limit` more tokens of a node; returns their number."""
+        segment = node.kv
+        assert segment is not None
+        if not segment.deferred:
+            return 0  # Caught up for another sequence.
+        start = sum(part.shape[0] for part in segment.caught_up)
+        shape, item = self._model.shape, self._model.dtype.size
+        rows, expanded = select_form(
+            shape, node.start + start, min(limit, len(node) - start), item
+        )
+        end = start + rows
+        before = Lease(node, start)
+        if not start:
+            assert node.parent is not None
+            before = Lease(node.parent, node.offset)
+        levels = build_levels([self._tree.path(before)], rows)
+        chunk = PrefillChunk(0, rows, [span for level in levels for span in level], expanded, rows)
+        # A key is a pair of a token and its successor.
+        successors = mx.array((node.keys[start:end] & 0xFFFFFFFF).astype(np.int32))
+        positions = mx.arange(node.start + start, node.start + end, dtype=mx.int32)
+        batch = ForwardBatch(successors, positions, [], [chunk])
+        hidden = self._model.forward_deferred(segment.layers[-1][start:end], batch, self._tails)
+        segment.caught_up.append(self._layer.compute_kv(successors, hidden, batch, self._tails))
+        if end == len(node):
+            layers = [*segment.layers[:-1], mx.concatenate(segment.caught_up)]
+            self._tree.replace(node, Segment(layers))
+            mx.async_eval(layers[-1])
+        else:
+            mx.async_eval(segment.caught_up[-1])
+        return rows
+
+    # -- KV and drafts ------------------------------------------------------------------------
 
     def compute_kv(
         self, rows: StepRows, batch: ForwardBatch, sampled: mx.array | None, hidden: mx.array
     ) -> mx.array:
-        """Compute the layer's KV of all rows, which each step does, with or without drafts.
+        """Compute the layer's KV of all rows.
 
         Args:
             sampled: [sampled rows] int32, tokens chosen behind them; None: none.
@@ -56,31 +141,54 @@ class MTPProposer:
         return mx.concatenate(parts)
 
     def draft(
-        self, step: PendingStep, batch: ForwardBatch, hidden: mx.array, count: int
-    ) -> mx.array:
-        """Draft `count` tokens behind the last confirmed token of each sampled sequence.
+        self, step: PendingStep, batch: ForwardBatch, hidden: mx.array, plan: DraftPlan
+    ) -> None:
+        """Draft tokens behind the last confirmed token of sampled sequences.
 
         Drafts are sampled like the model's tokens, with the noise of their positions: where both
         distributions agree, so do the choices. Attends to the step's KV, which must be committed.
 
         Args:
             hidden: [N, hidden], of the main model.
-
-        Returns:
-            [S, count] int32.
         """
         assert step.counts is not None
         assert step.last is not None
-        sequences = step.rows.sampled_sequences
+        sampled = step.rows.sampled_sequences
+        gaps = frozenset(s for s in sampled if s.can_draft and self._deferred(s))
+        chosen = [s for s in sampled if s.can_draft and (plan.with_gaps or s not in gaps)]
+        chosen = chosen[: plan.sequences]
+        if not chosen:
+            return
+        drafts = self._draft(chosen, step, batch, hidden, plan.drafts)
+        if len(chosen) < len(sampled):
+            index = mx.array([step.rows.sample_index[s] for s in chosen])
+            none = mx.zeros((len(sampled), plan.drafts), drafts.dtype)
+            none[index] = drafts
+            drafts = none
+        step.drafts, step.drafted, step.with_gaps = drafts, frozenset(chosen), gaps
+
+    def _draft(
+        self,
+        sequences: list[Sequence],
+        step: PendingStep,
+        batch: ForwardBatch,
+        hidden: mx.array,
+        count: int,
+    ) -> mx.array:
+        """Drafts of some sampled sequences, [sequences, count] int32."""
+        assert step.counts is not None
+        assert step.last is not None
         for sequence in sequences:
             self._scheduler.allocate_slot(sequence)
         self._tails.ensure(MAX_WIDTH)
-        metadata = self._metadata_builder.build(sequences, 1)
-        order = mx.array(metadata.order)
+        metadata = self._metadata_builder.build(sequences, 1, deferred=False)
+        order = [step.rows.sample_index[sequences[i]] for i in metadata.order]
         # The last confirmed row of each sequence.
-        first = mx.array([rows.end - rows.num_sampled for rows in step.rows.sampled])
-        last = (first + step.counts - 1)[order]
-        h, positions, tokens = hidden[last], batch.positions[last], step.last[order]
+        sampled = step.rows.sampled
+        first = mx.array([sampled[i].end - sampled[i].num_sampled for i in order])
+        index = mx.array(order)
+        last = first + step.counts[index] - 1
+        h, positions, tokens = hidden[last], batch.positions[last], step.last[index]
         sampling = [SamplingRow(sequences[i].draft_sampling, 0, None) for i in metadata.order]
         drafts = []
         for _ in range(count):
