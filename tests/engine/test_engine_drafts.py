@@ -154,7 +154,7 @@ def test_deferred_kv_is_that_of_one_forward_pass_once_caught_up(plans: list[Draf
     engine, scheduler = running.engine, running.engine.scheduler
     current = itertools.chain.from_iterable(itertools.repeat(plan, 17) for plan in plans)
     current = itertools.chain(current, itertools.repeat(plans[-1]))
-    engine._draft_controller.choose = lambda n: next(current)  # type: ignore[method-assign]
+    engine._draft_controller.choose = lambda sequences: next(current)  # type: ignore[method-assign]
     prompt = [token % 90 + 3 for token in PROMPT]
     prompts = [prompt, prompt[:50], [*prompt[:50], 7, 8, *prompt[:40]], [*prompt, 9], [5, 7]]
     asked = [
@@ -193,7 +193,7 @@ def test_drafting_catches_up_with_what_was_deferred() -> None:
     running = Run(tiny_engine(model, mtp="auto", max_step_tokens=33))
     engine = running.engine
     plans = itertools.chain(itertools.repeat(OFF, 100), itertools.repeat(ON))
-    engine._draft_controller.choose = lambda n: next(plans)  # type: ignore[method-assign]
+    engine._draft_controller.choose = lambda sequences: next(plans)  # type: ignore[method-assign]
     running.submit(request("a", PROMPT, max_tokens=180, ignore_eos=True))
     drafts: list[tuple[int, int]] = []
     while engine.has_work:

@@ -66,7 +66,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-SHORT_STAGES = {
+SHORT_STAGES: dict[str, Any] = {
     "FIRST_TRIAL": 3,
     "HOLD_STEPS": 5,
     "NUM_SAMPLES": 2,

@@ -196,8 +196,11 @@ class Engine:
         """Cancel a request or one of its sequences. Unknown ones are ignored."""
         for sequence in list(self._requests.get(id, ())):
             if index is None or sequence.index == index:
-                self._finish(sequence)
                 self._outputs.append(sequence.output(finish_reason="cancelled"))
+                try:
+                    self._finish(sequence)
+                except Exception as error:
+                    self._recover(error)
 
     def _refuse(self, id: str, error: GlmdError) -> None:
         self._outputs.append(
@@ -228,15 +231,15 @@ class Engine:
                 self.scheduler.add(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        if sequence.status is SequenceStatus.COMPILING:
-            sequence.status = SequenceStatus.FINISHED
-        else:
-            self.scheduler.finish(sequence)
         id = sequence.request.id
         self._requests[id].remove(sequence)
         if not self._requests[id]:
             del self._requests[id]
             self._compiling.pop(id, None)
+        if sequence.status is SequenceStatus.COMPILING:
+            sequence.status = SequenceStatus.FINISHED
+        else:
+            self.scheduler.finish(sequence)
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -253,9 +256,7 @@ class Engine:
         progress: list[SequenceOutput] = []
         try:
             progress = self._step()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception as error:
             self._recover(error)
         outputs, self._outputs = self._outputs, []
         if self._disk is not None:
@@ -287,24 +288,32 @@ class Engine:
         self.pending_step = launched
         return _progress(scheduled)
 
-    def _recover(self, error: BaseException) -> None:
+    def _recover(self, error: Exception) -> None:
         """Drop all KV, and start over with the tokens known by then.
 
-        The results of the step before count if they can still be read. Tokens that are lost will be
-        the same when computed again, since noise depends on the position alone.
+        MLX raises an error once, at whatever waits for the device next, and clears it. Everything
+        in flight is void then, and so is KV that was computed from it: another attempt to read it
+        would give arbitrary values. Tokens that are lost will be the same when computed again,
+        since noise depends on the position alone.
+
+        Raises:
+            Exception: `error`, unless it is about memory. The engine can go on nevertheless.
         """
         previous, self.pending_step = self.pending_step, None
         self._runner.reset()
-        dropped = self._oom_recovery.step_failed(error)
-        if previous is not None:
-            try:
-                self._read(previous)
-            except (MemoryError, RuntimeError) as another:
-                if not is_out_of_memory(another):
-                    raise
-        for sequence in self.scheduler.waiting:
+        refused = is_out_of_memory(error)
+        dropped = self._oom_recovery.step_failed(error) if refused else []
+        if not refused:
+            self.scheduler.reset_kv()
+        if previous is not None and previous.confirmed is not None and not previous.read:
+            self._read(previous)  # Its tokens were fetched for grammars, which are ahead by them.
+        for sequence in [s for found in self._requests.values() for s in found]:
             sequence.num_inflight_tokens = 0
+            if sequence.ended:
+                self._finish(sequence)
         mx.clear_cache()
+        if not refused:
+            raise error
         for sequence in dropped:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -326,6 +335,7 @@ class Engine:
         self._rows += rows.num_rows
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
         self._step_seconds_total += seconds
+        step.read = True
         drafted, accepted = self._read_tokens(step, confirmed)
         # Drafts verified and drafts made, of each sequence.
         kinds = {each.num_sampled - 1 for each in rows.decode}
@@ -368,8 +378,9 @@ class Engine:
             self._accepted += output.accepted
             self._verified += output.drafted > 0
             self._outputs.append(output)
-            if output.finish_reason is not None:
-                self._finish(sequence)
+        for sequence in step.rows.sampled_sequences:
+            if sequence.ended and sequence.status is not SequenceStatus.FINISHED:
+                self._finish(sequence)  # Behind all tokens, as MLX may raise.
         return drafted, accepted
 
     def close(self) -> None:

@@ -56,6 +56,7 @@ class Sequence:
         cache_match: cached part of the prompt at the first admission; None before.
         thinking_left: tokens that reasoning may still take; None: unbounded, or closed. Below 0,
             -i: i tokens of `thinking_close` have been generated.
+        ended: its last token is known, and reported.
         arrival: number of sequences that arrived earlier.
         arrival_prefill_clock: prefill tokens that the scheduler had served at the arrival.
     """
@@ -103,6 +104,7 @@ class Sequence:
         self.grammar: GrammarState | None = None
         self.history: History | None = None
         self.cache_match: CacheMatch | None = None
+        self.ended = False
         self.arrival = 0
         self.arrival_prefill_clock = 0
         self._computed_mask = np.zeros(len(prompt), bool)
@@ -245,10 +247,12 @@ class Sequence:
                 output.logprobs = [*(output.logprobs or []), found]
             output.finish_reason = self._finish_reason(token, eos_token_ids)
             if output.finish_reason is not None:
+                self.ended = True
                 return output
         if self.grammar is not None and self.grammar.error:
             output.finish_reason, output.error_kind = "error", "internal"
             output.error = f"The grammar cannot be followed further: {self.grammar.error}"
+            self.ended = True
         return output
 
     def _finish_reason(self, token: int, eos_token_ids: tuple[int, ...]) -> FinishReason | None:

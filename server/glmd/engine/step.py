@@ -127,6 +127,7 @@ class PendingStep:
         fetched: time at which the step was found to be evaluated.
         waited: the host had to wait for the step.
         confirmed: confirmed tokens of each sequence; None before the first `wait`.
+        read: the sequences have the confirmed tokens.
     """
 
     rows: StepRows
@@ -144,22 +145,26 @@ class PendingStep:
     fetched: float = 0.0
     waited: bool = False
     confirmed: list[list[int]] | None = None
+    read: bool = False
 
     def wait(self) -> list[list[int]]:
         """Wait for the step; returns each sampled sequence's confirmed tokens.
 
-        The first call advances the sequences' grammars.
+        The first call reads all results, and then advances the sequences' grammars: MLX may raise
+        at any result, and nothing must have changed by then.
         """
         if self.confirmed is None:
             asked = time.monotonic()
             mx.eval(self.ready)
             self.fetched = time.monotonic()
             self.waited = self.fetched - asked > WAIT
-            self.confirmed = []
+            confirmed: list[list[int]] = []
             if self.tokens is not None:
+                mx.eval(self.tokens, self.counts, *self.logprobs.values())
                 tokens, counts = np.array(self.tokens).tolist(), np.array(self.counts).tolist()
                 for rows, count in zip(self.rows.sampled, counts, strict=True):
-                    self.confirmed.append(tokens[rows.sample_start : rows.sample_start + count])
+                    confirmed.append(tokens[rows.sample_start : rows.sample_start + count])
+            self.confirmed = confirmed
             for rows, accepted in zip(self.rows.sampled, self.confirmed, strict=True):
                 if rows.sequence.grammar is not None:
                     for token in accepted:

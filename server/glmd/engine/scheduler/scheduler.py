@@ -112,31 +112,35 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence for good. Its KV stays in the tree."""
-        if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self._free(sequence)
-        else:
-            self.waiting.remove(sequence)
+        running = sequence.status is SequenceStatus.RUNNING
+        (self.running if running else self.waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         self._fairness.leave(sequence.request.client)
+        if running:
+            self._free(sequence)  # Last, as MLX may raise.
         if not self._prefix_cache and not self.running:
             self.tree.clear()
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait. Its KV stays in the tree until evicted."""
+        self._free(sequence)  # First, as MLX may raise.
         self.running.remove(sequence)
-        self._free(sequence)
         self._requeue(sequence)
         self.preemptions += 1
 
     def reset_kv(self) -> list[Sequence]:
-        """Drop all KV and send the running sequences back to wait; returns those."""
+        """Drop all KV and send the running sequences back to wait; returns those.
+
+        Also right after an error of MLX, wherever it was raised.
+        """
         dropped, self.running = self.running, []
         for sequence in dropped:
             if self.disk is not None:
                 self.disk.cancel(sequence)
-            sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
             self._requeue(sequence)
+        for sequence in self.waiting:
+            sequence.lease, sequence.slot, sequence.history = None, NO_SLOT, None
+            sequence.num_cached_tokens = sequence.num_computed_tokens = 0
         self.tree.reset()
         self.tails.reset()
         return dropped

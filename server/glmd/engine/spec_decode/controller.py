@@ -168,32 +168,18 @@ class DraftController:
 
     def _advance(self, choice: _Choice) -> DraftPlan:
         """Enter the next stage if it is time to; return the plan of the present one."""
-        other = 1 - choice.drafts
-        if choice.stage is _Stage.HOLD:
-            if choice.drafts and not self._may_pay(choice.cost or 1.0):
-                self._hold(choice, 0)
-            if self._steps < choice.holds_until:
-                return DraftPlan(choice.drafts)
-            choice.enter(_Stage.TRIAL if choice.drafts else _Stage.PROBE)
-            choice.seconds[other].clear()
-            if not choice.drafts:
-                self._drafted *= REMEMBERED
-                self._accepted *= REMEMBERED
+        if choice.stage is _Stage.HOLD and (held := self._held(choice)) is not None:
+            return held
         choice.stage_steps += 1
         if choice.stage_steps > STAGE_LIMIT:
             self._hold(choice, choice.drafts)
         if choice.stage is _Stage.PROBE:
             if choice.probed < PROBE_DRAFTS and self.acceptance >= HOPELESS:
                 return DraftPlan(1, sequences=PROBED)
-            if choice.cost is not None:
-                choice.cost = 1 + COST_REMEMBERED * (choice.cost - 1)
-            if self._may_pay(choice.cost or 1.0):
-                choice.enter(_Stage.TRIAL)
-            else:
-                self._hold(choice, 0)
+            self._end_probe(choice)
         if choice.stage is _Stage.TRIAL:
-            if len(choice.seconds[other]) < NUM_SAMPLES:
-                return DraftPlan(other, with_gaps=True)
+            if len(choice.seconds[1 - choice.drafts]) < NUM_SAMPLES:
+                return DraftPlan(1 - choice.drafts, with_gaps=True)
             choice.enter(_Stage.CHECK)
             before = list(choice.seconds[choice.drafts])[-NUM_SAMPLES:]
             choice.seconds[choice.drafts] = deque(before, maxlen=2 * NUM_SAMPLES)
@@ -206,6 +192,27 @@ class DraftController:
             choice.gain = (1 + self.acceptance) / choice.cost
             self._hold(choice, int(choice.gain > 1))
         return DraftPlan(choice.drafts)
+
+    def _held(self, choice: _Choice) -> DraftPlan | None:
+        """The decision's plan; None once it is time to measure again."""
+        if choice.drafts and not self._may_pay(choice.cost or 1.0):
+            self._hold(choice, 0)
+        if self._steps < choice.holds_until:
+            return DraftPlan(choice.drafts)
+        choice.enter(_Stage.TRIAL if choice.drafts else _Stage.PROBE)
+        choice.seconds[1 - choice.drafts].clear()
+        if not choice.drafts:
+            self._drafted *= REMEMBERED
+            self._accepted *= REMEMBERED
+        return None
+
+    def _end_probe(self, choice: _Choice) -> None:
+        if choice.cost is not None:
+            choice.cost = 1 + COST_REMEMBERED * (choice.cost - 1)
+        if self._may_pay(choice.cost or 1.0):
+            choice.enter(_Stage.TRIAL)
+        else:
+            self._hold(choice, 0)
 
     def _may_pay(self, cost: float) -> bool:
         return 1 + self.acceptance > max(cost, 1 + HOPELESS)

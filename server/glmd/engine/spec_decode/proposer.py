@@ -84,9 +84,7 @@ class MTPProposer:
             return 0  # Caught up for another sequence.
         start = sum(part.shape[0] for part in segment.caught_up)
         shape, item = self._model.shape, self._model.dtype.size
-        rows, expanded = select_form(
-            shape, node.start + start, min(limit, len(node) - start), item
-        )
+        rows, expanded = select_form(shape, node.start + start, min(limit, len(node) - start), item)
         end = start + rows
         before = Lease(node, start)
         if not start:
