@@ -234,7 +234,7 @@ def test_exit_code_is_1_for_problems_only(
     assert report["verdict"] == "problem"
     names = [finding["name"] for finding in report["findings"] if finding["name"] != "blas"]
     assert names == [
-        "versions", "system", "device", "settings", "memory", "model", "port", "service",
+        "versions", "system", "device", "dtype", "settings", "memory", "model", "port", "service",
         "open files",
     ]  # fmt: skip
     shown = run.invoke(app, ["/no/where", "--port", "0"])
@@ -242,3 +242,48 @@ def test_exit_code_is_1_for_problems_only(
     assert "→ Download or convert the model again." in shown.output
     monkeypatch.setattr(doctor, "check_model", lambda *_: Finding("model", "warning", "x", "y"))
     assert run.invoke(app, ["--port", "0"]).exit_code == 0
+
+
+TIMES = {"dense": 1.0, "8-bit": 2.0, "8-bit, one row": 0.1}
+
+
+def measured(ratio: float, *, gpu: bool = True) -> dict[str, Any]:
+    """A report in which float16 takes `ratio` of the time of bfloat16."""
+    dtypes = {kind: {"bfloat16": ms, "float16": ratio * ms} for kind, ms in TIMES.items()}
+    return {"gpu": gpu, "dtypes": dtypes}
+
+
+def test_products_in_both_dtypes_are_timed_on_this_machine(device: tuple[Any, Finding]) -> None:
+    report, _ = device
+    assert all(
+        0 < found[dtype] < 60_000
+        for found in report["dtypes"].values()
+        for dtype in ("bfloat16", "float16")
+    )
+    (finding,) = doctor.check_dtype(report, "auto")
+    assert "8-bit, one row" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("ratio", "setting", "advised"),
+    [
+        (0.6, "auto", "float16"),
+        (0.6, "bfloat16", "float16"),
+        (0.6, "float16", None),
+        (0.95, "auto", None),
+        (1.05, "float16", None),
+        (1.6, "auto", None),
+        (1.6, "float16", "auto"),
+    ],
+)
+def test_the_faster_dtype_is_advised_on_a_gpu(
+    ratio: float, setting: str, advised: str | None
+) -> None:
+    (finding,) = doctor.check_dtype(measured(ratio), setting)
+    if advised is None:
+        assert (finding.verdict, finding.advice) == ("ok", None)
+    else:
+        assert finding.verdict == "warning"
+        assert finding.advice.startswith(f"Set dtype = {advised} ")
+    (finding,) = doctor.check_dtype(measured(ratio, gpu=False), setting)
+    assert (finding.verdict, finding.advice) == ("ok", None)

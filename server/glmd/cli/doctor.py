@@ -7,6 +7,7 @@ import json
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -58,6 +59,9 @@ MEGABYTE = 2**20
 
 KV_BYTES = 2
 """Bytes of a KV value in bfloat16."""
+
+FASTER_DTYPE = 1.1
+"""Ratio of times from which on the other dtype is worth a setting. Below, it is noise."""
 
 REINSTALL = "Install glmd again (`pip install --force-reinstall mlx`)."
 
@@ -122,6 +126,7 @@ def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Findin
         check_system(),
         device_finding,
         *check_blas(report),
+        *check_dtype(report, "auto"),
         settings_finding,
         check_memory(budget),
         check_model(settings.model, budget),
@@ -211,6 +216,39 @@ def check_blas(report: Mapping[str, Any] | None) -> list[Finding]:
             "MLX's wheel for Linux contains the slow reference BLAS; OpenBLAS is not installed",
             "Install OpenBLAS for faster prefill: sudo apt install libopenblas0"
             " (Fedora and Arch: openblas).",
+        )
+    ]
+
+
+def check_dtype(report: Mapping[str, Any] | None, setting: str) -> list[Finding]:
+    """Compare the measured products in bfloat16 and float16 on a GPU, and the setting `dtype`.
+
+    Older chips compute bfloat16 by way of float32.
+    """
+    if report is None:
+        return []
+    times: Mapping[str, Mapping[str, float]] = report["dtypes"]
+    text = "; ".join(
+        f"{kind} {found['bfloat16']:.2f} ms in bfloat16, {found['float16']:.2f} in float16"
+        for kind, found in times.items()
+    )
+    if not report["gpu"]:
+        return [Finding("dtype", "ok", f"{text}; glmd computes in float32 without a GPU")]
+    # The mean of ratios, so that no kind of product counts more for taking longer.
+    ratios = [found["bfloat16"] / found["float16"] for found in times.values()]
+    ratio = statistics.geometric_mean(ratios)
+    present = "float16" if setting == "float16" else "bfloat16"
+    gain = ratio if present == "bfloat16" else 1 / ratio
+    if gain < FASTER_DTYPE:
+        return [Finding("dtype", "ok", text)]
+    other = "float16" if present == "bfloat16" else "auto"
+    return [
+        Finding(
+            "dtype",
+            "warning",
+            text,
+            f"Set dtype = {other} for products in {1 / gain:.0%} of the time"
+            f" (`glmd serve --dtype {other}`).",
         )
     ]
 
