@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glmd.bench import workloads
-from glmd.bench.backends import GlmdBackend, MlxLmBackend
+from glmd.bench import engine, workloads
+from glmd.bench.backends import GlmdBackend, GlmdSession, MlxLmBackend
 from glmd.bench.engine import EngineReport, Metric, bench_engine, make_row, measured_workloads
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.bench.report import console, engine_table
@@ -27,8 +27,11 @@ from glmd.bench.runner import (
 from glmd.bench.workloads import EARLY_TOKENS, Prompts, Request, unique_tokens
 from glmd.checkpoint.hub import DEMO
 from glmd.cli.bench import checkpoint_folder
+from glmd.engine.config import EngineConfig
+from glmd.engine.core import Engine
 from glmd.errors import SettingsError
 from glmd.ipc import TokenArray
+from glmd.model.loader import load_model
 
 VOCAB = 512
 SCALE = 0.02
@@ -172,13 +175,15 @@ def test_a_row_is_empty_if_any_run_was_not_measured() -> None:
     good = RunTrace([[request_trace(ids(1), 0, [1, 2, 3])]])
     empty = RunTrace([[request_trace(ids(1), 0, [1, 2]), request_trace(ids(2), 0, [3, 4])]])
     row = make_row("w", RATE, [(good, good), (empty, good)])
-    assert (row.glmd, row.mlx_lm, row.advantage, row.met) == (None, 1.0, None, None)
+    assert (row.glmd, row.other, row.advantage, row.met) == (None, 1.0, None, None)
     assert row.runs == [(1.0, 1.0), (None, 1.0)]
     assert row.reasons == ["glmd, run 2: a request had 0 of 1 tokens while all 2 decoded"]
     theirs = make_row("w", RATE, [(good, empty)])
-    assert (theirs.glmd, theirs.mlx_lm, theirs.met) == (1.0, None, None)
+    assert (theirs.glmd, theirs.other, theirs.met) == (1.0, None, None)
     with (screen := console()).capture() as printed:
-        screen.print(engine_table(EngineReport("float32", True, 1, 1, 1.0, [row])))
+        screen.print(
+            engine_table(EngineReport(("glmd", "mlx-lm"), "float32", True, 1, 1, 1.0, [row]))
+        )
     assert "–" in printed.get()
     assert f"w, decode: {row.reasons[0]}" in printed.get()
 
@@ -262,7 +267,7 @@ def test_all_workloads_run_to_their_end_on_both_backends(checkpoint: Path) -> No
     assert [(row.workload, row.goal) for row in report.rows] == expected
     for row in report.rows:
         if row.workload.startswith("cancelled"):  # this prompt is one chunk
-            assert (row.glmd, row.mlx_lm, row.met, len(row.reasons)) == (None, None, None, 2)
+            assert (row.glmd, row.other, row.met, len(row.reasons)) == (None, None, None, 2)
         else:
             assert not row.reasons
             assert row.glmd == median(ours for ours, _ in row.runs if ours is not None)
@@ -276,7 +281,7 @@ def test_a_checkpoint_is_measured_beyond_its_context(tmp_path: Path) -> None:
     report = bench(tmp_path, SCALE, "one row at 8k")
     assert round(8192 * SCALE) > context
     assert report.same_answers == 1.0
-    assert all(rate for row in report.rows for rate in (row.glmd, row.mlx_lm))
+    assert all(rate for row in report.rows for rate in (row.glmd, row.other))
 
 
 def test_an_unknown_workload_is_rejected(checkpoint: Path) -> None:
@@ -288,3 +293,39 @@ def test_the_model_demo_is_the_bundled_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("demo") == DEMO
     assert checkpoint_folder("./demo") == Path("demo")
+
+
+def test_the_mtp_layer_is_compared_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random_checkpoint(tmp_path, vocab_size=VOCAB, predictable=True)
+    monkeypatch.setattr(engine, "MTP_WINDOW", 3)
+    report = bench_engine(
+        tmp_path,
+        scale=SCALE,
+        repeat=1,
+        only="batch 1",
+        against="mtp-off",
+        on_progress=lambda line: None,
+    )
+    assert report.sides == ("mtp auto", "mtp off")
+    assert report.same_answers == 1.0
+    assert [row.workload for row in report.rows] == [
+        "decode, batch 1, 3 tokens each",
+        "decode, batch 1",
+    ]
+    assert all(row.ratio == engine.MTP_RATIO and row.advantage for row in report.rows)
+    with (screen := console()).capture() as printed:
+        screen.print(engine_table(report))
+    assert "mtp auto, mtp off" in printed.get()
+
+
+def test_a_predictable_checkpoint_accepts_all_drafts(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, vocab_size=VOCAB, predictable=True, dtype="F32")
+    model = load_model(tmp_path, "float32", lambda done, total: None)
+    running = Engine(model, EngineConfig(mtp=1), 1 << 30)
+    session = GlmdSession(running)
+    session.submit(0, ids(5, 6, 7), 41)
+    while not any(progress.ended for progress in session.step()):
+        pass
+    assert running.stats().accepted == running.stats().drafted == 20

@@ -28,7 +28,13 @@ def figures(server: str, scenario: str) -> Figures:
 
 
 ENGINE = EngineReport(
-    "float32", True, 1, 1, 1.0, [row("batch 8", 1.25, 1.0), row("ragged & 7", None, None)]
+    ("glmd", "mlx-lm"),
+    "float32",
+    True,
+    1,
+    1,
+    1.0,
+    [row("batch 8", 1.25, 1.0), row("ragged & 7", None, None)],
 )
 SERVING = [
     figures(server, name) for name in ("8 streams", "agents") for server in ("glmd", "other")

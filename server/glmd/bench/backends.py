@@ -28,11 +28,11 @@ class GlmdBackend:
     Args:
         dtype: type of activations, KV cache and unquantized weights.
         mtp: load the checkpoint's MTP layer and draft where that is faster.
+        name: of this side of a comparison.
     """
 
-    name = "glmd"
-
-    def __init__(self, folder: Path, dtype: Dtype, *, mtp: bool = True) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, *, mtp: bool = True, name: str = "glmd") -> None:
+        self.name = name
         self._config = EngineConfig(dtype=dtype, mtp="auto" if mtp else 0)
         self._budget = memory.default_budget()
         memory.DeviceLimits.set(self._budget)

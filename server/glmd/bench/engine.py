@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -27,6 +27,14 @@ STRAY_BYTES = 1 << 20
 
 SLACK_BYTES = 2 * mmap.PAGESIZE
 """Allowed bytes per array: MLX's allocator reuses freed buffers up to two pages too large."""
+
+
+MTP_WINDOW = 1024
+"""Tokens of each stream in which the MTP layer is compared with none: enough for a trial of drafts
+(`glmd.engine.spec_decode.controller.FIRST_TRIAL`) and as many steps behind it."""
+
+MTP_RATIO = 0.97
+"""Least speed with the MTP layer, relative to that without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +130,29 @@ def measured_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[Me
     yield workloads.mixed(prompts), (stray,)
 
 
+def mtp_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[MeasuredWorkload]:
+    """Yield the rows that compare the MTP layer with none, all with the target `MTP_RATIO`."""
+    decode = Metric("decode", "tokens/s", "higher", RunTrace.decode_rate, ratio=MTP_RATIO)
+    for rows in (1, 8, 32):
+        workload = workloads.decode(prompts, rows, window=MTP_WINDOW)
+        yield replace(workload, name=f"{workload.name}, {MTP_WINDOW} tokens each"), (decode,)
+    for workload, metrics in measured_workloads(prompts, kv_bytes_per_token):
+        kept = [replace(m, ratio=MTP_RATIO, bound=None) for m in metrics if m.ratio is not None]
+        if kept:
+            yield workload, tuple(kept)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRow:
     """Medians of one metric of one workload.
 
     Attributes:
-        glmd, mlx_lm: medians. None: not measured in at least one repetition; see `reasons`.
+        glmd, other: medians of both sides. None: not measured in at least one repetition; see
+            `reasons`.
         advantage: median of the ratios within each repetition, so that a slow minute affects both
             backends. None: not comparable.
         met: whether both targets are met. None: a number for the targets was not measured.
-        runs: values of glmd and mlx-lm in each repetition. None: not measured.
+        runs: values of both sides in each repetition. None: not measured.
         reasons: a line for each number that was not measured.
     """
 
@@ -139,7 +160,7 @@ class EngineRow:
     goal: str
     unit: str
     glmd: float | None
-    mlx_lm: float | None
+    other: float | None
     advantage: float | None
     ratio: float | None
     bound: float | None
@@ -154,10 +175,12 @@ class EngineReport:
     """Result of the engine benchmark.
 
     Attributes:
+        sides: names of the two sides.
         mtp: glmd loaded the MTP layer, if the checkpoint has one.
         same_answers: share of requests with the same tokens on both backends.
     """
 
+    sides: tuple[str, str]
     dtype: str
     mtp: bool
     weight_bytes: int
@@ -172,7 +195,8 @@ def bench_engine(
     scale: float,
     repeat: int,
     only: str,
-    mtp: bool,
+    mtp: bool = True,
+    against: Literal["mlx-lm", "mtp-off"] = "mlx-lm",
     on_progress: Callable[[str], None],
 ) -> EngineReport:
     """Run the engine benchmark.
@@ -183,6 +207,8 @@ def bench_engine(
         repeat: runs of each workload on each backend.
         only: run only workloads whose name contains this text.
         mtp: load glmd's MTP layer; mlx-lm has none.
+        against: the other side, mlx-lm or glmd without the MTP layer. In the latter case streams of
+            `MTP_WINDOW` tokens come first, and targets are those of `MTP_RATIO`.
         on_progress: called with a line of progress.
 
     Raises:
@@ -192,18 +218,25 @@ def bench_engine(
     dtype: Dtype = "bfloat16" if on_gpu() else "float32"
     config = load_config(folder)
     on_progress(f"loading {folder.name} twice, {dtype}")
-    glmd = GlmdBackend(folder, dtype, mtp=mtp)
-    mlx_lm = MlxLmBackend(folder, getattr(mx, dtype))
+    glmd: GlmdBackend
+    other: Backend
     prompts = Prompts(config.vocab_size, scale)
-    chosen = [
-        (workload, metrics)
-        for workload, metrics in measured_workloads(prompts, glmd.kv_bytes_per_token)
-        if only in workload.name
-    ]
+    if against == "mlx-lm":
+        glmd = GlmdBackend(folder, dtype, mtp=mtp)
+        other = MlxLmBackend(folder, getattr(mx, dtype))
+        found = measured_workloads(prompts, glmd.kv_bytes_per_token)
+    else:
+        glmd = GlmdBackend(folder, dtype, name="mtp auto")
+        other = GlmdBackend(folder, dtype, mtp=False, name="mtp off")
+        found = mtp_workloads(prompts, glmd.kv_bytes_per_token)
+    chosen = [(workload, metrics) for workload, metrics in found if only in workload.name]
     if not chosen:
         raise SettingsError(f"--only: no workload has {only!r} in its name.")
-    glmd.extend_context(max(workload.longest for workload, _ in chosen) + ENDLESS_ROOM)
-    backends: list[Backend] = [glmd, mlx_lm]
+    context = max(workload.longest for workload, _ in chosen) + ENDLESS_ROOM
+    for each in (glmd, other):
+        if isinstance(each, GlmdBackend):
+            each.extend_context(context)
+    backends: list[Backend] = [glmd, other]
     for backend in backends:  # warm-up: compiles kernels and reads all weights
         run(backend, workloads.decode(Prompts(config.vocab_size, 0), 2, window=4))
     rows, agreement = [], []
@@ -213,10 +246,12 @@ def bench_engine(
             on_progress(f"{workload.name}, {number + 1} of {repeat}")
             order = backends[:: -1 if number % 2 else 1]
             traces = {backend.name: run(backend, workload) for backend in order}
-            pairs.append((traces["glmd"], traces["mlx-lm"]))
+            pairs.append((traces[glmd.name], traces[other.name]))
         agreement += [same_answers(*pair) for pair in pairs]
-        rows += [make_row(workload.name, metric, pairs) for metric in metrics]
+        sides = glmd.name, other.name
+        rows += [make_row(workload.name, metric, pairs, sides) for metric in metrics]
     return EngineReport(
+        sides=(glmd.name, other.name),
         dtype=dtype,
         mtp=mtp,
         weight_bytes=glmd.weight_bytes,
@@ -227,9 +262,12 @@ def bench_engine(
 
 
 def make_row(
-    workload: str, metric: Metric, pairs: Iterable[tuple[RunTrace, RunTrace]]
+    workload: str,
+    metric: Metric,
+    pairs: Iterable[tuple[RunTrace, RunTrace]],
+    sides: tuple[str, str] = ("glmd", "mlx-lm"),
 ) -> EngineRow:
-    """Summarise a metric of all repetitions, each a run of glmd and one of mlx-lm."""
+    """Summarise a metric of all repetitions, each a run of both sides."""
     reasons: list[str] = []
 
     def read(backend: str, number: int, trace: RunTrace) -> float | None:
@@ -240,11 +278,11 @@ def make_row(
             return None
 
     runs = [
-        (read("glmd", number, ours), read("mlx-lm", number, theirs))
+        (read(sides[0], number, ours), read(sides[1], number, theirs))
         for number, (ours, theirs) in enumerate(pairs, 1)
     ]
     glmd = _median([ours for ours, _ in runs])
-    mlx_lm = _median([theirs for _, theirs in runs])
+    other = _median([theirs for _, theirs in runs])
     advantage = _median(
         [
             None if ours is None or theirs is None else metric.advantage(ours, theirs)
@@ -252,14 +290,14 @@ def make_row(
         ]
     )
     met = None
-    if glmd is not None and (metric.ratio is None or mlx_lm is not None):
+    if glmd is not None and (metric.ratio is None or other is not None):
         met = metric.met(glmd, advantage)
     return EngineRow(
         workload=workload,
         goal=metric.name,
         unit=metric.unit,
         glmd=glmd,
-        mlx_lm=mlx_lm,
+        other=other,
         advantage=advantage,
         ratio=metric.ratio,
         bound=metric.bound,

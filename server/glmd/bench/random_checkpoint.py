@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,7 @@ def write_random_checkpoint(
     dtype: Literal["BF16", "F32"] = "BF16",
     shards: int = 1,
     mtp_shares_vocabulary: bool = True,
+    predictable: bool = False,
     **config: Any,
 ) -> ModelConfig:
     """Write a checkpoint of random weights in Hugging Face's layout, with a byte-level tokenizer.
@@ -108,6 +109,8 @@ def write_random_checkpoint(
         shards: number of weight files; more than one have an index.
         mtp_shares_vocabulary: the MTP layer's embedding and head are bit-equal to the main
             model's, as published; else they have values of their own.
+        predictable: a token determines the next one, and the MTP layer drafts what the model
+            chooses. Layers add nothing to the hidden states, at the same cost.
         config: entries of config.json that replace the defaults; None removes an entry. The
             tokenizer is omitted if the vocabulary has no room for its 277 tokens.
 
@@ -129,7 +132,8 @@ def write_random_checkpoint(
         prefix = mtp_prefix(parsed)
         twins[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
         twins[f"{prefix}.shared_head.head.weight"] = "lm_head.weight"
-    _write_weights(folder, weights, twins, seed=seed, dtype=dtype, shards=shards)
+    draw = _draw_predictable if predictable else _draw
+    _write_weights(folder, weights, twins, draw, seed=seed, dtype=dtype, shards=shards)
     _write_json(
         folder / "generation_config.json",
         {"do_sample": True, "temperature": 1.0, "eos_token_id": raw.get("eos_token_id")},
@@ -152,6 +156,7 @@ def _write_weights(
     folder: Path,
     weights: list[Weight],
     twins: dict[str, str],
+    draw: Callable[[Weight, Shape, str, int], npt.NDArray[np.float32]],
     *,
     seed: int,
     dtype: str,
@@ -175,7 +180,7 @@ def _write_weights(
         with TensorFileWriter(folder / name, part, {"format": "pt"}) as writer:
             for spec in part:
                 weight_map[spec.name] = name
-                drawn = _draw(makers[spec.name], spec.shape, twins.get(spec.name, spec.name), seed)
+                drawn = draw(makers[spec.name], spec.shape, twins.get(spec.name, spec.name), seed)
                 stored = to_bf16(drawn) if spec.dtype == "BF16" else drawn
                 writer.write(spec.name, stored.tobytes())
     if shards > 1:
@@ -198,6 +203,19 @@ def _draw(weight: Weight, shape: Shape, name: str, seed: int) -> npt.NDArray[np.
     # Wider where the result selects something, so that rounding does not change the selection.
     gain = {Component.HEAD: 3.0, Component.ROUTER: 2.0}.get(weight.component, 1.0)
     return values * np.float32(gain / np.sqrt(shape[-1]))
+
+
+def _draw_predictable(
+    weight: Weight, shape: Shape, name: str, seed: int
+) -> npt.NDArray[np.float32]:
+    """Draw such that layers add nothing, and the MTP layer reads the next token's embedding."""
+    if weight.component is Component.NORM:
+        return np.ones(shape, np.float32)
+    if weight.component is Component.MTP_PROJECTION:
+        return np.eye(*shape, dtype=np.float32)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return np.zeros(shape, np.float32)
+    return _draw(weight, shape, name, seed)
 
 
 def _split(specs: list[TensorSpec], parts: int) -> Iterator[list[TensorSpec]]:
@@ -283,23 +301,44 @@ MIDDLE: dict[str, Any] = {
 CPU can run the long contexts too."""
 
 
-def middle_checkpoint() -> Path:
+DEEP: dict[str, Any] = MIDDLE | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+}
+"""Many small layers: steps take as long as their operations have overhead, whatever the number of
+rows, as on a GPU at small batch sizes. There drafts pay even on a CPU."""
+
+
+def middle_checkpoint(*, mtp: bool = False, deep: bool = False) -> Path:
     """Return the folder of the mid-size checkpoint (`MIDDLE`) in the user's cache.
 
     The first call writes the checkpoint in a few seconds. Its dtype is glmd's default on this
     machine, because mlx_lm.server has no setting for the dtype.
+
+    Args:
+        mtp: with an MTP layer whose drafts are all accepted.
+        deep: of the dimensions `DEEP` instead.
     """
     dtype: Literal["BF16", "F32"] = "BF16" if on_gpu() else "F32"
-    contents = hashlib.sha256(json.dumps([MIDDLE, dtype]).encode())
+    config = (DEEP if deep else MIDDLE) | {"num_nextn_predict_layers": int(mtp)}
+    contents = hashlib.sha256(json.dumps([config, dtype]).encode())
     for file in TEXT_FILES:
         contents.update((DEMO / file).read_bytes())
-    name = f"middle-{contents.hexdigest()[:8]}"
+    name = f"{'deep' if deep else 'middle'}-{contents.hexdigest()[:8]}"
     folder = platformdirs.user_cache_path("glmd") / "bench" / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder.parent))
         try:
-            write_talkative_checkpoint(unfinished, dtype=dtype, **MIDDLE)
+            write_talkative_checkpoint(unfinished, dtype=dtype, predictable=mtp, **config)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -312,7 +351,7 @@ def on_gpu() -> bool:
 
 
 def write_talkative_checkpoint(
-    folder: Path, *, dtype: Literal["BF16", "F32"], **config: Any
+    folder: Path, *, dtype: Literal["BF16", "F32"], predictable: bool = False, **config: Any
 ) -> None:
     """Write a random checkpoint whose answers are plain text of exactly the requested length.
 
@@ -322,6 +361,7 @@ def write_talkative_checkpoint(
     Args:
         folder: an empty folder.
         dtype: type of the weights.
+        predictable: see `write_random_checkpoint`.
         config: entries of config.json; see `write_random_checkpoint`.
     """
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
@@ -329,13 +369,14 @@ def write_talkative_checkpoint(
     ends = [tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     write_random_checkpoint(
         folder, dtype=dtype, vocab_size=tokenizer.get_vocab_size(),
-        eos_token_id=ends, pad_token_id=ends[0], **config,
+        eos_token_id=ends, pad_token_id=ends[0], predictable=predictable, **config,
     )  # fmt: skip
     for name in TEXT_FILES:
         shutil.copy(DEMO / name, folder)
-    head = read_header(folder / "model.safetensors")["lm_head.weight"]
-    row = head.nbytes // head.shape[0]
-    with head.file.open("r+b") as file:
-        for token in added:
-            file.seek(head.offset + token * row)
-            file.write(bytes(row))
+    tensors = read_header(folder / "model.safetensors")
+    for head in (tensors[name] for name in tensors if name.endswith("head.weight")):
+        row = head.nbytes // head.shape[0]
+        with head.file.open("r+b") as file:
+            for token in added:
+                file.seek(head.offset + token * row)
+                file.write(bytes(row))

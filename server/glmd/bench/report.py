@@ -83,9 +83,9 @@ def make_table(title: str, text_columns: Sequence[str], indexcolumns: Sequence[s
 def engine_table(report: EngineReport) -> Table:
     """One row per metric of the engine benchmark; below, why a number was not measured."""
     table = make_table(
-        "glmd against mlx-lm's BatchGenerator, medians",
+        _engine_title(report) + ", medians",
         ("workload", "measured"),
-        ("glmd", "mlx-lm", "better by", "target", ""),
+        (*report.sides, "better by", "target", ""),
     )
     previous = None
     for row in report.rows:
@@ -93,7 +93,7 @@ def engine_table(report: EngineReport) -> Table:
             row.workload if row.workload != previous else "",
             f"{row.goal}, {row.unit}" if row.unit else row.goal,
             NOT_MEASURED if row.glmd is None else number(row.glmd),
-            NOT_MEASURED if row.mlx_lm is None else number(row.mlx_lm),
+            NOT_MEASURED if row.other is None else number(row.other),
             f"{number(row.advantage)}×" if row.advantage else "",
             _target(row),
             _engine_verdict(row),
@@ -104,6 +104,11 @@ def engine_table(report: EngineReport) -> Table:
         f"{row.workload}, {row.goal}: {reason}" for row in report.rows for reason in row.reasons
     )
     return table
+
+
+def _engine_title(report: EngineReport) -> str:
+    ours, theirs = report.sides
+    return f"{ours} against {theirs}'s BatchGenerator" if ours == "glmd" else f"{ours}, {theirs}"
 
 
 def _engine_verdict(row: EngineRow) -> str:
@@ -205,7 +210,7 @@ def engine_plot(report: EngineReport, file: Path) -> None:
     for position, row in enumerate(rows):
         if row.ratio is not None:
             axes.plot([row.ratio] * 2, [position - 0.4, position + 0.4], color=TARGET)
-    axes.set_title("glmd against mlx-lm's BatchGenerator", loc="left")
+    axes.set_title(_engine_title(report), loc="left")
     axes.set_xlabel("times better; red: target")
     figure.savefig(file, dpi=160)
 

@@ -6,8 +6,9 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import msgspec
 import typer
 
 app = typer.Typer(
@@ -18,8 +19,8 @@ app = typer.Typer(
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Checkpoint folder, or `demo` for the bundled demo."
-        " Default: a mid-size model of random weights."
+        help="Checkpoint folder, `demo` for the bundled demo, or `deep` for 24 small layers of"
+        " random weights. Default: a mid-size model of random weights."
     ),
 ]
 Scale = Annotated[
@@ -33,13 +34,17 @@ Plot = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 
 
-def checkpoint_folder(model: str | None) -> Path:
-    """Return the folder of `--model`."""
+def checkpoint_folder(model: str | None, *, mtp: bool = False) -> Path:
+    """Return the folder of `--model`.
+
+    Args:
+        mtp: random weights have an MTP layer.
+    """
     from glmd.bench.random_checkpoint import middle_checkpoint
     from glmd.checkpoint.hub import DEMO
 
-    if model is None:
-        return middle_checkpoint()
+    if model is None or model == "deep":
+        return middle_checkpoint(mtp=mtp, deep=model == "deep")
     return DEMO if model == "demo" else Path(model).expanduser()
 
 
@@ -52,18 +57,34 @@ def engine(
     no_mtp: Annotated[
         bool, typer.Option("--no-mtp", help="Load no MTP layer; mlx-lm has none.")
     ] = False,
+    against: Annotated[
+        Literal["mlx-lm", "mtp-off"],
+        typer.Option(
+            help="The other side. `mtp-off`: compare `--mtp auto` with `--mtp off`; random weights"
+            " then have an MTP layer whose drafts are all accepted."
+        ),
+    ] = "mlx-lm",
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
     """Measure the engine without HTTP, against mlx-lm's BatchGenerator in one process."""
     from glmd.bench import report
     from glmd.bench.engine import bench_engine
+    from glmd.errors import SettingsError
 
+    if no_mtp and against == "mtp-off":
+        raise SettingsError("--no-mtp: cannot be compared with mtp-off. Leave one of both out.")
     report.require_plot(plot)
-    folder = checkpoint_folder(model)
+    folder = checkpoint_folder(model, mtp=against == "mtp-off")
     with report.progress() as on_progress:
         result = bench_engine(
-            folder, scale=scale, repeat=repeat, only=only, mtp=not no_mtp, on_progress=on_progress
+            folder,
+            scale=scale,
+            repeat=repeat,
+            only=only,
+            mtp=not no_mtp,
+            against=against,
+            on_progress=on_progress,
         )
     report.console().print(report.engine_table(result))
     if plot is not None:
@@ -112,14 +133,35 @@ def simulate(
             ' "row_ms": 0.9, "memory_gib": 144}. Default: four Macs.'
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure steps of --model on this machine, and write the device that fits them to"
+            " this file, for --device. Simulates nothing."
+        ),
+    ] = None,
+    model: Model = None,
     only: Only = "",
     json_file: Json = None,
 ) -> None:
-    """Simulate scheduling on Apple GPUs; needs no GPU and no weights."""
+    """Simulate scheduling on Apple GPUs; needs no GPU and no weights but with --calibrate."""
     from glmd.bench import report
     from glmd.bench.device_model import DEVICES, load_device
     from glmd.bench.simulate import simulate, simulation_table
+    from glmd.errors import SettingsError
 
+    if calibrate is not None and device is not None:
+        raise SettingsError("--device: is measured by --calibrate. Leave one of both out.")
+    if model is not None and calibrate is None:
+        raise SettingsError("--model: only --calibrate runs a model. Add --calibrate FILE.")
+    if calibrate is not None:
+        from glmd.bench import calibrate as calibration
+
+        with report.progress() as on_progress:
+            found = calibration.calibrate(checkpoint_folder(model), on_progress)
+        calibrate.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        typer.echo(calibrate.read_text(encoding="utf-8"), nl=False)
+        return
     devices = DEVICES if device is None else (load_device(device),)
     with report.progress() as on_progress:
         rows = simulate(devices, on_progress, only=only)
