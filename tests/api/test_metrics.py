@@ -156,7 +156,11 @@ def test_counters_equal_the_sum_of_reported_usage(http: httpx.Client) -> None:
 
 
 def test_counters_of_the_demo_equal_its_usage_and_count_drafts() -> None:
-    with live_server(folder=DEMO, engine="glmd.engine.core") as live, live.client() as http:
+    config = {"mtp": 1}
+    with (
+        live_server(folder=DEMO, engine="glmd.engine.core", config=config) as live,
+        live.client() as http,
+    ):
         before = scrape(http)
         usages = ask_everything(http, "What is 17 + 25?")
         live.wait_until_idle()
