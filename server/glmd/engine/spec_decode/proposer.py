@@ -15,7 +15,6 @@ from glmd.kv_cache.node import Lease, Node
 from glmd.kv_cache.segment import Segment
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
-from glmd.model.mla import select_form
 from glmd.model.mtp import MTPLayer
 from glmd.model.sampler import SamplingRow, sample
 
@@ -83,8 +82,8 @@ class MTPProposer:
         if not segment.deferred:
             return 0  # Caught up for another sequence.
         start = sum(part.shape[0] for part in segment.caught_up)
-        shape, item = self._model.shape, self._model.dtype.size
-        rows, expanded = select_form(shape, node.start + start, min(limit, len(node) - start), item)
+        rows = min(limit, len(node) - start)
+        expanded = rows >= self._model.shape.break_even_rows
         end = start + rows
         before = Lease(node, start)
         if not start:
