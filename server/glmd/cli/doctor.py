@@ -126,7 +126,7 @@ def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Findin
         check_system(),
         device_finding,
         *check_blas(report),
-        *check_dtype(report, "auto"),
+        *check_dtype(report, settings.dtype),
         settings_finding,
         check_memory(budget),
         check_model(settings.model, budget),
