@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-
 DEFERRED = "deferred"
 """Name of the last layer's input in the arrays of a deferred segment."""
 
