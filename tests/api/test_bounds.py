@@ -126,19 +126,10 @@ def read(reader: BodyReader, body: bytes = BODY) -> Any:
     return asyncio.run(reader.read(body, CompletionRequest))[0]
 
 
-def test_a_body_whose_process_was_killed_is_read_by_another(reader: BodyReader) -> None:
-    assert read(reader).prompt == "Hi"
-    assert reader._process is not None
-    first = reader._process.pid
-    os.kill(first, signal.SIGKILL)
-    assert read(reader).prompt == "Hi"
-    assert reader._process.pid != first
-
-
 def test_a_body_that_takes_too_much_time_is_413(reader: BodyReader) -> None:
     read(reader)
-    assert reader._process is not None
-    pid = reader._process.pid
+    pid = reader.worker.pid
+    assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     signals = (signal.SIGPROF, signal.SIGCONT)
     killer = threading.Timer(0.2, lambda: list(map(os.kill, (pid, pid), signals)))
@@ -154,7 +145,7 @@ def test_a_process_that_keeps_much_memory_is_replaced(
     read(reader)
     monkeypatch.setattr(body_reader, "MAX_IDLE_BYTES", 0)
     assert read(reader).prompt == "Hi"
-    assert reader._process is None
+    assert reader.worker.pid is None
     assert read(reader).prompt == "Hi"
 
 

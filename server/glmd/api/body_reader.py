@@ -17,13 +17,8 @@ import importlib
 import logging
 import pickle
 import re
-import signal
-import subprocess
-import sys
-import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +26,7 @@ import pydantic_core
 from pydantic import BaseModel, ValidationError
 
 from glmd.api.errors import ErrorInfo, overloaded, validation_error
-from glmd.utils.memory import process_memory_bytes
+from glmd.utils.worker import Worker, WorkerError
 
 log = logging.getLogger("glmd.api")
 
@@ -45,9 +40,6 @@ MAX_COMMAS = 1_000_000
 
 MAX_SECONDS = 10.0
 """CPU time for one body. The slowest of 32 MiB takes 1 s."""
-
-IDLE_SECONDS = 60.0
-"""Time after which a process that has not replied is killed, whatever it waits for."""
 
 MAX_IDLE_BYTES = 256 << 20
 """Memory above which the process is replaced after a body. It starts with 80 MiB."""
@@ -142,17 +134,12 @@ def count_values(body: bytes) -> tuple[int, int]:
 
 
 class BodyReader:
-    """Reads large bodies in a child process, one at a time.
-
-    The process starts with the first body.
-    """
+    """Reads large bodies in a child process, one at a time."""
 
     def __init__(self) -> None:
         # The thread waits for the process and unpickles its replies.
         self._thread = ThreadPoolExecutor(1, "bodies")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._closing = threading.Event()
+        self.worker = Worker(f"{__name__}:make_answer", seconds=MAX_SECONDS, parts=2)
 
     async def read(self, body: bytes, model: type[Model]) -> tuple[Model | ErrorInfo, int]:
         """Parse and validate a body as `read_large_body` does."""
@@ -161,83 +148,32 @@ class BodyReader:
 
     def close(self) -> None:
         """Kill the process."""
-        self._closing.set()
-        process = self._process
-        if process is not None:
-            process.kill()
+        self.worker.close()
         self._thread.shutdown()
-        self._stop()
 
     def _read(self, body: bytes, model: type[Model]) -> tuple[Model | ErrorInfo, int]:
-        for _ in range(2):  # The process may have died before, or for another reason.
-            if self._closing.is_set():
-                break
-            try:
-                return self._exchange(body, model)
-            except (OSError, EOFError) as error:
-                code = self._stop()
-                log.warning("Body process ended: exit_code=%s error=%r", code, error)
-            if code == -signal.SIGPROF:
+        try:
+            answer = self.worker.ask(f"{model.__module__}:{model.__qualname__}".encode(), body)
+        except WorkerError as error:
+            if error.reason == "time":
                 message = f"The body takes more than {MAX_SECONDS:g} s to read."
                 return ErrorInfo(413, "invalid_request_error", message), 0
-        return overloaded("The body could not be read. Try again later."), 0
-
-    def _exchange(self, body: bytes, model: type[Model]) -> tuple[Model | ErrorInfo, int]:
-        process, connection = self._running()
-        connection.send_bytes(f"{model.__module__}:{model.__qualname__}".encode())
-        connection.send_bytes(body)
-        if not connection.poll(IDLE_SECONDS):
-            raise TimeoutError(f"no reply within {IDLE_SECONDS:g} s")
-        reply: tuple[Model | ErrorInfo, int] = pickle.loads(connection.recv_bytes())  # noqa: S301
-        if process.poll() is None and process_memory_bytes(process.pid) > MAX_IDLE_BYTES:
-            self._stop()
+            return overloaded("The body could not be read. Try again later."), 0
+        reply: tuple[Model | ErrorInfo, int] = pickle.loads(answer)  # noqa: S301  (by this module)
+        self.worker.replace_above(MAX_IDLE_BYTES)
         return reply
-
-    def _running(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        """The process and the connection to it; started if there is none."""
-        if self._process is None or self._connection is None:
-            self._connection, theirs = Pipe()
-            with theirs:
-                self._process = subprocess.Popen(  # noqa: S603
-                    [sys.executable, "-P", "-c", CHILD, str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    process_group=0,  # Ctrl-C in a terminal is for the server alone
-                )
-        return self._process, self._connection
-
-    def _stop(self) -> int | None:
-        """Kill the process; return its exit code. None: there is none."""
-        process, self._process = self._process, None
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-        if process is None:
-            return None
-        process.kill()
-        return process.wait()
 
 
 # -- in the child -------------------------------------------------------------------------
 
-CHILD = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
-"""A program that imports this module under its name, so that both sides pickle the same classes."""
 
-
-def serve(descriptor: int) -> None:
-    """Reply to bodies until the parent ends. SIGPROF kills the process after `MAX_SECONDS`."""
-    connection = Connection(descriptor)
+def make_answer() -> Callable[[bytes, bytes], bytes]:
+    """What the child answers to the class of a request and a body."""
     gc.disable()  # Collections look at the growing result several times; it has no cycles.
-    while True:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        try:
-            module, _, name = connection.recv_bytes().decode().partition(":")
-            body = connection.recv_bytes()
-        except EOFError:
-            return
-        model = getattr(importlib.import_module(module), name)
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
-        reply = pickle.dumps(read_large_body(body, model), pickle.HIGHEST_PROTOCOL)
-        del body
-        connection.send_bytes(reply)
+
+    def answer(name: bytes, body: bytes) -> bytes:
+        module, _, qualname = name.decode().partition(":")
+        model = getattr(importlib.import_module(module), qualname)
+        return pickle.dumps(read_large_body(body, model), pickle.HIGHEST_PROTOCOL)
+
+    return answer

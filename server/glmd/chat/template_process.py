@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import logging
 import pickle
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from glmd.chat.template import ChatTemplate, template_variables
 from glmd.chat.tokenizer import Piece
 from glmd.checkpoint.chat_template import read_template
-from glmd.errors import CheckpointError, InvalidRequest, invalid_field
-from glmd.utils.memory import process_memory_bytes
+from glmd.errors import CheckpointError, InvalidRequest, Overloaded, invalid_field
+from glmd.utils.worker import Worker, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +35,6 @@ MAX_BYTES = 512 * 2**20
 
 BYTES_PER_BYTE = 20
 """Memory for each byte of a conversation, which is held as JSON, as objects, and rendered."""
-
-POLL_SECONDS = 0.05
-"""Interval of memory checks. A process writes at most 10 GB/s: 0.5 GB in one interval."""
-
-IDLE_SECONDS = 60.0
-"""Time after which a process that neither replies nor uses CPU time is killed."""
 
 MAX_ERROR_CHARS = 1000
 """Limit of an error's text, which the template chooses."""
@@ -96,18 +83,17 @@ class TemplateProcess:
         Raises:
             CheckpointError: as for `ChatTemplate`, or the template exceeds a limit.
         """
-        self._setup = pickle.dumps(
-            {"source": source, "controls": dict(controls), "file": file, "seconds": max_seconds}
+        setup = {"source": source, "controls": dict(controls), "file": file}
+        self._worker = Worker(
+            f"{__name__}:make_answer", seconds=max_seconds, setup=pickle.dumps(setup)
         )
         self._max_seconds = max_seconds
         self._max_bytes = max_bytes
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
         try:
-            reply = self._start()
-        except InvalidRequest as error:
-            problem = error.message.removeprefix("messages: ")
-            raise CheckpointError(f"{file}: not usable: {problem}", file=file) from error
+            reply = _decode_reply(self._worker.start())
+        except WorkerError as error:
+            problem = f"the chat template {self._problem(error)} when it is loaded"
+            raise CheckpointError(f"{file}: not usable: {problem}.", file=file) from error
         if reply.error is not None:
             self.close()
             raise CheckpointError(reply.error, file=file)
@@ -138,6 +124,7 @@ class TemplateProcess:
 
         Raises:
             InvalidRequest: the template cannot render the conversation, or exceeds a limit.
+            Overloaded: its processes were killed or stopped from outside.
         """
         kwargs = kwargs or {}
         # The child reports only the text of an error, not its field.
@@ -146,9 +133,15 @@ class TemplateProcess:
             data = pickle.dumps({"messages": messages, "tools": tools, "kwargs": kwargs})
         except RecursionError as error:
             raise invalid_field("messages", f"cannot be given to the template: {error}") from error
-        if self._process is None:
-            self._start()
-        reply = self._exchange(data)
+        limit = self._max_bytes + BYTES_PER_BYTE * len(data)
+        try:
+            reply = _decode_reply(self._worker.ask(data, max_bytes=limit))
+        except WorkerError as error:
+            log.warning("Chat template killed: reason=%s, bytes=%d", error.reason, len(data))
+            if error.reason == "gone":
+                raise Overloaded("The prompt could not be rendered. Try again later.") from error
+            problem = f"the chat template {self._problem(error)} on this conversation."
+            raise invalid_field("messages", problem) from error
         if reply.error is not None:
             raise InvalidRequest(reply.error, param="messages")
         return [
@@ -156,94 +149,44 @@ class TemplateProcess:
             for piece in reply.pieces
         ]
 
-    def close(self) -> int:
-        """Kill the process. Returns its exit status (negative: a signal ended it), or 0."""
-        process, self._process = self._process, None
-        if self._connection is not None:
-            self._connection.close()
-        if process is None:
-            return 0
-        process.kill()
-        return process.wait()
+    def close(self) -> None:
+        """Kill the process, also while another thread renders."""
+        self._worker.close()
 
-    def _start(self) -> Reply:
-        """Start the process, and return its reply to the setup."""
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  (this module)
-                [sys.executable, "-P", "-m", "glmd.chat.template_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in a terminal is for the server alone
-            )
-        return self._exchange(self._setup)
+    def _problem(self, error: WorkerError) -> str:
+        match error.reason:
+            case "time":
+                return f"takes more than {self._max_seconds:g} s"
+            case "memory":
+                return "needs too much memory"
+            case _:
+                return "crashes"
 
-    def _exchange(self, data: bytes) -> Reply:
-        """Send a message, and wait for the reply.
 
-        Raises:
-            InvalidRequest: a limit was exceeded. The process has ended.
-        """
-        assert self._connection is not None
-        assert self._process is not None
-        limit = self._max_bytes + BYTES_PER_BYTE * len(data)
-        deadline = time.monotonic() + IDLE_SECONDS
-        problem = "crashes"
+# -- in the child -------------------------------------------------------------------------
+
+
+def make_answer() -> Callable[[bytes], bytes]:
+    """What the child answers: first to the setup, then to conversations."""
+    template: ChatTemplate | None = None
+
+    def answer(data: bytes) -> bytes:
+        nonlocal template
+        request = pickle.loads(data)  # noqa: S301  (from the parent)
         try:
-            self._connection.send_bytes(data)
-            while not self._connection.poll(POLL_SECONDS):
-                if process_memory_bytes(self._process.pid) > limit:
-                    problem = "needs too much memory"
-                    break
-                if time.monotonic() > deadline:
-                    problem = f"does not respond within {IDLE_SECONDS:g} s"
-                    break
-            else:
-                return _decode_reply(self._connection.recv_bytes(limit))
-        except (OSError, EOFError, psutil.NoSuchProcess) as error:  # the process has ended
-            log.debug("Chat template process ended: %r", error)
-        if self.close() == -signal.SIGPROF:
-            problem = f"takes more than {self._max_seconds:g} s"
-        log.warning("Chat template killed: problem=%r, request_bytes=%d", problem, len(data))
-        raise invalid_field("messages", f"the chat template {problem} on this conversation.")
-
-
-def serve(connection: Connection) -> None:
-    """Child process: reply to the setup, then to conversations until the parent ends.
-
-    SIGPROF kills the process when it exceeds its CPU time. The signal keeps its default action: a
-    handler in Python would run only after the operation that does not end.
-    """
-
-    def send(reply: Reply) -> None:
-        connection.send_bytes(msgspec.msgpack.encode(reply))
-
-    setup = pickle.loads(connection.recv_bytes())  # noqa: S301  (from the parent)
-    signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
-    try:
-        template = ChatTemplate(setup["source"], setup["controls"], file=setup["file"])
-    except CheckpointError as error:
-        send(Reply(error.message[:MAX_ERROR_CHARS]))
-        return
-    send(Reply(defaults=dict(template.defaults), ignored=list(template.ignored)))
-    while True:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        try:
-            request = pickle.loads(connection.recv_bytes())  # noqa: S301
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
-        try:
+            if template is None:
+                template = ChatTemplate(**request)
+                return encode(
+                    Reply(defaults=dict(template.defaults), ignored=list(template.ignored))
+                )
             pieces = template.render(**request)
-            encoded = [
-                piece if isinstance(piece, int) else piece.encode("utf-8", "surrogatepass")
-                for piece in pieces
-            ]
-            send(Reply(pieces=encoded))
-        except InvalidRequest as error:
-            send(Reply(error.message[:MAX_ERROR_CHARS]))
+        except (CheckpointError, InvalidRequest) as error:
+            return encode(Reply(error.message[:MAX_ERROR_CHARS]))
+        encoded = [
+            piece if isinstance(piece, int) else piece.encode("utf-8", "surrogatepass")
+            for piece in pieces
+        ]
+        return encode(Reply(pieces=encoded))
 
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    encode = msgspec.msgpack.encode
+    return answer

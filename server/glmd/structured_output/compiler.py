@@ -4,8 +4,8 @@ A process, because llguidance limits neither time nor stack: `multipleOf: 100000
 18 s, and a Lark grammar of 4,000 chained rules (60 kB) overflows the stack, which ends the process.
 The engine compiles a grammar only after the worker has.
 
-Worker protocol, over stdin and stdout: JSON lines. The worker reads the tokenizer's control tokens,
-answers an empty line, and then answers each `OutputSpec` with `CompiledGrammar` or `Refusal`.
+The worker is given the tokenizer's control tokens, and then answers each `OutputSpec` with
+`CompiledGrammar` or `Refusal`, all in JSON.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import asyncio
 import json
 import logging
 import re
-import signal
-import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
 
@@ -27,7 +26,7 @@ from llguidance import LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from glmd.chat.tokenizer import SpecialTokens
-from glmd.errors import InvalidRequest
+from glmd.errors import InvalidRequest, Overloaded
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.backend import GrammarError, byte_tokenizer, make_matcher
 from glmd.structured_output.json_schema import JsonSchemaCompiler
@@ -43,16 +42,17 @@ from glmd.structured_output.request import (
 from glmd.structured_output.string_terminals import quote
 from glmd.structured_output.tool_grammar import CallGrammar
 from glmd.utils.lru import LRUCache
+from glmd.utils.worker import Worker, WorkerError
 
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 2.0
-"""Compile time of one grammar. An agent's 20 tools take 0.02 s."""
+"""CPU time to compile one grammar. An agent's 20 tools take 0.02 s."""
 MAX_BYTES = 1 << 20
 """Size of an output spec (schemas and tools) as JSON."""
 CACHE_BYTES = 16 << 20
 
-_MAX_LINE = 64 << 20
+_MAX_WORKER_BYTES = 1 << 30
 _WORKER_STACK = 4 << 20
 """Half of a thread's stack in the engine, so that a grammar which the worker survives is safe
 there."""
@@ -86,7 +86,7 @@ _decode_result = msgspec.json.Decoder(CompiledGrammar | Refusal).decode
 class GrammarCompiler:
     """Compiles grammars for one event loop: one at a time, within limits, and cached.
 
-    The worker process starts with the first grammar. It is killed when a grammar exceeds its time.
+    Refusals for time and for worker processes that died are not cached: another attempt may do.
     """
 
     def __init__(
@@ -104,9 +104,13 @@ class GrammarCompiler:
         self._tags = SpecialTokens.find(controls, "the tokenizer")
         self._max_seconds = max_seconds
         self._cache: LRUCache[bytes, CompiledGrammar | Refusal] = LRUCache(cache_bytes)
-        self._running: dict[bytes, asyncio.Task[CompiledGrammar | Refusal]] = {}
-        self._lock = asyncio.Lock()
-        self._worker: asyncio.subprocess.Process | None = None
+        self._running: dict[bytes, asyncio.Future[CompiledGrammar | Refusal]] = {}
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._worker = Worker(
+            f"{__name__}:make_answer",
+            seconds=max_seconds,
+            setup=msgspec.json.encode(self._controls),
+        )
 
     async def compile(self, spec: OutputSpec, *, in_reasoning: bool) -> GrammarSpec | None:
         """Return the grammar of an answer, or None if the spec constrains nothing.
@@ -133,9 +137,8 @@ class GrammarCompiler:
 
     async def close(self) -> None:
         """Stop the worker."""
-        for task in list(self._running.values()):
-            task.cancel()
-        await self._kill_worker()
+        self._worker.close()
+        self._thread.shutdown(cancel_futures=True)
 
     async def _compile_once(self, spec: OutputSpec) -> CompiledGrammar | Refusal:
         """Return a cached result, or join or start a compilation."""
@@ -146,12 +149,14 @@ class GrammarCompiler:
             return cached
         task = self._running.get(key)
         if task is None:
-            task = self._running[key] = asyncio.create_task(self._compile(spec, data))
+            loop = asyncio.get_running_loop()
+            task = loop.run_in_executor(self._thread, self._compile, spec, data)
+            self._running[key] = task
             task.add_done_callback(lambda done: self._store(key, done))
         # A client that disconnects does not cancel the task: other clients may wait for its result.
         return await asyncio.shield(task)
 
-    def _store(self, key: bytes, task: asyncio.Task[CompiledGrammar | Refusal]) -> None:
+    def _store(self, key: bytes, task: asyncio.Future[CompiledGrammar | Refusal]) -> None:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
@@ -159,64 +164,29 @@ class GrammarCompiler:
         text = result.text if isinstance(result, CompiledGrammar) else result.message
         self._cache.put(key, result, len(text))
 
-    async def _compile(self, spec: OutputSpec, data: bytes) -> CompiledGrammar | Refusal:
+    def _compile(self, spec: OutputSpec, data: bytes) -> CompiledGrammar | Refusal:
+        """Have the worker compile a grammar.
+
+        Raises:
+            InvalidRequest: the grammar exceeds a limit, or crashes the worker.
+            Overloaded: workers were killed or stopped from outside.
+        """
         param = _param(spec)
         try:
-            async with self._lock:
-                try:
-                    answer = await self._ask_worker(data)
-                except ConnectionError:  # it may have been dead before, so try a new one
-                    answer = await self._ask_worker(data)
-        except TimeoutError:
-            return Refusal(f"{param} takes more than {self._max_seconds:g} s to compile.", param)
-        except (ConnectionError, ValueError):
-            log.warning("grammar worker failed: field=%s", param)
-            return Refusal(f"{param} is more than the grammar compiler can take.", param)
+            answer = self._worker.ask(data, max_bytes=_MAX_WORKER_BYTES)
+        except WorkerError as error:
+            log.warning("grammar worker killed: reason=%s field=%s", error.reason, param)
+            if error.reason == "gone":
+                message = "The grammar could not be compiled. Try again later."
+                raise Overloaded(message) from error
+            message = f"{param} is more than the grammar compiler can take."
+            if error.reason == "time":
+                message = f"{param} takes more than {self._max_seconds:g} s to compile."
+            raise InvalidRequest(message, param=param) from error
         result: CompiledGrammar | Refusal = _decode_result(answer)
         if isinstance(result, CompiledGrammar) and result.relaxed:
             log.info("schema keywords not enforced: %s", _count_by_field(result.relaxed))
         return result
-
-    async def _ask_worker(self, data: bytes) -> bytes:
-        """Return the worker's answer; kill the worker if there is none.
-
-        Raises:
-            TimeoutError: no answer came within `max_seconds`.
-            ConnectionError: the worker died.
-            ValueError: the answer is longer than `_MAX_LINE`.
-        """
-        worker = await self._start_worker()
-        try:
-            async with asyncio.timeout(self._max_seconds):
-                return await _ask(worker, data)
-        except BaseException:
-            await self._kill_worker()
-            raise
-
-    async def _start_worker(self) -> asyncio.subprocess.Process:
-        """Return the running worker; start one if there is none."""
-        if self._worker is None or self._worker.returncode is not None:
-            self._worker = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-c", f"from {__name__} import run_worker; run_worker()"),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=_MAX_LINE,
-            )
-            try:
-                await _ask(self._worker, msgspec.json.encode(self._controls))
-            except ConnectionError:
-                await self._kill_worker()
-                raise RuntimeError("The grammar worker does not start.") from None
-        return self._worker
-
-    async def _kill_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is None:
-            return
-        if worker.returncode is None:
-            worker.kill()
-        await worker.wait()
 
 
 def _encode(spec: OutputSpec) -> bytes:
@@ -261,23 +231,6 @@ def _is_larger(value: object, limit: int) -> bool:
     return size > limit
 
 
-async def _ask(worker: asyncio.subprocess.Process, line: bytes) -> bytes:
-    """Send a line to the worker and return its answer.
-
-    Raises:
-        ConnectionError: the worker died.
-        ValueError: the answer is longer than `_MAX_LINE`.
-    """
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    worker.stdin.write(line + b"\n")
-    await worker.stdin.drain()
-    answer = await worker.stdout.readline()
-    if not answer.endswith(b"\n"):
-        raise ConnectionError("The grammar worker died.")
-    return answer
-
-
 def _param(spec: OutputSpec) -> str:
     """Return the client's name of the field that a spec was read from."""
     return getattr(spec.format, "param", None) or "tools"
@@ -292,28 +245,24 @@ def _count_by_field(params: Sequence[str]) -> str:
 # -- in the worker ------------------------------------------------------------------------
 
 
-def run_worker() -> None:
-    """Serve compilations on stdin and stdout until stdin closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the parent
+def make_answer() -> Callable[[bytes], bytes]:
+    """What the worker answers: first to the control tokens, then to specs."""
     threading.stack_size(_WORKER_STACK)
-    thread = threading.Thread(target=_serve)
-    thread.start()
-    thread.join()
+    thread = ThreadPoolExecutor(1)
+    context: tuple[SpecialTokens, LLTokenizer] | None = None
 
+    def answer(data: bytes) -> bytes:
+        nonlocal context
+        if context is None:
+            controls = msgspec.json.decode(data, type=dict[str, int])
+            tags = SpecialTokens.find(controls, "the tokenizer")
+            # Which ids end a sequence does not matter for whether a grammar compiles.
+            context = tags, byte_tokenizer(controls, (tags.user,))
+            return b""
+        result = _compile_checked(_decode_spec(data), *context)
+        return msgspec.json.encode(result)
 
-def _serve() -> None:
-    controls = msgspec.json.decode(sys.stdin.buffer.readline(), type=dict[str, int])
-    tags = SpecialTokens.find(controls, "the tokenizer")
-    # Which ids end a sequence does not matter for whether a grammar compiles.
-    tokenizer = byte_tokenizer(controls, (tags.user,))
-    _write_line(b"")
-    for line in sys.stdin.buffer:
-        _write_line(msgspec.json.encode(_compile_checked(_decode_spec(line), tags, tokenizer)))
-
-
-def _write_line(data: bytes) -> None:
-    sys.stdout.buffer.write(data + b"\n")
-    sys.stdout.buffer.flush()
+    return lambda data: thread.submit(answer, data).result()
 
 
 def _compile_checked(
