@@ -7,7 +7,8 @@ python tools/book.py --check    exit with status 1 if a page is not current
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from glmd.api.app import create_app
 from glmd.api.state import AppState, ServedModel
 from glmd.checkpoint.config import load_config
 from glmd.cli.config import format_size
+from glmd.cli.connect import CLIENTS, Endpoint, describe_parts, find_client
 from glmd.cli.main import app as cli
 from glmd.config import PREFIX, Settings
 from glmd.convert.inspect import inspect
@@ -238,7 +240,21 @@ def escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-TABLES = {
+SHOWN = Endpoint("http://127.0.0.1:8000", None, 65_536)
+"""The server in docs/clients.md."""
+
+
+def client_settings(name: str) -> Iterator[str]:
+    """Yield a client's settings as `glmd connect` prints them."""
+    yield f"`glmd connect {name}` prints, `--write` writes, `--launch` starts it with:\n"
+    for title, text, language in describe_parts(find_client(name).setup(SHOWN)):
+        if title:
+            yield f"`{title.removeprefix('# ')}`:\n"
+        yield f"```{language}\n{text}\n```" if language else text
+
+
+TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    "clients.md": {client.name: partial(client_settings, client.name) for client in CLIENTS},
     "conversion.md": {"recipes": recipes_table},
     "memory.md": {"memory": memory_table, "components": components_table},
     "settings.md": {"settings": settings_table},

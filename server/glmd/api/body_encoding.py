@@ -78,7 +78,7 @@ class Zstd:
             from compression import zstd  # noqa: PLC0415
         else:
             from backports import zstd  # noqa: PLC0415
-        limit = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
+        limit = {int(zstd.DecompressionParameter.window_log_max): MAX_WINDOW_LOG}
         self._inner = zstd.ZstdDecompressor(options=limit)
         self._error = zstd.ZstdError
 

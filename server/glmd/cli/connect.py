@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ MODEL = "default"
 
 TITLE = "GLM-4.7-Flash"
 
-MAX_OUTPUT_TOKENS = 65_536
+MAX_OUTPUT_TOKENS = 32_768
 """Limit of one answer for clients that ask for a number, and that plan prompts around it."""
 
 TIMEOUT_MS = 600_000
@@ -65,8 +65,8 @@ class Endpoint:
 
     @property
     def max_output_tokens(self) -> int:
-        """Tokens of one answer, which leave half of the context to prompts."""
-        return min(MAX_OUTPUT_TOKENS, self.context_length // 2)
+        """Tokens of one answer, which leave most of the context to prompts."""
+        return min(MAX_OUTPUT_TOKENS, self.context_length // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ def codex(server: Endpoint) -> Setup:
         "model": MODEL,
         "model_provider": "glmd",
         "model_context_window": server.context_length,
+        "model_reasoning_effort": "high",
     }
     options = general | {f"model_providers.glmd.{name}": value for name, value in provider.items()}
     arguments = (
@@ -392,13 +393,19 @@ def find_endpoint(url: str, key: str | None) -> Endpoint:
 
 def describe(setup: Setup) -> str:
     """Format the settings for a person to copy."""
-    parts = []
+    return "\n\n".join(f"{title}\n{text}".strip() for title, text, _ in describe_parts(setup))
+
+
+def describe_parts(setup: Setup) -> Iterator[tuple[str, str, str]]:
+    """Yield the parts of a client's settings: a heading, a text, and the language of the text."""
     if setup.steps is not None:
-        parts.append(setup.steps)
+        yield "", setup.steps, ""
     if setup.configure:
-        parts.append(shlex.join(setup.configure))
+        yield "", shlex.join(setup.configure), "sh"
     if setup.file is not None:
-        parts.append(f"# ~/{setup.file}\n{dump(setup.content, Path(setup.file).suffix)}")
+        suffix = Path(setup.file).suffix
+        language = {".yml": "yaml"}.get(suffix, suffix[1:])
+        yield f"# ~/{setup.file}", dump(setup.content, suffix).rstrip(), language
     in_file = json.dumps(setup.content)
     exports = [
         f"export {name}={shlex.quote(value)}"
@@ -406,8 +413,7 @@ def describe(setup: Setup) -> str:
         if setup.file is None or (name.endswith("_KEY") and value not in in_file)
     ]
     if exports:
-        parts.append("\n".join(exports))
-    return "\n\n".join(part.rstrip() for part in parts)
+        yield "", "\n".join(exports), "sh"
 
 
 def dump(content: Mapping[str, Any], suffix: str) -> str:
