@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
+from openai_schemas import CheckedApp
 from paths import ROOT
+
+from starlette.types import ASGIApp
 
 from glmd.api.auth import ApiKeyStore
 from glmd.api.server import Server
@@ -72,6 +75,7 @@ def live_server(
     launch = EngineProcessConfig(folder, config or {}, engine=engine, log_level=made.log_level)
     service = AppState(made, model, launch, ApiKeyStore.of(made, keys), disk_file=disk_file)
     server = Server(service)
+    app = server.config.app = CheckedApp(cast(ASGIApp, server.config.app))
     sockets = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=(sockets,), name="live server")
@@ -85,3 +89,4 @@ def live_server(
         server.handle_exit(0, None)
         thread.join(30)
         assert not thread.is_alive()
+    assert not app.invalid, f"{len(app.invalid)} of OpenAI's: " + "\n".join(app.invalid[:10])

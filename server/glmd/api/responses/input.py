@@ -303,7 +303,7 @@ class RequestTools:
         custom: Full names of custom tools.
         searches: The client runs a tool search, which is the function `TOOL_SEARCH`.
         ignored: Names of hosted tools.
-        raw: The request's tools without hosted tools.
+        shown: The request's tools without hosted tools, as the response shows them.
     """
 
     functions: list[Tool] = field(default_factory=list)
@@ -311,7 +311,7 @@ class RequestTools:
     custom: set[str] = field(default_factory=set)
     searches: bool = False
     ignored: list[str] = field(default_factory=list)
-    raw: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
 
     def flatten(self, tool: object, param: str) -> Iterator[NumberedTool]:
         """A tool, or the tools of a namespace, as functions under their full names.
@@ -345,12 +345,23 @@ def read_tools(raw: Sequence[dict[str, Any]] | None) -> RequestTools:
     )
     tools.functions += functions
     tools.ignored += ignored
-    tools.raw += [
-        tool
+    tools.shown += [
+        shown_tool(tool)
         for tool in raw or ()
         if _is_client_search(tool) or not str(tool.get("type")).startswith(HOSTED)
     ]
     return tools
+
+
+def shown_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as a response shows it: with all fields that OpenAI's schema requires, none null."""
+    shown: dict[str, Any] = {}
+    if tool.get("type") == "function":
+        shown = {"description": None, "parameters": None, "strict": bool(tool.get("strict"))}
+    elif tool.get("type") == "namespace":
+        members = [shown_tool(member) for member in tool.get("tools") or ()]
+        return {**tool, "description": tool.get("description") or "", "tools": members}
+    return shown | {key: value for key, value in tool.items() if value is not None}
 
 
 def _is_client_search(tool: Mapping[str, Any]) -> bool:

@@ -5,9 +5,16 @@ See https://platform.openai.com/docs/api-reference/responses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, RootModel
+from pydantic import (
+    BaseModel,
+    Field,
+    RootModel,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from glmd.api.generation_request import (
     NO_OP,
@@ -207,6 +214,19 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
 
 # -- the response -------------------------------------------------------------------------
 
+
+class SparseModel(BaseModel):
+    """Part of a response in which some fields are absent where there is nothing to say."""
+
+    absent: ClassVar[frozenset[str]] = frozenset()
+    """Fields that OpenAI's schema does not allow to be null."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in self.absent}
+
+
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -241,10 +261,11 @@ class ReasoningItem(BaseModel):
     status: ItemStatus
     summary: list[SummaryText] = Field(description="The reasoning, if a summary is requested.")
     content: list[ReasoningText] = Field(description="The reasoning, if no summary is requested.")
-    encrypted_content: None = None
 
 
-class FunctionCallItem(BaseModel):
+class FunctionCallItem(SparseModel):
+    absent = frozenset({"namespace"})
+
     id: str
     type: Literal["function_call"] = "function_call"
     status: ItemStatus
@@ -254,7 +275,9 @@ class FunctionCallItem(BaseModel):
     arguments: str = Field(description="A JSON object, as text.")
 
 
-class CustomToolCallItem(BaseModel):
+class CustomToolCallItem(SparseModel):
+    absent = frozenset({"namespace"})
+
     id: str
     type: Literal["custom_tool_call"] = "custom_tool_call"
     status: ItemStatus
@@ -326,17 +349,30 @@ class ReasoningConfig(BaseModel):
 class TextOptions(BaseModel):
     format: dict[str, Any]
 
+    @classmethod
+    def of(cls, format: Mapping[str, Any] | None) -> TextOptions:
+        """The request's format with the fields that OpenAI's schema requires."""
+        shown = dict(format or {"type": "text"})
+        if shown["type"] == "json_schema":
+            shown |= {"name": shown.get("name") or "answer", "strict": bool(shown.get("strict"))}
+        return cls(format={key: value for key, value in shown.items() if value is not None})
 
-class ResponseObject(BaseModel):
+
+class ResponseObject(SparseModel):
     """A response, in progress or done."""
+
+    absent = frozenset({"usage", "user"})
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"] = "in_progress"
+    status: Literal[
+        "queued", "in_progress", "completed", "incomplete", "failed", "cancelled"
+    ] = "in_progress"
     background: bool
     error: ResponseError | None = None
+    frequency_penalty: float
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
     max_output_tokens: Integer | None
@@ -345,8 +381,11 @@ class ResponseObject(BaseModel):
     model: str
     output: list[OutputItem] = Field(default_factory=list)
     parallel_tool_calls: bool
+    presence_penalty: float
     previous_response_id: str | None
+    prompt_cache_key: str | None
     reasoning: ReasoningConfig
+    safety_identifier: str | None
     service_tier: Literal["default"] = "default"
     store: bool
     temperature: float
@@ -356,8 +395,8 @@ class ResponseObject(BaseModel):
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
-    usage: ResponseUsage | None = None
-    user: None = None
+    usage: ResponseUsage | None = optional("Absent until the response is done.")
+    user: str | None = optional("The request's, if any.")
 
 
 class InputTokenCount(BaseModel):

@@ -38,6 +38,9 @@ from glmd.utils.fair_limiter import Reservation
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
 
+MAX_SAFETY_IDENTIFIER = 64
+"""Characters, by OpenAI's schema."""
+
 GivenStore = Annotated[ResponseStore, Depends(get_store)]
 
 
@@ -176,24 +179,34 @@ def new_response(
         id=request.id,
         created_at=int(time.time()),
         background=bool(body.background),
+        frequency_penalty=request.sampling.frequency_penalty,
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata or {},
         model=model,
         parallel_tool_calls=not request.single_call,
+        presence_penalty=request.sampling.presence_penalty,
         previous_response_id=body.previous_response_id,
+        prompt_cache_key=_text(body.prompt_cache_key),
         reasoning=ReasoningConfig(
             effort=reasoning.effort if reasoning else None,
             summary=reasoning.any_summary if reasoning else None,
         ),
+        safety_identifier=_text(body.safety_identifier, MAX_SAFETY_IDENTIFIER),
         store=body.store is not False,
         temperature=request.sampling.temperature,
-        text=TextOptions(format=(body.text and body.text.format) or {"type": "text"}),
+        text=TextOptions.of(body.text.format if body.text else None),
         tool_choice=shown_choice,
-        tools=tools.raw,
+        tools=tools.shown,
         top_logprobs=body.top_logprobs or 0,
         top_p=request.sampling.top_p,
+        user=_text(body.user),
     )
+
+
+def _text(value: object, limit: int | None = None) -> str | None:
+    """A field without effect as the response shows it: a text of the allowed length, or null."""
+    return value if isinstance(value, str) and (limit is None or len(value) <= limit) else None
 
 
 async def finish(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
