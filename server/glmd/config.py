@@ -314,6 +314,11 @@ class Settings(BaseSettings):
         description="Reasoning token limit of each reasoning_effort, such as low=2048,high=16384;"
         " an effort that is not listed has no limit.",
     )
+    reasoning_alias: bool = Field(
+        False,
+        description="Write the reasoning of chat completions also as `reasoning`, vLLM's newer name"
+        " of `reasoning_content`.",
+    )
     turn_memory: int = Field(
         4_000_000,
         ge=0,

@@ -111,7 +111,39 @@ def test_content_beside_nothing_but_calls_is_null(http: httpx.Client) -> None:
     ]
     assert message["content"] is None
     assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": "{}"}
-    assert "reasoning_content" not in message
+    assert message["reasoning_content"] is None
+
+
+def test_reasoning_content_is_in_every_message_and_delta(http: httpx.Client) -> None:
+    script = "Hm.</think>Look.<tool_call>get_weather</tool_call>"
+    events = ask_streaming(http, script, tools=[TOOL], return_token_ids=True)
+    deltas = [choice["delta"] for chunk in events.chunks for choice in chunk["choices"]]
+    assert all("reasoning_content" in delta and "reasoning" not in delta for delta in deltas)
+    assert text_of(events, "reasoning_content") == "Hm."
+    assert "reasoning" not in ask(http, script)["choices"][0]["message"]
+
+
+def test_a_setting_adds_the_reasoning_under_its_newer_name() -> None:
+    with live_server(reasoning_alias=True) as live, live.client() as http:
+        for script, reasoning in (("Hm.</think>Yes.", "Hm."), ("</think>Yes.", None)):
+            message = ask(http, script)["choices"][0]["message"]
+            assert message["reasoning"] == message["reasoning_content"] == reasoning
+            events = ask_streaming(http, script)
+            for chunk in events.chunks:
+                delta = chunk["choices"][0]["delta"]
+                assert delta["reasoning"] == delta["reasoning_content"]
+            assert (text_of(events, "reasoning") or None) == reasoning
+
+
+@pytest.mark.parametrize("off", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+def test_the_reasoning_is_left_out_on_request(http: httpx.Client, off: dict[str, Any]) -> None:
+    answer = ask(http, "Hm.</think>Yes.", logprobs=True, **off)
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["message"]["reasoning_content"]) == ("Yes.", None)
+    assert "reasoning_content" not in choice["logprobs"]
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    events = ask_streaming(http, "Hm.</think>Yes.", **off)
+    assert (text_of(events), text_of(events, "reasoning_content")) == ("Yes.", "")
 
 
 def test_a_stop_string_ends_the_answer_and_frees_the_row(
@@ -416,7 +448,7 @@ def test_unsupported_parameters_may_be_empty_or_false(http: httpx.Client) -> Non
         ({"enable_thinking": True, "think": False}, "think"),
         ({"enable_thinking": True, "reasoning": {"enabled": False}}, "reasoning.enabled"),
         ({"enable_thinking": True, "reasoning": {"effort": "none"}}, "reasoning_effort"),
-        ({"reasoning": {"exclude": True}}, "reasoning.exclude"),
+        ({"include_reasoning": True, "reasoning": {"exclude": True}}, "reasoning.exclude"),
         ({"reasoning_effort": "low", "think": "high"}, "think"),
         ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty"),
         ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_token_budget"),

@@ -12,6 +12,7 @@ import pytest
 import sse
 from chat_apis import fold_response
 from live import LiveServer, live_server
+from openai_schemas import check_answer, checked
 
 TOOL = {
     "type": "function",
@@ -100,6 +101,56 @@ def test_a_whole_response_has_items_for_reasoning_text_and_calls(http: httpx.Cli
     usage = response["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert 0 < usage["output_tokens_details"]["reasoning_tokens"] < usage["output_tokens"]
+
+
+def test_a_response_shows_the_request_and_leaves_out_what_openais_schema_does_not_let_be_null(
+    http: httpx.Client,
+) -> None:
+    bare = {"type": "function", "name": "f"}
+    custom = {"type": "custom", "name": "patch", "format": None}
+    space = {"type": "namespace", "name": "mcp__files", "tools": [bare, custom]}
+    response = ask(
+        http,
+        "Hm.</think><tool_call>f</tool_call>",
+        tools=[TOOL | {"strict": True}, bare, custom, space],
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        safety_identifier="s" * 64,
+        prompt_cache_key="k",
+        user=None,
+    )
+    shown = bare | {"description": None, "parameters": None, "strict": False}
+    assert response["tools"] == [
+        TOOL | {"strict": True},
+        shown,
+        {"type": "custom", "name": "patch"},
+        space | {"description": "", "tools": [shown, {"type": "custom", "name": "patch"}]},
+    ]
+    assert (response["presence_penalty"], response["frequency_penalty"]) == (0.5, -0.5)
+    assert (response["safety_identifier"], response["prompt_cache_key"]) == ("s" * 64, "k")
+    assert "user" not in response
+    reasoning, call = response["output"]
+    assert "encrypted_content" not in reasoning
+    assert "namespace" not in call
+    created = ask_streaming(http, "</think>Yes.", user="me")[0]["response"]
+    assert "usage" not in created
+    assert (created["user"], created["safety_identifier"]) == ("me", None)
+    schema = {"type": "json_schema", "schema": {"type": "integer"}, "name": "n"}
+    response = ask(http, "</think>1", text={"format": schema})
+    assert response["text"]["format"] == schema | {"strict": False}
+
+
+def test_answers_are_checked_against_openais_schemas(http: httpx.Client) -> None:
+    before = checked["Response"]
+    response = ask(http, "</think>Yes.")
+    deadline = time.monotonic() + 10
+    while checked["Response"] == before:  # The server checks what it has sent.
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert check_answer(response) == []
+    assert check_answer(response | {"user": None}) == ["$.user: None is not of type 'string'"]
+    (problem,) = check_answer(response | {"output": [response["output"][0] | {"content": 1}]})
+    assert problem.startswith("$.output[0].content")
 
 
 @pytest.mark.parametrize("parameters", [{}, {"reasoning": {"summary": "auto"}}])

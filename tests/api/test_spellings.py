@@ -266,3 +266,30 @@ def test_the_context_length_is_where_clients_of_other_servers_look(
     assert described["max_context_length"] == context
     assert described["loaded_instances"][0]["config"]["context_length"] == context
     assert described["key"] == model["id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [(CHAT, "messages"), ("/v1/completions", "prompt"), ("/v1/responses", "input")],
+)
+def test_options_of_a_stream_need_a_stream(http: httpx.Client, path: str, field: str) -> None:
+    body = {field: [user("⟦</think>Yes.⟧")] if field != "prompt" else "⟦Yes.⟧"}
+    refused = http.post(path, json=body | {"stream_options": {"include_obfuscation": False}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "stream_options"
+    assert http.post(path, json=body | {"stream_options": None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/chat/completions", {"messages": [user("⟦</think>Yes.⟧")]}),
+        ("/completions", {"prompt": "⟦Yes.⟧"}),
+        ("/responses", {"input": "⟦</think>Yes.⟧"}),
+    ],
+)
+def test_paths_without_v1_are_served(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer, again = (http.post(each, json=body) for each in (path, f"/v1{path}"))
+    assert answer.status_code == 200
+    assert answer.json().keys() == again.json().keys()
+    assert http.get("/models").json() == http.get("/v1/models").json()

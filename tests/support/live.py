@@ -13,7 +13,6 @@ from typing import Any, cast
 import httpx
 from openai_schemas import CheckedApp
 from paths import ROOT
-
 from starlette.types import ASGIApp
 
 from glmd.api.auth import ApiKeyStore

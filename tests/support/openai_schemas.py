@@ -31,10 +31,13 @@ checked: Counter[str] = Counter()
 
 
 def _tag(schema: Schema) -> str | None:
-    """Type of the objects that a referenced schema describes; None: it fixes none."""
-    target = DEFS.get(schema.get("$ref", "").rpartition("/")[2], {})
-    tags = target.get("properties", {}).get("type", {}).get("enum", ())
-    return tags[0] if len(tags) == 1 else None
+    """Type of the objects that a schema describes; None: it fixes none."""
+    if "$ref" in schema:
+        return _tag(DEFS[schema["$ref"].rpartition("/")[2]])
+    tags = schema.get("properties", {}).get("type", {}).get("enum", ())
+    if len(tags) == 1:
+        return str(tags[0])
+    return next(filter(None, map(_tag, schema.get("allOf", ()))), None)
 
 
 def _by_type(value: Any) -> Any:
@@ -79,7 +82,9 @@ def problems(name: str, instance: Any) -> list[str]:
     """What a schema has to say against an instance."""
     checked[name] += 1
     validator = _Validator({"$ref": f"#/$defs/{name}", "$defs": _DEFS})
-    return [f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(instance)]
+    return [
+        f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(instance)
+    ]
 
 
 def check_answer(answer: Any) -> list[str]:
@@ -123,7 +128,7 @@ class CheckedApp:
         try:
             await self._app(scope, receive, record)
         finally:
-            if start.get("status") == 200 and scope["method"] != "DELETE":
+            if start.get("status") == 200 and scope["method"] in ("GET", "POST"):
                 headers = dict(start["headers"])
                 if headers[b"content-type"].startswith(b"text/event-stream"):
                     found = list(self._stream(body))
@@ -132,7 +137,7 @@ class CheckedApp:
                 self.invalid += [f"{scope['path']}: {problem}" for problem in found]
 
     @staticmethod
-    def _stream(body: bytes) -> Iterator[str]:
+    def _stream(body: bytearray) -> Iterator[str]:
         whole, _, _ = body.rpartition(b"\n\n")  # The client may have gone.
         for frame in whole.split(b"\n\n"):
             for line in frame.split(b"\n"):

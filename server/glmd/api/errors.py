@@ -282,10 +282,7 @@ REASONS = {
         (f"/api/{name}" for name in ("chat", "generate", "tags", "show", "ps", "version", "embed")),
         "Ollama's API is not served; use OpenAI's API under /v1",
     ),
-    **{
-        path: f"use /v1{path}"
-        for path in ("/chat/completions", "/completions", "/responses", "/messages", "/models")
-    },
+    "/messages": "use /v1/messages",
     "/v1/v1": "only OpenAI clients take a base URL that ends in /v1, and it ends in /v1 once",
 }
 """By path prefix."""

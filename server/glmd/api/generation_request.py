@@ -134,6 +134,7 @@ class GenerationRequest:
         stop: Strings that end an answer.
         thinking_budget: Tokens after which reasoning is closed. None: no limit.
         single_call: End the answer after its first tool call.
+        include_reasoning: Show the reasoning.
         report_tokens: Emit `GeneratedTokens` events.
         report_progress: Emit `PrefillProgress` events.
         ignored: Names of unknown parameters and of hosted tools, for the response header.
@@ -157,6 +158,7 @@ class GenerationRequest:
     single_call: bool = False
     priority: int = 0
     cache_salt: str = ""
+    include_reasoning: bool = True
     report_tokens: bool = False
     report_progress: bool = False
     ignored: Sequence[str] = ()

@@ -46,6 +46,9 @@ REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 SLASHES = re.compile("//+")
 
+BARE_PATH = re.compile(r"/(chat/completions|completions|embeddings|models|responses)(/|$)")
+"""Paths of OpenAI's API without /v1, as clients ask whose base URL lacks it."""
+
 OPEN_PATHS = frozenset({"/livez", "/health", "/api/hello"}) | webui.PATHS
 """Paths that need no API key: health checks, and the page that asks for the key."""
 
@@ -106,14 +109,18 @@ class RequestIdMiddleware:
 
 
 class NormalizePathMiddleware:
-    """Serve `//v1/models/` as `/v1/models`: base URLs end in a slash, or bring one too many."""
+    """Serve `//v1/models/` and `/models` as `/v1/models`.
+
+    Base URLs end in a slash, bring one too many, or lack `/v1`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope["path"] = SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+            path = SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+            scope["path"] = f"/v1{path}" if BARE_PATH.match(path) else path
         await self._app(scope, receive, send)
 
 

@@ -119,13 +119,16 @@ class ChatFold:
             case Finished(reason):
                 self.finish_reason = reason
 
-    def message(self) -> ChatMessage:
-        content = "".join(self.content)
+    def message(self, *, reasoning_alias: bool) -> ChatMessage:
+        content, reasoning = "".join(self.content), "".join(self.reasoning) or None
         message = ChatMessage(
-            role="assistant", content=content if content or not self.calls else None, refusal=None
+            role="assistant",
+            content=content if content or not self.calls else None,
+            refusal=None,
+            reasoning_content=reasoning,
         )
-        if self.reasoning:
-            message.reasoning_content = "".join(self.reasoning)
+        if reasoning_alias:
+            message.reasoning = reasoning
         if self.calls:
             message.tool_calls = [
                 FunctionToolCall(
@@ -145,6 +148,8 @@ class ChatBuilder(OpenAIBuilder):
         self, body: ChatCompletionRequest, state: AppState, generation: Generation
     ) -> None:
         super().__init__(body, state, generation)
+        self._include_reasoning = generation.request.include_reasoning
+        self._reasoning_alias = state.settings.reasoning_alias
         self._folds: dict[int, ChatFold] = {}
 
     def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
@@ -155,12 +160,14 @@ class ChatBuilder(OpenAIBuilder):
             return
         is_first = index not in self._folds
         if is_first and self._streams:
-            role = self._choice(index, ChatDelta(role="assistant", content=""))
+            role = self._choice(index, self._delta(role="assistant", content=""))
             if self._prompt_ids is not None and not self._folds:
                 yield self._chunk([role], prompt_token_ids=self._prompt_ids[0])
             else:
                 yield self._chunk([role])
         fold = self._folds.setdefault(index, ChatFold())
+        if isinstance(event, ReasoningDelta) and not self._include_reasoning:
+            return
         if self._streams:
             yield self._chunk([self._event_choice(index, event)])
         else:
@@ -187,25 +194,30 @@ class ChatBuilder(OpenAIBuilder):
     def _event_choice(self, index: int, event: StreamEvent) -> ChunkChoice:
         match event:
             case GeneratedTokens(ids):
-                choice = self._choice(index, ChatDelta())
+                choice = self._choice(index, self._delta())
                 choice.token_ids = ids
                 return choice
             case ReasoningDelta(text, tokens):
                 logprobs = self._logprobs([], tokens)
-                return self._choice(index, ChatDelta(reasoning_content=text), logprobs)
+                return self._choice(index, self._delta(reasoning=text), logprobs)
             case ContentDelta(text, tokens):
                 logprobs = self._logprobs(tokens, [])
-                return self._choice(index, ChatDelta(content=text), logprobs)
+                return self._choice(index, self._delta(content=text), logprobs)
             case ToolCallStart(number, id, name):
                 function = FunctionDelta(name=name, arguments="")
                 call = CallDelta(index=number, id=id, type="function", function=function)
-                return self._choice(index, ChatDelta(tool_calls=[call]))
+                return self._choice(index, self._delta(tool_calls=[call]))
             case ToolCallDelta(number, arguments):
                 call = CallDelta(index=number, function=FunctionDelta(arguments=arguments))
-                return self._choice(index, ChatDelta(tool_calls=[call]))
+                return self._choice(index, self._delta(tool_calls=[call]))
             case Finished(reason):
-                return self._choice(index, ChatDelta(), finish_reason=reason)
+                return self._choice(index, self._delta(), finish_reason=reason)
         raise TypeError(f"unexpected event {event}")
+
+    def _delta(self, reasoning: str | None = None, **fields: Any) -> ChatDelta:
+        if self._reasoning_alias:
+            fields["reasoning"] = reasoning
+        return ChatDelta(reasoning_content=reasoning, **fields)
 
     @staticmethod
     def _choice(
@@ -219,7 +231,7 @@ class ChatBuilder(OpenAIBuilder):
     def _whole_choice(self, index: int, fold: ChatFold) -> ChatChoice:
         choice = ChatChoice(
             index=index,
-            message=fold.message(),
+            message=fold.message(reasoning_alias=self._reasoning_alias),
             logprobs=self._logprobs(fold.content_tokens, fold.reasoning_tokens),
             finish_reason=fold.finish_reason,
         )

@@ -88,12 +88,21 @@ class ReasoningOptions(StrictModel):
     enabled: bool | None = None
     effort: Effort = optional("The same as reasoning_effort.")
     max_tokens: Integer | None = optional("The same as thinking_budget.", ge=0)
-    exclude: Literal[False] | None = optional("The reasoning is always in the answer.")
+    exclude: bool | None = optional("The opposite of include_reasoning.")
 
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = optional("End with a chunk that holds the usage.")
     include_obfuscation: NoOp = None
+
+
+def check_stream_options(options: BaseModel | None, stream: bool | None) -> None:
+    """
+    Raises:
+        InvalidRequest: there are options for a stream, and no stream.
+    """
+    if options is not None and options.model_fields_set and not stream:
+        raise invalid_field("stream_options", "needs stream to be true.")
 
 
 class OpenAINoOps(BaseModel):

@@ -24,7 +24,12 @@ from glmd.api.generation_request import (
     optional,
 )
 from glmd.api.observability.request_stats import Api
-from glmd.api.openai.input import ConversationFields, Limit, OpenAIFields
+from glmd.api.openai.input import (
+    ConversationFields,
+    Limit,
+    OpenAIFields,
+    check_stream_options,
+)
 from glmd.api.streaming import TokenUsage
 from glmd.chat.tokenizer import Tokenizer
 from glmd.chat.types import FinishReason, TokenInfo
@@ -116,6 +121,7 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
         "Tokens after which the reasoning is closed and the answer continues.", ge=0
     )
     thinking_token_budget: Integer | None = optional("thinking_budget's name in vLLM.", ge=0)
+    include_reasoning: bool | None = optional("False: the reasoning is not in the answer.")
     return_progress: bool | None = optional("While streaming, report the prompt's progress.")
     verbosity: NoOp = None
 
@@ -129,6 +135,7 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
             raise invalid_field("modalities", "the model writes text only.")
         if self.top_logprobs and not self.logprobs:
             raise invalid_field("top_logprobs", "needs logprobs to be true.")
+        check_stream_options(self.stream_options, self.stream)
         max_tokens = self._limit() or defaults.max_tokens
         min_tokens = self.checked_min_tokens(max_tokens)
         conversation = self.conversation(defaults)
@@ -162,9 +169,20 @@ class ChatCompletionRequest(OpenAIFields, ConversationFields):
             single_call=self.parallel_tool_calls is False,
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            include_reasoning=self._include_reasoning(),
             report_tokens=bool(self.return_token_ids),
             report_progress=bool(self.return_progress and self.stream),
             ignored=self.tools_read[1],
+        )
+
+    def _include_reasoning(self) -> bool:
+        exclude = self.reasoning.exclude if self.reasoning else None
+        return agreed_value(
+            {
+                "include_reasoning": self.include_reasoning,
+                "reasoning.exclude": None if exclude is None else not exclude,
+            },
+            default=True,
         )
 
     def _limit(self) -> int | None:
@@ -214,6 +232,7 @@ class CompletionRequest(OpenAIFields):
             raise invalid_field("suffix", "the model cannot fill in the middle.")
         if self.best_of is not None and self.best_of != 1:
             raise invalid_field("best_of", "must be 1. For several answers, send n.")
+        check_stream_options(self.stream_options, self.stream)
         if self.echo and self.logprobs is not None:
             raise invalid_field("logprobs", "not available for the prompt, which echo returns.")
         max_tokens = self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
@@ -331,7 +350,8 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
-    reasoning_content: str | None = optional("Absent without reasoning.")
+    reasoning_content: str | None = optional("null without reasoning.")
+    reasoning: str | None = optional("The same, with the setting reasoning_alias; else absent.")
     tool_calls: list[FunctionToolCall] | None = optional("Absent if none.")
 
 
@@ -369,7 +389,8 @@ class CallDelta(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
-    reasoning_content: str | None = None
+    reasoning_content: str | None = optional("null where there is none.")
+    reasoning: str | None = optional("The same, with the setting reasoning_alias; else absent.")
     tool_calls: list[CallDelta] | None = None
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     RootModel,
     SerializerFunctionWrapHandler,
@@ -31,7 +32,7 @@ from glmd.api.generation_request import (
     optional,
 )
 from glmd.api.observability.request_stats import Api
-from glmd.api.openai.input import OpenAINoOps
+from glmd.api.openai.input import OpenAINoOps, check_stream_options
 from glmd.api.openai.protocol import AllowedTools, TokenLogprob, ToolChoiceMode
 from glmd.api.responses.input import (
     INPUT_SCHEMA,
@@ -47,6 +48,9 @@ from glmd.errors import invalid_field
 from glmd.structured_output.request import make_structure, read_response_format
 
 LOGPROBS = "message.output_text.logprobs"
+
+MAX_SAFETY_IDENTIFIER = 64
+"""Characters, by OpenAI's schema."""
 
 # -- the request --------------------------------------------------------------------------
 
@@ -97,6 +101,16 @@ class ResponsesStreamOptions(StrictModel):
     include_obfuscation: NoOp = None
 
 
+def echoed(limit: int | None = None) -> BeforeValidator:
+    """Keep a text of at most `limit` characters, which the response can show."""
+
+    def keep(value: object) -> str | None:
+        is_kept = isinstance(value, str) and (limit is None or len(value) <= limit)
+        return str(value) if is_kept else None
+
+    return BeforeValidator(keep)
+
+
 class ResponsesRequest(RequestFields, OpenAINoOps):
     api: ClassVar[Api] = "responses"
     refused: ClassVar = {
@@ -139,6 +153,13 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         "Stored with the response.", max_length=16
     )
     truncation: Literal["auto", "disabled"] | None = optional(NO_OP + " Long prompts are refused.")
+    prompt_cache_key: Annotated[str | None, echoed()] = optional(
+        NO_OP + " Prefixes are cached by content. Shown in the response."
+    )
+    safety_identifier: Annotated[str | None, echoed(MAX_SAFETY_IDENTIFIER)] = optional(
+        NO_OP + " Shown in the response."
+    )
+    user: Annotated[str | None, echoed()] = optional(NO_OP + " Shown in the response.")
     max_tool_calls: NoOp = optional(NO_OP + " It counts hosted tools.")
     context_management: NoOp = optional(NO_OP + " Nothing is dropped or edited.")
     client_metadata: NoOp = None
@@ -153,6 +174,7 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         """
         if self.background and self.stream:
             raise invalid_field("background", "cannot be combined with stream.")
+        check_stream_options(self.stream_options, self.stream)
         if self.background and self.store is False:
             raise invalid_field("background", "needs store to be true.")
         logprobs = self.top_logprobs
@@ -367,9 +389,9 @@ class ResponseObject(SparseModel):
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Literal[
-        "queued", "in_progress", "completed", "incomplete", "failed", "cancelled"
-    ] = "in_progress"
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"] = (
+        "in_progress"
+    )
     background: bool
     error: ResponseError | None = None
     frequency_penalty: float

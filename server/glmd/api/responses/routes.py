@@ -38,9 +38,6 @@ from glmd.utils.fair_limiter import Reservation
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
 
-MAX_SAFETY_IDENTIFIER = 64
-"""Characters, by OpenAI's schema."""
-
 GivenStore = Annotated[ResponseStore, Depends(get_store)]
 
 
@@ -187,12 +184,12 @@ def new_response(
         parallel_tool_calls=not request.single_call,
         presence_penalty=request.sampling.presence_penalty,
         previous_response_id=body.previous_response_id,
-        prompt_cache_key=_text(body.prompt_cache_key),
+        prompt_cache_key=body.prompt_cache_key,
         reasoning=ReasoningConfig(
             effort=reasoning.effort if reasoning else None,
             summary=reasoning.any_summary if reasoning else None,
         ),
-        safety_identifier=_text(body.safety_identifier, MAX_SAFETY_IDENTIFIER),
+        safety_identifier=body.safety_identifier,
         store=body.store is not False,
         temperature=request.sampling.temperature,
         text=TextOptions.of(body.text.format if body.text else None),
@@ -200,13 +197,8 @@ def new_response(
         tools=tools.shown,
         top_logprobs=body.top_logprobs or 0,
         top_p=request.sampling.top_p,
-        user=_text(body.user),
+        user=body.user,
     )
-
-
-def _text(value: object, limit: int | None = None) -> str | None:
-    """A field without effect as the response shows it: a text of the allowed length, or null."""
-    return value if isinstance(value, str) and (limit is None or len(value) <= limit) else None
 
 
 async def finish(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
