@@ -294,6 +294,17 @@ class Settings(BaseSettings):
         description="Folder of the disk cache, used by one server at a time. Default: glmd/kv in"
         " the user's folder for caches.",
     )
+    kv_events: str | None = Field(
+        None,
+        description="ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5557, at which the token ids"
+        " that are cached are published for routers, in vLLM's format and without a key. Default:"
+        " nowhere.",
+    )
+    kv_events_replay: str | None = Field(
+        None,
+        description="ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5558, from which routers get"
+        " events of `kv_events` that they missed. Default: none.",
+    )
     prevent_sleep: bool = Field(
         True, description="On macOS, prevent idle sleep of the Mac while requests run."
     )
@@ -415,8 +426,10 @@ class Settings(BaseSettings):
         """Fields of the engine's configuration that the settings set."""
         names = ("max_context", "max_running", "max_step_tokens", "memory_budget")
         limits = {name: int(value) for name in names if (value := getattr(self, name)) is not None}
+        endpoints = {"kv_events": self.kv_events, "kv_events_replay": self.kv_events_replay}
         return {
             **limits,
+            **{name: value for name, value in endpoints.items() if value is not None},
             "min_stream_rate": self.min_stream_rate,
             "max_gap": self.max_gap,
             "mtp": DRAFTS[self.mtp],

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from glmd.kv_cache import node as node_module
 from glmd.kv_cache import prefix_tree as tree_module
 from glmd.kv_cache.node import Lease, Node, common_prefix
 from glmd.kv_cache.prefix_tree import PrefixTree
@@ -281,7 +282,7 @@ def test_tree_behaves_as_a_set_of_prefixes(
 ) -> None:
     monkeypatch.setattr(TreeAgainstSet, "max_segment", max_segment)
     monkeypatch.setattr(tree_module, "MAX_PIECES", max_pieces)
-    monkeypatch.setattr(tree_module, "MAX_MOVED_CHILDREN", max_moved)
+    monkeypatch.setattr(node_module, "MAX_MOVED_CHILDREN", max_moved)
     TreeAgainstSet.TestCase.settings = settings(
         max_examples=60, stateful_step_count=50, deadline=None
     )

@@ -43,6 +43,8 @@ class EngineConfig:
         prefix_cache: share KV between requests and keep it after they end.
         disk_cache: most bytes of KV in files, from which prefixes are restored; 0: none.
         disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
+        kv_events: ZeroMQ endpoint at which cached blocks are published; None: nowhere.
+        kv_events_replay: endpoint that sends missed events again; None: none does.
     """
 
     max_running: int = 32
@@ -57,6 +59,8 @@ class EngineConfig:
     prefix_cache: bool = True
     disk_cache: int = 0
     disk_cache_folder: str | None = None
+    kv_events: str | None = None
+    kv_events_replay: str | None = None
 
     @property
     def width(self) -> int:
@@ -76,6 +80,10 @@ class EngineConfig:
             raise SettingsError(f"disk_cache must be at least 0, not {self.disk_cache}.")
         if self.disk_cache and self.disk_cache_folder is None:
             raise SettingsError("disk_cache needs disk_cache_folder. Name a folder for its files.")
+        if self.kv_events is not None and not self.prefix_cache:
+            raise SettingsError("kv_events needs prefix_cache: otherwise nothing stays cached.")
+        if self.kv_events_replay is not None and self.kv_events is None:
+            raise SettingsError("kv_events_replay needs kv_events, the endpoint of the events.")
 
 
 MAX_CONTINUATIONS = 1024

@@ -30,6 +30,7 @@ from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
 from glmd.errors import GlmdError, InvalidRequest
 from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpack_tokens
+from glmd.kv_cache.kv_events import KVEventPublisher
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TailPool
@@ -66,11 +67,12 @@ def load_engine(
     if config.mtp != 0 and stored.no_drafts is not None:
         log.warning("%s", stored.no_drafts)
     structured_output = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
+    kv_events = KVEventPublisher.of(config.kv_events, config.kv_events_replay)
     memory.DeviceLimits.set(budget)
     try:
         model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
         model.warm_up()
-        engine = Engine(model, config, budget, structured_output)
+        engine = Engine(model, config, budget, structured_output, kv_events)
     except BaseException:
         memory.DeviceLimits.restore()
         raise
@@ -84,6 +86,7 @@ class Engine:
     Args:
         memory_budget: bytes for weights, KV and working memory.
         structured_output: started before the model was loaded, to save time; None: started here.
+        kv_events: bound before the model was loaded, to fail early; None: bound here if configured.
 
     Attributes:
         info: the model served, and its limits.
@@ -100,6 +103,7 @@ class Engine:
         config: EngineConfig,
         memory_budget: int,
         structured_output: StructuredOutputManager | None = None,
+        kv_events: KVEventPublisher | None = None,
     ) -> None:
         self._defers = config.mtp == "auto" and model.mtp is not None
         """The MTP layer's KV is deferred while drafts do not pay."""
@@ -135,6 +139,11 @@ class Engine:
         cache = open_disk_cache(config, model)
         tree = PrefixTree[Segment](plan.max_segment, track_unsaved=cache is not None)
         self._disk = None if cache is None else DiskTier(tree, cache)
+        publisher = kv_events or KVEventPublisher.of(config.kv_events, config.kv_events_replay)
+        if publisher is not None:
+            publisher.start(paired_keys=self.info.has_mtp)
+        self._kv_events = publisher
+        tree.observer = publisher
         self.scheduler = Scheduler(
             self.config,
             tree,
@@ -391,6 +400,9 @@ class Engine:
         self._runner.reset()
         if self._disk is not None:
             self._disk.close()
+        if self._kv_events is not None:
+            self.scheduler.tree.observer = None
+            self._kv_events.close()
         self.scheduler.tree.clear()
         mx.clear_cache()
         self.release_limits()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ MTP layer also the next token's id (`glmd.engine.sequence.Sequence.cache_keys`).
 
 MAX_EVICTED_CHILDREN = 256
 """Evicted continuations that one node remembers, to report why a prompt did not match."""
+
+MAX_MOVED_CHILDREN = 64
+"""A node with more children is not merged into its parent: each would have to be moved."""
 
 _COMPARE_WINDOW = 256
 """Tokens compared at first. The window then grows fourfold, so that an early divergence from a
@@ -37,6 +40,24 @@ class SegmentLike(Protocol):
 
 
 S = TypeVar("S", bound=SegmentLike)
+
+
+class TreeObserver(Protocol):
+    """Is told what a tree stores and removes, in this order."""
+
+    def changed(
+        self, kind: Literal["store", "remove"], salt: str, pieces: list[Keys], start: int
+    ) -> None:
+        """Note that what follows the first `start` keys of a prefix is stored, or removed.
+
+        Args:
+            pieces: the prefix, consecutive.
+        """
+        ...
+
+    def cleared(self) -> None:
+        """Note that everything has been removed."""
+        ...
 
 
 def common_prefix(a: Keys, b: Keys) -> int:
@@ -107,6 +128,21 @@ class Node(Generic[S]):
     def pinned_len(self) -> int:
         """Number of this node's tokens that a child or a lease continues."""
         return max(self.child_len, self.leased_len)
+
+    @property
+    def has_many_children(self) -> bool:
+        """Whether it is not merged into its parent: each child would have to be moved."""
+        if len(self.children) > MAX_MOVED_CHILDREN:
+            return True
+        return sum(map(len, self.children.values())) > MAX_MOVED_CHILDREN
+
+    def prefix(self) -> tuple[str, list[Keys]]:
+        """The salt, and the keys from the root to the end of the node in consecutive pieces."""
+        pieces, node, length = [], self, len(self)
+        while node.parent is not None:
+            pieces.append(node.keys[:length])
+            node, length = node.parent, node.offset
+        return node.salt, pieces[::-1]
 
     def add_child(self, child: Node[S]) -> None:
         siblings = self.children.get(child.offset)

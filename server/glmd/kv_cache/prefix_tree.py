@@ -19,7 +19,7 @@ from typing import Generic
 
 import numpy as np
 
-from glmd.kv_cache.node import Keys, Lease, Node, PathNode, S, common_prefix
+from glmd.kv_cache.node import Keys, Lease, Node, PathNode, S, TreeObserver, common_prefix
 
 MAX_SEGMENT = 32_768
 """Tokens: 1.8 GB of GLM-4.7-Flash, whose copy takes a Mac's GPU as long as a step or two. Where
@@ -32,9 +32,6 @@ than a millisecond."""
 
 MAX_PIECES = 8
 """Pieces that wait to be merged, at the end of a path."""
-
-MAX_MOVED_CHILDREN = 64
-"""A node with more children is not merged into its parent: each would have to be moved."""
 
 MAX_SIBLINGS = 64
 """Continuations of a prefix, the latest, among which `divergence` finds the longest."""
@@ -76,6 +73,7 @@ class PrefixTree(Generic[S]):
             them out. Others are evicted before them.
         version: number of changes that replaced segments which leases may hold. Layouts made
             under an earlier version keep memory alive that the tree has freed.
+        observer: is told of what is stored and removed; None: nobody is.
     """
 
     def __init__(self, max_segment: int = MAX_SEGMENT, *, track_unsaved: bool = False) -> None:
@@ -87,6 +85,7 @@ class PrefixTree(Generic[S]):
         self._max_segment = max_segment
         self._track_unsaved = track_unsaved
         self.unsaved: dict[Node[S], None] = {}
+        self.observer: TreeObserver | None = None
         self._roots: dict[str, Node[S]] = {}
         self._clock = 0
         self._segments = 0
@@ -194,6 +193,8 @@ class PrefixTree(Generic[S]):
         parent, offset = lease.node, lease.length
         child = Node(keys, kv, parent, offset, start=parent.start + offset)
         parent.add_child(child)
+        if self.observer is not None:
+            self.observer.changed("store", *child.prefix(), child.start)
         if self._track_unsaved:
             self.unsaved[child] = None
         self.tokens += len(keys)
@@ -232,7 +233,7 @@ class PrefixTree(Generic[S]):
             assert node.kv is not None
             if not parent.kv.joins(node.kv):
                 break
-            if _has_many_children(node) or (rest and _has_many_children(parent)):
+            if node.has_many_children or (rest and parent.has_many_children):
                 break
             if cheap == len(run) and node.offset <= MERGE_RATIO * size and 2 * rest <= size:
                 cheap += 1
@@ -358,6 +359,8 @@ class PrefixTree(Generic[S]):
     def reset(self) -> None:
         """Drop everything, with all leases."""
         self.version += 1
+        if self.observer is not None:
+            self.observer.cleared()
         self.evicted_tokens += self.tokens
         self._roots.clear()
         self.unsaved.clear()
@@ -371,6 +374,8 @@ class PrefixTree(Generic[S]):
         parent, kv = node.parent, node.kv
         assert parent is not None
         assert kv is not None
+        if self.observer is not None:
+            self.observer.changed("remove", *node.prefix(), node.start + length)
         freed, key = kv.nbytes, int(node.keys[length])
         self.tokens -= len(node) - length
         self.evicted_tokens += len(node) - length
@@ -490,9 +495,3 @@ class PrefixTree(Generic[S]):
         """Remove the root of a salt under which nothing is stored or leased."""
         if node.parent is None and not node.children and not node.leases:
             del self._roots[node.salt]
-
-
-def _has_many_children(node: Node[S]) -> bool:
-    if len(node.children) > MAX_MOVED_CHILDREN:
-        return True
-    return sum(map(len, node.children.values())) > MAX_MOVED_CHILDREN
