@@ -189,7 +189,7 @@ class _ConstrainedBackend:
         self._manager = _TimedManager(folder)
         self._glmd = glmd
         eos_bias = dict.fromkeys(load_config(folder).eos_token_ids, NEVER)
-        self._fields = {
+        self._fields: dict[str, Any] = {
             "grammar": grammar,
             "sampling": msgspec.structs.replace(
                 sampling_defaults(folder), logit_bias=eos_bias, seed=workloads.SEED

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +41,18 @@ class GlmdBackend:
         self._model = load_model(folder, dtype, lambda done, total: None, mtp=mtp)
         self.kv_bytes_per_token = self._model.kv_bytes_per_token
         self.weight_bytes = self._model.weight_bytes
+        self.acceptance = 0.0
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the model has an MTP layer, and it is loaded."""
+        return self._model.mtp is not None
+
+    def with_drafts(self, drafts: Literal[0, 1]) -> GlmdBackend:
+        """Return a backend of the same weights with a fixed number of drafts per step."""
+        other = copy(self)
+        other._config = replace(self._config, mtp=drafts)
+        return other
 
     def extend_context(self, tokens: int) -> None:
         """Raise the context limit to `tokens`, beyond that of the checkpoint.
@@ -50,7 +64,11 @@ class GlmdBackend:
 
     def open(self) -> BackendSession:
         """Return a session with an empty KV cache."""
-        return GlmdSession(self.engine())
+        return GlmdSession(self.engine(), on_close=self._ended)
+
+    def _ended(self, engine: Engine) -> None:
+        """Keep the share of accepted drafts of the latest session."""
+        self.acceptance = engine.stats().acceptance
 
     def engine(self, grammars: StructuredOutputManager | None = None) -> Engine:
         """Return an engine with an empty KV cache.
@@ -65,11 +83,19 @@ class GlmdSession:
     """One engine.
 
     Args:
+        on_close: called with the engine before it is closed.
         fields: additional fields of `EngineRequest`, the same for all requests.
     """
 
-    def __init__(self, engine: Engine, **fields: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_close: Callable[[Engine], None] = lambda engine: None,
+        **fields: Any,
+    ) -> None:
         self._engine = engine
+        self._on_close = on_close
         self._fields = fields
 
     def submit(self, request: int, prompt: TokenArray, max_tokens: int) -> None:
@@ -108,6 +134,7 @@ class GlmdSession:
         return self._engine.stats().kv_segments * self._engine.kv_layers
 
     def close(self) -> None:
+        self._on_close(self._engine)
         self._engine.close()
 
 

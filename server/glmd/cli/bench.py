@@ -171,6 +171,40 @@ def simulate(
         json_file.write_text(text + "\n", encoding="utf-8")
 
 
+@app.command("report")
+def report_machine(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint folder, repo id or short name. Default: the model of the settings,"
+            " else what `glmd serve` serves by default."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Markdown file to write.")] = Path(
+        "glmd-report.md"
+    ),
+    scale: Scale = 1.0,
+    repeat: Repeat = 2,
+) -> None:
+    """Measure this machine and model in about three minutes, for an issue or for yourself.
+
+    Stop a running server first: both would hold the weights in memory.
+
+    Example: glmd bench report --out report.md
+    """
+    from glmd.bench import report
+    from glmd.bench.user_report import markdown, measure
+    from glmd.cli.serve import find_model
+    from glmd.config import load
+
+    name, folder = find_model(load({"model": model}))
+    with report.progress() as on_progress:
+        lines = measure(folder, scale=scale, repeat=repeat, on_progress=on_progress)
+    text = markdown(folder, lines, name)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"{text}\nWritten to {out}. Paste it into an issue to share it.")
+
+
 @app.command()
 def kernels(only: Only = "", json_file: Json = None) -> None:
     """Count the kernels of a layer, against mlx-lm's; needs no GPU and no weights."""
