@@ -34,7 +34,7 @@ def scrape(http: httpx.Client) -> Values:
     values: Values = {}
     for family in text_string_to_metric_families(response.text):
         assert family.documentation, family.name
-        assert family.name.startswith("glmd_")
+        assert family.name.startswith(("glmd_", "vllm:"))
         for sample in family.samples:
             key = sample.name, tuple(sorted(sample.labels.items()))
             assert key not in values
@@ -284,3 +284,15 @@ def test_every_metric_is_documented(http: httpx.Client) -> None:
     # Counters' names come without `_total`, infos' with `_info`.
     missing = [f.name for f in families if f"`{f.name.removesuffix('_info')}`" not in text]
     assert missing == []
+
+
+def test_routers_read_the_load_under_vllms_names(http: httpx.Client) -> None:
+    values = scrape(http)
+    for name in ("num_requests_running", "num_requests_waiting"):
+        shown = value(values, f"vllm:{name}", model_name="test/tiny")
+        assert shown == value(values, f"glmd_{name}")
+    usage = {key[0]: v for key, v in values.items() if key[0].endswith("cache_usage_perc")}
+    assert usage.keys() == {
+        "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "glmd_kv_cache_usage_perc"
+    }  # fmt: skip
+    assert usage["vllm:kv_cache_usage_perc"] == usage["vllm:gpu_cache_usage_perc"]

@@ -35,6 +35,7 @@ from glmd.api.request_body import BodyLimitMiddleware
 from glmd.api.responses import routes as responses
 from glmd.api.responses.protocol import ResponseStreamEvent
 from glmd.api.responses.store import ResponseStore
+from glmd.api.retries import RetryMiddleware
 from glmd.api.routes import health, metrics, models, status, tokenize
 from glmd.api.state import AppState
 from glmd.errors import SettingsError
@@ -99,6 +100,7 @@ def create_app(state: AppState) -> FastAPI:
             *access_middleware(settings, state.keys),
             Middleware(BodyEncodingMiddleware),
             Middleware(BodyLimitMiddleware, limit=settings.max_body, timeout=settings.body_timeout),
+            Middleware(RetryMiddleware),
             Middleware(HeadAsGetMiddleware),
         ],
         docs_url=None,

@@ -82,6 +82,7 @@ def exchange_fields(exchange: HttpExchange) -> dict[str, Any]:
         "seconds": round(exchange.ended - exchange.started, 3),
         "request_id": exchange.id,
         "stream": exchange.stream or None,
+        "retry": exchange.is_retry or None,
     }
     # A background request is logged when it ends.
     fields |= stats_fields([stats for stats in exchange.stats if stats.ended is not None])

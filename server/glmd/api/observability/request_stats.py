@@ -68,6 +68,7 @@ class HttpExchange:
         model: model name in the request.
         stream: the request asks for a stream.
         background: the response does not wait for the generation.
+        is_retry: the answer is that of an earlier request (`glmd.api.retries`).
         route: path template of the route, set at the end; None: no route.
         status: HTTP status, once the response has started.
         ended: when the response was complete, or the client had disconnected.
@@ -87,6 +88,7 @@ class HttpExchange:
     model: str | None = None
     stream: bool = False
     background: bool = False
+    is_retry: bool = False
     route: str | None = None
     status: int | None = None
     ended: float | None = None

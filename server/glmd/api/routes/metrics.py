@@ -156,6 +156,12 @@ class Metrics(Collector):
             responses.add_metric([method, route, str(status)], count)
         yield responses
 
+    def _as_vllm(self, name: str, description: str, value: float) -> Metric:
+        """A metric that routers read, under vLLM's own name."""
+        family = GaugeMetricFamily(f"vllm:{name}", description, labels=["model_name"])
+        family.add_metric([self._state.model.id], value)
+        return family
+
     def _requests(self) -> Iterator[Metric]:
         registry, queue = self._state.registry, self._state.engine.queue
         totals = registry.totals
@@ -163,6 +169,8 @@ class Metrics(Collector):
         running = len(registry.running) - waiting
         yield gauge("glmd_num_requests_running", "Requests in prefill or decoding.", running)
         yield gauge("glmd_num_requests_waiting", "Requests in the queue.", waiting)
+        yield self._as_vllm("num_requests_running", "glmd_num_requests_running.", running)
+        yield self._as_vllm("num_requests_waiting", "glmd_num_requests_waiting.", waiting)
         yield gauge("glmd_queue_tokens", "Prompt tokens in the queue.", queue.tokens)
         yield counter(
             "glmd_answers_refused", "Answers refused because the queue was full.", queue.refused
@@ -191,7 +199,12 @@ class Metrics(Collector):
             yield build(f"glmd_{name}", description, getattr(stats, attribute))
         budget = stats.kv_budget_bytes
         usage = stats.kv_bytes / budget if budget else 0.0
+        # vLLM counts blocks that no request uses as free.
+        idle = stats.kv_idle_tokens / stats.kv_tokens if stats.kv_tokens else 0.0
+        in_use = usage * (1 - idle)
         yield gauge("glmd_kv_cache_usage_perc", "Used share of the KV budget, 0 to 1.", usage)
+        for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):  # the second until vLLM 0.10
+            yield self._as_vllm(name, "KV of running requests, as a share of its budget.", in_use)
         yield gauge(
             "glmd_spec_decode_mean_acceptance_length",
             "Tokens per verification, including the token that is not drafted.",
