@@ -425,7 +425,7 @@ class Server:
     def _wait_for_port(self) -> int:
         while self.process.poll() is None:
             text = self._log.read_text() if self._log.exists() else ""
-            if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", text):
+            if found := re.search(r"http://127\.0\.0\.1:(\d+)", text):
                 port = int(found[1])
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     return port

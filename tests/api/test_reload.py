@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -124,14 +125,13 @@ def test_sighup_reloads_settings_and_reopens_a_renamed_log(file: Path, tmp_path:
     command = ["serve", "--port", "0", "--config", str(file), "--log-file", str(log)]
     process = subprocess.Popen([sys.executable, "-m", "glmd", *command], start_new_session=True)
     try:
-        wait(lambda: log.exists() and "http://" in log.read_text())
-        url = log.read_text().split("http://")[1].split("/v1")[0]
-        wait(lambda: answers(url))
+        wait(lambda: log.exists() and answers(log.read_text()))
         log.rename(tmp_path / "log.0")
         file.write_text("aliases = ['later']")
         process.send_signal(signal.SIGHUP)
         wait(lambda: log.exists() and "changed=aliases" in log.read_text())
-        assert httpx.get(f"http://{url}/v1/models/later").status_code == 200
+        url = url_in(log.with_name("log.0").read_text())
+        assert httpx.get(f"{url}/v1/models/later").status_code == 200
         process.terminate()
         assert process.wait(30) == 0
     finally:
@@ -139,9 +139,15 @@ def test_sighup_reloads_settings_and_reopens_a_renamed_log(file: Path, tmp_path:
         process.wait()
 
 
-def answers(url: str) -> bool:
+def url_in(output: str) -> str | None:
+    """The server's URL in its output, which may end within the URL."""
+    found = re.search(r"http://127\.0\.0\.1:\d+(?=\W)", output)
+    return found and found[0]
+
+
+def answers(output: str) -> bool:
     try:
-        return httpx.get(f"http://{url}/livez").status_code == 200
+        return (url := url_in(output)) is not None and httpx.get(f"{url}/livez").is_success
     except httpx.ConnectError:
         return False
 
@@ -152,10 +158,8 @@ def test_closing_the_terminal_stops_the_server(file: Path) -> None:
         arguments = ["-m", "glmd", "serve", "--port", "0", "--config", str(file)]
         os.execv(sys.executable, [sys.executable, *arguments])
     seen = b""
-    while b"http://" not in seen or not answers(
-        seen.split(b"http://")[1].split(b"/v1")[0].decode()
-    ):
-        seen += os.read(terminal, 4096) if b"/v1" not in seen else b""
+    while not answers(seen.decode(errors="replace")):
+        seen += os.read(terminal, 4096) if url_in(seen.decode(errors="replace")) is None else b""
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
