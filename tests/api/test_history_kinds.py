@@ -17,7 +17,7 @@ from glmd.api.generation_request import Defaults
 from glmd.api.openai.protocol import ChatCompletionRequest
 from glmd.api.responses.input import read_tools
 from glmd.api.responses.protocol import ResponsesRequest
-from glmd.api.responses.store import ResponseStore
+from glmd.api.responses.store import read_input
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def messages_api(messages: list[Message], *tools: Message) -> Shown:
 def responses(items: list[Message], *tools: Message) -> Shown:
     body = {"input": items, "tools": [RESPONSES_TOOL, *tools]}
     request = ResponsesRequest.model_validate(body)
-    read = ResponseStore(0).read_input(request.input, None, owner="")
+    read = read_input(request.input, None, {})
     return show(request.conversation(DEFAULTS, read, read_tools(request.tools)))
 
 

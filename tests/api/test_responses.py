@@ -556,7 +556,7 @@ def test_stored_responses_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_store_evicts_the_least_recently_used() -> None:
-    with live_server(response_store="6KiB") as live, live.client() as http:
+    with live_server(response_store="40KiB") as live, live.client() as http:
         ids = [ask(http, f"</think>Number {number}.")["id"] for number in range(8)]
         found = [http.get(f"/v1/responses/{id}").status_code == 200 for id in ids]
         assert found == sorted(found)

@@ -28,8 +28,6 @@ MIN_CACHED_CHARS = 256
 look-up 0.2 ms."""
 CACHE_BYTES = 16 << 20
 """Memory of cached ids: about twenty full contexts."""
-ENTRY_BYTES = 400
-"""Memory of an entry besides its ids."""
 
 STEP_CHARS = 1 << 16
 """Characters of a text that are encoded at a time: at most 0.2 s."""
@@ -166,7 +164,7 @@ class Tokenizer:
         ids = self._encoded.get(key)
         if ids is None:
             ids = np.array(self.encode(text), np.int32)
-            self._encoded.put(key, ids, ids.nbytes + ENTRY_BYTES)
+            self._encoded.put(key, ids)
         return ids
 
     def encode_markup(self, text: str) -> TokenArray:

@@ -22,8 +22,6 @@ from glmd.ipc import TokenArray, pack_tokens, unpack_tokens
 from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.lru import LRUCache
 
-ENTRY_SIZE = 128
-"""Overhead of an entry, in ids of 4 bytes: 0.5 kB as measured."""
 VARIANTS = 8
 """Number of turns kept per key: same prompt and same visible text (`n` > 1, a regenerated answer)
 with different reasoning. The newest are kept."""
@@ -75,7 +73,7 @@ class TurnTokenCache:
             stored: where turns survive the process; None: nowhere.
             tokenizer: names the tokenizer. Turns that were stored under another are not found.
         """
-        self._turns: LRUCache[bytes, tuple[CachedTurn, ...]] = LRUCache(max_tokens)
+        self._turns: LRUCache[bytes, tuple[CachedTurn, ...]] = LRUCache(4 * max_tokens)
         self._stored = stored
         self._tokenizer = tokenizer
 
@@ -111,7 +109,7 @@ class TurnTokenCache:
             if not np.array_equal(other.tokens, cached.tokens)
         ]
         variants = (*others, cached)[-VARIANTS:]
-        self._turns.put(key, variants, _size(variants))
+        self._turns.put(key, variants)
         if self._stored is not None:
             self._stored.put(self._stored_key(key), _encode(variants))
 
@@ -133,16 +131,11 @@ class TurnTokenCache:
             encoded = self._stored.get(self._stored_key(key))
             if encoded is not None:
                 variants = _decode(encoded)
-                self._turns.put(key, variants, _size(variants))
+                self._turns.put(key, variants)
         return variants or ()
 
     def _stored_key(self, key: bytes) -> bytes:
         return blake2b(key, key=self._tokenizer, digest_size=16).digest()
-
-
-def _size(variants: tuple[CachedTurn, ...]) -> int:
-    """Size in memory, in ids of 4 bytes."""
-    return sum(len(variant.tokens) + ENTRY_SIZE for variant in variants)
 
 
 def _encode(variants: tuple[CachedTurn, ...]) -> bytes:

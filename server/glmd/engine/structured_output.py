@@ -7,7 +7,6 @@ while the device runs the forward pass whose logits it masks.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +18,15 @@ from llguidance import LLExecutor, LLMatcher
 
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.backend import load_tokenizer, make_matcher
+from glmd.utils.lru import LRUCache
 
 Words = npt.NDArray[np.uint32]
 
-MAX_CACHED_GRAMMARS = 64
-"""Compiled grammars kept for later requests. That of an agent's tools takes about 2 MB."""
+CACHE_BYTES = 128 << 20
+"""Memory of compiled grammars kept for later requests. That of an agent's tools takes 2 MB."""
+
+MATCHER_EXPANSION = 80
+"""Memory of a compiled grammar, in bytes per character of its text: 72 for many alternatives."""
 
 GRAMMAR_STACK = 8 << 20
 """Bytes of stack for compiling. The compiler's worker tries each grammar with half of that first,
@@ -125,7 +128,7 @@ class StructuredOutputManager:
             threading.stack_size(default)
         self._text_masks: dict[tuple[int, ...], Words] = {}
         self._executor = LLExecutor()
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiled: LRUCache[str, Future[LLMatcher]] = LRUCache(CACHE_BYTES)
 
     def prepare(self, spec: GrammarSpec) -> Future[LLMatcher]:
         """Compile a grammar in the background unless it is cached.
@@ -134,10 +137,8 @@ class StructuredOutputManager:
         """
         known = self._compiled.get(spec.grammar)
         if known is None or (known.done() and known.exception() is not None):
-            known = self._compiled[spec.grammar] = self._thread.submit(self._compile, spec.grammar)
-        self._compiled.move_to_end(spec.grammar)
-        while len(self._compiled) > MAX_CACHED_GRAMMARS:
-            self._compiled.popitem(last=False)
+            known = self._thread.submit(self._compile, spec.grammar)
+            self._compiled.put(spec.grammar, known, MATCHER_EXPANSION * len(spec.grammar))
         return known
 
     def _compile(self, grammar: str) -> LLMatcher:

@@ -161,8 +161,7 @@ class GrammarCompiler:
         if task.cancelled() or task.exception() is not None:
             return
         result = task.result()
-        text = result.text if isinstance(result, CompiledGrammar) else result.message
-        self._cache.put(key, result, len(text))
+        self._cache.put(key, result)
 
     def _compile(self, spec: OutputSpec, data: bytes) -> CompiledGrammar | Refusal:
         """Have the worker compile a grammar.

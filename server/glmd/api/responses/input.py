@@ -117,12 +117,10 @@ class InputItems:
     Attributes:
         earlier: Items of the response that the request continues.
         new: Items of the request's input, with references resolved.
-        size: Bytes of JSON of the items.
     """
 
     earlier: Sequence[Item]
     new: Sequence[Item]
-    size: int
 
     def messages(
         self, instructions: str | None, reader: HistoryReader, tools: RequestTools

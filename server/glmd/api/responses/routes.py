@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 
 from glmd.api.auth import Access
 from glmd.api.context import AccessDep, ContextDep
-from glmd.api.errors import log_unhandled, to_error
+from glmd.api.errors import RefusedBody, log_unhandled, to_error
 from glmd.api.generation_request import Defaults, GenerationRequest, omitted_header
-from glmd.api.request_body import JsonRoute
+from glmd.api.request_body import NO_MEMORY, JsonRoute
 from glmd.api.responses.input import InputItems, RequestTools, read_tools
 from glmd.api.responses.protocol import (
     AllowedToolsChoice,
@@ -27,7 +27,13 @@ from glmd.api.responses.protocol import (
     TextOptions,
     ToolChoiceName,
 )
-from glmd.api.responses.store import ResponseStore, StoredResponse, get_store
+from glmd.api.responses.store import (
+    ResponseStore,
+    StoredResponse,
+    get_store,
+    read_input,
+    referred_ids,
+)
 from glmd.api.responses.stream import ResponsesBuilder
 from glmd.api.serving import count_prompt_tokens, json_response, serve
 from glmd.api.state import StateDep
@@ -50,7 +56,9 @@ async def create_response(
     context: ContextDep,
 ) -> Response:
     """Continue a conversation: streamed, whole, or in the background."""
-    tools, items = await state.run_by_size(http, partial(read_parts, body, store, context.owner))
+    stored = await find_referred(http, body, store, context.owner)
+    tools, items = await state.run_by_size(http, partial(read_parts, body, stored))
+    memory: Reservation = http.state.body_memory
 
     def read(defaults: Defaults) -> GenerationRequest:
         return body.to_generation_request(defaults, items, tools)
@@ -63,11 +71,14 @@ async def create_response(
             tools=tools,
             tokenizer=state.tokenizer,
             summarise=bool(response.reasoning.summary),
-            on_done=store.keep if response.store else lambda stored: None,
+            on_done=keep if response.store else lambda stored: None,
         )
 
+    def keep(stored: StoredResponse) -> None:
+        memory.hold()
+        store.keep(stored, memory.release)
+
     def run_in_background(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
-        memory: Reservation = http.state.body_memory
         memory.hold()
         store.run(builder.stored, finish(builder, work), memory.release)
 
@@ -94,9 +105,10 @@ async def count_input_tokens(
     """Count the tokens of a request's prompt."""
     body.unknown_parameters()
     defaults = state.defaults(body.model, body.profile)
+    stored = await find_referred(http, body, store, access.owner)
 
     def read() -> Conversation:
-        tools, items = read_parts(body, store, access.owner)
+        tools, items = read_parts(body, stored)
         conversation = body.conversation(defaults, items, tools)
         response.headers.update(omitted_header(conversation))
         return conversation
@@ -104,15 +116,31 @@ async def count_input_tokens(
     return InputTokenCount(input_tokens=await count_prompt_tokens(http, state, access, read))
 
 
+async def find_referred(
+    http: Request, body: ResponsesRequest, store: ResponseStore, owner: str
+) -> dict[str, StoredResponse]:
+    """The owner's responses that a request continues or refers to, counted with its body.
+
+    Raises:
+        RefusedBody: there is no room in memory for them.
+    """
+    found = await store.find(referred_ids(body.input, body.previous_response_id))
+    own = {id: stored for id, stored in found.items() if stored.owner == owner}
+    memory: Reservation = http.state.body_memory
+    if not memory.grow(sum(stored.nbytes for stored in own.values())):
+        raise RefusedBody(NO_MEMORY)
+    return own
+
+
 def read_parts(
-    body: ResponsesRequest, store: ResponseStore, owner: str
+    body: ResponsesRequest, stored: Mapping[str, StoredResponse]
 ) -> tuple[RequestTools, InputItems]:
     """The tools of a request, and the items of its conversation.
 
     Raises:
         InvalidRequest: a tool is malformed, or a response or item is not stored.
     """
-    return read_tools(body.tools), store.read_input(body.input, body.previous_response_id, owner)
+    return read_tools(body.tools), read_input(body.input, body.previous_response_id, stored)
 
 
 @router.get("/v1/responses", include_in_schema=False)
@@ -142,13 +170,13 @@ async def retrieve_response(
     """Retrieve a stored response, or the present state of a response in the background."""
     if stream:
         raise invalid_field("stream", "a stored response cannot be streamed.")
-    return whole(visible(store, id, access))
+    return whole(await visible(store, id, access))
 
 
 @router.post("/v1/responses/{id}/cancel", response_model=ResponseObject)
 async def cancel_response(id: str, store: GivenStore, access: AccessDep) -> Response:
     """Cancel a response in the background."""
-    visible(store, id, access)
+    await visible(store, id, access)
     stored = await store.cancel(id)
     if stored is None:
         raise InvalidRequest(f"Response {id!r} does not run in the background.")
@@ -158,7 +186,7 @@ async def cancel_response(id: str, store: GivenStore, access: AccessDep) -> Resp
 @router.delete("/v1/responses/{id}")
 async def delete_response(id: str, store: GivenStore, access: AccessDep) -> DeletedResponse:
     """Delete a stored response; responses that continued it are unaffected."""
-    visible(store, id, access)
+    await visible(store, id, access)
     await store.delete(id)
     return DeletedResponse(id=id)
 
@@ -213,13 +241,13 @@ async def finish(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> 
         builder.fail(to_error(error))
 
 
-def visible(store: ResponseStore, id: str, access: Access) -> StoredResponse:
+async def visible(store: ResponseStore, id: str, access: Access) -> StoredResponse:
     """The stored response, if the request may see it.
 
     Raises:
         HTTPException: 404.
     """
-    stored = store.find(id)
+    stored = (await store.find([id])).get(id)
     if stored is None or not access.may_see(stored.owner):
         raise HTTPException(404, f"Response {id!r} is not stored, or not any more.")
     return stored
