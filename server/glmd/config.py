@@ -339,7 +339,7 @@ class Settings(BaseSettings):
     response_store: ByteSize = Field(
         ByteSize(256 * 2**20),
         ge=0,
-        description="Size of the stored responses of /v1/responses, in memory and on disk, such as"
+        description="Memory, and size on disk, of the stored responses of /v1/responses, such as"
         " 256MiB; 0 stores none.",
     )
 

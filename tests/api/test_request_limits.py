@@ -17,11 +17,21 @@ from glmd.api.anthropic.protocol import MessagesRequest
 from glmd.api.openai.protocol import ChatCompletionRequest, CompletionRequest
 from glmd.api.responses.protocol import ResponsesRequest
 from glmd.api.routes.tokenize import DetokenizeRequest
-from glmd.chat.types import MAX_MESSAGES, MAX_NAME, MAX_PATTERN, MAX_STOP_LENGTH, MAX_TOOLS
+from glmd.chat.types import (
+    MAX_BLOCKS,
+    MAX_MESSAGES,
+    MAX_NAME,
+    MAX_PATTERN,
+    MAX_STOP_LENGTH,
+    MAX_TOOLS,
+)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hi"}
+BLOCKS = [{"type": "text", "text": ""}] * (MAX_BLOCKS + 1)
+RESULT = {"type": "tool_result", "tool_use_id": "a"}
 NUMERALS = [str(number) for number in range(10_000)]
 
 
@@ -40,6 +50,16 @@ TOO_MUCH = [
     (CHAT, {"messages": [USER] * (MAX_MESSAGES + 1)}, "messages"),
     (MESSAGES, {"messages": [USER] * (MAX_MESSAGES + 1), "max_tokens": 1}, "messages"),
     (RESPONSES, {"input": [USER] * (MAX_MESSAGES + 1)}, "input"),
+    *(
+        (MESSAGES, {"messages": [USER, *messages], "max_tokens": 1}, f"messages[1].content{where}")
+        for messages, where in (
+            ([{"role": "user", "content": BLOCKS}, ANSWER, USER], ""),
+            ([{"role": "assistant", "content": BLOCKS}, USER], ""),
+            ([{"role": "user", "content": [{**RESULT, "content": BLOCKS}]}], "[0].content"),
+        )
+    ),
+    (MESSAGES, {"messages": [USER], "system": BLOCKS, "max_tokens": 1}, "system"),
+    (CHAT, {"messages": [{"role": "user", "content": BLOCKS}]}, "messages[0].content"),
     (CHAT, {"messages": [USER], "tools": [chat_tool("a", {})] * (MAX_TOOLS + 1)}, "tools"),
     (MESSAGES, {"messages": [USER], "max_tokens": 1, "tools": [{}] * (MAX_TOOLS + 1)}, "tools"),
     (

@@ -205,6 +205,14 @@ def test_the_limit_holds_for_what_a_body_holds(small: LiveServer, encoding: str)
         assert send(http, bomb, encoding).status_code == 413
 
 
+def test_what_stands_for_nothing_is_limited_too(small: LiveServer) -> None:
+    header, stored = gzip.compress(b"")[:10], b"\x00\x00\x00\xff\xff"  # an empty block
+    with small.client() as http:
+        members = gzip.compress(b"") * 1001
+        assert send(http, members + gzip.compress(BODY), "gzip").status_code == 400
+        assert send(http, header + stored * 30_000, "gzip").status_code == 413
+
+
 def test_a_byte_order_mark_is_dropped(http: httpx.Client) -> None:
     response = http.post(CHAT, content=b"\xef\xbb\xbf" + BODY, headers=JSON)
     assert response.status_code == 200, response.text

@@ -98,7 +98,7 @@ def create_app(state: AppState) -> FastAPI:
             Middleware(RequestIdMiddleware, on_end=on_exchange_end),
             Middleware(HeaderLimitMiddleware),
             *access_middleware(settings, state.keys),
-            Middleware(BodyEncodingMiddleware),
+            Middleware(BodyEncodingMiddleware, limit=settings.max_body),
             Middleware(BodyLimitMiddleware, limit=settings.max_body, timeout=settings.body_timeout),
             Middleware(RetryMiddleware),
             Middleware(HeadAsGetMiddleware),

@@ -28,9 +28,16 @@ BOM = b"\xef\xbb\xbf"
 
 ENCODINGS = "gzip or zstd"
 
+MAX_MEMBERS = 1000
+"""Members of a gzip body, or frames of zstd. Nearly all bodies have one; each takes time."""
+
 
 class MalformedBody(Exception):
     """A body is not in its encoding."""
+
+
+class OversizedBody(Exception):
+    """A body is too large while it is compressed."""
 
 
 class Decompressor(Protocol):
@@ -104,10 +111,15 @@ DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {"gzip": Gzip, "x-gzip": 
 
 
 class BodyEncodingMiddleware:
-    """Decompress request bodies, and drop a byte order mark, which JSON must not have."""
+    """Decompress request bodies, and drop a byte order mark, which JSON must not have.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        limit: bytes of a compressed body, which may stand for nothing at all.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
+        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         encoding = "identity"
@@ -124,7 +136,7 @@ class BodyEncodingMiddleware:
         headers = MutableHeaders(scope=scope)
         del headers["content-encoding"], headers["content-length"]
         headers["transfer-encoding"] = "chunked"  # a body of unknown length
-        async with aclosing(decompress(receive, DECOMPRESSORS[encoding])) as messages:
+        async with aclosing(decompress(receive, DECOMPRESSORS[encoding], self._limit)) as messages:
 
             async def receive_next() -> Message:
                 return await anext(messages, None) or await receive()
@@ -133,29 +145,39 @@ class BodyEncodingMiddleware:
                 await self._app(scope, without_mark(receive_next), send)
                 return
             except MalformedBody as error:
-                problem = f"The body is not valid {encoding}: {error}."
-        refusal = ErrorInfo(400, "invalid_request_error", problem)
+                status, problem = 400, f"The body is not valid {encoding}: {error}."
+            except OversizedBody:
+                status = 413
+                problem = f"The body is larger than the limit of {self._limit} bytes (max_body)."
+        refusal = ErrorInfo(status, "invalid_request_error", problem)
         await error_response(refusal, scope)(scope, receive, send)
 
 
 async def decompress(
-    receive: Receive, make: Callable[[], Decompressor]
+    receive: Receive, make: Callable[[], Decompressor], limit: int
 ) -> AsyncGenerator[Message, None]:
     """The messages of a compressed body, decompressed.
 
     Raises:
-        MalformedBody: the body is not in its encoding, or incomplete.
+        MalformedBody: the body is not in its encoding, incomplete, or has too many members.
+        OversizedBody: it has more than `limit` bytes.
     """
     decompressor, is_empty, more = make(), True, True
+    size, members = 0, 1
     while more:
         message = await receive()
         if message["type"] != "http.request":
             yield message
             return
         data, more = message.get("body", b""), message.get("more_body", False)
+        size += len(data)
+        if size > limit:
+            raise OversizedBody
         while data:
             if decompressor.eof:  # gzip's next member, zstd's next frame
-                decompressor = make()
+                decompressor, members = make(), members + 1
+                if members > MAX_MEMBERS:
+                    raise MalformedBody(f"it has more than {MAX_MEMBERS} members")
             is_empty = False
             for piece in decompressor.pieces(data):
                 yield {"type": "http.request", "body": piece, "more_body": True}

@@ -16,7 +16,15 @@ from typing import Any
 
 from glmd.chat.tool_args import dump, record_arguments
 from glmd.chat.tools import read_definition
-from glmd.chat.types import AssistantMessage, Message, Tool, ToolCall, ToolMessage
+from glmd.chat.types import (
+    MAX_BLOCKS,
+    AssistantMessage,
+    Message,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    check_count,
+)
 from glmd.errors import invalid_field
 from glmd.utils.text import quoted
 
@@ -121,6 +129,7 @@ class HistoryReader:
         if isinstance(content, str):
             return content
         if isinstance(content, Sequence):
+            check_count(content, MAX_BLOCKS, param)
             parts = [
                 self.part(part, f"{param}[{index}]", strict=strict)
                 for index, part in enumerate(content)
@@ -309,6 +318,7 @@ class HistoryReader:
         if not isinstance(content, list):
             turn.texts.append(self.text(content, param))
             return
+        check_count(content, MAX_BLOCKS, param)
         for index, part in enumerate(content):
             where = f"{param}[{index}]"
             kind = part.get("type") if isinstance(part, Mapping) else None

@@ -202,6 +202,9 @@ Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallDelta | Finished
 MAX_MESSAGES = 10_000
 """Messages, or input items, of a conversation. Each takes at least two tokens."""
 
+MAX_BLOCKS = 10_000
+"""Blocks, or parts, of a message. Clients send a few dozen: a block per tool result."""
+
 MAX_TOOLS = 1000
 """An agent with a dozen MCP servers has 200."""
 

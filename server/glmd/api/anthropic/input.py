@@ -9,6 +9,7 @@ from glmd.api.generation_request import object_schema
 from glmd.chat.history import AssistantTurn, HistoryReader, newest_input, order_tool_results
 from glmd.chat.tools import numbered, read_flat_tools
 from glmd.chat.types import (
+    MAX_BLOCKS,
     MAX_MESSAGES,
     Message,
     SystemMessage,
@@ -130,6 +131,7 @@ def _read_system(system: str | Sequence[Any] | None, reader: HistoryReader) -> l
     if system is None or isinstance(system, str):
         texts = [system or ""]
     else:
+        check_count(system, MAX_BLOCKS, "system")
         texts = [
             reader.part(block, f"system[{index}]", strict=True)
             for index, block in enumerate(system)
@@ -175,6 +177,7 @@ def _read_user(
     """Tool results, and one message for each run of other blocks, in order."""
     if not isinstance(content, list):
         return [kind(reader.text(content, param, strict=strict))]
+    check_count(content, MAX_BLOCKS, param)
     messages: list[Message] = []
     texts: list[str] = []
     for index, block in enumerate(content):
