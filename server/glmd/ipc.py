@@ -73,7 +73,7 @@ class EngineRequest(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     n: int = 1
     max_tokens: int | None = None
-    """None: up to the context limit."""
+    """None: up to the context limit. 0: the prompt is computed, and no token is output."""
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a sequence, in addition to the checkpoint's EOS ids. The id is emitted."""
@@ -91,6 +91,10 @@ class EngineRequest(msgspec.Struct, tag="generate", frozen=True, kw_only=True):
     all clients."""
     cache_salt: str = ""
     """Requests with different salts share no cached prefix."""
+    prompt_logprobs: int | None = None
+    """None: no log-probabilities of the prompt. 0 to 20: those of each prompt token but the first,
+    and of this many most likely tokens at its place. Sequence 0 computes the prompt for it rather
+    than read it from the cache."""
     prompt_progress: bool = False
     """Emit an output with `computed_tokens` after each prefill chunk."""
 
@@ -127,6 +131,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of consecutive prompt tokens."""
+
+    start: int
+    """Position of the first of them in the prompt."""
+    tokens: list[TokenLogprobs]
+
+
 class CacheMatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Cached prefix of a prompt at admission, and the reason why it is not longer."""
 
@@ -135,7 +147,8 @@ class CacheMatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Literal["whole", "new", "differs", "evicted", "off"]
     """whole: all but the last token, which is always computed. new: no stored sequence continues
     the prefix. differs: stored sequences continue the prefix differently. evicted: the next tokens
-    were stored, but evicted. off: the cache is disabled. All of it with the same cache_salt."""
+    were stored, but evicted. off: the cache is disabled, or not read for the sake of the prompt's
+    log-probabilities. All of it with the same cache_salt."""
     diverging_tokens: int = 0
     """differs: tokens of the longest stored continuation."""
 
@@ -147,6 +160,8 @@ class SequenceOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     index: int = 0
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[PromptLogprobs] | None = None
+    """In the order of the prompt, before the first token. A preempted sequence begins again."""
     finish_reason: FinishReason | None = None
     """Set on the last output of a sequence. "stop": the last token is an EOS or stop token."""
     error: str | None = None

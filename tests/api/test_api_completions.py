@@ -144,7 +144,7 @@ def test_the_usage_of_a_stream_on_request(http: httpx.Client) -> None:
         ({"prompt": {"text": "a"}}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "logprobs"),
+        ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ],
 )

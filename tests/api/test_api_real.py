@@ -278,3 +278,84 @@ def test_stats_count_the_engines_work(real: LiveServer, http: httpx.Client) -> N
     assert stats.tokens_generated > 0
     assert stats.prompt_tokens_computed > 0
     assert stats.footprint_bytes > stats.weight_bytes
+
+
+def complete(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = http.post("/v1/completions", json={"temperature": 0} | body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_the_requests_of_lm_eval_get_the_prompts_log_probabilities(
+    http: httpx.Client, as_ids: bool
+) -> None:
+    """`lm-eval --model local-completions` sums `token_logprobs[context:-1]`."""
+    contexts = ["What is two?", "A lazy dog"]
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+        return found
+
+    ids, ends = list(map(tokens, contexts)), [tokens(" Two"), tokens("!")]
+    pairs = list(zip(ids, ends, strict=True))
+    whole = [context + end for context, end in pairs]
+    prompts: Any = whole
+    if not as_ids:
+        sent = [http.post("/detokenize", json={"tokens": each}).json() for each in whole]
+        prompts = [each.get("content", each.get("prompt")) for each in sent]
+    fields = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    choices = complete(http, **fields)["choices"]
+    # As the model continues the context alone, token by token.
+    for choice, (context, end) in zip(choices, pairs, strict=True):
+        found = choice["logprobs"]
+        assert len(found["tokens"]) == len(context) + len(end) + 1
+        assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+        continued = zip(
+            found["token_logprobs"][len(context) : -1],
+            found["top_logprobs"][len(context) : -1],
+            strict=True,
+        )
+        for count, (logprob, top) in enumerate(continued):
+            alone = complete(
+                http,
+                prompt=[*context, *end[:count]],
+                logprobs=1,
+                max_tokens=1,
+                ignore_eos=True,
+            )["choices"][0]["logprobs"]
+            (best,) = alone["token_logprobs"]
+            assert max(top.values()) == pytest.approx(best, abs=1e-3)
+            assert logprob in top.values()
+            assert logprob <= max(top.values())
+
+
+def test_a_prompt_alone_is_scored_without_an_answer(http: httpx.Client) -> None:
+    body = {"prompt": "A lazy dog sleeps.", "echo": True, "max_tokens": 0}
+    whole = complete(http, **body, logprobs=2, prompt_logprobs=1)
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (body["prompt"], "length")
+    assert whole["usage"]["completion_tokens"] == 0
+    found, shown = choice["logprobs"], choice["prompt_logprobs"]
+    assert "".join(found["tokens"]) == choice["text"]
+    assert len(shown) == len(found["tokens"]) == whole["usage"]["prompt_tokens"]
+    assert shown[0] is None
+    for entry, logprob, offset, token in zip(
+        shown[1:],
+        found["token_logprobs"][1:],
+        found["text_offset"][1:],
+        found["tokens"][1:],
+        strict=True,
+    ):
+        own = [one for one in entry.values() if one["decoded_token"] == token]
+        assert [one["logprob"] for one in own] == [logprob]
+        assert choice["text"][offset:].startswith(token)
+    with http.stream(
+        "POST", "/v1/completions", json={"temperature": 0, **body, "logprobs": 2, "stream": True}
+    ) as response:
+        chunks = sse.read(response.read()).chunks
+    assert chunks[0]["choices"][0]["logprobs"] == found
+    assert "prompt_logprobs" not in chunks[0]["choices"][0]
+    only = complete(http, prompt=body["prompt"], max_tokens=0)
+    assert only["choices"][0]["text"] == ""

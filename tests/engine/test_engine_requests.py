@@ -32,7 +32,7 @@ PROMPT = np.random.default_rng(0).integers(0, 500, 50).tolist()
     ("param", "fields"),
     [
         ("n", {"n": 0}),
-        ("max_tokens", {"max_tokens": 0}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
         ("max_tokens", {"max_tokens": -3}),
         ("min_tokens", {"min_tokens": -1}),
         ("temperature", {"temperature": -0.1}),

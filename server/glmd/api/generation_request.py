@@ -134,6 +134,7 @@ class GenerationRequest:
         stop: Strings that end an answer.
         thinking_budget: Tokens after which reasoning is closed. None: no limit.
         single_call: End the answer after its first tool call.
+        prompt_logprobs: Emit `PromptTokens` events, with so many alternatives per token.
         include_reasoning: Show the reasoning.
         report_tokens: Emit `GeneratedTokens` events.
         report_progress: Emit `PrefillProgress` events.
@@ -158,6 +159,7 @@ class GenerationRequest:
     single_call: bool = False
     priority: int = 0
     cache_salt: str = ""
+    prompt_logprobs: int | None = None
     include_reasoning: bool = True
     report_tokens: bool = False
     report_progress: bool = False

@@ -106,7 +106,8 @@ async def start_generation(
 
     def process(prompt: Prompt) -> OutputProcessor:
         if not is_chat:
-            return CompletionOutputProcessor(state.tokenizer, stop=request.stop)
+            with_end = request.prompt_logprobs is not None
+            return CompletionOutputProcessor(state.tokenizer, stop=request.stop, with_end=with_end)
         return ChatOutputProcessor(
             state.tokenizer,
             prompt,
@@ -132,6 +133,7 @@ async def start_generation(
             client=context.client,
             priority=request.priority,
             cache_salt=bind_salt(context.owner, request.cache_salt),
+            prompt_logprobs=request.prompt_logprobs,
             prompt_progress=True,
         )
         processors = [process(prompt) for _ in range(request.n)]

@@ -22,7 +22,7 @@ from glmd.api.errors import ErrorInfo, log_unhandled, to_error
 from glmd.api.generation_request import GenerationRequest
 from glmd.api.observability.request_stats import RequestRegistry, RequestStats
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
-from glmd.chat.types import Event, Finished, Prompt
+from glmd.chat.types import Event, Finished, Prompt, TokenInfo
 from glmd.engine_client.admission import RequestTimeouts
 from glmd.engine_client.client import EngineClient
 from glmd.errors import EngineUnavailable
@@ -43,7 +43,18 @@ class GeneratedTokens:
     ids: list[int]
 
 
-StreamEvent = Event | PrefillProgress | GeneratedTokens
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Prompt tokens with log-probabilities, if the request asks for them.
+
+    They come in order before the first answer's other events, and may begin again.
+    """
+
+    start: int
+    tokens: list[TokenInfo]
+
+
+StreamEvent = Event | PrefillProgress | GeneratedTokens | PromptTokens
 
 OutputProcessor = ChatOutputProcessor | CompletionOutputProcessor
 
@@ -145,6 +156,11 @@ class Generation:
                         run.cached[index] = output.cached_tokens
                     if output.computed_tokens and request.report_progress:
                         yield offset + index, PrefillProgress(output.computed_tokens)
+                    for piece in output.prompt_logprobs or ():
+                        end = piece.start + len(piece.tokens)
+                        ids = run.prompt.tokens[piece.start : end].tolist()
+                        infos = list(map(TokenInfo, ids, piece.tokens))
+                        yield offset + index, PromptTokens(piece.start, infos)
                     if output.tokens and request.report_tokens:
                         yield offset + index, GeneratedTokens(output.tokens)
                     processor = run.processors[index]

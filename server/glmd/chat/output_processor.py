@@ -238,7 +238,13 @@ class CompletionOutputProcessor:
     Attributes: as of `ChatOutputProcessor`; `reasoning_tokens` is 0.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), with_end: bool = False
+    ) -> None:
+        """
+        Args:
+            with_end: report the log-probabilities of the end token, too.
+        """
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self.finished = False
@@ -246,6 +252,7 @@ class CompletionOutputProcessor:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer()
         self._content = TextStream(ContentDelta, stop=stop)
+        self._with_end = with_end
 
     def feed(self, output: SequenceOutput) -> list[Event]:
         """Take one engine output, and return its events in order."""
@@ -261,6 +268,8 @@ class CompletionOutputProcessor:
             events += self._content.feed(self._detokenizer.feed(data), info)
         if output.finish_reason is not None:
             events += self._content.feed(self._detokenizer.flush())
+        if output.finish_reason == "stop" and output.logprobs is not None and self._with_end:
+            events += self._content.feed("", TokenInfo(output.tokens[-1], output.logprobs[-1]))
         self.stopped = self._content.stopped_by is not None
         if output.finish_reason is None and not self.stopped:
             return events

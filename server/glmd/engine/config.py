@@ -112,7 +112,9 @@ def validate_request(request: EngineRequest, prompt: TokenArray, info: ModelInfo
     _check_prompt(prompt, info)
     _check_range("n", request.n, 1, MAX_CONTINUATIONS)
     if request.max_tokens is not None:
-        _check_range("max_tokens", request.max_tokens, 1)
+        _check_range("max_tokens", request.max_tokens, 0)
+    if request.prompt_logprobs is not None:
+        _check_range("prompt_logprobs", request.prompt_logprobs, *SAMPLING_RANGES["logprobs"])
     _check_range("min_tokens", request.min_tokens, 0)
     _check_sampling(request.sampling)
     _check_ids("logit_bias", request.sampling.logit_bias, info)

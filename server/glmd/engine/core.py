@@ -345,6 +345,9 @@ class Engine:
         self._step_seconds += 0.1 * (seconds - self._step_seconds)
         self._step_seconds_total += seconds
         step.read = True
+        for scores in step.prompt_scores:
+            if scores.sequence.status is not SequenceStatus.FINISHED:
+                self._outputs.append(scores.sequence.output(prompt_logprobs=[scores.read()]))
         drafted, accepted = self._read_tokens(step, confirmed)
         # Drafts verified and drafts made, of each sequence.
         kinds = {each.num_sampled - 1 for each in rows.decode}
@@ -380,7 +383,7 @@ class Engine:
                 sequence.num_computed_tokens = sequence.length + count - 1
             logprobs = [step.logprobs.get(rows.sample_start + i) for i in range(count)]
             output = sequence.advance(tokens, logprobs, self.info.eos_token_ids)
-            output.drafted, output.accepted = rows.num_sampled - 1, len(output.tokens) - 1
+            output.drafted, output.accepted = rows.num_sampled - 1, max(0, len(output.tokens) - 1)
             self._cached += output.cached_tokens
             self._generated += len(output.tokens)
             self._drafted += output.drafted

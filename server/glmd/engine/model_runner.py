@@ -18,12 +18,15 @@ from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
 from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.spec_decode.proposer import MTPProposer
-from glmd.engine.step import PendingStep, SequenceRows, StepRows
+from glmd.engine.step import PendingStep, PromptScores, SequenceRows, StepRows
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
 from glmd.kv_cache.segment import Segment
 from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
-from glmd.model.sampler import History, SamplingRow, TokenMasks, sample
+from glmd.model.sampler import History, SamplingRow, TokenMasks, sample, token_logprobs
+
+SCORED_ROWS = 64
+"""Rows of a prompt whose logits are in memory at a time: 40 MB in float32."""
 
 
 class ModelRunner:
@@ -76,6 +79,7 @@ class ModelRunner:
         rows, batch = self._prepare_batch(output, previous)
         hidden, caches = self._model.forward(batch, self._tails)
         step = self._sample(rows, batch, hidden, previous)
+        step.prompt_scores = self._score_prompts(rows, hidden)
         if proposer is not None:
             caches = [*caches, proposer.compute_kv(rows, batch, step.tokens, hidden)]
         self._commit_kv(rows, caches)
@@ -94,6 +98,7 @@ class ModelRunner:
         results = [step.tokens, step.counts, step.last, step.drafts]
         arrays = [array for array in results if array is not None]
         arrays += [array for entry in step.logprobs.values() for array in entry]
+        arrays += [array for scores in step.prompt_scores for array in scores.arrays()]
         # Evaluate also what later steps build on, so that it does not keep this step's graph alive.
         histories = [rows.sequence.history for rows in step.rows.sampled]
         kept = [array for history in histories if history is not None for array in history.arrays()]
@@ -125,12 +130,13 @@ class ModelRunner:
             rows.add_decode(sequences, width)
             tokens.append(group_tokens.flatten())
             positions.append(group_positions.flatten())
+        all_hidden = any(sequence.scores_prompt for sequence, _ in output.chunks)
         for sequence, count in output.chunks:
             chunk = rows.add_prefill(sequence, count)
             start = chunk.num_computed_tokens
             tokens.append(mx.array(sequence.tokens(start, start + count)))
             positions.append(mx.arange(start, start + count, dtype=mx.int32))
-            chunks.append(self._prefill_chunk(chunk))
+            chunks.append(self._prefill_chunk(chunk, all_hidden=all_hidden))
         deferred = self._tails.deferred
         batch = ForwardBatch(
             mx.concatenate(tokens), mx.concatenate(positions), groups, chunks, deferred
@@ -183,14 +189,14 @@ class ModelRunner:
             positions = positions + mx.arange(width)
         return tokens, positions
 
-    def _prefill_chunk(self, rows: SequenceRows) -> PrefillChunk:
+    def _prefill_chunk(self, rows: SequenceRows, *, all_hidden: bool) -> PrefillChunk:
         assert rows.sequence.lease is not None
         path = self._tree.path(rows.sequence.lease)
         spans = [span for level in build_levels([path], len(rows)) for span in level]
         expanded = len(rows) >= self._model.shape.break_even_rows
         # The MTP layer computes its KV from the hidden states of all rows.
         upkeep = self._proposer is not None and not self._tails.deferred
-        hidden_rows = len(rows) if upkeep else rows.num_sampled
+        hidden_rows = len(rows) if upkeep or all_hidden else rows.num_sampled
         return PrefillChunk(rows.start, rows.end, spans, expanded, hidden_rows)
 
     # -- sampling -----------------------------------------------------------------------------
@@ -210,7 +216,7 @@ class ModelRunner:
         if len(rows.sampled_rows) < rows.num_rows:
             index = mx.array(rows.sampled_rows)
             positions = positions[index]
-            # Unless the MTP layer runs, the model returned the hidden states of these rows only.
+            # Unless the MTP layer runs, or a prompt is scored, these rows' hidden states are all.
             if len(rows.sampled_rows) < hidden.shape[0]:
                 hidden = hidden[index]
         logits = self._model.logits(hidden)
@@ -220,6 +226,30 @@ class ModelRunner:
         step.tokens, step.logprobs = sampled.tokens, sampled.logprobs
         self._verify_drafts(step, batch)
         return step
+
+    def _score_prompts(self, rows: StepRows, hidden: mx.array) -> list[PromptScores]:
+        """Log-probabilities of the prompt tokens that follow the rows of chunks.
+
+        The logits of few rows are in memory at a time: each block of them waits for the one before.
+        """
+        found = []
+        for chunk in rows.prefill:
+            sequence, start = chunk.sequence, chunk.num_computed_tokens
+            end = min(start + len(chunk), sequence.prompt_length - 1)
+            count = sequence.request.prompt_logprobs
+            if not sequence.scores_prompt or count is None or end <= start:
+                continue
+            blocks: list[tuple[mx.array, mx.array, mx.array]] = []
+            for first in range(start, end, SCORED_ROWS):
+                last = min(first + SCORED_ROWS, end)
+                block = hidden[chunk.start + first - start : chunk.start + last - start]
+                if blocks:
+                    block = mx.depends(block, list(blocks[-1]))
+                targets = mx.array(sequence.tokens(first + 1, last + 1))
+                blocks.append(token_logprobs(self._model.logits(block), targets, count))
+            parts = [mx.concatenate(list(part)) for part in zip(*blocks, strict=True)]
+            found.append(PromptScores(sequence, start + 1, *parts))
+        return found
 
     def _sampling_rows(self, rows: SequenceRows, batch: ForwardBatch) -> list[SamplingRow]:
         """The sequence's sampled rows, each with the history that includes the drafts before."""

@@ -118,6 +118,11 @@ class Sequence:
         return 1 if self.num_inflight_tokens else self.length - self.num_computed_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether it reports log-probabilities of the prompt, and so computes all of it."""
+        return self.request.prompt_logprobs is not None and not self.index
+
+    @property
     def at_length_limit(self) -> bool:
         """Whether the tokens in flight may be the last ones allowed."""
         return self.length + self.num_inflight_tokens >= self.max_length
@@ -238,6 +243,9 @@ class Sequence:
         if not self.num_generated_tokens:
             output.prompt_tokens = self.prompt_length
             output.cached_tokens = self.num_prompt_tokens_cached
+        if self.request.max_tokens == 0:
+            output.finish_reason, self.ended = "length", True
+            return output
         for token, entry in zip(tokens, logprobs, strict=True):
             self.append(token)
             output.tokens.append(token)
@@ -273,7 +281,8 @@ def make_sequences(request: EngineRequest, prompt: TokenArray, info: ModelInfo) 
     """
     max_length = info.max_context
     if request.max_tokens is not None:
-        max_length = min(max_length, len(prompt) + request.max_tokens)
+        # A last prompt token is only computed where a token may follow.
+        max_length = min(max_length, len(prompt) + max(1, request.max_tokens))
     params = request.sampling
     seed = secrets.randbits(63) if params.seed is None else params.seed
     bias = None

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from glmd.engine.sequence import Sequence
+from glmd.ipc import PromptLogprobs, TokenLogprobs
 
 WAIT = 1e-3
 """Seconds from which on a fetch counts as having waited for the device."""
@@ -106,6 +107,31 @@ class StepRows:
         return [rows.sequence for rows in self.sampled]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of consecutive prompt tokens, possibly not evaluated.
+
+    Attributes:
+        start: position of the first of them.
+        chosen: [tokens] their log-probabilities.
+        ids, values: [tokens, k] the most likely ids in their places, and those' log-probabilities.
+    """
+
+    sequence: Sequence
+    start: int
+    chosen: mx.array
+    ids: mx.array
+    values: mx.array
+
+    def arrays(self) -> list[mx.array]:
+        return [self.chosen, self.ids, self.values]
+
+    def read(self) -> PromptLogprobs:
+        """Wait for the values."""
+        columns = (np.array(array).tolist() for array in self.arrays())
+        return PromptLogprobs(self.start, list(map(TokenLogprobs, *columns)))
+
+
 @dataclass(slots=True)
 class PendingStep:
     """A launched step whose results have not been read.
@@ -122,6 +148,7 @@ class PendingStep:
         with_gaps: those of them of whose context the MTP layer did not see all tokens.
         verified_with_gaps: `with_gaps` of the step before, whose drafts this step verifies.
         logprobs: by index among the sampled rows; see `SamplerOutput`.
+        prompt_scores: of the step's chunks.
         ready: an array that is evaluated when the step is.
         dispatched: time at which MLX returned from dispatching the step.
         fetched: time at which the step was found to be evaluated.
@@ -141,6 +168,7 @@ class PendingStep:
     with_gaps: frozenset[Sequence] = frozenset()
     verified_with_gaps: frozenset[Sequence] = frozenset()
     logprobs: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
+    prompt_scores: list[PromptScores] = field(default_factory=list)
     dispatched: float = 0.0
     fetched: float = 0.0
     waited: bool = False

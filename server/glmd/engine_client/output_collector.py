@@ -95,6 +95,8 @@ def merge(earlier: SequenceOutput, later: SequenceOutput) -> None:
     earlier.tokens += later.tokens
     if later.logprobs is not None:
         earlier.logprobs = (earlier.logprobs or []) + later.logprobs
+    if later.prompt_logprobs is not None:
+        earlier.prompt_logprobs = (earlier.prompt_logprobs or []) + later.prompt_logprobs
     earlier.finish_reason = later.finish_reason
     earlier.error = later.error
     earlier.error_kind = later.error_kind

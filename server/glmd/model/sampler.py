@@ -164,13 +164,29 @@ def sample(
     )
 
 
-def _logprobs(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
-    logprobs = logits - mx.logsumexp(logits)
+def token_logprobs(
+    logits: mx.array, tokens: mx.array, count: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probabilities of a token in each row, and of the row's most likely tokens.
+
+    Args:
+        logits: [rows, vocabulary] float32, from the model.
+        tokens: [rows] int32.
+
+    Returns:
+        [rows] float32; ids [rows, count] int32; values [rows, count] float32.
+    """
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     if count == 0:
-        empty = mx.zeros((0,))
-        return logprobs[token], empty.astype(mx.int32), empty
-    ids, values = top_candidates(logprobs[None], count)
-    return logprobs[token], ids[0], values[0]
+        empty = mx.zeros((logits.shape[0], 0))
+        return chosen, empty.astype(mx.int32), empty
+    return chosen, *top_candidates(logprobs, count)
+
+
+def _logprobs(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
+    chosen, ids, values = token_logprobs(logits[None], token[None], count)
+    return chosen[0], ids[0], values[0]
 
 
 # -- adjusting logits ---------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -15,14 +15,22 @@ from glmd.api.openai.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    PromptLogprob,
     TextCompletion,
 )
 from glmd.api.request_body import JsonRoute
 from glmd.api.serving import serve
 from glmd.api.state import AppState, StateDep
-from glmd.api.streaming import GeneratedTokens, Generation, StreamEvent, sse_frame
+from glmd.api.streaming import (
+    GeneratedTokens,
+    Generation,
+    PromptTokens,
+    StreamEvent,
+    sse_frame,
+)
 from glmd.chat.detokenizer import Detokenizer
 from glmd.chat.types import ContentDelta, Finished, TokenInfo
+from glmd.ipc import TokenLogprobs
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
 
@@ -79,6 +87,15 @@ class CompletionBuilder(OpenAIBuilder):
     def __init__(self, body: CompletionRequest, state: AppState, generation: Generation) -> None:
         super().__init__(body, state, generation)
         self._n = generation.request.n
+        self._prompts = generation.prompts
+        self._count = body.logprobs
+        self._echo_count = body.logprobs if body.echo else None
+        self._shown_count = body.prompt_logprobs
+        self._scores: list[list[TokenInfo]] = [[] for _ in self._prompts]
+        """Prompt tokens with log-probabilities, without each prompt's first."""
+        self._scores_prompts = generation.request.prompt_logprobs is not None
+        self._held: list[tuple[int, StreamEvent]] = []
+        """Events of answers whose prompts still lack log-probabilities."""
         self._echoes = [
             state.tokenizer.decode(ids) if body.echo else "" for ids in generation.prompts
         ]
@@ -86,18 +103,32 @@ class CompletionBuilder(OpenAIBuilder):
         self._offsets: dict[int, TextOffset] = {}
 
     def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
+        if not self._scores_prompts:
+            yield from self._add(index, event)
+            return
+        if isinstance(event, PromptTokens):
+            self._scores[index // self._n][event.start - 1 :] = event.tokens
+        else:
+            self._held.append((index, event))
+        held, self._held = self._held, []
+        for each, waiting in held:
+            number = each // self._n
+            if len(self._scores[number]) < len(self._prompts[number]) - 1:
+                self._held.append((each, waiting))
+            else:
+                yield from self._add(each, waiting)
+
+    def _add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
         echo, is_first = self._echo(index), index not in self._folds
         if is_first:
             self._folds[index] = CompletionFold([echo])
-            self._offsets[index] = TextOffset(len(echo))
+            self._offsets[index] = self._first_offset(index)
         if not self._streams:
             self._folds[index].add(event)
             return
         delta = CompletionFold([echo] if is_first else [])
         delta.add(event)
-        choice = self._choice(index, delta, self._offsets[index])
-        if is_first and self._prompt_ids is not None:
-            choice.prompt_token_ids = self._prompt_ids[index // self._n]
+        choice = self._choice(index, delta, self._offsets[index], is_first=is_first)
         chunk = self._completion([choice])
         if self._usage_chunk:
             chunk.usage = None
@@ -113,10 +144,7 @@ class CompletionBuilder(OpenAIBuilder):
     def to_json(self) -> str:
         choices = []
         for index, fold in sorted(self._folds.items()):
-            choice = self._choice(index, fold, TextOffset(len(self._echo(index))))
-            if self._prompt_ids is not None:
-                choice.prompt_token_ids = self._prompt_ids[index // self._n]
-            choices.append(choice)
+            choices.append(self._choice(index, fold, self._first_offset(index), is_first=True))
         completion = self._completion(choices)
         completion.usage = self._usage
         return completion.model_dump_json(exclude_unset=True)
@@ -127,30 +155,70 @@ class CompletionBuilder(OpenAIBuilder):
     def _completion(self, choices: list[CompletionChoice]) -> TextCompletion:
         return TextCompletion(**self._header, object="text_completion", choices=choices)
 
-    def _choice(self, index: int, fold: CompletionFold, offset: TextOffset) -> CompletionChoice:
+    def _first_offset(self, index: int) -> TextOffset:
+        """Offset of the first token that has log-probabilities."""
+        return TextOffset(0 if self._echo_count is not None else len(self._echo(index)))
+
+    def _choice(
+        self, index: int, fold: CompletionFold, offset: TextOffset, *, is_first: bool
+    ) -> CompletionChoice:
+        """A choice; `is_first` adds what is said of the prompt."""
+        number = index // self._n
+        logprobs = None
+        if self._with_logprobs:
+            logprobs = CompletionLogprobs(
+                tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]
+            )
+            if is_first and self._echo_count is not None:
+                self._append(logprobs, self._prompts[number][0], None, offset)
+                for token in self._scores[number]:
+                    self._append(logprobs, token.id, token.logprobs, offset)
+            for token in fold.tokens:
+                self._append(logprobs, token.id, token.logprobs, offset)
         choice = CompletionChoice(
             index=index,
             text="".join(fold.text),
-            logprobs=self._logprobs(fold.tokens, offset) if self._with_logprobs else None,
+            logprobs=logprobs,
             finish_reason=fold.finish_reason,
         )
         if self._prompt_ids is not None:
             choice.token_ids = fold.token_ids
+            if is_first:
+                choice.prompt_token_ids = self._prompt_ids[number]
+        if is_first and self._shown_count is not None:
+            scored = [
+                self._prompt_logprobs(each, self._shown_count) for each in self._scores[number]
+            ]
+            choice.prompt_logprobs = [None, *scored]
         return choice
 
-    def _logprobs(self, tokens: Sequence[TokenInfo], offset: TextOffset) -> CompletionLogprobs:
-        return CompletionLogprobs(
-            tokens=[self._spell(token.id) for token in tokens],
-            token_logprobs=[token.logprobs.logprob for token in tokens],
-            top_logprobs=[self._top_logprobs(token) for token in tokens],
-            text_offset=[offset.advance(self._text_bytes(token.id)) for token in tokens],
-        )
+    def _append(
+        self, to: CompletionLogprobs, id: int, logprobs: TokenLogprobs | None, offset: TextOffset
+    ) -> None:
+        """Add a token; a prompt's first has no log-probabilities."""
+        to.tokens.append(self._spell(id))
+        to.token_logprobs.append(None if logprobs is None else logprobs.logprob)
+        to.top_logprobs.append(None if logprobs is None else self._top_logprobs(id, logprobs))
+        to.text_offset.append(offset.advance(self._text_bytes(id)))
 
-    def _top_logprobs(self, token: TokenInfo) -> dict[str, float]:
-        """The likeliest tokens, and the chosen token."""
-        top = zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)
-        spelt = {self._spell(id): logprob for id, logprob in top}
-        return spelt | {self._spell(token.id): token.logprobs.logprob}
+    def _prompt_logprobs(self, token: TokenInfo, count: int) -> dict[str, PromptLogprob]:
+        """The likeliest tokens, and the prompt's own, as vLLM shows them."""
+        found, ids = token.logprobs, token.logprobs.top_ids
+        rank = ids.index(token.id) + 1 if token.id in ids else None
+        ranked = [(token.id, found.logprob, rank)]
+        ranked += zip(ids[:count], found.top_logprobs, range(1, count + 1), strict=False)
+        return {
+            str(id): PromptLogprob(logprob=logprob, rank=rank, decoded_token=self._spell(id))
+            for id, logprob, rank in ranked
+        }
+
+    def _top_logprobs(self, id: int, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the token itself."""
+        count = self._count
+        top = zip(logprobs.top_ids[:count], logprobs.top_logprobs[:count], strict=True)
+        return {self._spell(each): logprob for each, logprob in top} | {
+            self._spell(id): logprobs.logprob
+        }
 
     def _text_bytes(self, id: int) -> bytes:
         return b"" if id in self._tokenizer.special else self._tokenizer.token_bytes(id)

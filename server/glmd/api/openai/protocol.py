@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from glmd.api.generation_request import (
     Defaults,
@@ -216,9 +216,19 @@ class CompletionRequest(OpenAIFields):
         description="Text in which tags are tags, or token ids; or a list of either."
     )
     echo: bool | None = optional("Begin the answer with the prompt.")
+    max_tokens: Annotated[
+        Integer | None,
+        Field(ge=-1),
+        AfterValidator(lambda value: None if value == -1 else value),
+    ] = optional("Limit of the answer; 0: only the prompt is computed; -1: none.")
     logprobs: Integer | None = optional(
-        "Log-probabilities, and alternatives per token.", ge=0, le=20
+        "Log-probabilities, and alternatives per token; with echo, of the prompt's tokens, too.",
+        ge=0,
+        le=20,
     )
+    prompt_logprobs: Annotated[
+        Integer | None, BeforeValidator(lambda value: None if value is False else value)
+    ] = optional("Log-probabilities of the prompt, and alternatives per token.", ge=0, le=20)
     best_of: Integer | None = optional("1 only.", ge=1)
     suffix: str | None = optional("Refused: the model cannot fill in.")
 
@@ -233,9 +243,11 @@ class CompletionRequest(OpenAIFields):
         if self.best_of is not None and self.best_of != 1:
             raise invalid_field("best_of", "must be 1. For several answers, send n.")
         check_stream_options(self.stream_options, self.stream)
-        if self.echo and self.logprobs is not None:
-            raise invalid_field("logprobs", "not available for the prompt, which echo returns.")
-        max_tokens = self.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
+        max_tokens = self.max_tokens
+        if max_tokens is None:
+            max_tokens = defaults.max_tokens or DEFAULT_MAX_TOKENS
+        scored = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        alternatives = [count for count in scored if count is not None]
         return GenerationRequest(
             id=new_id("cmpl-"),
             prompt=self._prompts(),
@@ -250,6 +262,7 @@ class CompletionRequest(OpenAIFields):
             ignore_eos=bool(self.ignore_eos),
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            prompt_logprobs=max(alternatives, default=None),
             report_tokens=bool(self.return_token_ids),
         )
 
@@ -428,6 +441,12 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int | None = Field(description="1: the most likely; null: not one of the alternatives.")
+    decoded_token: str
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
@@ -437,6 +456,10 @@ class CompletionChoice(BaseModel):
         "With return_token_ids; in a stream, first chunk only."
     )
     token_ids: list[int] | None = optional("With return_token_ids.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = optional(
+        "With prompt_logprobs, as vLLM has it: by token id, of each prompt token and of the most"
+        " likely ones in its place; null for the first. In a stream, first chunk only."
+    )
 
 
 class TextCompletion(BaseModel):

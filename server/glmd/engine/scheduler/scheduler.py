@@ -308,7 +308,7 @@ class Scheduler:
             counts[sequence.request.client] += 1
             pending_prefill[sequence.request.client] += sequence.num_uncomputed_tokens
             restored = 0
-            if self.disk is not None and self._prefix_cache:
+            if self.disk is not None and self._prefix_cache and not sequence.scores_prompt:
                 restored = self.disk.begin(sequence)
             if sequence.status is SequenceStatus.WAITING:
                 sequence.cache_match = self._explain_match(sequence, restored)
@@ -352,7 +352,8 @@ class Scheduler:
         starts = {self._start(oldest)} if self._prefix_cache else set()
         for sequence in [*others, oldest]:
             left = budget - planned - (0 if sequence is oldest else kept)
-            if left <= 0 or (sequence is not oldest and self._start(sequence) in starts):
+            waits = sequence is not oldest and not sequence.scores_prompt
+            if left <= 0 or (waits and self._start(sequence) in starts):
                 continue
             rows = min(sequence.num_uncomputed_tokens, left)
             ends = rows == sequence.num_uncomputed_tokens
@@ -386,7 +387,7 @@ class Scheduler:
     def _extend_match(self, sequence: Sequence) -> None:
         """Skip tokens that are in the tree by now, leaving at least one to compute."""
         assert sequence.lease is not None
-        if not self._prefix_cache:
+        if not self._prefix_cache or sequence.scores_prompt:
             return
         keys = sequence.cache_keys(sequence.num_computed_tokens, sequence.length - 1)
         found = self.tree.match_prefix(sequence.lease, keys)
@@ -400,7 +401,7 @@ class Scheduler:
             restored: tokens that follow from disk.
         """
         assert sequence.lease is not None
-        if not self._prefix_cache:
+        if not self._prefix_cache or sequence.scores_prompt:
             return CacheMatch(tokens=0, reason="off")
         found, most = sequence.num_computed_tokens + restored, sequence.prompt_length - 1
         if found >= most:
