@@ -37,7 +37,9 @@ ENGINE = EngineReport(
     [row("batch 8", 1.25, 1.0), row("ragged & 7", None, None)],
 )
 SERVING = [
-    figures(server, name) for name in ("8 streams", "agents") for server in ("glmd", "other")
+    figures(server, name)
+    for name in ("8 streams", "agents")
+    for server in ("glmd", "other", "third")
 ]
 MTP = DraftingReport([Acceptance("echo", 0.2, 10, 0.9, 1.9)], [Speed(1, 1.2, 1.3, 0.8)], 1, 1)
 
@@ -56,7 +58,7 @@ def test_each_plot_contains_labels_and_values(tmp_path: Path) -> None:
     assert "1.25×" in texts(file)
     assert "ragged" not in texts(file), "rows without a ratio are left out"
     serving_plot(SERVING, file)
-    for part in ("8 streams", "agents", "glmd", "other", "tokens per second", "100"):
+    for part in ("8 streams", "agents", "glmd", "other", "third", "tokens per second", "100"):
         assert part in texts(file)
     drafting_plot(MTP, file)
     for part in ("echo, temperature 0.2", "90 %", "batch 1", "1.30×", "mtp auto"):

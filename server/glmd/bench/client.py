@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from glmd.bench.scenarios import TEMPLATE_SETTINGS, ClientScript, Scenario
-from glmd.errors import EngineUnavailable
+from glmd.errors import EngineUnavailable, SettingsError
 
 CLIENT_TIMEOUT = httpx.Timeout(900.0, connect=60.0)
 """Seconds; a CPU may take minutes for what a GPU does in one second."""
@@ -31,69 +33,144 @@ _TEXT_KEYS = ("content", "reasoning_content", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class BenchServer:
-    """Command that starts a server.
+    """A server: a command that starts it, or the URL of one that runs.
 
     Attributes:
-        arguments: arguments of the Python interpreter; checkpoint and port are appended.
+        command: in which `{model}` and `{port}` stand for the checkpoint's folder and a free port.
+            (): the server runs.
+        url: without `/v1`. "": that of the command's port.
         model: name of the model in requests. None: the first in `/v1/models`.
     """
 
     name: str
-    arguments: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    url: str = ""
     model: str | None = None
 
 
-GLMD = BenchServer("glmd", ("-m", "glmd", "serve"))
-MLX_LM = BenchServer("mlx_lm.server", ("-m", "mlx_lm", "server", "--model"), "default_model")
+GLMD = BenchServer("glmd", (sys.executable, "-m", "glmd", "serve", "{model}", "--port", "{port}"))
+MLX_LM = BenchServer(
+    "mlx_lm.server",
+    (sys.executable, "-m", "mlx_lm", "server", "--model", "{model}", "--port", "{port}"),
+    model="default_model",
+)
+
+
+def parse_servers(texts: Sequence[str]) -> list[BenchServer]:
+    """Read values of `--against`: `mlx_lm`, URLs and commands.
+
+    A command is named after its program, or after the module of `python -m`.
+
+    Raises:
+        SettingsError: a command is empty, has an open quote, or has no `{port}`.
+    """
+    servers: list[BenchServer] = []
+    for text in texts:
+        server = _parse_server(text.strip())
+        same = sum(each.name.partition(" ")[0] == server.name for each in (GLMD, *servers))
+        servers.append(replace(server, name=f"{server.name} {same + 1}") if same else server)
+    return servers
+
+
+def _parse_server(text: str) -> BenchServer:
+    if text == "mlx_lm":
+        return MLX_LM
+    if text.startswith(("http://", "https://")):
+        url = text.rstrip("/").removesuffix("/v1")
+        return BenchServer(url.partition("://")[2], url=url)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise SettingsError(f"--against: {text!r} is no command: {error}.") from None
+    if not any("{port}" in word for word in words):
+        raise SettingsError(
+            f"--against: {text!r} is not mlx_lm, a URL or a command. Write {{port}} where a command"
+            " takes the port to listen on, and {model} for the checkpoint's folder."
+        )
+    name = words[words.index("-m") + 1] if "-m" in words[:-1] else Path(words[0]).name
+    return BenchServer(name, tuple(words))
 
 
 @contextmanager
 def running(server: BenchServer, folder: Path, log: Path) -> Iterator[tuple[str, str]]:
-    """Run a server on a free port with default settings; yield its URL and model name.
+    """Run a server, unless it runs already; yield its URL and model name.
+
+    The server and what it started are stopped at the end.
 
     Raises:
+        SettingsError: the command cannot be started.
         EngineUnavailable: the server exited, or did not become ready.
     """
+    if not server.command:
+        _wait_until_ready(server.url, server, None, log)
+        yield server.url, _served_model(server.url, server)
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, *server.arguments, str(folder), "--port", str(port)]
+    command = [
+        word.replace("{model}", str(folder)).replace("{port}", str(port)) for word in server.command
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GLMD_")}
     environment["GLMD_DISK_CACHE"] = "0"  # A run must not find what an earlier one computed.
     with log.open("ab") as out:
-        process = subprocess.Popen(  # noqa: S603
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
+        try:
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                process_group=0,  # so that what a wrapper started is stopped, too
+            )
+        except OSError as error:
+            raise SettingsError(f"--against: {server.name} cannot be started: {error}.") from error
         try:
             _wait_until_ready(url, server, process, log)
-            model = server.model
-            if model is None:
-                model = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
-            yield url, model
+            yield url, _served_model(url, server)
         finally:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: ask, and kill what is left."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):  # It is killed with its group.
+        process.wait(timeout=60)
+    with suppress(ProcessLookupError):  # The group is empty.
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _served_model(url: str, server: BenchServer) -> str:
+    if server.model is not None:
+        return server.model
+    answer = httpx.get(f"{url}/v1/models", timeout=10)
+    answer.raise_for_status()
+    return str(answer.json()["data"][0]["id"])
 
 
 def _wait_until_ready(
-    url: str, server: BenchServer, process: subprocess.Popen[bytes], log: Path
+    url: str, server: BenchServer, process: subprocess.Popen[bytes] | None, log: Path
 ) -> None:
+    """Wait until a server answers `/health`, or `/v1/models` if it has no `/health`."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if process is not None and process.poll() is not None:
             raise EngineUnavailable(
                 f"{server.name} exited with status {process.returncode}. See {log}."
             )
         try:
-            if httpx.get(f"{url}/health", timeout=10).status_code == httpx.codes.OK:
+            status = httpx.get(f"{url}/health", timeout=10).status_code
+            if status == httpx.codes.NOT_FOUND:
+                status = httpx.get(f"{url}/v1/models", timeout=10).status_code
+            if status == httpx.codes.OK:
                 return
-        except httpx.TransportError:
-            pass  # not listening yet
+        except httpx.TransportError as error:
+            if process is None:
+                raise EngineUnavailable(f"No server answers at {url}: {error}.") from error
+            # not listening yet
         time.sleep(0.2)
     raise EngineUnavailable(f"{server.name} was not ready within {START_TIMEOUT:g} s. See {log}.")
 
@@ -122,10 +199,12 @@ class Recording:
     """All answers of one run of a scenario.
 
     Attributes:
+        scenario: of one run; those of other runs have other texts.
         answers: answers by conversation.
         seconds: time from the first request to the last byte.
     """
 
+    scenario: Scenario
     answers: list[list[StreamedAnswer]]
     seconds: float
 
@@ -138,7 +217,7 @@ async def play(url: str, model: str, scenario: Scenario) -> Recording:
         answers = await asyncio.gather(
             *(_converse(client, model, each) for each in scenario.conversations)
         )
-        return Recording(list(answers), time.perf_counter() - start)
+        return Recording(scenario, list(answers), time.perf_counter() - start)
 
 
 async def _converse(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ WIDTH = 140
 PLOT_FORMATS = (".svg", ".png")
 OURS, THEIRS, TARGET = "#3b6ea8", "#b9b9b9", "#c0392b"
 """Colors that also differ in greyscale."""
+
+OTHERS = (THEIRS, "#6e6e6e", "#d9a441", "#93b48b")
+"""Colors of glmd's competitors; a fifth has the first's."""
 
 FIGURE_WIDTH, BAR_HEIGHT = 8.0, 0.32
 """Inches."""
@@ -227,12 +231,13 @@ def serving_plot(figures: Sequence[Figures], file: Path) -> None:
         ]
 
     figure, (rate, first) = make_figure([len(figures)] * 2)
+    colors = [OURS, *islice(cycle(OTHERS), len(servers) - 1)]
     rates = values(lambda each: each.rate)
-    bars(rate, scenarios, rates, [OURS, THEIRS], "{:.0f}", servers)
+    bars(rate, scenarios, rates, colors, "{:.0f}", servers)
     rate.set_title("Through HTTP", loc="left")
     rate.set_xlabel("tokens per second")
     medians = values(lambda each: 1000 * each.first_token[0])
-    bars(first, scenarios, medians, [OURS, THEIRS], "{:.0f}", servers)
+    bars(first, scenarios, medians, colors, "{:.0f}", servers)
     first.set_xlabel("ms to the first token, median")
     figure.savefig(file, dpi=160)
 

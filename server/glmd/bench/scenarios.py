@@ -17,6 +17,9 @@ from glmd.ipc import TokenArray
 TEMPLATE_SETTINGS = {"enable_thinking": False, "clear_thinking": False}
 """Without thinking all output is content, which the next request contains unchanged."""
 
+MAX_TOKENS = 64
+"""Length of an answer in the uniform scenarios."""
+
 _WORDS = [
     "north", "river", "table", "seven", "green", "window", "letter", "morning", "paper", "stone",
     "bridge", "garden", "yellow", "market", "forty", "animal", "copper", "winter", "small", "round",
@@ -93,29 +96,36 @@ class Writer:
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def all_scenarios(writer: Writer) -> Iterator[Scenario]:
-    """Yield the scenarios of docs/benchmarks.md, in order."""
-    for streams in (1, 8, 16, 32):
-        yield uniform(writer, streams)
-    for streams in (8, 16, 32):
-        yield ragged(writer, streams)
+def all_scenarios(writer: Writer, max_tokens: int = MAX_TOKENS) -> Iterator[Scenario]:
+    """Yield the scenarios of docs/benchmarks.md, in order.
+
+    Args:
+        max_tokens: length of uniform answers; ragged ones are half, once and 1.5 times as long.
+    """
+    for streams in (1, 4, 8, 16, 32):
+        yield uniform(writer, streams, max_tokens)
+    for streams in (4, 8, 16, 32):
+        yield ragged(writer, streams, max_tokens)
     yield burst(writer)
     yield agents(writer)
 
 
-def uniform(writer: Writer, streams: int) -> Scenario:
+def uniform(writer: Writer, streams: int, max_tokens: int = MAX_TOKENS) -> Scenario:
     """Streams of equal length."""
     return Scenario(
-        f"{streams} uniform", tuple(ClientScript((writer.text(256),), 64) for _ in range(streams))
+        f"{streams} uniform",
+        tuple(ClientScript((writer.text(256),), max_tokens) for _ in range(streams)),
     )
 
 
-def ragged(writer: Writer, streams: int) -> Scenario:
+def ragged(writer: Writer, streams: int, max_tokens: int = MAX_TOKENS) -> Scenario:
     """Answers of mixed length; every eighth prompt is sixteen times as long as the others."""
     return Scenario(
         f"{streams} ragged",
         tuple(
-            ClientScript((writer.text(1600 if i % 8 == 0 else 100),), (32, 64, 96)[i % 3])
+            ClientScript(
+                (writer.text(1600 if i % 8 == 0 else 100),), max(1, max_tokens * (1 + i % 3) // 2)
+            )
             for i in range(streams)
         ),
     )

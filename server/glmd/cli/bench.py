@@ -99,19 +99,48 @@ def serve(
     scale: Scale = 1.0,
     repeat: Repeat = 3,
     only: Only = "",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="mlx_lm|URL|COMMAND",
+            help="Another server with OpenAI's API: `mlx_lm` (the default), the URL of one that"
+            " runs and has loaded the checkpoint, or a command that starts one, in which {model}"
+            " and {port} are replaced. Several are given by several options.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of an answer of the uniform streams.")
+    ] = 64,
+    one_at_a_time: Annotated[
+        bool,
+        typer.Option(
+            "--one-at-a-time",
+            help="Run one server after the other, where memory does not hold them together.",
+        ),
+    ] = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure through HTTP, against mlx_lm.server, one server at a time."""
+    """Measure through HTTP, against other servers that are up at the same time."""
     from glmd.bench import report
+    from glmd.bench.client import parse_servers
     from glmd.bench.serving import bench_serving
 
     report.require_plot(plot)
+    others = parse_servers(against or ["mlx_lm"])
     folder = checkpoint_folder(model)
     log = Path(tempfile.gettempdir()) / "glmd-bench-serve.log"
     with report.progress() as on_progress:
         result = bench_serving(
-            folder, scale=scale, repeat=repeat, only=only, log=log, on_progress=on_progress
+            folder,
+            others,
+            scale=scale,
+            max_tokens=max_tokens,
+            repeat=repeat,
+            only=only,
+            one_at_a_time=one_at_a_time,
+            log=log,
+            on_progress=on_progress,
         )
     console = report.console()
     console.print(report.serving_table(result.figures), report.checks_table(result.checks))
