@@ -18,7 +18,7 @@ from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
 from glmd.api.app import create_app
 from glmd.api.state import AppState, ServedModel
-from glmd.checkpoint.config import load_config
+from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.cli.config import format_size
 from glmd.cli.connect import CLIENTS, Endpoint, describe_parts, find_client
 from glmd.cli.main import app as cli
@@ -26,7 +26,7 @@ from glmd.config import PREFIX, Settings
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES
 from glmd.engine.config import EngineConfig
-from glmd.engine.memory import activation_bytes, plan_memory
+from glmd.engine.memory import plan_memory, recommended_working_set
 from glmd.engine_client.process import EngineProcessConfig
 from glmd.errors import CheckpointError
 from glmd.utils.text import gib
@@ -44,50 +44,40 @@ ON_MACS = ("mixed-8-4", "mixed-8-5", "mixed-8-6", "uniform-8")
 GIB = 2**30
 
 
-def working_set(memory: int) -> float:
-    """Return macOS's recommended GPU memory: two thirds up to 36 GB, three quarters above."""
-    return memory * (2 / 3 if memory <= 36 else 3 / 4)
-
-
 def memory_table() -> Iterator[str]:
     """Yield the table of KV capacity in tokens, by memory size and recipe."""
     config = load_config(CONFIG)
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    per_token = width * (config.num_hidden_layers + 1) * 2
-    working = activation_bytes(config, EngineConfig(), 2, per_token)
-    weights = {}
-    for recipe in ON_MACS:
-        found = inspect(CONFIG, recipe)
-        assert found.mtp is not None
-        weights[recipe] = found.main.nbytes + found.mtp.nbytes
-    heads = [f"`{name}`: {weights[name] / GIB:.1f} GiB" for name in ON_MACS]
+    found = {recipe: inspect(CONFIG, recipe) for recipe in ON_MACS}
+    sizes = {name: (each.main.nbytes, each.mtp.nbytes) for name, each in found.items() if each.mtp}
+    heads = [f"`{name}`: {sum(sizes[name]) / GIB:.1f} GiB" for name in ON_MACS]
     yield f"| memory | for the GPU | {' | '.join(heads)} |"
     yield "|---:|---:|" + "---:|" * len(ON_MACS)
     for memory in MACS:
-        cells = []
-        for recipe in ON_MACS:
-            try:
-                plan = plan_memory(
-                    CONFIG,
-                    config,
-                    EngineConfig(),
-                    int(working_set(memory) * GIB),
-                    weights=weights[recipe],
-                    token_bytes=per_token,
-                    item=2,
-                )
-            except CheckpointError:
-                cells.append("–")
-                continue
-            small = "" if plan.activations >= working else "\\*"
-            cells.append(f"{plan.kv // per_token // 1000:,}k{small}")
-        yield f"| {memory} GB | {working_set(memory):.1f} GiB | {' | '.join(cells)} |"
+        budget = recommended_working_set(memory)
+        cells = [memory_cell(config, budget, *sizes[recipe]) for recipe in ON_MACS]
+        yield f"| {memory} GB | {budget / GIB:.1f} GiB | {' | '.join(cells)} |"
     yield ""
     yield (
-        f"Taken off before KV: the weights with the MTP layer, and {working / GIB:.2f} GiB of"
-        " working memory, or less (\\*) where KV would be short: prompts are then computed in"
-        f" smaller chunks, which is slower. A token takes {per_token:,} bytes."
+        "8: KV in 8 bit, by the default of `kv_bits`. s: prompts in smaller chunks, which is"
+        " slower. n: without the MTP layer."
     )
+
+
+def memory_cell(config: ModelConfig, budget: int, main: int, mtp: int) -> str:
+    """Return the tokens that fit in `budget` bytes, and what is given up for them."""
+    try:
+        plan = plan_memory(
+            CONFIG, config, EngineConfig(), budget, weights=main, mtp_weights=mtp, item=2
+        )
+    except CheckpointError:
+        return "–"
+    marks = {
+        "8": plan.kv_bits == 8,
+        "s": plan.config.max_step_tokens < EngineConfig().max_step_tokens,
+        "n": plan.config.mtp == 0,
+    }
+    text = " ".join(mark for mark, holds in marks.items() if holds)
+    return f"{plan.kv_tokens // 1000:,}k {text}".strip()
 
 
 def components_table() -> Iterator[str]:

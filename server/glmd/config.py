@@ -259,8 +259,13 @@ class Settings(BaseSettings):
     )
     mtp: Literal["off", "auto", "1", "2", "3"] = Field(
         "auto",
-        description="MTP drafts per step; auto follows the measured gain, off does not load the"
-        " MTP layer.",
+        description="MTP drafts per step; auto follows the measured gain and leaves the MTP layer"
+        " out where memory is short, off does not load it.",
+    )
+    kv_bits: Literal["auto", "16", "8", "4"] = Field(
+        "auto",
+        description="Bits of a value in the KV cache, 16 being the model's precision; auto is 16 if"
+        " 65,536 tokens fit in memory, else 8.",
     )
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
         "auto",
@@ -434,6 +439,7 @@ class Settings(BaseSettings):
             "max_gap": self.max_gap,
             "mtp": DRAFTS[self.mtp],
             "dtype": self.dtype,
+            "kv_bits": self.kv_bits if self.kv_bits == "auto" else int(self.kv_bits),
         }
 
 

@@ -206,8 +206,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt and output tokens: the smaller of the checkpoint's and the configured limit."""
     eos_token_ids: tuple[int, ...]
     has_mtp: bool
+    mtp_left_out: bool = False
+    """The checkpoint has an MTP layer that was not loaded, as memory is short."""
     weight_bytes: int
     kv_bytes_per_token: int
+    kv_bits: int = 16
+    """Bits of a cached value; 16: in the dtype of activations."""
     bits_per_weight: float
     device: str
 

@@ -111,3 +111,25 @@ def test_inspecting_needs_no_mlx() -> None:
     )
     env = {"PYTHONPATH": str(ROOT / "server")}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("memory", "recipe", "tokens", "mtp"),
+    [(32, "mixed-8-5", 36_000, "left out"), (36, "mixed-8-5", 100_000, "loaded"),
+     (24, "mixed-8-3", 16_000, "loaded")],
+)  # fmt: skip
+def test_inspect_tells_what_fits_a_mac(
+    memory: int, recipe: str, tokens: int, mtp: str, tmp_path: Path
+) -> None:
+    arguments = ["inspect", REAL / "config.json", "--memory", memory, "--recipe", recipe]
+    _glmd(*arguments, "--json", tmp_path / "fit.json")
+    fit = json.loads((tmp_path / "fit.json").read_text())
+    assert fit["kv_tokens"] >= tokens
+    assert fit["mtp"] == mtp
+    assert fit["kv_bytes_per_token"] <= 29_400
+    used = fit["weight_bytes"] + fit["working_bytes"]
+    used += fit["kv_tokens"] * fit["kv_bytes_per_token"]
+    assert used <= fit["budget_bytes"]
+    assert f"{fit['kv_tokens']:,} tokens" in _glmd(*arguments)
+    more = json.loads(_glmd(*arguments, "--kv-bits", "4", "--json"))
+    assert more["kv_bytes_per_token"] <= 16_400

@@ -33,6 +33,10 @@ class Keys:
 
     length: int
 
+    @property
+    def layers(self) -> list[mx.array]:
+        return [mx.zeros((self.length, KV_WIDTH))]
+
 
 def _sort(paths: list[list[PathNode[Any]]]) -> list[int]:
     """Order the paths of sequences in slots 0, 1, …"""

@@ -24,6 +24,7 @@ from glmd.engine.core import Engine
 from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.kv_cache.node import Node
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import dequantize
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
@@ -61,7 +62,8 @@ def _reference_kv(model: LoadedModel, tokens: list[int]) -> KV:
     batch = ForwardBatch(ids[:-1], mx.arange(count), [], [chunk])
     tails = TailPool(model.kv_layers, model.shape.kv_width, model.dtype)
     hidden, caches = model.forward(batch, tails)
-    return np.array(mx.stack([*caches, model.mtp.compute_kv(ids[1:], hidden, batch, tails)]))
+    caches.append(model.mtp.compute_kv(ids[1:], hidden, batch, tails))
+    return np.array(mx.stack([dequantize(kv) for kv in caches]))
 
 
 def _stored_prefix(node: Node[Segment]) -> tuple[list[int], KV]:
@@ -72,7 +74,7 @@ def _stored_prefix(node: Node[Segment]) -> tuple[list[int], KV]:
     while place.parent is not None:
         assert place.kv is not None
         keys = [*place.keys[:end].tolist(), *keys]
-        parts.insert(0, mx.stack([layer[:end] for layer in place.kv.layers]))
+        parts.insert(0, mx.stack([dequantize(layer[:end]) for layer in place.kv.layers]))
         end, place = place.offset, place.parent
     # A key is a pair of tokens (`Sequence.cache_keys`).
     tokens = [*(key >> 32 for key in keys), keys[-1] & 0xFFFFFFFF]
@@ -117,7 +119,8 @@ def test_kv_in_tree_and_tails_is_that_of_one_forward_pass(mtp: int) -> None:
             start = sequence.num_cached_tokens
             count = min(sequence.num_computed_tokens, sequence.length - 1) - start
             if count > 0:
-                pool = mx.stack([scheduler.tails.view(i) for i in range(model.kv_layers)])
+                views = [scheduler.tails.view(i) for i in range(model.kv_layers)]
+                pool = mx.stack([dequantize(view) for view in views])
                 kv = np.array(pool[:, sequence.slot, :count])
                 tails.append((sequence.request.id, start, kv))
     stats = running.engine.stats()

@@ -22,6 +22,7 @@ from glmd.chat.types import Conversation
 from glmd.checkpoint.hub import DEMO
 from glmd.engine.core import Engine
 from glmd.ipc import EngineRequest, GrammarSpec, SamplingParams, unpack_tokens
+from glmd.kv_cache.stored_keys import dequantize
 from glmd.llm import LLM
 from glmd.model.loader import LoadedModel
 from glmd.structured_output.compiler import build_grammar
@@ -195,7 +196,7 @@ def count_drafts(engine: Engine, asked: EngineRequest) -> tuple[Answer, int, int
 def clear_mtp_kv(engine: Engine) -> None:
     for node in engine.scheduler.tree.nodes():
         assert node.kv is not None
-        node.kv.layers[-1] = mx.zeros_like(node.kv.layers[-1])
+        node.kv.layers[-1] = mx.zeros_like(dequantize(node.kv.layers[-1]))
 
 
 def test_a_prefix_hit_keeps_acceptance() -> None:

@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +27,7 @@ from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import load_config
 from glmd.checkpoint.hub import DEMO
 from glmd.checkpoint.stored import read_weights
+from glmd.convert.inspect import inspect
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
@@ -72,34 +73,58 @@ def test_a_model_that_does_not_fit_is_refused_before_loading_with_the_sum() -> N
     assert total > budget == 20
 
 
-def test_working_memory_is_reduced_where_kv_would_be_short() -> None:
-    """GLM-4.7-Flash in mixed 8/5 bit on a Mac with 32 GB, and on one with 48."""
-    dims = load_config(TESTS / "fixtures" / "glm-4.7-flash" / "config.json")
-    config = EngineConfig()
+def plan_mac(gigabytes: int, config: EngineConfig) -> memory.MemoryPlan:
+    """Plan GLM-4.7-Flash in mixed 8/5 bit on a Mac."""
+    file = TESTS / "fixtures" / "glm-4.7-flash" / "config.json"
+    found = inspect(file)
+    assert found.mtp is not None
+    return memory.plan_memory(
+        file,
+        load_config(file),
+        config,
+        memory.recommended_working_set(gigabytes),
+        weights=found.main.nbytes,
+        mtp_weights=found.mtp.nbytes,
+        item=2,
+    )
 
-    def plan_for(gib: float) -> memory.MemoryPlan:
-        return memory.plan_memory(
-            Path("model"),
-            dims,
-            config,
-            int(gib * 2**30),
-            weights=int(20.36 * 2**30),
-            token_bytes=55_296,
-            item=2,
-        )
 
-    large, small = plan_for(36), plan_for(21.33)
-    assert large.config == config
-    assert small.config.max_step_tokens == config.max_step_tokens // 8
-    assert small.activations < large.activations / 4
-    assert small.kv > 12_000 * 55_296
-    for plan in (large, small):
-        assert 1024 < plan.max_segment <= plan.activations // 55_296
-    for plan, gib in ((large, 36), (small, 21.33)):
-        total = plan.weights + plan.activations + plan.kv
-        assert total == int(gib * 2**30)
+def test_a_large_mac_gives_up_nothing() -> None:
+    plan = plan_mac(48, EngineConfig())
+    assert plan.config == EngineConfig()
+    assert plan.kv_bits == 16
+    assert plan_mac(48, EngineConfig(mtp=1)).token_bytes == 54_144 + 1_152
+
+
+def test_quantised_kv_comes_first_where_memory_is_short() -> None:
+    plan = plan_mac(36, EngineConfig())
+    assert plan.kv_bits == 8
+    assert plan.token_bytes <= 29_400
+    assert plan.config.mtp == "auto"
+    assert plan.kv_tokens >= 100_000
+    assert plan_mac(36, EngineConfig(kv_bits=16)).kv_tokens < 65_536
+    assert plan_mac(36, EngineConfig(kv_bits=4)).token_bytes <= 16_400
+
+
+def test_the_mtp_layer_is_left_out_where_memory_is_very_short() -> None:
+    plan = plan_mac(32, EngineConfig())
+    assert plan.config.mtp == 0
+    assert plan.kv_tokens >= 36_000
+    assert plan.config.max_step_tokens >= 512
+    asked = plan_mac(32, EngineConfig(mtp=1))
+    assert asked.config.mtp == 1
+    assert asked.weights > plan.weights
     with pytest.raises(CheckpointError, match="does not fit"):
-        plan_for(20.6)
+        plan_mac(24, EngineConfig())
+
+
+@pytest.mark.parametrize("gigabytes", [32, 36, 48, 128])
+@pytest.mark.parametrize("kv_bits", ["auto", 16, 8, 4])
+def test_a_plan_divides_the_budget(gigabytes: int, kv_bits: Literal["auto", 16, 8, 4]) -> None:
+    plan = plan_mac(gigabytes, EngineConfig(kv_bits=kv_bits))
+    total = plan.weights + plan.activations + plan.kv
+    assert total == memory.recommended_working_set(gigabytes)
+    assert 1024 < plan.max_segment <= plan.activations // plan.token_bytes
 
 
 def test_an_engine_with_little_memory_takes_smaller_chunks_and_answers_the_same() -> None:

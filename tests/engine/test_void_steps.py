@@ -20,6 +20,7 @@ from grammars import CONTROLS
 from glmd.chat.tokenizer import SpecialTokens
 from glmd.engine.core import Engine
 from glmd.ipc import EngineRequest, GrammarSpec
+from glmd.kv_cache.stored_keys import dequantize
 from glmd.structured_output.compiler import build_grammar
 from glmd.structured_output.request import OutputSpec, Regex
 
@@ -74,7 +75,7 @@ def _void(engine: Engine) -> None:
             step.logprobs[index] = chosen, ids, values
     tree, tails = engine.scheduler.tree, engine.scheduler.tails
     for layers in [*(n.kv.layers for n in tree.nodes() if n.kv is not None), tails._pools]:
-        layers[:] = [mx.full(array.shape, mx.nan, array.dtype) for array in layers]
+        layers[:] = [mx.full(each.shape, mx.nan, dequantize(each).dtype) for each in layers]
 
 
 @contextmanager

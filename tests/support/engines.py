@@ -30,6 +30,7 @@ from glmd.ipc import (
     pack_tokens,
     unpack_tokens,
 )
+from glmd.kv_cache.stored_keys import vector_bytes
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel, load_model
@@ -102,11 +103,13 @@ def tiny_engine(
 ) -> Engine:
     """An engine with room for `kv_tokens` tokens of KV; None: 100,000."""
     model = model or tiny_model()
-    settings = EngineConfig(**config)
-    room = (kv_tokens or 100_000) * model.kv_bytes_per_token
-    working = memory.activation_bytes(
-        model.args, settings, model.dtype.size, model.kv_bytes_per_token
-    )
+    defaults: dict[str, Any] = {"kv_bits": 16} | ({"mtp": 0} if model.mtp is None else {})
+    settings = EngineConfig(**defaults | config)
+    bits = 16 if settings.kv_bits == "auto" else settings.kv_bits
+    item = model.dtype.size
+    token_bytes = model.kv_layers * vector_bytes(model.shape.kv_width, item, bits)
+    room = (kv_tokens or 100_000) * token_bytes
+    working = memory.activation_bytes(model.args, settings, item, token_bytes, kv_bits=bits)
     budget = model.weight_bytes + working + room
     return Engine(model, settings, budget)
 

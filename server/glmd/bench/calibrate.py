@@ -25,6 +25,7 @@ from glmd.bench.workloads import ENDLESS, Prompts
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine
+from glmd.kv_cache.stored_keys import StoredKeys
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.loader import LoadedModel, load_model
@@ -146,7 +147,7 @@ def calibrate(folder: Path, on_progress: Callable[[str], None]) -> Device:
     costs: list[StepCost] = []
     forward = model.forward
 
-    def counted(batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
+    def counted(batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
         costs.append(step_cost(batch, tails.slots * tails.capacity))
         return forward(batch, tails)
 

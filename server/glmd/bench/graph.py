@@ -30,6 +30,7 @@ from glmd.bench.report import make_table
 from glmd.bench.simulation import Simulation, Stream
 from glmd.engine.attention_metadata import AttentionMetadataBuilder
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import arrays_of
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import DecodeGroup, ForwardBatch, KVSpan, PaddedSpans, SpanLevel
 from glmd.model.glm4_moe_lite import DecoderBlock
@@ -159,7 +160,7 @@ class LayerCounter:
         h = mx.zeros((rows, HIDDEN), DTYPE)
         mx.eval(h, batch.positions)
         out, kv = self._block.forward(shape, 0, h, batch, tails)
-        return count_kernels(out, kv, *tails.arrays())
+        return count_kernels(out, *arrays_of(kv), *tails.arrays())
 
     def mlx_lm(self, sequences: int, context: int) -> int:
         """Kernels of mlx-lm's layer for one more token of each sequence."""

@@ -17,7 +17,6 @@ from typing import cast
 import mlx.core as mx
 
 from glmd.bench.device_model import (
-    KV_TOKEN_BYTES,
     WEIGHT_BYTES,
     Device,
     StepCost,
@@ -34,6 +33,7 @@ from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
 from glmd.ipc import EngineRequest, ModelInfo, SamplingParams, TokenArray, pack_tokens
 from glmd.kv_cache.prefix_tree import PrefixTree
+from glmd.kv_cache.stored_keys import StoredKeys
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.loader import LoadedModel
@@ -62,7 +62,7 @@ class SimulatedModel(LoadedModel):
         self.mtp = None
         self.cost = StepCost(0, 0, 0)
 
-    def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
+    def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
         self.cost = step_cost(batch, tails.slots * tails.capacity)
         hidden = mx.zeros((len(batch.logits_rows), 1))
         return hidden, [mx.zeros((batch.tokens.shape[0], 1), mx.uint8)]
@@ -129,7 +129,7 @@ class Simulation:
             config or EngineConfig(mtp=0),
             int(device.memory_gib * 2**30),
             weights=WEIGHT_BYTES,
-            token_bytes=KV_TOKEN_BYTES,
+            mtp_weights=0,
             item=ITEM_BYTES,
         )
         shape = MLAShape(
@@ -142,7 +142,7 @@ class Simulation:
             expanded_bytes=plan.expanded_bytes,
         )
         self.shape = shape
-        kv_tokens = plan.kv // KV_TOKEN_BYTES
+        kv_tokens = plan.kv // plan.token_bytes
         self.info = ModelInfo(
             path="GLM-4.7-Flash",
             vocab_size=args.vocab_size,
@@ -150,7 +150,8 @@ class Simulation:
             eos_token_ids=(),
             has_mtp=False,
             weight_bytes=WEIGHT_BYTES,
-            kv_bytes_per_token=KV_TOKEN_BYTES,
+            kv_bytes_per_token=plan.token_bytes,
+            kv_bits=plan.kv_bits,
             bits_per_weight=0.0,
             device=device.name,
         )

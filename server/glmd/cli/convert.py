@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -25,6 +25,9 @@ from glmd.convert.inspect import inspect as run
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Line, find_recipe, total
 from glmd.utils.files import check_new
 from glmd.utils.text import gb, gib
+
+KV_BITS: dict[str, Literal["auto", 16, 8, 4]] = {"auto": "auto", "16": 16, "8": 8, "4": 4}
+"""Values of `--kv-bits`, and what each is in the engine's configuration."""
 
 
 def convert(
@@ -122,19 +125,54 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="GB", help="Print what fits a Mac with so much memory instead."
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        str, typer.Option(help="With --memory: the setting kv_bits: auto, 16, 8 or 4.")
+    ] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, or write it to FILE.")
+    ] = False,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="With --json: the file to write.")
+    ] = None,
 ) -> None:
     """Print the parameters, bits and bytes of a model, computed from its shapes.
 
     For a folder with weights, also compare the size of the files with config.json.
 
-    Example: glmd inspect zai-org/GLM-4.7-Flash --recipe mixed-8-5
+    Examples:
+
+        glmd inspect zai-org/GLM-4.7-Flash --recipe mixed-8-5
+
+        glmd inspect zai-org/GLM-4.7-Flash --memory 32 --kv-bits 8 --json fit.json
     """
     from glmd.checkpoint.hub import resolve_config
 
-    found = run(resolve_config(model), recipe)
+    if file is not None and not as_json:
+        raise typer.BadParameter("FILE: nothing is written there without --json.")
+    path = resolve_config(model)
+    found = run(path, recipe)
+    result: dict[str, Any]
+    if memory is not None:
+        result = _fit(path, found, memory, kv_bits)
+    elif kv_bits != "auto":
+        raise typer.BadParameter("--kv-bits: needs --memory.")
+    else:
+        result = _for_machines(model, found)
     if as_json:
-        typer.echo(json.dumps(_for_machines(model, found), indent=2))
+        text = json.dumps(result, indent=2)
+        if file is None:
+            typer.echo(text)
+        else:
+            file.write_text(text + "\n", encoding="utf-8")
+        return
+    if memory is not None:
+        typer.echo(_describe_fit(result))
         return
     console = Console()
     console.width = max(console.width, 80)  # the width of the table of the full model
@@ -142,6 +180,63 @@ def inspect(
     console.print(_table(f"{model}, {by}", found))
     for sentence in _comparison(found):
         console.print(sentence, soft_wrap=True, highlight=False)
+
+
+def _fit(path: Path, found: Inspection, memory: int, kv_bits: str) -> dict[str, Any]:
+    """Plan memory as the engine does on a Mac of `memory` GB.
+
+    Raises:
+        CheckpointError: the model does not fit.
+        BadParameter: `kv_bits` is no value of the setting.
+    """
+    from glmd.checkpoint.config import load_config
+    from glmd.engine.config import EngineConfig
+    from glmd.engine.memory import plan_memory, recommended_working_set
+
+    if kv_bits not in KV_BITS:
+        raise typer.BadParameter(f"--kv-bits: must be one of {', '.join(KV_BITS)}.")
+    budget = recommended_working_set(memory)
+    plan = plan_memory(
+        path,
+        load_config(path),
+        EngineConfig(kv_bits=KV_BITS[kv_bits]),
+        budget,
+        weights=found.main.nbytes,
+        mtp_weights=found.mtp.nbytes if found.mtp else 0,
+        item=2,
+    )
+    return {
+        "memory_gb": memory,
+        "budget_bytes": budget,
+        "recipe": found.recipe,
+        "weight_bytes": plan.weights,
+        "working_bytes": plan.activations,
+        "max_step_tokens": plan.config.max_step_tokens,
+        "kv_bits": plan.kv_bits,
+        "kv_bytes_per_token": plan.token_bytes,
+        "kv_tokens": plan.kv_tokens,
+        "mtp": "none" if found.mtp is None else "loaded" if plan.config.mtp else "left out",
+    }
+
+
+def _describe_fit(fit: dict[str, Any]) -> str:
+    """Lines of text about the result of `_fit`."""
+    mtp = {
+        "none": "the model has no MTP layer",
+        "loaded": "with the MTP layer",
+        "left out": "without the MTP layer: memory is short",
+    }
+    return "\n".join(
+        [
+            f"A Mac with {fit['memory_gb']} GB recommends {gib(fit['budget_bytes'])} GiB"
+            " for the GPU:",
+            f"  weights         {gib(fit['weight_bytes'])} GiB, {mtp[fit['mtp']]}",
+            f"  working memory  {gib(fit['working_bytes'])} GiB, for chunks of"
+            f" {fit['max_step_tokens']} tokens",
+            f"  KV              {fit['kv_tokens']:,} tokens of {fit['kv_bytes_per_token']:,} bytes"
+            f" ({fit['kv_bits']} bit)",
+        ]
+    )
 
 
 def _table(title: str, found: Inspection) -> Table:

@@ -75,7 +75,7 @@ def pull(
     drafts = "with" if found.mtp_bytes or found.config.mtp else "without"
     typer.echo(f"{found.repo}: {gb(found.nbytes)} GB, {drafts} the MTP layer for drafts")
     typer.echo(f"  disk: {gb(found.missing)} GB to download to {cache}, {gb(free)} GB free")
-    fits, memory = describe_memory(found.weight_bytes + found.mtp_bytes, found.config)
+    fits, memory = describe_memory(found.weight_bytes, found.mtp_bytes, found.config)
     typer.echo(f"  memory: {memory}")
     if not fits and not force:
         raise CheckpointError(
@@ -86,22 +86,22 @@ def pull(
     typer.echo(f"Complete: {folder}\nServe it with `glmd serve {model}`.")
 
 
-def describe_memory(weights: int, config: Any) -> tuple[bool, str]:
+def describe_memory(weights: int, mtp_weights: int, config: Any) -> tuple[bool, str]:
     """Return whether a model fits in this machine's memory, and a sentence about it."""
     from glmd.engine.config import EngineConfig
     from glmd.engine.memory import default_budget, device_name, plan_memory
 
     budget = default_budget()
-    token_bytes = 2 * (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_hidden_layers
-    text = f"{gib(weights)} GiB of weights; {device_name()} has {gib(budget)} GiB for them"
+    total = gib(weights + mtp_weights)
+    text = f"{total} GiB of weights; {device_name()} has {gib(budget)} GiB for them"
     try:
         plan = plan_memory(
             Path(), config, EngineConfig(), budget,
-            weights=weights, token_bytes=token_bytes, item=2,
+            weights=weights, mtp_weights=mtp_weights, item=2,
         )  # fmt: skip
     except CheckpointError:
         return False, f"{text}, which is too little"
-    return True, f"{text}, with room for {plan.kv // token_bytes:,} tokens"
+    return True, f"{text}, with room for {plan.kv_tokens:,} tokens"
 
 
 def list_models(

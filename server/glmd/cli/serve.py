@@ -67,6 +67,7 @@ def serve(
     max_running: Annotated[int | None, flag("max_running")] = None,
     mtp: Annotated[str | None, flag("mtp")] = None,
     dtype: Annotated[str | None, flag("dtype")] = None,
+    kv_bits: Annotated[str | None, flag("kv_bits")] = None,
     memory_budget: Annotated[str | None, flag("memory_budget")] = None,
     log_file: Annotated[Path | None, flag("log_file")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,

@@ -79,6 +79,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        Recipe("mixed-8-3", experts=3, others=8),
         Recipe("mixed-8-4", experts=4, others=8),
         Recipe("mixed-8-5", experts=5, others=8),
         Recipe("mixed-8-6", experts=6, others=8),

@@ -19,6 +19,7 @@ from glmd.engine.sequence import Sequence
 from glmd.kv_cache.node import PathNode
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys, map_arrays
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import (
     DecodeGroup,
@@ -255,7 +256,7 @@ def pad_short_spans(
     contiguous = True
     if short:
         contiguous = short[-1].end - short[0].start == len(short) * width
-        parts.append(_pad(short, kv_width, dtype, contiguous=contiguous))
+        parts.append(_pad(short, contiguous=contiguous))
     if contiguous:
         parts.sort(key=lambda part: part.start)
     covered = np.concatenate([_rows(part) for part in parts])
@@ -266,11 +267,16 @@ def pad_short_spans(
     return SpanLevel(parts, mx.array(order))
 
 
-def _pad(spans: list[KVSpan], kv_width: int, dtype: mx.Dtype, *, contiguous: bool) -> PaddedSpans:
+def _pad(spans: list[KVSpan], *, contiguous: bool) -> PaddedSpans:
     lengths = np.array([len(span) for span in spans], np.int32)
     longest = int(lengths.max())
     visible = np.arange(longest) < lengths[:, None, None]
-    padding = [mx.zeros((longest - len(span), kv_width), dtype) for span in spans]
+    like = spans[0].slices[0].segment.layers[0]
+
+    def zeros(count: int) -> StoredKeys:
+        return map_arrays(lambda array: mx.zeros((count, array.shape[-1]), array.dtype), like)
+
+    padding = [zeros(longest - len(span)) for span in spans]
     rows = np.concatenate([_rows(span) for span in spans])
     return PaddedSpans(
         spans,

@@ -38,8 +38,9 @@ class EngineConfig:
             a step without, in addition to `max_gap`; None: no such limit.
         dtype: of activations and KV. "auto": bfloat16 on a GPU; float32 on a CPU, where quantised
             products in bfloat16 take eight times as long.
-        mtp: draft tokens per sequence and step. "auto": none or one, by measurement. 0: the MTP
-            layer is not loaded.
+        mtp: draft tokens per sequence and step. "auto": none or one, by measurement, and no MTP
+            layer where memory is short. 0: the MTP layer is not loaded.
+        kv_bits: bits of a cached value; 16: in `dtype`. "auto": 16 if 65,536 tokens fit, else 8.
         prefix_cache: share KV between requests and keep it after they end.
         disk_cache: most bytes of KV in files, from which prefixes are restored; 0: none.
         disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
@@ -56,6 +57,7 @@ class EngineConfig:
     max_slowdown: float | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
+    kv_bits: Literal["auto", 16, 8, 4] = "auto"
     prefix_cache: bool = True
     disk_cache: int = 0
     disk_cache_folder: str | None = None

@@ -61,18 +61,23 @@ def load_engine(
     budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
     stored = read_weights(folder, parsed)
-    memory.check_fit(stored, config, budget)
+    plan = memory.plan_checkpoint(stored, config, budget)
     for warning in stored.warnings:
         log.warning("%s", warning)
     if config.mtp != 0 and stored.no_drafts is not None:
         log.warning("%s", stored.no_drafts)
+    left_out = plan.config.mtp == 0 and config.mtp != 0 and bool(stored.mtp)
+    if left_out:
+        log.warning(
+            "MTP layer left out, as memory is short: no drafts. kv_tokens=%d", plan.kv_tokens
+        )
     structured_output = StructuredOutputManager(folder, parsed.vocab_size, parsed.eos_token_ids)
     kv_events = KVEventPublisher.of(config.kv_events, config.kv_events_replay)
     memory.DeviceLimits.set(budget)
     try:
-        model = load_model(folder, config.dtype, on_progress, mtp=config.mtp != 0)
+        model = load_model(folder, config.dtype, on_progress, mtp=plan.config.mtp != 0)
+        engine = Engine(model, config, budget, structured_output, kv_events, mtp_left_out=left_out)
         model.warm_up()
-        engine = Engine(model, config, budget, structured_output, kv_events)
     except BaseException:
         memory.DeviceLimits.restore()
         raise
@@ -87,6 +92,7 @@ class Engine:
         memory_budget: bytes for weights, KV and working memory.
         structured_output: started before the model was loaded, to save time; None: started here.
         kv_events: bound before the model was loaded, to fail early; None: bound here if configured.
+        mtp_left_out: the checkpoint has an MTP layer that was not loaded, as memory is short.
 
     Attributes:
         info: the model served, and its limits.
@@ -104,41 +110,47 @@ class Engine:
         memory_budget: int,
         structured_output: StructuredOutputManager | None = None,
         kv_events: KVEventPublisher | None = None,
+        *,
+        mtp_left_out: bool = False,
     ) -> None:
-        self._defers = config.mtp == "auto" and model.mtp is not None
-        """The MTP layer's KV is deferred while drafts do not pay."""
-        token_bytes = memory.kv_bytes_per_token(
-            model.args, model.kv_layers, model.dtype.size, deferred=self._defers
-        )
         plan = memory.plan_memory(
             model.folder,
             model.args,
             config,
             memory_budget,
-            weights=model.weight_bytes,
-            token_bytes=token_bytes,
+            weights=model.weight_bytes - model.mtp_weight_bytes,
+            mtp_weights=model.mtp_weight_bytes,
             item=model.dtype.size,
         )
-        model.shape = replace(
-            model.shape, score_bytes=plan.score_bytes, expanded_bytes=plan.expanded_bytes
+        model.use_shape(
+            replace(
+                model.shape,
+                score_bytes=plan.score_bytes,
+                expanded_bytes=plan.expanded_bytes,
+                kv_bits=plan.kv_bits,
+            )
         )
+        token_bytes = plan.token_bytes
+        self._defers = config.mtp == "auto" and model.mtp is not None and plan.kv_bits == 16
+        """The MTP layer's KV is deferred while drafts do not pay."""
         context = model.args.max_position_embeddings
-        room = plan.kv // token_bytes - memory.TAIL_ROOM
         self.config = plan.config
         self.info = ModelInfo(
             path=str(model.folder),
             vocab_size=model.args.vocab_size,
-            max_context=min(context, config.max_context or context, room),
+            max_context=min(context, config.max_context or context, plan.kv_tokens),
             eos_token_ids=model.eos_token_ids,
             has_mtp=model.mtp is not None,
+            mtp_left_out=mtp_left_out,
             weight_bytes=model.weight_bytes,
             kv_bytes_per_token=token_bytes,
+            kv_bits=plan.kv_bits,
             bits_per_weight=model.bits_per_weight,
             device=memory.device_name(),
         )
         cache = open_disk_cache(config, model)
         tree = PrefixTree[Segment](plan.max_segment, track_unsaved=cache is not None)
-        self._disk = None if cache is None else DiskTier(tree, cache)
+        self._disk = None if cache is None else DiskTier(tree, cache, plan.kv_bits)
         publisher = kv_events or KVEventPublisher.of(config.kv_events, config.kv_events_replay)
         if publisher is not None:
             publisher.start(paired_keys=self.info.has_mtp)
@@ -151,6 +163,7 @@ class Engine:
                 model.kv_layers,
                 model.shape.kv_width,
                 model.dtype,
+                plan.kv_bits,
                 deferred_width=model.args.hidden_size if self._defers else None,
             ),
             kv_budget=plan.kv,

@@ -14,7 +14,9 @@ from glmd.engine.config import EngineConfig
 from glmd.engine.scheduler.prefill_budget import SMALLEST_CHUNK
 from glmd.errors import CheckpointError
 from glmd.kv_cache.prefix_tree import MAX_SEGMENT
+from glmd.kv_cache.stored_keys import GROUP_SIZES, KVBits, vector_bytes
 from glmd.kv_cache.tail_pool import TAIL_TOKENS
+from glmd.model.attention import BLOCKS_AHEAD, KEY_BLOCK
 from glmd.model.loader import choose_dtype, weight_bytes
 from glmd.model.mla import EXPANDED_BYTES, SCORE_BYTES
 from glmd.model.mlx_lm_layers import ModelArgs
@@ -28,9 +30,12 @@ CACHE_LIMIT = 2 << 30
 MIN_KV_TOKENS = 4096
 """Tokens of KV below which serving is refused."""
 
-WANTED_KV_TOKENS = 32_768
-"""Tokens of KV for which working memory is reduced. Prompts then run in smaller chunks, which is
-slower."""
+WANTED_KV_TOKENS = 36_864
+"""Tokens of KV for which working memory is reduced, so that prompts run in smaller chunks, and the
+MTP layer is left out. A coding agent's first prompt has 20k to 35k."""
+
+PLENTY_KV_TOKENS = 65_536
+"""Tokens of KV from which on `kv_bits` "auto" is 16."""
 
 SCALES = (1, 2, 4, 8)
 """Divisors of working memory. At 8, chunks have 256 rows, few enough for the experts' weights to be
@@ -46,6 +51,14 @@ TAIL_ROOM = 2 * TAIL_TOKENS
 def default_budget() -> int:
     """Bytes of the device's recommended working set, else a share of the available memory."""
     return _recommended_working_set() or int(CPU_SHARE * psutil.virtual_memory().available)
+
+
+def recommended_working_set(gigabytes: int) -> int:
+    """Bytes that macOS recommends for the GPU of a Mac with so much memory.
+
+    Two thirds up to 36 GB, three quarters above.
+    """
+    return int(gigabytes * 2**30 * (2 / 3 if gigabytes <= 36 else 3 / 4))
 
 
 def _recommended_working_set() -> int | None:
@@ -100,12 +113,15 @@ class MemoryPlan:
     """A divided memory budget.
 
     Attributes:
-        weights: bytes.
+        weights: bytes, with the MTP layer unless it is left out.
         activations: bytes of a step's transients.
         kv: bytes left for KV.
-        config: the engine's, with `max_step_tokens` that fit `activations`.
+        config: the engine's, with `max_step_tokens` that fit `activations`, and `mtp` 0 if the MTP
+            layer is left out.
         score_bytes, expanded_bytes: see `glmd.model.mla.MLAShape`.
         max_segment: tokens up to which segments are merged, a copy of which fits `activations`.
+        kv_bits: see `EngineConfig`; chosen if that is "auto".
+        token_bytes: bytes of KV per token.
     """
 
     weights: int
@@ -115,47 +131,50 @@ class MemoryPlan:
     score_bytes: int
     expanded_bytes: int
     max_segment: int
+    kv_bits: KVBits
+    token_bytes: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Most tokens of a sequence, beside its tail."""
+        return self.kv // self.token_bytes - TAIL_ROOM
 
 
-def check_fit(stored: StoredWeights, config: EngineConfig, budget: int) -> None:
-    """Check from the headers of a checkpoint's files that the model fits in a budget.
+def plan_checkpoint(stored: StoredWeights, config: EngineConfig, budget: int) -> MemoryPlan:
+    """Plan from the headers of a checkpoint's files, before it is loaded.
 
     Raises:
         CheckpointError: as in `plan_memory`.
     """
     dtype = choose_dtype(config.dtype)
-    mtp = config.mtp != 0
-    model = stored.config
-    has_mtp = mtp and bool(stored.mtp)
-    plan_memory(
+    weights = weight_bytes(stored, dtype, mtp=False)
+    both = weight_bytes(stored, dtype, mtp=config.mtp != 0)
+    return plan_memory(
         stored.folder,
-        model,
+        stored.config,
         config,
         budget,
-        weights=weight_bytes(stored, dtype, mtp=mtp),
-        token_bytes=kv_bytes_per_token(
-            model,
-            model.num_hidden_layers + has_mtp,
-            dtype.size,
-            deferred=has_mtp and config.mtp == "auto",
-        ),
+        weights=weights,
+        mtp_weights=both - weights,
         item=dtype.size,
     )
 
 
 def kv_bytes_per_token(
-    dims: ModelConfig | ModelArgs, layers: int, item: int, *, deferred: bool
+    dims: ModelConfig | ModelArgs, layers: int, item: int, kv_bits: KVBits, *, deferred: bool
 ) -> int:
     """Most bytes of KV per token.
 
     Args:
         layers: with KV.
         item: bytes of one value.
+        kv_bits: see `EngineConfig`.
         deferred: the last layer's KV may be deferred; see `glmd.kv_cache.segment.Segment`.
     """
     width = dims.kv_lora_rank + dims.qk_rope_head_dim
-    last = max(width, dims.hidden_size) if deferred else width
-    return ((layers - 1) * width + last) * item
+    vector = vector_bytes(width, item, kv_bits)
+    last = max(vector, dims.hidden_size * item) if deferred else vector
+    return (layers - 1) * vector + last
 
 
 def plan_memory(
@@ -165,15 +184,19 @@ def plan_memory(
     budget: int,
     *,
     weights: int,
-    token_bytes: int,
+    mtp_weights: int,
     item: int,
 ) -> MemoryPlan:
-    """Divide a budget, with less working memory where KV would be short.
+    """Divide a budget.
+
+    Where KV would be short, it is quantised first, unless `EngineConfig.kv_bits` says otherwise;
+    then working memory is reduced; then, unless `EngineConfig.mtp` says otherwise, the MTP layer is
+    left out.
 
     Args:
         folder: the checkpoint's, for the error message.
-        weights: bytes of weights.
-        token_bytes: bytes of KV per token.
+        weights: bytes of the main model's weights.
+        mtp_weights: bytes of the MTP layer's; 0: there is none.
         item: bytes of one activation.
 
     Raises:
@@ -181,9 +204,64 @@ def plan_memory(
             context, if that is shorter) and a tail.
     """
     context = dims.max_position_embeddings
-    wanted = (min(WANTED_KV_TOKENS, context) + TAIL_ROOM) * token_bytes
+    plan = _plan_kv(dims, config, budget, weights=weights, mtp_weights=mtp_weights, item=item)
+    if mtp_weights and config.mtp == "auto" and plan.kv_tokens < min(WANTED_KV_TOKENS, context):
+        plan = _plan_kv(dims, config, budget, weights=weights, mtp_weights=0, item=item)
     least_tokens = min(MIN_KV_TOKENS, context) + TAIL_ROOM
-    least = least_tokens * token_bytes
+    least = least_tokens * plan.token_bytes
+    if plan.kv < least:
+        total = plan.weights + plan.activations + least
+        raise CheckpointError(
+            f"{folder} does not fit in memory. Weights {_size(plan.weights)} + working memory"
+            f" {_size(plan.activations)} + KV of {least_tokens} tokens {_size(least)} ="
+            f" {_size(total)}, but the memory budget is {_size(budget)}"
+            f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
+            file=str(folder),
+        )
+    return plan
+
+
+def _plan_kv(
+    dims: ModelConfig | ModelArgs,
+    config: EngineConfig,
+    budget: int,
+    *,
+    weights: int,
+    mtp_weights: int,
+    item: int,
+) -> MemoryPlan:
+    """Plan with or without the MTP layer, and choose `kv_bits` if they are "auto"."""
+    width = dims.kv_lora_rank + dims.qk_rope_head_dim
+    layers = dims.num_hidden_layers + (mtp_weights > 0)
+    config = config if mtp_weights else replace(config, mtp=0)
+
+    def plan_for(bits: KVBits) -> MemoryPlan:
+        # The inputs of the last layer would take more than quantised KV saves.
+        defers = mtp_weights > 0 and config.mtp == "auto" and bits == 16
+        token_bytes = kv_bytes_per_token(dims, layers, item, bits, deferred=defers)
+        total = weights + mtp_weights
+        return _plan_scale(dims, config, budget, total, token_bytes, item, bits)
+
+    if config.kv_bits != "auto":
+        return plan_for(config.kv_bits)
+    plan = plan_for(16)
+    plenty = min(PLENTY_KV_TOKENS, dims.max_position_embeddings)
+    if plan.kv_tokens >= plenty or width % GROUP_SIZES[-1]:
+        return plan
+    return plan_for(8)
+
+
+def _plan_scale(
+    dims: ModelConfig | ModelArgs,
+    config: EngineConfig,
+    budget: int,
+    weights: int,
+    token_bytes: int,
+    item: int,
+    kv_bits: KVBits,
+) -> MemoryPlan:
+    """Plan with as much working memory as leaves `WANTED_KV_TOKENS`."""
+    wanted = min(WANTED_KV_TOKENS, dims.max_position_embeddings)
     for scale in SCALES:
         rows = min(config.max_step_tokens, max(config.max_step_tokens // scale, TAIL_TOKENS))
         scaled = replace(config, max_step_tokens=rows)
@@ -198,23 +276,27 @@ def plan_memory(
             expanded_bytes=expanded,
             max_segment=segment,
             context=(budget - weights) // token_bytes,
+            kv_bits=kv_bits,
         )
         kv = budget - weights - working
-        if kv >= wanted:
-            break
-    if kv < least:
-        raise CheckpointError(
-            f"{folder} does not fit in memory. Weights {_size(weights)} + working memory"
-            f" {_size(working)} + KV of {least_tokens} tokens {_size(least)} ="
-            f" {_size(weights + working + least)}, but the memory budget is {_size(budget)}"
-            f" ({'memory_budget' if config.memory_budget else 'by default, for this machine'}).",
-            file=str(folder),
+        # Segments are merged when the layers' transients are gone. A longer copy takes room from
+        # KV.
+        segment = min(segment, max(working, int(kv * MERGE_SHARE)) // token_bytes)
+        merging = max(0, segment * token_bytes - working)
+        plan = MemoryPlan(
+            weights=weights,
+            activations=working + merging,
+            kv=kv - merging,
+            config=scaled,
+            score_bytes=score,
+            expanded_bytes=expanded,
+            max_segment=segment,
+            kv_bits=kv_bits,
+            token_bytes=token_bytes,
         )
-    # Segments are merged when the layers' transients are gone. A longer copy takes room from KV.
-    segment = min(segment, max(working, int(kv * MERGE_SHARE)) // token_bytes)
-    merging = max(0, segment * token_bytes - working)
-    working, kv = working + merging, kv - merging
-    return MemoryPlan(weights, working, kv, scaled, score, expanded, segment)
+        if plan.kv_tokens >= wanted:
+            break
+    return plan
 
 
 def activation_bytes(
@@ -227,6 +309,7 @@ def activation_bytes(
     expanded_bytes: int = EXPANDED_BYTES,
     max_segment: int = MAX_SEGMENT,
     context: int | None = None,
+    kv_bits: int = 16,
 ) -> int:
     """Upper bound of a step's transients, in bytes.
 
@@ -245,9 +328,12 @@ def activation_bytes(
     # Expanded keys and values: at least those of one head.
     head_bytes = context * item * (dims.qk_nope_head_dim + dims.qk_rope_head_dim + dims.v_head_dim)
     expanded = min(heads * head_bytes, max(expanded_bytes, head_bytes))
+    width = dims.kv_lora_rank + dims.qk_rope_head_dim
+    keys = min(context, BLOCKS_AHEAD * KEY_BLOCK)
+    dequantized = keys * width * item if kv_bits < 16 else 0
     # They are written next to the parts that they consist of. Two blocks of scores, each with its
     # softmax.
-    attention = 2 * expanded + 4 * min(score_bytes, rows * heads * context * item)
+    attention = 2 * expanded + dequantized + 4 * min(score_bytes, rows * heads * context * item)
     # Decode rows attend to one segment at a time, with a float32 copy of the scores.
     keys = min(max_segment, dims.max_position_embeddings)
     decoding = sampled * heads * keys * (2 * item + 4)

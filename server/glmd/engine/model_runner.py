@@ -21,6 +21,7 @@ from glmd.engine.spec_decode.proposer import MTPProposer
 from glmd.engine.step import PendingStep, PromptScores, SequenceRows, StepRows
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys, arrays_of
 from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
 from glmd.model.sampler import History, SamplingRow, TokenMasks, sample, token_logprobs
@@ -93,7 +94,7 @@ class ModelRunner:
             sampled.sequence.num_inflight_tokens += sampled.num_sampled
         return step
 
-    def _dispatch(self, step: PendingStep, caches: list[mx.array]) -> None:
+    def _dispatch(self, step: PendingStep, caches: list[StoredKeys]) -> None:
         """Start the step's computation."""
         results = [step.tokens, step.counts, step.last, step.drafts]
         arrays = [array for array in results if array is not None]
@@ -102,9 +103,9 @@ class ModelRunner:
         # Evaluate also what later steps build on, so that it does not keep this step's graph alive.
         histories = [rows.sequence.history for rows in step.rows.sampled]
         kept = [array for history in histories if history is not None for array in history.arrays()]
-        mx.async_eval(*(arrays or [caches[-1]]), *kept, *self._tails.arrays())
+        mx.async_eval(*(arrays or arrays_of(caches[-1])), *kept, *self._tails.arrays())
         step.dispatched = time.monotonic()
-        step.ready = arrays[0] if arrays else caches[-1]
+        step.ready = arrays[0] if arrays else arrays_of(caches[-1])[0]
 
     # -- rows ---------------------------------------------------------------------------------
 
@@ -337,7 +338,7 @@ class ModelRunner:
 
     # -- commit -------------------------------------------------------------------------------
 
-    def _commit_kv(self, rows: StepRows, caches: list[mx.array]) -> None:
+    def _commit_kv(self, rows: StepRows, caches: list[StoredKeys]) -> None:
         """Note what the step computes, and insert chunks into the tree.
 
         A prompt's last token begins the tail where its key needs the next token.

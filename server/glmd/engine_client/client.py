@@ -416,7 +416,8 @@ def describe_model(model: ModelInfo) -> str:
     return (
         f"weights_gb={gb(model.weight_bytes)} bits_per_weight={model.bits_per_weight:.3f}"
         f" device={model.device!r} max_context={model.max_context}"
-        f" mtp={'yes' if model.has_mtp else 'no'}"
+        f" kv_bits={model.kv_bits}"
+        f" mtp={'yes' if model.has_mtp else 'left out' if model.mtp_left_out else 'no'}"
     )
 
 

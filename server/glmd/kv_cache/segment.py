@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
+from glmd.kv_cache.stored_keys import QuantizedKeys, StoredKeys, arrays_of, map_arrays
+
 DEFERRED = "deferred"
 """Name of the last layer's input in the arrays of a deferred segment."""
 
 
 class Segment:
-    """KV of `len(self)` consecutive tokens, immutable: one [tokens, width] array per layer.
+    """KV of `len(self)` consecutive tokens, immutable: [tokens, width] per layer.
 
     The arrays own their memory (no views of larger buffers), so dropping the segment frees
     `nbytes`.
@@ -24,7 +26,7 @@ class Segment:
 
     __slots__ = ("caught_up", "deferred", "layers")
 
-    def __init__(self, layers: Sequence[mx.array], *, deferred: bool = False) -> None:
+    def __init__(self, layers: Sequence[StoredKeys], *, deferred: bool = False) -> None:
         self.layers = list(layers)
         self.deferred = deferred
         self.caught_up: list[mx.array] = []
@@ -41,15 +43,24 @@ class Segment:
         names = [str(index) for index in range(len(self.layers))]
         if self.deferred:
             names[-1] = DEFERRED
-        return dict(zip(names, self.layers, strict=True))
+        return {
+            f"{name}.{part}" if part else name: array
+            for name, layer in zip(names, self.layers, strict=True)
+            for part, array in enumerate(arrays_of(layer))
+        }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, mx.array]) -> Segment:
-        return cls(list(arrays.values()), deferred=DEFERRED in arrays)
+    def from_arrays(cls, arrays: Mapping[str, mx.array], kv_bits: int = 16) -> Segment:
+        """Build a segment of the arrays of another with the same `kv_bits`."""
+        if kv_bits == 16:
+            return cls(list(arrays.values()), deferred=DEFERRED in arrays)
+        layers = [name for name in arrays if "." not in name]
+        parts = [(arrays[n], arrays[f"{n}.1"], arrays[f"{n}.2"]) for n in layers]
+        return cls([QuantizedKeys(part, kv_bits) for part in parts])
 
     @classmethod
     def copy_of(
-        cls, layers: Sequence[mx.array], start: int, end: int, *, deferred: bool = False
+        cls, layers: Sequence[StoredKeys], start: int, end: int, *, deferred: bool = False
     ) -> Segment:
         """Copy rows `start` to `end` of each layer, [rows, width], into a segment.
 
@@ -57,9 +68,10 @@ class Segment:
         is started here, as a lazy array would keep the whole step's graph alive.
         """
         rows = mx.arange(start, end)
-        copies = [mx.take(layer, rows, axis=0) for layer in layers]
-        mx.async_eval(*copies)
-        return cls(copies, deferred=deferred)
+        copies = [map_arrays(lambda array: mx.take(array, rows, axis=0), k) for k in layers]
+        copy = cls(copies, deferred=deferred)
+        mx.async_eval(*copy.arrays().values())
+        return copy
 
     def slice(self, start: int, end: int) -> Segment:
         """Tokens `start` to `end` as a segment with its own memory."""
@@ -80,6 +92,12 @@ class Segment:
     def concat(self, *others: Segment) -> Segment:
         """Copy this segment and `others` into one."""
         parts = [self.layers, *(other.layers for other in others)]
-        layers = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
-        mx.async_eval(*layers)
-        return Segment(layers, deferred=self.deferred)
+        joined = Segment(
+            [
+                map_arrays(lambda *arrays: mx.concatenate(list(arrays)), *layer)
+                for layer in zip(*parts, strict=True)
+            ],
+            deferred=self.deferred,
+        )
+        mx.async_eval(*joined.arrays().values())
+        return joined

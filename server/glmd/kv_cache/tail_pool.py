@@ -13,6 +13,7 @@ import heapq
 import mlx.core as mx
 
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys, arrays_of, map_arrays, zeros
 
 TAIL_TOKENS = 128
 """Length at which a tail is sealed. Longer tails mean fewer copies into the tree but more padding
@@ -38,8 +39,15 @@ class TailPool:
     """
 
     def __init__(
-        self, layers: int, width: int, dtype: mx.Dtype, *, deferred_width: int | None = None
+        self,
+        layers: int,
+        width: int,
+        dtype: mx.Dtype,
+        bits: int = 16,
+        *,
+        deferred_width: int | None = None,
     ) -> None:
+        self._bits = bits
         self._widths = [width] * layers
         self._last_widths = {False: width, True: deferred_width}
         self._dtype = dtype
@@ -63,7 +71,7 @@ class TailPool:
 
     def reset(self) -> None:
         """Release all slots and free the pool's memory."""
-        self._pools: list[mx.array] = []
+        self._pools: list[StoredKeys] = []
         self._free: list[int] = []
         self._used: set[int] = set()
         self.slots = 0
@@ -121,16 +129,17 @@ class TailPool:
         slots = self._slots_for(self.slots + missing)
         return max(0, slots * _capacity_for(tokens) - self.slots * self.capacity)
 
-    def write(self, layer: int, slots: mx.array, positions: mx.array, kv: mx.array) -> None:
+    def write(self, layer: int, slots: mx.array, positions: mx.array, kv: StoredKeys) -> None:
         """Store one row per (slot, position).
 
         Args:
             slots, positions: [rows] int32.
             kv: [rows, width].
         """
-        self._pools[layer][slots, positions] = kv
+        for pool, new in zip(arrays_of(self._pools[layer]), arrays_of(kv), strict=True):
+            pool[slots, positions] = new
 
-    def view(self, layer: int) -> mx.array:
+    def view(self, layer: int) -> StoredKeys:
         """All slots of a layer: [slots, capacity, width]."""
         return self._pools[layer]
 
@@ -142,11 +151,12 @@ class TailPool:
     def shift(self, slot: int, start: int, count: int) -> None:
         """Move `count` tokens from `start` to the beginning of a tail, after it was sealed."""
         for pool in self._pools:
-            pool[slot, :count] = pool[slot, start : start + count]
+            for array in arrays_of(pool):
+                array[slot, :count] = array[slot, start : start + count]
 
     def arrays(self) -> list[mx.array]:
         """The pool's arrays, to be evaluated with a step that wrote to them."""
-        return self._pools
+        return [array for pool in self._pools for array in arrays_of(pool)]
 
     @staticmethod
     def _slots_for(count: int) -> int:
@@ -155,11 +165,16 @@ class TailPool:
 
     def _resize(self, slots: int, capacity: int) -> None:
         if not self._pools:
-            self._pools = [mx.zeros((slots, capacity, w), self._dtype) for w in self._widths]
+            self._pools = [
+                zeros((slots, capacity, width), self._dtype, self._bits) for width in self._widths
+            ]
         else:
             pad = [(0, max(slots - self.slots, 0)), (0, max(capacity - self.capacity, 0)), (0, 0)]
-            self._pools = [mx.pad(pool[:slots, :capacity], pad) for pool in self._pools]
-        mx.async_eval(*self._pools)
+            self._pools = [
+                map_arrays(lambda array: mx.pad(array[:slots, :capacity], pad), pool)
+                for pool in self._pools
+            ]
+        mx.async_eval(*self.arrays())
         self.slots, self.capacity = slots, capacity
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from glmd.kv_cache.stored_keys import StoredKeys, dequantize
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, KVSpan
 from glmd.model.mla import (
@@ -30,6 +31,9 @@ from glmd.model.mla import (
 FUSED_ROWS = 1024
 """Rows from which MLX may have a fused kernel for 256 values per head (0.32: on M5, in
 `ScaledDotProductAttention::use_fallback`; elsewhere it measured separate products as faster)."""
+
+KEY_BLOCK, BLOCKS_AHEAD = 8192, 4
+"""Keys that are dequantised and expanded at a time, and number of such blocks in memory."""
 
 
 def stores_no_scores(shape: MLAShape, dtype: mx.Dtype) -> bool:
@@ -54,7 +58,7 @@ def attend(
     shape: MLAShape,
     layer: int,
     q: Queries,
-    kv: mx.array,
+    kv: StoredKeys,
     batch: ForwardBatch,
     tails: TailPool,
 ) -> mx.array:
@@ -86,7 +90,7 @@ def attend(
 
 
 def _attend_absorbed(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: StoredKeys, spans: list[KVSpan]
 ) -> mx.array:
     """Attend in the absorbed form, over blocks of keys one after another."""
     q = absorb(attn, queries)  # [rows, heads, kv_width]
@@ -105,9 +109,9 @@ def _attend_absorbed(
     return unembed(attn, shape, merged.out.astype(q.dtype))
 
 
-def _key_blocks(arrays: list[mx.array], longest: int) -> list[list[mx.array]]:
+def _key_blocks(arrays: list[StoredKeys], longest: int) -> list[list[StoredKeys]]:
     """Divide keys, each [keys, kv_width], into blocks of at most `longest` keys in order."""
-    blocks: list[list[mx.array]] = []
+    blocks: list[list[StoredKeys]] = []
     room = 0
     for array in arrays:
         start, count = 0, array.shape[0]
@@ -123,14 +127,14 @@ def _key_blocks(arrays: list[mx.array], longest: int) -> list[list[mx.array]]:
 
 
 def _attend_expanded(
-    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: mx.array, spans: list[KVSpan]
+    attn: Any, shape: MLAShape, layer: int, queries: Queries, kv: StoredKeys, spans: list[KVSpan]
 ) -> mx.array:
     """Attend in the expanded form, for groups of heads one after another.
 
     Keys and values of a group take `MLAShape.expanded_bytes` at any context, and each group sees
     all keys, so that MLX's attention applies and there is nothing to merge.
     """
-    parts = [*(keys for span in spans for keys in span.keys(layer)), kv]
+    parts: list[StoredKeys] = [*(keys for span in spans for keys in span.keys(layer)), kv]
     rows, total = kv.shape[0], sum(part.shape[0] for part in parts)
     q = mx.concatenate([queries.nope, queries.rope], axis=-1)
     q = q.swapaxes(0, 1)[None]  # [1, heads, rows, nope + rope]
@@ -140,14 +144,14 @@ def _attend_expanded(
     for start, end in _equal_ranges(shape.heads, groups):
         if outs:
             mx.eval(outs[-1])
-        k, v = _expand(attn, shape, parts, start, end)
+        k, v = _expand(attn, shape, parts, start, end, q.dtype)
         outs.append(_attend_causal(shape, q[:, start:end], k[None], v[None]))
     out = concat(outs, 1)  # [1, heads, rows, value]
     return out[0].swapaxes(0, 1).reshape(rows, shape.heads * shape.value)
 
 
 def _expand(
-    attn: Any, shape: MLAShape, parts: list[mx.array], start: int, end: int
+    attn: Any, shape: MLAShape, parts: list[StoredKeys], start: int, end: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
     """Compute keys and values of heads `start` to `end`.
 
@@ -157,11 +161,15 @@ def _expand(
     Returns:
         [heads, all keys, nope + rope]; [heads, all keys, value].
     """
-    total, dtype = sum(part.shape[0] for part in parts), parts[0].dtype
+    total = sum(part.shape[0] for part in parts)
     k = mx.zeros((end - start, total, shape.nope + shape.rope), dtype)
     v = mx.zeros((end - start, total, shape.value), dtype)
     at = 0
-    for part in parts:
+    blocks = [block for part in parts for (block,) in _key_blocks([part], KEY_BLOCK)]
+    for number, block in enumerate(blocks):
+        if shape.kv_bits < 16 and number % BLOCKS_AHEAD == 0:
+            mx.eval(k, v)
+        part = dequantize(block)
         # In place: a concatenation would hold everything twice.
         till = at + part.shape[0]
         latent = part[None, :, : shape.latent]

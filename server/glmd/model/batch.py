@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys, map_arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class SegmentSlice:
     def __len__(self) -> int:
         return self.end - self.start
 
-    def keys(self, layer: int) -> mx.array:
+    def keys(self, layer: int) -> StoredKeys:
         """[len(self), kv_width]"""
         keys = self.segment.layers[layer]
         whole = len(self) == keys.shape[0]
@@ -44,7 +45,7 @@ class KVSpan:
         """Number of keys."""
         return sum(map(len, self.slices))
 
-    def keys(self, layer: int) -> list[mx.array]:
+    def keys(self, layer: int) -> list[StoredKeys]:
         """One array per slice, each [keys, kv_width]."""
         return [piece.keys(layer) for piece in self.slices]
 
@@ -57,7 +58,7 @@ class PaddedSpans:
     """
 
     spans: list[KVSpan]
-    padding: list[mx.array]
+    padding: list[StoredKeys]
     """For each span [longest - length, kv_width], appended to its keys."""
     visible: mx.array | None
     """[spans, 1, longest] bool, False for padding; None: there is no padding."""
@@ -76,15 +77,19 @@ class PaddedSpans:
         """Number of keys per row, with padding."""
         return len(self.spans[0]) + self.padding[0].shape[0]
 
-    def keys(self, layer: int) -> list[mx.array]:
+    def keys(self, layer: int) -> list[StoredKeys]:
         """One array [spans, longest, kv_width]."""
-        parts: list[mx.array] = []
+        parts: list[StoredKeys] = []
         for span, padding in zip(self.spans, self.padding, strict=True):
             parts += span.keys(layer)
             if padding.shape[0]:
                 parts.append(padding)
-        keys = mx.concatenate(parts)
-        return [keys.reshape(len(self.spans), -1, keys.shape[-1])]
+
+        def join(*arrays: mx.array) -> mx.array:
+            joined = mx.concatenate(list(arrays))
+            return joined.reshape(len(self.spans), -1, joined.shape[-1])
+
+        return [map_arrays(join, *parts)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from glmd.kv_cache.stored_keys import StoredKeys, store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend, stores_no_scores
 from glmd.model.batch import ForwardBatch
@@ -100,7 +101,7 @@ class DecoderBlock:
 
     def forward(
         self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, StoredKeys]:
         """Run the layer.
 
         Args:
@@ -111,13 +112,14 @@ class DecoderBlock:
         Returns:
             new hidden states [N, hidden]; cache vectors [N, kv_width].
         """
-        q_nope, q_rope, kv = self._pre_attention(h, batch.positions)
+        q_nope, q_rope, vectors = self._pre_attention(h, batch.positions)
+        kv = store(vectors, shape.kv_bits)
         attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
         return self._post_attention(h, attended), kv
 
     def forward_last(
         self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, StoredKeys]:
         """Run the layer as the model's last: only cache vectors for rows without logits.
 
         Returns:
@@ -126,7 +128,7 @@ class DecoderBlock:
         logits_rows = batch.logits_rows
         if len(logits_rows) == h.shape[0]:
             return self.forward(shape, index, h, batch, tails)
-        kv = self._compute_kv(h, batch.positions)
+        kv = store(self._compute_kv(h, batch.positions), shape.kv_bits)
         if not logits_rows:
             return h[:0], kv
         rows = mx.array(logits_rows)
@@ -153,7 +155,7 @@ class Glm4MoeLiteModel:
         self._model = model
         self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
 
-    def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[mx.array]]:
+    def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
         """Run all layers over the rows of a step, and write decode rows' KV to their tails.
 
         Returns:

@@ -21,9 +21,11 @@ from glmd.checkpoint.layout import main_weights, mtp_prefix
 from glmd.checkpoint.stored import StoredWeights, read_weights
 from glmd.checkpoint.weights import StoredTensor
 from glmd.errors import CheckpointError, SettingsError
+from glmd.kv_cache.stored_keys import arrays_of, vector_bytes
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Model, ModelArgs, SwitchLinear
 from glmd.model.mtp import MTPLayer, MTPWeights
 
@@ -43,7 +45,7 @@ class LoadedModel(Glm4MoeLiteModel):
         folder: of the checkpoint.
         eos_token_ids: ids that end a sequence.
         bits_per_weight: of the main model's files.
-        weight_bytes: bytes in memory.
+        weight_bytes, mtp_weight_bytes: bytes in memory of all weights, and of the MTP layer's.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class LoadedModel(Glm4MoeLiteModel):
         self.eos_token_ids = eos_token_ids
         self.bits_per_weight = bits_per_weight
         self.weight_bytes = _nbytes(model)
+        self.mtp_weight_bytes = 0
         self.mtp: MTPLayer | None = None
         if mtp is not None:
-            self.weight_bytes += _nbytes(mtp)
+            self.mtp_weight_bytes = _nbytes(mtp)
+            self.weight_bytes += self.mtp_weight_bytes
             self.mtp = MTPLayer(
                 mtp,
                 index=self.args.num_hidden_layers,
@@ -79,7 +83,14 @@ class LoadedModel(Glm4MoeLiteModel):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.kv_layers * self.shape.kv_width * self.dtype.size
+        width, bits = self.shape.kv_width, self.shape.kv_bits
+        return self.kv_layers * vector_bytes(width, self.dtype.size, bits)
+
+    def use_shape(self, shape: MLAShape) -> None:
+        """Change memory limits and the form of KV, before the first step."""
+        self.shape = shape
+        if self.mtp is not None:
+            self.mtp.shape = shape
 
     def warm_up(self) -> None:
         """Compile kernels before the first request, by running one row and two rows.
@@ -90,7 +101,8 @@ class LoadedModel(Glm4MoeLiteModel):
             CheckpointError: the logits are not finite, or all equal, so that every answer would be
                 the same token for ever.
         """
-        tails = TailPool(self.kv_layers, self.shape.kv_width, self.dtype)
+        shape = self.shape
+        tails = TailPool(self.kv_layers, shape.kv_width, self.dtype, shape.kv_bits)
         for rows in (1, 2):
             tokens = positions = mx.arange(rows, dtype=mx.int32)
             chunk = PrefillChunk(0, rows, [], expanded=False, logits_rows=rows)
@@ -98,7 +110,7 @@ class LoadedModel(Glm4MoeLiteModel):
             hidden, _ = self.forward(batch, tails)
             outputs = [self.logits(hidden)]
             if self.mtp is not None:
-                outputs.append(self.mtp.compute_kv(tokens, hidden, batch, tails))
+                outputs += arrays_of(self.mtp.compute_kv(tokens, hidden, batch, tails))
                 outputs.append(self.mtp.forward(tokens, hidden, batch, tails))
             mx.eval(outputs)
         logits = outputs[0]

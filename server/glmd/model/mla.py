@@ -25,16 +25,22 @@ from typing import Any
 
 import mlx.core as mx
 
+from glmd.kv_cache.stored_keys import KVBits, QuantizedKeys, StoredKeys
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import DecodeGroup, KVSpan, PaddedSpans, SpanLevel
 
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 48 << 20
 """Bytes of attention scores of a block: the expanded form tiles its queries, the absorbed form its
 keys. Two blocks are computed at a time."""
 
-EXPANDED_BYTES = 200 << 20
-"""Bytes of expanded keys and values: those of all heads for contexts up to 10k tokens of
-GLM-4.7-Flash in bfloat16, of fewer heads at a time beyond, and of one head at 202,752 tokens."""
+EXPANDED_BYTES = 160 << 20
+"""Bytes of expanded keys and values: those of all heads for contexts up to 8k tokens of
+GLM-4.7-Flash in bfloat16, of fewer heads at a time beyond, and of at least one head."""
+
+SPLIT_KEYS, SPLIT_ROWS = 512, 256
+"""Quantised values of up to `SPLIT_ROWS` rows are summed in blocks of so many keys, for which a GPU
+has enough groups of threads: 18 for each block and 32 rows of GLM-4.7-Flash. MLX 0.32 splits only
+products with transposed or with unquantised matrices by itself."""
 
 WHOLE_ROWS = 256
 """Rows up to which, where slices are copied, multiplying by whole keys and slicing the result is
@@ -54,6 +60,7 @@ class MLAShape:
     value: int
     score_bytes: int = SCORE_BYTES
     expanded_bytes: int = EXPANDED_BYTES
+    kv_bits: KVBits = 16
     slices_copied: bool = False
     """Whether the device copies a slice of columns before multiplying it. A CPU does."""
     fused: bool = False
@@ -186,7 +193,7 @@ def attend_decode(
     shape: MLAShape,
     layer: int,
     queries: Queries,
-    kv: mx.array,
+    kv: StoredKeys,
     group: DecodeGroup,
     tails: TailPool,
 ) -> mx.array:
@@ -200,7 +207,7 @@ def attend_decode(
 
 
 def _attend_fused(
-    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: mx.array
+    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: StoredKeys
 ) -> tuple[mx.array, mx.array | None]:
     """Attend to the tails and the fused levels in one softmax.
 
@@ -208,7 +215,7 @@ def _attend_fused(
         `out` and `lse` as in `Partial`; `lse` is None if there are no other levels.
     """
     scores = [_tail_scores(shape, q, group, tails)]
-    common_keys: list[mx.array] = []
+    common_keys: list[StoredKeys] = []
     for level in group.fused_levels[:-1]:
         (part,) = level.parts
         keys = part.keys(layer)
@@ -237,20 +244,23 @@ def _attend_fused(
     return out, concat(lses, 0) if lses else None
 
 
-def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: mx.array) -> mx.array:
+def _tail_scores(shape: MLAShape, q: mx.array, group: DecodeGroup, tails: StoredKeys) -> mx.array:
     """[rows, heads, capacity], -inf for keys that a row does not see."""
     q = q.reshape(group.sequences, group.width * shape.heads, shape.kv_width)
     if group.order is not None:
         q = q[group.order.sequences]
     # [slots, width * heads, capacity]
-    scores = mx.addmm(group.tail_mask, q, tails.swapaxes(1, 2))
+    if isinstance(tails, QuantizedKeys):
+        scores = _multiply(q, tails) + group.tail_mask
+    else:
+        scores = mx.addmm(group.tail_mask, q, tails.swapaxes(1, 2))
     if group.order is not None:
         scores = scores[group.order.slots]
     return scores.reshape(-1, shape.heads, scores.shape[-1])
 
 
 def _tail_values(
-    shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: mx.array
+    shape: MLAShape, weights: mx.array, group: DecodeGroup, tails: StoredKeys
 ) -> mx.array:
     """Sum the tails' values by weights [rows, heads, capacity]: [rows, heads, latent]."""
     weights = weights.reshape(group.sequences, group.width * shape.heads, -1)
@@ -284,7 +294,7 @@ def _attend_part(shape: MLAShape, layer: int, q: mx.array, part: KVSpan | Padded
 
 
 def _part_scores(
-    shape: MLAShape, q: mx.array, part: KVSpan | PaddedSpans, keys: list[mx.array]
+    shape: MLAShape, q: mx.array, part: KVSpan | PaddedSpans, keys: list[StoredKeys]
 ) -> list[mx.array]:
     """For each array of the part's `keys` the scores of its rows, [its rows, heads, keys].
 
@@ -298,7 +308,7 @@ def _part_scores(
 
 
 def key_scores(
-    shape: MLAShape, q: mx.array, keys: mx.array, visible: mx.array | None = None
+    shape: MLAShape, q: mx.array, keys: StoredKeys, visible: mx.array | None = None
 ) -> mx.array:
     """[rows, heads, keys] of q [rows, heads, kv_width].
 
@@ -306,13 +316,13 @@ def key_scores(
         keys: [keys, kv_width], or [spans, keys, kv_width] for equal numbers of rows.
         visible: [spans, 1, keys] bool; None: all.
     """
-    scores = q.reshape(*keys.shape[:-2], -1, shape.kv_width) @ keys.swapaxes(-1, -2)
+    scores = _multiply(q.reshape(*keys.shape[:-2], -1, shape.kv_width), keys)
     if visible is not None:
         scores = mx.where(visible, scores, -mx.inf)
     return scores.reshape(q.shape[0], shape.heads, -1)
 
 
-def softmax_partial(shape: MLAShape, scores: mx.array, keys: list[mx.array]) -> Partial:
+def softmax_partial(shape: MLAShape, scores: mx.array, keys: list[StoredKeys]) -> Partial:
     """Attention by scores [rows, heads, keys of all arrays]."""
     weights = mx.softmax(scores, axis=-1, precise=True)
     return Partial(_weighted_values(shape, weights, keys), _log_denominator(scores, weights))
@@ -327,7 +337,7 @@ def _log_denominator(scores: mx.array, weights: mx.array) -> mx.array:
 
 
 def _weighted_values(
-    shape: MLAShape, weights: mx.array, keys: list[mx.array], out: mx.array | None = None
+    shape: MLAShape, weights: mx.array, keys: list[StoredKeys], out: mx.array | None = None
 ) -> mx.array:
     """Sum the values in all `keys` by weights: [rows, heads, latent].
 
@@ -349,19 +359,53 @@ def _weighted_values(
 
 
 def _values(
-    shape: MLAShape, weights: mx.array, keys: mx.array, added: mx.array | None = None
+    shape: MLAShape, weights: mx.array, keys: StoredKeys, added: mx.array | None = None
 ) -> mx.array:
     """Weights [..., rows, keys] by the latents of keys [..., keys, kv_width]: [..., latent].
 
     Args:
         added: to the product, in the same kernel.
     """
+    if isinstance(keys, QuantizedKeys):
+        product = _quantized_values(shape, weights, keys)
+        return product if added is None else added + product
     if shape.slices_copied and weights.shape[-2] <= WHOLE_ROWS:
         product = (weights @ keys)[..., : shape.latent]
         return product if added is None else added + product
     if added is None:
         return weights @ keys[..., : shape.latent]
     return mx.addmm(added, weights, keys[..., : shape.latent])
+
+
+def _quantized_values(shape: MLAShape, weights: mx.array, keys: QuantizedKeys) -> mx.array:
+    """`_values` of quantised keys. MLX would copy their latents, so all columns are multiplied."""
+    rows, count = weights.shape[-2:]
+    blocks = count // SPLIT_KEYS
+    if len(keys.shape) > 2 or rows > SPLIT_ROWS or blocks < 2 or shape.slices_copied:
+        return _quantized_product(weights, keys, transpose=False)[..., : shape.latent]
+    # MLX's kernel goes over all keys in one group of threads for 32 x 32 results.
+    end = blocks * SPLIT_KEYS
+    split = keys[:end]
+    parts = QuantizedKeys(
+        tuple(array.reshape(blocks, SPLIT_KEYS, -1) for array in split.arrays), keys.bits
+    )
+    own = weights[:, :end].reshape(rows, blocks, SPLIT_KEYS).swapaxes(0, 1)
+    out = _quantized_product(own, parts, transpose=False).sum(axis=0)
+    if end < count:
+        out = out + _quantized_product(weights[:, end:], keys[end:], transpose=False)
+    return out[..., : shape.latent]
+
+
+def _multiply(q: mx.array, keys: StoredKeys) -> mx.array:
+    """Products [..., rows, keys] of q [..., rows, kv_width] with keys [..., keys, kv_width]."""
+    if isinstance(keys, QuantizedKeys):
+        return _quantized_product(q, keys, transpose=True)
+    return q @ keys.swapaxes(-1, -2)
+
+
+def _quantized_product(x: mx.array, keys: QuantizedKeys, *, transpose: bool) -> mx.array:
+    weights, scales, biases = keys.arrays
+    return mx.quantized_matmul(x, weights, scales, biases, transpose, **keys.options)
 
 
 def _merge(partials: list[Partial]) -> mx.array:

@@ -15,6 +15,7 @@ from mlx.nn.layers.embedding import Embedding
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import RMSNorm
 
+from glmd.kv_cache.stored_keys import StoredKeys, store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
 from glmd.model.glm4_moe_lite import DecoderBlock, compiled
@@ -69,7 +70,7 @@ class MTPLayer:
     ) -> None:
         self._weights = weights
         self._index = index
-        self._shape = shape
+        self.shape = shape
         self._embed_tokens = weights.embed_tokens if "embed_tokens" in weights else embed_tokens
         head = weights.shared_head
         self._lm_head = head.head if "head" in head else lm_head
@@ -79,7 +80,7 @@ class MTPLayer:
 
     def compute_kv(
         self, successors: mx.array, hidden: mx.array, batch: ForwardBatch, tails: TailPool
-    ) -> mx.array:
+    ) -> StoredKeys:
         """Compute the KV of a step's rows, and write decode rows' KV to their tails.
 
         Args:
@@ -88,7 +89,7 @@ class MTPLayer:
         Returns:
             cache vectors [N, kv_width].
         """
-        kv = self._vectors(successors, hidden, batch.positions)
+        kv = store(self._vectors(successors, hidden, batch.positions), self.shape.kv_bits)
         for group in batch.decode:
             rows = kv[group.start : group.end]
             tails.write(self._index, group.slots, group.tail_positions, rows)
@@ -108,7 +109,7 @@ class MTPLayer:
             hidden states after the shared head's norm, [N, hidden].
         """
         x = self._combine(successors, hidden)
-        h, _ = self._block.forward(self._shape, self._index, x, batch, tails)
+        h, _ = self._block.forward(self.shape, self._index, x, batch, tails)
         normed: mx.array = self._weights.shared_head.norm(h)
         return normed
 
@@ -129,4 +130,4 @@ class MTPLayer:
         """Cache vectors [N, kv_width]."""
         layer = self._weights
         x = layer.input_layernorm(self._combine_inputs(successors, hidden))
-        return cache_vectors(layer.self_attn, self._shape, x, positions)
+        return cache_vectors(layer.self_attn, self.shape, x, positions)

@@ -139,6 +139,8 @@ class Metrics(Collector):
             model |= {
                 "device": engine.info.device,
                 "has_mtp": str(engine.info.has_mtp).lower(),
+                "mtp_left_out": str(engine.info.mtp_left_out).lower(),
+                "kv_bits": str(engine.info.kv_bits),
                 "bits_per_weight": f"{engine.info.bits_per_weight:.3f}",
                 "max_context": str(engine.info.max_context),
             }

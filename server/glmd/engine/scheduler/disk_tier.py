@@ -97,8 +97,9 @@ class DiskTier:
         restored_tokens: tokens that were restored rather than computed.
     """
 
-    def __init__(self, tree: PrefixTree[Segment], cache: DiskCache) -> None:
+    def __init__(self, tree: PrefixTree[Segment], cache: DiskCache, kv_bits: int = 16) -> None:
         self.cache = cache
+        self._kv_bits = kv_bits
         self.hits = 0
         self.restored_tokens = 0
         self._tree = tree
@@ -205,7 +206,8 @@ class DiskTier:
             {
                 name: device_array(rows[start - before : end - before], dtype)
                 for name, (dtype, rows) in arrays.items()
-            }
+            },
+            self._kv_bits,
         )
         assert sequence.lease is not None
         self._tree.insert(sequence.lease, sequence.cache_keys(start, end), kv)
@@ -345,7 +347,7 @@ def identity(model: LoadedModel) -> dict[str, str]:
         "model": fingerprint(model.folder, tensors),
         "recipe": str(recipe),
         "dtype": str(model.dtype).removeprefix("mlx.core."),
-        "kv_bits": "16",
+        "kv_bits": str(model.shape.kv_bits),
         "layers": str(model.kv_layers),
         "keys": "pairs" if model.mtp is not None else "ids",
         "mlx": version("mlx"),

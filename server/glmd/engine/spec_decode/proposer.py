@@ -13,6 +13,7 @@ from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.step import PendingStep, StepRows
 from glmd.kv_cache.node import Lease, Node
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys, dequantize
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 from glmd.model.mtp import MTPLayer
@@ -95,12 +96,15 @@ class MTPProposer:
         successors = mx.array((node.keys[start:end] & 0xFFFFFFFF).astype(np.int32))
         positions = mx.arange(node.start + start, node.start + end, dtype=mx.int32)
         batch = ForwardBatch(successors, positions, [], [chunk])
-        hidden = self._model.forward_deferred(segment.layers[-1][start:end], batch, self._tails)
-        segment.caught_up.append(self._layer.compute_kv(successors, hidden, batch, self._tails))
+        # KV is deferred only where it is not quantised.
+        inputs = dequantize(segment.layers[-1])[start:end]
+        hidden = self._model.forward_deferred(inputs, batch, self._tails)
+        kv = self._layer.compute_kv(successors, hidden, batch, self._tails)
+        segment.caught_up.append(dequantize(kv))
         if end == len(node):
-            layers = [*segment.layers[:-1], mx.concatenate(segment.caught_up)]
-            self._tree.replace(node, Segment(layers))
-            mx.async_eval(layers[-1])
+            last = mx.concatenate(segment.caught_up)
+            self._tree.replace(node, Segment([*segment.layers[:-1], last]))
+            mx.async_eval(last)
         else:
             mx.async_eval(segment.caught_up[-1])
         return rows
@@ -109,7 +113,7 @@ class MTPProposer:
 
     def compute_kv(
         self, rows: StepRows, batch: ForwardBatch, sampled: mx.array | None, hidden: mx.array
-    ) -> mx.array:
+    ) -> StoredKeys:
         """Compute the layer's KV of all rows.
 
         Args:
