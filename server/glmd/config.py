@@ -310,6 +310,12 @@ class Settings(BaseSettings):
         description="ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5558, from which routers get"
         " events of `kv_events` that they missed. Default: none.",
     )
+    hang_timeout: float = Field(
+        120.0,
+        ge=0,
+        description="Restart an engine that has not answered for this time, in seconds, and five"
+        " times as long while it loads; 0 never does, for a debugger.",
+    )
     prevent_sleep: bool = Field(
         True, description="On macOS, prevent idle sleep of the Mac while requests run."
     )

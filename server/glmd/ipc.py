@@ -120,7 +120,11 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Exit after the current step."""
 
 
-ToEngine = EngineRequest | AbortRequest | SetLogLevel | Shutdown
+class Ping(msgspec.Struct, tag="ping", frozen=True):
+    """Ask the loop around the engine's steps for a `Pong`."""
+
+
+ToEngine = EngineRequest | AbortRequest | SetLogLevel | Shutdown | Ping
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -289,7 +293,11 @@ class EngineFailed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-FromEngine = StepOutputs | LoadProgress | EngineReady | EngineStats | EngineFailed
+class Pong(msgspec.Struct, tag="pong", frozen=True):
+    """The answer to `Ping`, between two steps."""
+
+
+FromEngine = StepOutputs | LoadProgress | EngineReady | EngineStats | EngineFailed | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -256,3 +256,19 @@ def test_connections_have_tcp_nodelay() -> None:
         return nodelay
 
     assert asyncio.run(accepted())
+
+
+def test_an_unexpected_error_has_the_request_id_and_closes_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with live_server() as live, live.client() as http:
+        monkeypatch.setattr(live.service, "defaults", fail)
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+            answer = http.post(path, json=body, headers={"x-request-id": "mine"})
+            assert answer.status_code == 500
+            assert answer.headers["x-request-id"] == answer.headers["request-id"] == "mine"
+            assert answer.headers["connection"] == "close"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import fake_engine
 import psutil
 import pytest
 
+from glmd.engine_client import client as engine_client
 from glmd.engine_client.admission import RequestTimeouts
 from glmd.engine_client.client import EngineClient
 from glmd.engine_client.output_collector import OutputCollector
@@ -432,3 +433,71 @@ async def test_an_unloaded_engine_that_cannot_start_again_is_an_error(tmp_path: 
         it._config = EngineProcessConfig(tmp_path, {}, engine="no_such_engine")
         with pytest.raises(EngineUnavailable):
             await collect(it, request(1))
+
+
+async def test_an_engine_that_was_stopped_is_noticed_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(engine_client, "STALLED_AFTER", 0.3)
+    async with ready_client(tmp_path) as it:
+        assert it.pid is not None
+        os.kill(it.pid, signal.SIGSTOP)
+        answer = asyncio.create_task(collect(it, request(5)))
+        await until(lambda: it.condition == "stalled")
+        os.kill(it.pid, signal.SIGCONT)
+        await until(lambda: it.condition == "ready")
+        assert (await answer)[0] == [5] * 16
+        assert it.restarts == 0
+
+
+@pytest.mark.parametrize("at", ["work", "start"])
+async def test_an_engine_that_hangs_is_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(engine_client, "STALLED_AFTER", 0.3)
+    monkeypatch.setattr(engine_client, "LOADING_FACTOR", 1 if at == "start" else 100)
+    config = EngineProcessConfig(tmp_path, {}, engine="fake_engine")
+    it = EngineClient(config, hang_timeout=3.0)
+    await it.start()
+    try:
+        if at == "work":
+            await it.wait_for("ready")
+        await until(lambda: it.pid is not None)
+        first = it.pid
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        if at == "work":
+            with pytest.raises(EngineUnavailable, match="stopped while"):
+                await collect(it, request(5))
+            assert it.failure is not None
+            assert "did not answer for" in it.failure
+        await until(lambda: it.pid not in (None, first))
+        monkeypatch.setattr(engine_client, "LOADING_FACTOR", 100)
+        await it.wait_for("ready")
+        assert (await collect(it, request(5, id="again")))[0] == [5] * 16
+    finally:
+        await it.close()
+
+
+async def test_an_engine_may_be_stopped_by_a_debugger_and_a_long_step_is_no_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(engine_client, "STALLED_AFTER", 0.1)
+    config = EngineProcessConfig(tmp_path, {"step_seconds": 0.5}, engine="fake_engine")
+    it = EngineClient(config, hang_timeout=0)
+    await it.start()
+    try:
+        await it.wait_for("ready")
+        assert len((await collect(it, request(5, max_tokens=3)))[0]) == 3
+        assert it.restarts == 0
+    finally:
+        await it.close()
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not happened():
+            await asyncio.sleep(0.02)

@@ -154,6 +154,9 @@ async def handle_exception(request: Request, exception: Exception) -> Response:
             error = replace(error, message=f"{path} does not accept {request.method}.")
     response = error_response(error, request.scope)
     response.headers.update(headers)
+    if id := request.scope.get("state", {}).get("request_id"):
+        # Starlette answers unexpected exceptions outside of all middleware.
+        response.headers["x-request-id"] = response.headers["request-id"] = id
     return response
 
 
@@ -216,8 +219,9 @@ class ErrorInfo:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.final:
             headers["x-should-retry"] = "false"  # read by OpenAI's and Anthropic's clients
-        if self.status == HTTPStatus.REQUEST_TIMEOUT:
-            headers["Connection"] = "close"  # the rest of the request may still arrive
+        if self.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.INTERNAL_SERVER_ERROR):
+            # The rest of the request may still arrive; after an exception uvicorn closes anyway.
+            headers["Connection"] = "close"
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

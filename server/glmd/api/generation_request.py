@@ -176,7 +176,7 @@ def new_id(prefix: str) -> str:
 
 def check_bias(value: dict[str, float] | None) -> dict[str, float] | None:
     for key in value or {}:
-        if not (key.isascii() and key.isdigit()):
+        if not TOKEN_ID.fullmatch(key):
             raise ValueError(f"keys must be token ids, not {quoted(key)}")
     return value
 
@@ -209,6 +209,9 @@ def limit_members(most: int) -> BeforeValidator:
 
 
 INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
+
+
+TOKEN_ID = re.compile(r"\d{1,10}", re.ASCII)
 
 
 def to_integer(value: object) -> object:

@@ -33,6 +33,7 @@ from glmd.api.sockets import base_url, connection_limit
 from glmd.api.state import AppState
 from glmd.config import Settings
 from glmd.errors import CheckpointError, SettingsError
+from glmd.utils.clock import AwakeClock
 from glmd.utils.memory import exit_if_out_of_memory, freeze_gc_heap, return_large_blocks
 
 log = logging.getLogger("glmd")
@@ -252,7 +253,9 @@ class Server(uvicorn.Server):
             reload_settings(self._state, self._read_settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(handle_loop_error)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(handle_loop_error)
+        AwakeClock().drive(loop)
         await super().startup(sockets)
         self._engine_watch = asyncio.create_task(self._exit_on_engine_failure())
 

@@ -93,11 +93,20 @@ def base_url(host: str, sockets: list[socket.socket]) -> str:
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard limit, at most to `MAX_FILES`."""
+    """Raise the soft limit of open files to the hard limit, at most to `MAX_FILES`.
+
+    Raises:
+        SettingsError: the hard limit leaves too few for connections.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < 2 * RESERVED_FILES:
+        raise SettingsError(
+            f"This process may open {wanted} files, and needs {2 * RESERVED_FILES}. Raise the hard"
+            " limit (ulimit -Hn)."
+        )
 
 
 def connection_limit() -> int:

@@ -38,6 +38,7 @@ from glmd.errors import InvalidRequest, ModelNotFound
 from glmd.ipc import GrammarSpec
 from glmd.structured_output.compiler import GrammarCompiler
 from glmd.structured_output.request import OutputSpec
+from glmd.utils.clock import loop_time
 from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.memory import exit_if_out_of_memory
 from glmd.utils.text import did_you_mean
@@ -162,11 +163,12 @@ class AppState:
         self.settings = settings
         self.model = model
         self.keys = ApiKeyStore.of(settings) if keys is None else keys
-        queue = AdmissionQueue(settings.max_queue, settings.max_queue_tokens)
+        queue = AdmissionQueue(settings.max_queue, settings.max_queue_tokens, loop_time)
         minutes = settings.idle_unload
         self.engine = EngineClient(
             launch,
             queue=queue,
+            hang_timeout=settings.hang_timeout,
             idle_unload=None if minutes is None else 60 * minutes,
             process=process,
         )

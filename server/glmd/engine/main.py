@@ -100,14 +100,15 @@ def serve(engine: StepEngine, channel: Channel) -> None:
     next_stats = time.monotonic()
     stats_due = True
     while True:
+        timeout = max(0.0, next_stats - time.monotonic()) if stats_due else None
         if engine.has_work:
-            timeout: float | None = 0.0
-        elif stats_due:
-            timeout = max(0.0, next_stats - time.monotonic())
-        else:
-            timeout = None
+            timeout = 0.0
         while (message := channel.receive(timeout)) is not None:
+            timeout = 0.0
             match message:
+                case ipc.Ping():
+                    channel.send(ipc.Pong())
+                    continue
                 case ipc.EngineRequest():
                     engine.submit(message)
                 case ipc.AbortRequest(id, index):
@@ -117,7 +118,6 @@ def serve(engine: StepEngine, channel: Channel) -> None:
                 case ipc.Shutdown():
                     return
             stats_due = True
-            timeout = 0.0
         if engine.has_work:
             outputs = engine.step()
             if outputs:

@@ -258,8 +258,12 @@ class Sequence:
                 self.ended = True
                 return output
         if self.grammar is not None and self.grammar.error:
-            output.finish_reason, output.error_kind = "error", "internal"
-            output.error = f"The grammar cannot be followed further: {self.grammar.error}"
+            # A grammar that needs more than `structured_output.backend.LIMITS`, at this text.
+            output.finish_reason, output.error_kind = "error", "invalid_request"
+            output.error = (
+                "The grammar or schema cannot be followed further: "
+                f"{self.grammar.error}. Simplify it."
+            )
             self.ended = True
         return output
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,11 +36,14 @@ from glmd.ipc import (
     LoadProgress,
     LogLevelName,
     ModelInfo,
+    Ping,
+    Pong,
     SequenceOutput,
     SetLogLevel,
     StepOutputs,
     count_tokens,
 )
+from glmd.utils.clock import loop_time
 from glmd.utils.memory import exit_if_out_of_memory
 from glmd.utils.text import gb
 
@@ -50,6 +52,8 @@ log = logging.getLogger("glmd.engine_client")
 EngineState = Literal["loading", "ready", "restarting", "unloaded", "failed", "stopped"]
 """`unloaded`: the next request starts the engine. `failed` is final: the engine refused its
 checkpoint, or never became ready."""
+
+Condition = Literal[EngineState, "stalled"]
 
 BUFFER_TOKENS = 16_384
 """Unread tokens above which a request fails."""
@@ -64,6 +68,17 @@ STABLE_AFTER = 60.0
 
 FAILURE_TIMEOUT = 5.0
 """Seconds to wait for the `EngineFailed` message of a process that exited after sending it."""
+
+PING_INTERVAL = 1.0
+
+STALLED_AFTER = 3.0
+"""Seconds without a message from a ready engine after which it counts as stalled: a step takes at
+most one or two."""
+
+HANG_TIMEOUT = 120.0
+
+LOADING_FACTOR = 5
+"""An engine may be silent for this many times longer while it loads from a slow disk."""
 
 UNAVAILABLE = {
     "loading": "The model is still loading. Retry later.",
@@ -88,6 +103,8 @@ class EngineClient:
         config: start parameters of the process.
         queue: bounds on waiting requests. None: no bounds.
         buffer_tokens: unread tokens above which a request fails.
+        hang_timeout: seconds without a message from the engine after which it is restarted; longer
+            than any step. 0: never.
         idle_unload: seconds without a request after which the engine process ends, and its memory
             is free. The next request starts the engine and waits for it. None: never.
         process: the first process, started already. None: `start` starts it.
@@ -97,6 +114,7 @@ class EngineClient:
         progress: loading progress. None: not loading.
         info: the served model. None until the engine has been ready once.
         stats: latest counters of the engine.
+        stalled: the engine is ready, but has not answered for `STALLED_AFTER`.
         failure: reason of the engine's latest exit.
         restarts: number of restarts.
         queue: admission control.
@@ -108,6 +126,7 @@ class EngineClient:
         *,
         queue: AdmissionQueue | None = None,
         buffer_tokens: int = BUFFER_TOKENS,
+        hang_timeout: float = HANG_TIMEOUT,
         idle_unload: float | None = None,
         process: EngineProcess | None = None,
     ) -> None:
@@ -115,6 +134,7 @@ class EngineClient:
         self.progress: LoadProgress | None = None
         self.info: ModelInfo | None = None
         self.stats = EngineStats()
+        self.stalled = False
         self.failure: str | None = None
         self.restarts = 0
         self.queue = queue or AdmissionQueue()
@@ -122,6 +142,9 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._buffer_tokens = buffer_tokens
         self._state_changed = asyncio.Event()
+        self._hang_timeout = hang_timeout
+        self._heard_at = 0.0
+        self._answered = True
         self._idle_unload = idle_unload
         self._idle = asyncio.Event()  # set while there are no requests
         self._idle.set()
@@ -137,6 +160,11 @@ class EngineClient:
     def pid(self) -> int | None:
         """Process id of the running engine process. None: no process runs."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def condition(self) -> Condition:
+        """The state, or `stalled`."""
+        return "stalled" if self.stalled else self.state
 
     @property
     def in_flight(self) -> int:
@@ -217,7 +245,7 @@ class EngineClient:
         finally:
             del self._requests[request.id]
             if not self._requests:
-                self._idle_since = time.monotonic()
+                self._idle_since = loop_time()
                 self._idle.set()
             timers.stop()
             self.queue.release(ticket)
@@ -272,7 +300,7 @@ class EngineClient:
         starts = 0
         while True:
             starts += 1
-            started_at = time.monotonic()
+            started_at = loop_time()
             try:
                 reported = await self._run_process()
             except Exception as error:
@@ -289,7 +317,7 @@ class EngineClient:
             if self.info is None and (reported or starts == MAX_FIRST_STARTS):
                 self._set_state("failed")
                 return
-            if time.monotonic() - started_at > STABLE_AFTER:
+            if loop_time() - started_at > STABLE_AFTER:
                 delay = MIN_RESTART_DELAY
             log.error("Engine restarting: delay_s=%.2g reason=%s", delay, self.failure)
             self._set_state("restarting")
@@ -313,8 +341,13 @@ class EngineClient:
         listener = asyncio.create_task(self._listen(process), name="engine listener")
         exited = asyncio.create_task(process.exit_code(), name="engine exit")
         idle = asyncio.create_task(self._until_idle(), name="engine idle")
+        hung = asyncio.create_task(self._until_hung(process), name="engine hung")
+        tasks = (listener, exited, idle, hung)
         try:
-            await asyncio.wait([listener, exited, idle], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if hung.done() and not (listener.done() or exited.done()):
+                self.failure = f"The engine did not answer for {hung.result():g} s."
+                return False
             if idle.done() and not (listener.done() or exited.done()):
                 log.info("Engine unloaded: idle_s=%g", self._idle_unload)
                 self.stats = EngineStats()
@@ -328,15 +361,35 @@ class EngineClient:
             self.failure = f"The engine process exited ({describe_exit_code(exited.result())})."
             return False
         finally:
-            listening = self.progress is None
+            listening = self.progress is None and not self.stalled
+            self.stalled = False
             self._process = None
             if self.state == "ready":
                 self._set_state("restarting")
                 self._crash_guard.engine_died()
             self._fail_requests("The engine stopped while it was processing this request.")
-            for task in (listener, exited, idle):
+            for task in tasks:
                 task.cancel()
             await process.stop(listening=listening)
+
+    async def _until_hung(self, process: EngineProcess) -> float:
+        """Wait until the engine has sent nothing for too long; return the seconds."""
+        self._heard_at, self._answered = loop_time(), True
+        while True:
+            if self._answered:
+                self._answered = False
+                process.send(Ping())
+            await asyncio.sleep(PING_INTERVAL)
+            silent = loop_time() - self._heard_at
+            stalled = self.state == "ready" and silent > STALLED_AFTER
+            if stalled and not self.stalled:
+                log.warning("Engine does not answer: pid=%d silent_s=%.1f", process.pid, silent)
+            elif self.stalled and not stalled:
+                log.info("Engine answers again")
+            self.stalled = stalled
+            limit = self._hang_timeout * (1 if self.state == "ready" else LOADING_FACTOR)
+            if 0 < limit < silent:
+                return silent
 
     async def _until_idle(self) -> None:
         """Wait until the engine has had no request for `idle_unload` seconds."""
@@ -344,11 +397,11 @@ class EngineClient:
             await asyncio.Event().wait()
             return
         await self.wait_for("ready")
-        self._idle_since = time.monotonic()
+        self._idle_since = loop_time()
         while True:
             await self._idle.wait()
             due = self._idle_since + self._idle_unload
-            if (left := due - time.monotonic()) <= 0:
+            if (left := due - loop_time()) <= 0:
                 return
             await asyncio.sleep(left)
 
@@ -356,7 +409,10 @@ class EngineClient:
         """Handle messages until the engine reports its failure; return the failure."""
         while True:
             message = await process.receive()
+            self._heard_at = loop_time()
             match message:
+                case Pong():
+                    self._answered = True
                 case StepOutputs(outputs):
                     for output in outputs:
                         self._deliver(output)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -283,7 +284,9 @@ def read_multiple(keyword: str, value: Json) -> Constraint:
 
 
 def _number(value: Json) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Malformed("a number")
+    if not abs(value) <= sys.float_info.max:  # `isfinite` cannot take a larger integer
         raise Malformed("a number")
     return value
 

@@ -44,6 +44,9 @@ time in which this process does not run either does not matter."""
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 """Signals of a process that fails by itself. Another signal came from outside."""
 
+END_SECONDS = 5.0
+"""Time in which a process that has closed its socket ends by itself and says why."""
+
 LENGTH = struct.Struct("!Q")
 
 
@@ -59,6 +62,10 @@ class WorkerError(Exception):
     def __init__(self, reason: Literal["time", "memory", "crash", "gone"]) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class StoppedError(OSError):
+    """A process uses no CPU time."""
 
 
 class Worker:
@@ -146,7 +153,7 @@ class Worker:
                 self._stop()
                 raise
             except (OSError, EOFError, psutil.Error) as error:
-                code = self._stop(POLL_SECONDS)  # It may be about to end.
+                code = self._stop(0.0 if isinstance(error, StoppedError) else END_SECONDS)
                 if code == -signal.SIGPROF:
                     raise WorkerError("time") from error
                 if not self._closed:
@@ -192,7 +199,7 @@ class Worker:
 
         Raises:
             EOFError: this worker is closed.
-            OSError: the process does not run.
+            StoppedError: the process does not run.
             WorkerError: the process uses more memory than it may.
         """
         if self._closed:
@@ -204,7 +211,7 @@ class Worker:
         self._quiet_polls = self._quiet_polls + 1 if seconds == self._cpu_seconds else 0
         self._cpu_seconds = seconds
         if self._quiet_polls > QUIET_POLLS:
-            raise OSError("it does not run")
+            raise StoppedError("it does not run")
 
     def _stop(self, patience: float = 0.0) -> int | None:
         """Kill the process unless it ends within `patience` seconds.

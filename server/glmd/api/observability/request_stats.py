@@ -356,7 +356,7 @@ class RequestRegistry:
 
     def current_second(self) -> SecondCount:
         number = int(time.time())
-        if not self._window or self._window[-1].number < number:
+        if not self._window or self._window[-1].number != number:  # smaller: the clock was set back
             self._window.append(SecondCount(number))
         return self._window[-1]
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from glmd.api.state import AppState, StateDep
+from glmd.engine_client.client import Condition
 
 router = APIRouter(tags=["Health"])
 
@@ -27,7 +28,7 @@ class Loading(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ready", "loading", "restarting", "unloaded", "failed", "stopped"]
+    status: Condition
     model: str
     loading: Loading | None = Field(None, description="Bytes of weights loaded, until ready.")
     failure: str | None = Field(None, description="Why the engine is not running.")
@@ -43,10 +44,11 @@ async def livez() -> Alive:
 
 @router.get("/health", responses={503: {"model": Health, "description": "Not ready"}})
 async def health(response: Response, state: StateDep) -> Health:
-    """200 if requests are accepted, also while the engine is unloaded; else 503."""
-    response.status_code = 200 if state.engine.accepts_requests else 503
+    """200 if requests are served, also while the engine is unloaded; else 503."""
+    served = state.engine.accepts_requests and not state.engine.stalled
+    response.status_code = 200 if served else 503
     return Health(
-        status=state.engine.state,
+        status=state.engine.condition,
         model=state.model.id,
         loading=Loading.of(state),
         failure=state.engine.failure,

@@ -29,7 +29,7 @@ from glmd import __version__
 from glmd.api.context import AccessDep
 from glmd.api.observability.request_stats import HttpExchange
 from glmd.api.state import AppState
-from glmd.engine_client.client import EngineState
+from glmd.engine_client.client import Condition
 from glmd.utils.memory import process_memory_bytes
 
 router = APIRouter(tags=["Monitoring"])
@@ -146,7 +146,7 @@ class Metrics(Collector):
             }
         yield InfoMetricFamily("glmd_model", "The served model.", model)
         yield gauge("glmd_start_time_seconds", "Unix time of the server's start.", self._started_at)
-        states = {state: state == engine.state for state in get_args(EngineState)}
+        states = {state: state == engine.condition for state in get_args(Condition)}
         yield StateSetMetricFamily("glmd_engine_state", "State of the engine process.", states)
         yield counter("glmd_engine_restarts", "Engine restarts.", engine.restarts)
         responses = CounterMetricFamily(

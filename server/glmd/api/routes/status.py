@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
@@ -26,6 +26,7 @@ from glmd.api.observability.request_stats import (
 from glmd.api.routes.health import Loading
 from glmd.api.routes.models import Model, describe_model
 from glmd.api.state import AppState, StateDep
+from glmd.engine_client.client import Condition
 from glmd.errors import Cancelled
 
 router = APIRouter(prefix="/glmd", tags=["Monitoring"])
@@ -89,7 +90,7 @@ class RequestStatus(BaseModel):
 
 
 class EngineStatus(BaseModel):
-    state: Literal["loading", "ready", "restarting", "unloaded", "failed", "stopped"]
+    state: Condition
     pid: int | None
     restarts: int = Field(description="Number of engine restarts.")
     failure: str | None = Field(description="Why the engine last exited or did not start.")
@@ -181,7 +182,7 @@ async def status(
             for name in state.settings.all_profiles
         },
         engine=EngineStatus(
-            state=engine.state,
+            state=engine.condition,
             pid=engine.pid,
             restarts=engine.restarts,
             failure=engine.failure,
