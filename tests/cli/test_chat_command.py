@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from live import LiveServer, live_server
 from rich.console import Console
 
-from glmd.cli.chat import print_pieces
+from glmd.cli.chat_output import print_pieces, split_blocks
 from glmd.cli.chat_session import COMMANDS, ChatClient, ChatSession, CommandError, run_command
 from glmd.errors import ServerRefused
 
@@ -121,7 +122,10 @@ class Terminal:
         while text.encode() not in self._seen:
             assert time.monotonic() < deadline, self._seen.decode(errors="replace")
             if select.select([self._end], [], [], 1)[0]:
-                self._seen += os.read(self._end, 4096)
+                try:
+                    self._seen += os.read(self._end, 4096)
+                except OSError as error:  # EIO on Linux, once the other side is closed
+                    raise AssertionError(self._seen.decode(errors="replace")) from error
         before, _, self._seen = self._seen.partition(text.encode())
         return before.decode()
 
@@ -197,7 +201,7 @@ def test_prompt_pastes_lines_recalls_messages_and_completes_commands(
     terminal.type("\t x.json\r")
     terminal.wait_for("Wrote x.json")
     terminal.wait_for(PROMPT)
-    terminal.type("/exit\r")
+    terminal.type("quit\r")
     assert terminal.exit_code() == 0
     asked = json.loads((tmp_path / "x.json").read_text())["messages"]
     assert [turn["content"] for turn in asked if turn["role"] == "user"] == [
@@ -205,6 +209,23 @@ def test_prompt_pastes_lines_recalls_messages_and_completes_commands(
         "one\ntwo ⟦Yes⟧",
         "first\n⟦{request}⟧",
     ]
+
+
+def test_messages_of_earlier_conversations_are_recalled(
+    scripted: LiveServer, tmp_path: Path
+) -> None:
+    for keys in ("⟦</think># Kept⟧\r", "\x1b[A\x1b[A\r"):
+        terminal = Terminal(tmp_path, "--url", scripted.url)
+        terminal.wait_for(PROMPT)
+        terminal.type(keys)
+        terminal.wait_for(SENT)
+        answer = terminal.wait_for("tokens")
+        assert "Kept" in answer
+        terminal.wait_for(PROMPT)
+        terminal.type("exit\r")
+        assert terminal.exit_code() == 0
+    (history,) = tmp_path.rglob("chat_history")
+    assert history.stat().st_mode & 0o077 == 0
 
 
 def test_a_server_started_for_the_conversation_ends_with_it(tmp_path: Path) -> None:
@@ -226,8 +247,51 @@ def test_a_server_started_for_the_conversation_ends_with_it(tmp_path: Path) -> N
 def test_control_characters_of_an_answer_are_removed() -> None:
     out = StringIO()
     console = Console(file=out, force_terminal=True, color_system=None)
-    print_pieces(iter([("content", "a\x1b]0;title\x07b\nc\x9b2J")]), console)
+    hostile = [("content", "a\x1b]0;title\x07b\nc\x9b2J")]
+    print_pieces(iter(hostile), console, markdown=False)
     assert out.getvalue() == "a]0;titleb\nc2J"
+    print_pieces(iter(hostile), console, markdown=True)
+    assert "\x1b]" not in out.getvalue()
+    assert "\x9b" not in out.getvalue()
+
+
+MARKDOWN = """# Title
+
+Some *text* with `code`.
+
+- one
+- two
+
+| a | b |
+| - | - |
+| 1 | 2 |
+
+```python
+x = 1
+
+# no heading
+```
+"""
+
+
+@pytest.mark.parametrize("size", [1, 7, len(MARKDOWN)])
+def test_markdown_is_formatted_block_by_block_as_if_it_came_at_once(size: int) -> None:
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=40, height=30)
+    pieces = [MARKDOWN[start : start + size] for start in range(0, len(MARKDOWN), size)]
+    print_pieces((("content", piece) for piece in pieces), console, markdown=True)
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "")
+    final = plain[plain.rindex("Title") :]
+    for line in ("• one", "• two", " a  b ", " x = 1"):
+        assert line in final
+    assert "```" not in final.rpartition("x = 1")[2]
+    assert "**" not in final
+
+
+def test_a_block_is_complete_when_the_next_one_begins() -> None:
+    assert split_blocks("one\n\ntw") == ("one\n\n", "tw")
+    assert split_blocks("- a\n\n- b\n") == ("", "- a\n\n- b\n")
+    assert split_blocks("```\na\n\n# b\n") == ("", "```\na\n\n# b\n")
 
 
 # -- commands ---------------------------------------------------------------------------------

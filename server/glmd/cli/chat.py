@@ -9,15 +9,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import platformdirs
 import typer
 from rich.console import Console
 
-from glmd.cli.chat_session import COMMANDS, QUOTES, ChatClient, ChatReply, ChatSession, run_command
+from glmd.cli.chat_output import print_pieces, say, summarize
+from glmd.cli.chat_session import (
+    COMMANDS,
+    PARAMETERS,
+    QUOTES,
+    ChatClient,
+    ChatReply,
+    ChatSession,
+    run_command,
+)
 from glmd.cli.daemon import ServerProcess, base_url, loading_progress
 from glmd.cli.serve import ConfigOption
 from glmd.config import Settings, load
@@ -32,10 +42,11 @@ POLL = 0.1
 STOP_TIMEOUT = 60.0
 """Seconds from SIGTERM to SIGKILL for a server that this command started."""
 
-CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Removed from output: an answer must not move the cursor or rename the window."""
+ARGUMENTS = {"think": ("on", "off", "auto"), "markdown": ("on", "off"), "set": tuple(PARAMETERS)}
+"""First arguments of commands, for completion."""
 
-STYLES = {"reasoning": "dim", "content": "", "note": "dim italic", "error": "red"}
+LEAVE = frozenset({"exit", "quit"})
+"""Messages that end the conversation, as in other programs' prompts."""
 
 
 def chat(
@@ -187,7 +198,11 @@ def converse(session: ChatSession) -> None:
     """Read messages and print answers until the user leaves."""
     console = Console(highlight=False)
     name = session.client.models()[0]["id"]
-    say(console, f"{name} at {session.client.url}. /help lists commands, Ctrl-D exits.", "note")
+    say(
+        console,
+        f"{name} at {session.client.url}. /help lists commands, exit or Ctrl-D ends.",
+        "note",
+    )
     # A shell that starts this process in the background ignores SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     reader = line_editor()
@@ -195,6 +210,8 @@ def converse(session: ChatSession) -> None:
         try:
             text = session.retry or unquote(reader.prompt())
             session.retry = None
+            if text in LEAVE:
+                return
             if text.startswith("/"):
                 say(console, run_command(session, text), "note")
             elif text:
@@ -208,10 +225,15 @@ def converse(session: ChatSession) -> None:
 
 
 def line_editor() -> PromptSession[str]:
-    """Create the prompt, with keys to send, begin a line and complete commands."""
+    """Create the prompt, with keys to send, begin a line and complete commands.
+
+    Messages of earlier conversations are recalled from a file that only the user can read.
+    """
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
     from prompt_toolkit.filters import Condition
+    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -230,15 +252,51 @@ def line_editor() -> PromptSession[str]:
     def begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    class CommandCompleter(Completer):
+        """Completes a command, and its first argument."""
+
+        def get_completions(
+            self, document: Document, complete_event: CompleteEvent
+        ) -> Iterable[Completion]:
+            text = document.text_before_cursor
+            if not text.startswith("/"):
+                return
+            name, space, argument = text.partition(" ")
+            if name == "/save" and space:
+                yield from PathCompleter(expanduser=True).get_completions(
+                    Document(argument), complete_event
+                )
+                return
+            choices = ARGUMENTS.get(name[1:], ()) if space else [f"/{each}" for each in COMMANDS]
+            word = argument if space else name
+            yield from (Completion(each, -len(word)) for each in choices if each.startswith(word))
+
     session: PromptSession[str] = PromptSession(
         [("bold", "> ")],
         multiline=True,
         enable_suspend=True,
         key_bindings=keys,
-        completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
+        completer=CommandCompleter(),
+        history=FileHistory(history_file()),
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
     )
     return session
+
+
+def history_file() -> Path:
+    """Return the file of earlier messages, created for the user alone.
+
+    Raises:
+        SettingsError: it cannot be written.
+    """
+    file = Path(platformdirs.user_state_path("glmd")) / "chat_history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        with file.open("a"):
+            return file
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}. Make it writable for yourself.") from error
 
 
 def unquote(text: str) -> str:
@@ -256,7 +314,7 @@ def print_answer(session: ChatSession, text: str, console: Console) -> None:
     reply = ChatReply()
     pieces = session.client.answer(session.body, reply)
     try:
-        print_pieces(pieces, console)
+        print_pieces(pieces, console, markdown=session.markdown)
     except KeyboardInterrupt:
         reply.finish = "stopped"
     except ServerRefused:
@@ -269,57 +327,27 @@ def print_answer(session: ChatSession, text: str, console: Console) -> None:
         session.messages.append(reply.message)
     else:
         session.messages.pop()
-    say(console, summary(reply), "note")
-
-
-def print_pieces(pieces: Iterator[tuple[str, str]], console: Console) -> None:
-    """Print pieces as they arrive, with a blank line between reasoning and content."""
-    previous = None
-    for kind, text in pieces:
-        if previous not in (None, kind):
-            console.out("\n", style="")
-        shown = text if kind == previous else text.lstrip("\n")
-        previous = kind
-        console.out(shown.translate(CONTROLS), style=STYLES[kind], highlight=False, end="")
-        console.file.flush()
-
-
-def summary(reply: ChatReply) -> str:
-    """Summarise tokens, speed and cache use of an answer in one line."""
-    if reply.finish == "stopped":
-        return "Stopped."
-    usage = reply.usage
-    tokens = usage.get("completion_tokens", 0)
-    parts = [f"{tokens} tokens"]
-    if reply.first is not None and reply.last > reply.first and tokens > 1:
-        parts.append(f"{(tokens - 1) / (reply.last - reply.first):.1f} per second")
-        parts.append(f"first token after {reply.first:.2f} s")
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    if cached is not None:
-        parts.append(f"{cached} of {usage['prompt_tokens']} prompt tokens cached")
-    if reply.finish == "length":
-        parts.append("cut at the token limit")
-    return ", ".join(parts) + "."
-
-
-def say(console: Console, text: str, style: str) -> None:
-    if text:
-        console.out(text.translate(CONTROLS), style=STYLES[style], highlight=False)
+    say(console, summarize(reply), "note")
 
 
 def answer_once(session: ChatSession, text: str) -> None:
-    """Write the answer to one question to stdout, and nothing else.
+    """Write the answer to one question to stdout, and nothing else; formatted on a terminal.
 
     Raises:
         ServerRefused: no answer, or an answer cut at the token limit.
     """
     session.messages.append({"role": "user", "content": text})
     reply = ChatReply()
-    for kind, piece in session.client.answer(session.body, reply):
-        if kind == "content":
+    pieces = (
+        piece for piece in session.client.answer(session.body, reply) if piece[0] == "content"
+    )
+    if sys.stdout.isatty():
+        print_pieces(pieces, Console(highlight=False), markdown=session.markdown)
+    else:
+        for _, piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    if not reply.content.endswith("\n"):
-        sys.stdout.write("\n")
+        if not reply.content.endswith("\n"):
+            sys.stdout.write("\n")
     if reply.finish == "length":
         raise ServerRefused("The answer was cut at the token limit.")

@@ -193,6 +193,7 @@ class ChatSession:
         model: model name in requests.
         system: system prompt; "": none.
         thinking: `enable_thinking` of requests; None: not sent.
+        markdown: format answers on a terminal.
         parameters: other parameters of requests.
         messages: messages of user and assistant.
         retry: question to ask again without a prompt; None: prompt.
@@ -202,6 +203,7 @@ class ChatSession:
     model: str = "default"
     system: str = ""
     thinking: bool | None = None
+    markdown: bool = True
     parameters: dict[str, float | int | str] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
     retry: str | None = None
@@ -238,6 +240,13 @@ def think(session: ChatSession, argument: str) -> str:
         raise CommandError("/think: on, off or auto (the server's setting).")
     session.thinking = choices[argument]
     return f"Thinking: {argument}."
+
+
+def markdown(session: ChatSession, argument: str) -> str:
+    if argument not in ("on", "off"):
+        raise CommandError("/markdown: on or off (the text as it is).")
+    session.markdown = argument == "on"
+    return f"Markdown: {argument}."
 
 
 def clear(session: ChatSession, _: str) -> str:
@@ -331,8 +340,10 @@ COMMANDS: dict[str, tuple[str, str, Callable[[ChatSession, str], str]]] = {
     "set": ("[NAME [VALUE]]", "set or reset a parameter, such as temperature", set_parameter),
     "model": ("[NAME]", "choose a model or profile, or list them", model),
     "retry": ("", "generate the last answer again", retry),
+    "markdown": ("on|off", "format answers, or show their text as it is", markdown),
     "clear": ("", "start a new conversation", clear),
     "save": ("FILE", "save the conversation as .json or Markdown", save),
     "exit": ("", "exit", leave),
+    "quit": ("", "exit", leave),
 }
 """Commands by name: arguments, description, and function."""
