@@ -17,10 +17,11 @@ from pydantic import ByteSize, SecretStr
 from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
 from glmd.api.app import create_app
+from glmd.api.client_settings import CLIENTS, Endpoint, describe_parts
 from glmd.api.state import AppState, ServedModel
 from glmd.checkpoint.config import ModelConfig, load_config
 from glmd.cli.config import format_size
-from glmd.cli.connect import CLIENTS, Endpoint, describe_parts, find_client
+from glmd.cli.connect import find_client
 from glmd.cli.main import app as cli
 from glmd.config import PREFIX, Settings
 from glmd.convert.inspect import inspect

@@ -14,7 +14,8 @@ import yaml
 from live import live_server
 from typer.testing import CliRunner, Result
 
-from glmd.cli.connect import CLIENTS, Endpoint, find_client, update, write_settings
+from glmd.api.client_settings import CLIENTS, Endpoint
+from glmd.cli.connect import find_client, update, write_settings
 from glmd.cli.main import app
 from glmd.errors import SettingsError
 

@@ -36,7 +36,7 @@ from glmd.api.responses import routes as responses
 from glmd.api.responses.protocol import ResponseStreamEvent
 from glmd.api.responses.store import ResponseStore
 from glmd.api.retries import RetryMiddleware
-from glmd.api.routes import health, metrics, models, status, tokenize
+from glmd.api.routes import clients, health, metrics, models, status, tokenize
 from glmd.api.state import AppState
 from glmd.errors import SettingsError
 
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from glmd.api.observability.tracing import Tracing
 
 ROUTERS = (
-    webui, health, models, chat, completions, responses, messages, tokenize, status, metrics,
+    webui, health, models, chat, completions, responses, messages, tokenize, status, clients,
+    metrics,
 )  # fmt: skip
 
 STREAM_EVENTS: dict[str, type[BaseModel]] = {
