@@ -8,13 +8,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from browsers import chromium, find_chromium
 from live import LiveServer, live_server
-from paths import ROOT, TESTS
+from page_kit import answers, opened, send
+from paths import ROOT
 
 from glmd.api import webui as pages
 
@@ -22,61 +21,11 @@ expect = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed (make setup-clients)"
 ).expect
 
-CHECKS = TESTS / "support" / "page_checks.js"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = find_chromium()
-    if path is None:
-        pytest.skip("there is no Chromium")
-    expect.set_options(timeout=20_000)  # For busy machines; what is expected comes at once.
-    with chromium(path) as browser:
-        yield browser
-
-
-@contextmanager
-def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    """The page in a new browser; fails if the page violated its policy or logged errors."""
-    context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
-    context.set_default_timeout(20_000)
-    context.add_init_script(path=CHECKS)
-    tab = context.new_page()
-    requested: list[str] = []
-    failures: list[str] = []
-    tab.on("request", lambda request: requested.append(request.url))
-    tab.on("pageerror", lambda error: failures.append(str(error)))
-    tab.goto(url)
-    try:
-        yield tab
-        assert tab.evaluate("checks.violations") == []
-        assert failures == []
-        assert {urlsplit(each).netloc for each in requested} == {urlsplit(url).netloc}
-    finally:
-        context.close()
-
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[LiveServer]:
     with live_server(engine="glmd.engine.core") as live:
         yield live
-
-
-@pytest.fixture
-def tab(browser: Any, scripted: LiveServer) -> Iterator[Any]:
-    """The page of a server with a scripted engine."""
-    with opened(browser, scripted.url) as tab:
-        yield tab
-
-
-def send(tab: Any, text: str) -> None:
-    tab.get_by_label("Message").fill(text)
-    tab.keyboard.press("Enter")
-
-
-def answers(tab: Any) -> Any:
-    """Complete answers."""
-    return tab.locator("article.answer[aria-busy=false]")
 
 
 @contextmanager
@@ -125,7 +74,13 @@ def test_every_file_is_served_with_its_type_and_a_strict_policy(http: httpx.Clie
 
 
 def test_other_files_are_not_served(http: httpx.Client) -> None:
-    for path in ("/page/", "/page/index.html", "/page/__init__.py", "/page/..%2fapp.py"):
+    for path in (
+        "/page/",
+        "/page/index.html",
+        "/page/docs.html",
+        "/page/__init__.py",
+        "/page/..%2fapp.py",
+    ):
         assert http.get(path).status_code == 404, path
 
 
@@ -303,21 +258,6 @@ def test_an_invalid_option_is_shown_and_not_sent(tab: Any) -> None:
     expect(tab.locator(".answer")).to_have_count(0)
 
 
-MARKUP = "<img src=x onerror=alert(1)> <b>bold</b>"
-CODE = "if a < b:\n    pass\n"
-
-
-def test_text_is_shown_unchanged_and_code_in_blocks(tab: Any) -> None:
-    send(tab, f"⟦</think>{MARKUP}\n\n  two  spaces\n```python\n{CODE}```\nafter `x`⟧")
-    expect(answers(tab)).to_have_count(1)
-    texts = tab.locator(".content > .text").evaluate_all("(all) => all.map((e) => e.textContent)")
-    assert texts == [f"{MARKUP}\n\n  two  spaces\n", "after `x`"]
-    code = tab.locator(".content pre")
-    assert code.evaluate("(element) => element.textContent") == CODE
-    assert code.get_attribute("data-language") == "python"
-    assert tab.locator(".answer img, .answer b, .question img").count() == 0
-
-
 # -- the server -----------------------------------------------------------------------------
 
 
@@ -376,17 +316,6 @@ def test_an_unreachable_server_is_shown_and_reconnected(tab: Any) -> None:
     expect(tab.locator("#state")).to_have_text("ready")
 
 
-def test_a_long_answer_is_shown_completely(tab: Any) -> None:
-    lines = [f"{number}. line" + "\n" * (number % 3 == 0) for number in range(120)]
-    text = "\n".join(lines)
-    send(tab, f"⟦</think>{text}\n```\n{text}\n```⟧")
-    expect(answers(tab)).to_have_count(1)
-    for place in (".content > .text", ".content code .text"):
-        blocks = tab.locator(place).evaluate_all("(all) => all.map((e) => e.textContent)")
-        assert len(blocks) > 2
-        assert "\n".join(blocks).rstrip("\n") == text.rstrip("\n")
-
-
 # -- for everyone ---------------------------------------------------------------------------
 
 
@@ -399,10 +328,12 @@ def test_the_page_can_be_used_by_keyboard(tab: Any) -> None:
     expect(answers(tab).locator(".content")).to_have_text("a\nb", use_inner_text=True)
     expect(tab.get_by_label("Message")).to_be_focused()
     names = []
-    for _ in range(5):
+    for _ in range(6):
         tab.keyboard.press("Tab")
         names.append(tab.evaluate("document.activeElement.name || document.activeElement.id"))
-    assert names == ["enable_thinking", "clear_thinking", "options-button", "new", "send"]
+    assert names == [
+        "enable_thinking", "clear_thinking", "attach", "options-button", "new", "send"
+    ]  # fmt: skip
     assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     tab.keyboard.press("Shift+Tab")
     tab.keyboard.press("Enter")

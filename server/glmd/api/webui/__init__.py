@@ -1,4 +1,4 @@
-"""Web page at `/`: a chat, and the status of the server.
+"""Web page at `/`: a chat, and the status of the server; at `/docs`: the reference of the API.
 
 Serves the files of this folder without a build step; the page loads nothing from other servers. The
 files hold no data, so they need no API key. The page asks for a key when a route requires one.
@@ -18,7 +18,10 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+    ".webmanifest": "application/manifest+json",
 }
 
 POLICY = "; ".join(
@@ -26,6 +29,7 @@ POLICY = "; ".join(
         "default-src 'none'",
         "connect-src 'self'",
         "img-src 'self'",
+        "manifest-src 'self'",
         "script-src 'self'",
         "style-src 'self'",
         "base-uri 'none'",
@@ -47,6 +51,7 @@ HEADERS = {
 }
 
 INDEX = "index.html"
+DOCS = "docs.html"
 
 FILES = {
     file.name: file.read_bytes()
@@ -54,13 +59,20 @@ FILES = {
     if file.suffix in TYPES
 }
 
-PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES if name != INDEX)})
+PATHS = frozenset(
+    {"/", "/docs", *(f"/page/{name}" for name in FILES if not name.endswith(".html"))}
+)
 """Paths of the page and its files."""
 
 
 @router.get("/")
 async def get_page(request: Request) -> Response:
     return file_response(request, INDEX)
+
+
+@router.get("/docs")
+async def get_docs(request: Request) -> Response:
+    return file_response(request, DOCS)
 
 
 @router.get("/page/{name}")

@@ -19,6 +19,9 @@ export function useKeyDialog(ask) {
   askForKey = ask;
 }
 
+/** The key that has been entered, or null. */
+export const givenKey = () => sessionStorage.getItem(KEY);
+
 /** Resolves when a key has been entered. */
 export function keyGiven() {
   return new Promise((resolve) => waiting.push(resolve));

@@ -1,25 +1,32 @@
-// The chat: a conversation that lives in this page only, and goes to the server whole each time.
+// The chat: shows a conversation's branch, sends it to the server, and stores what has come of it.
 
 import { ApiError, call, events } from "./api.js";
 import { Answer } from "./answer.js";
+import { Chats } from "./chats.js";
+import { add, alternatives, choose, create, path, request } from "./conversation.js";
 import { byId, make, say } from "./dom.js";
-import { options, optionsHold } from "./options.js";
+import { Files } from "./files.js";
+import { fields, onOptions, options, optionsHold, restore } from "./options.js";
+import { branches, edit, question, result, resultForm } from "./question.js";
+import { save } from "./store.js";
 
 /** Pixels from the end within which the reader is at the end. */
 const NEAR = 48;
 
 export class Chat {
-  /** @param {() => void} turned is called whenever an answer enters another phase. */
-  constructor(turned) {
-    this.turned = turned;
+  /** @param {Server} server whose state the chat looks at. */
+  constructor(server) {
+    this.server = server;
     this.form = byId("composer");
     this.input = byId("message");
     this.log = byId("log");
     this.empty = byId("empty");
-    this.exchanges = []; // Of { question, answer, element }.
-    this.running = null; // The AbortController of the answer that is coming.
+    this.conversation = create();
+    this.running = new Map(); // By conversation's id: { conversation, answer, stopper }.
     this.following = true;
     this.drawing = false;
+    this.files = new Files();
+    this.chats = new Chats(() => this.conversation, (conversation) => this.open(conversation));
 
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -37,114 +44,180 @@ export class Chat {
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.stop();
     });
+    document.addEventListener("formulas", () => this.#follow());
+    // What has come of an answer is kept if the page goes.
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) for (const { conversation } of this.running.values()) this.#save(conversation);
+    });
     byId("stop").addEventListener("click", () => this.stop());
-    byId("new").addEventListener("click", () => this.clear());
-    this.#change(null);
+    byId("new").addEventListener("click", () => this.open(null));
+    onOptions(() => {
+      this.conversation.options = options();
+      if (this.conversation.messages.length) this.#save(this.conversation);
+    });
+    server.onStatus((text) => {
+      for (const { answer } of this.running.values()) if (text) answer.wait(text);
+    });
+    this.#show();
   }
 
-  /** Send what is in the field. */
+  /** Send what is in the field, with the files. */
   send() {
-    const question = this.input.value;
-    if (this.running || !question.trim() || !optionsHold()) return;
+    const content = this.input.value;
+    if (this.#now || !(content.trim() || this.files.files.length) || !optionsHold()) return;
     this.input.value = "";
-    this.#ask(question);
+    const files = this.files.give();
+    this.#ask({ role: "user", content, ...(files.length && { files }) }, this.conversation.leaf);
   }
 
   /** End the answer that is coming; what has come of it stays. */
   stop() {
-    this.running?.abort();
+    this.#now?.stopper.abort();
   }
 
-  /** Begin a new conversation. */
-  clear() {
-    this.stop();
-    for (const { element } of this.exchanges) element.remove();
-    this.exchanges = [];
-    this.empty.hidden = false;
+  /** Show a conversation; null: a new one with the same options. An answer that is coming goes on. */
+  open(conversation) {
+    const running = conversation && this.running.get(conversation.id);
+    this.conversation = running?.conversation ?? conversation ?? create(options());
+    restore(this.conversation.options);
+    this.#show();
+    this.chats.show();
+    document.body.dataset.view = "chat";
+    byId("views").dispatchEvent(new Event("shown"));
     this.input.focus();
   }
 
-  /** Drop the last answer and ask for another one. */
-  #again() {
-    if (this.running || !optionsHold()) return;
-    const { question, element } = this.exchanges.pop();
-    element.remove();
-    this.input.focus();
-    this.#ask(question);
+  get #now() {
+    return this.running.get(this.conversation.id);
   }
 
-  async #ask(question) {
-    for (const { answer } of this.exchanges) answer.actions.replaceChildren();
-    const answer = new Answer();
-    const asked = make("div", { class: "question", role: "article", "aria-label": "Question" });
-    asked.textContent = question;
-    const element = make("div", { class: "exchange" }, asked, answer.element);
-    this.exchanges.push({ question, answer, element });
-    const body = this.#body();
-    this.empty.hidden = true;
-    this.log.append(element);
+  /** Build what is seen of the conversation. */
+  #show() {
+    const now = this.#now;
+    const parts = path(this.conversation).map((message) => this.#part(message, now));
+    this.log.replaceChildren(this.empty, ...parts);
+    this.empty.hidden = parts.length > 0;
+    byId("send").hidden = now !== undefined;
+    byId("stop").hidden = now === undefined;
     this.following = true;
     this.#follow();
+  }
 
-    const running = new AbortController();
-    this.#change(running);
-    this.#announce("Waiting");
+  #part(message, now) {
+    const all = now ? [] : alternatives(this.conversation, message);
+    const others = branches(all, message, (other) => this.#choose(other));
+    if (message.role === "tool") return result(message);
+    if (message.role === "user") {
+      const button = make("button", { type: "button", class: "quiet" }, "Edit");
+      const element = question(message, ...(now ? [] : [button]), ...others);
+      button.addEventListener("click", () =>
+        edit(element, message, (content) => this.#again({ ...message, content }, message.parent)),
+      );
+      return element;
+    }
+    if (now?.answer.message === message) return now.answer.element;
+    const answer = Answer.of(message);
+    this.#offer(answer, message, others, now);
+    return answer.element;
+  }
+
+  #offer(answer, message, others, now) {
+    if (now) return answer.offer();
+    const again = make("button", { type: "button", class: "quiet", onclick: () => this.#again(null, message.parent) }, "Try again");
+    answer.offer(again, ...others);
+    if (message.calls?.length && this.conversation.leaf === message.id) {
+      answer.calls.append(resultForm(message.calls, (texts) => this.#return(message, texts)));
+    }
+  }
+
+  #choose(message) {
+    choose(this.conversation, message);
+    this.#save(this.conversation);
+    this.#show();
+  }
+
+  /** Ask anew, in a branch of its own. */
+  #again(message, parent) {
+    if (this.#now || !optionsHold()) return;
+    this.input.focus();
+    this.#ask(message, parent);
+  }
+
+  /** Give the results of a message's calls back to the model. */
+  #return(message, texts) {
+    if (this.#now || !optionsHold()) return;
+    let parent = message.id;
+    message.calls.forEach(({ id }, index) => {
+      parent = add(this.conversation, parent, { role: "tool", content: texts[index], call: id }).id;
+    });
+    this.#ask(null, parent);
+  }
+
+  /** Add a message behind `parent` (null: none), and have it answered. */
+  async #ask(message, parent) {
+    const { conversation } = this;
+    conversation.options = options();
+    if (message) parent = add(conversation, parent, message).id;
+    const body = { messages: request(conversation, parent), stream: true, stream_options: { include_usage: true }, return_progress: true, ...fields() };
+    const answer = new Answer(add(conversation, parent, { role: "assistant" }));
+    const stopper = new AbortController();
+    this.running.set(conversation.id, { conversation, answer, stopper });
+    this.#show();
+    this.#save(conversation).then(() => this.chats.show());
+
+    const announce = (phase) => conversation === this.conversation && this.#announce(phase);
+    announce("Waiting");
     try {
-      await this.#stream(answer, body, running.signal);
+      await this.server.accepting(stopper.signal);
+      await this.#stream(answer, body, stopper.signal, announce);
       answer.end();
-      this.#announce("The answer is complete.");
+      announce("The answer is complete.");
     } catch (error) {
-      if (running.signal.aborted) {
+      if (stopper.signal.aborted) {
         answer.end("stopped");
-        this.#announce("Stopped.");
+        announce("Stopped.");
       } else {
         answer.fail(error); // An alert, so it announces itself.
-        this.#announce("");
+        announce("");
         if (!(error instanceof ApiError)) console.error(error);
       }
     }
-    if (this.running === running) this.#change(null);
-    answer.actions.append(make("button", { type: "button", class: "quiet", onclick: () => this.#again() }, "Try again"));
+    this.running.delete(conversation.id);
+    this.#save(conversation);
+    if (conversation !== this.conversation) return;
+    // The answer's element stays, with what is selected in it; the others get their buttons back.
+    const parts = path(conversation).map((each) => (each === answer.message ? answer.element : this.#part(each)));
+    const others = branches(alternatives(conversation, answer.message), answer.message, (other) => this.#choose(other));
+    this.#offer(answer, answer.message, others);
+    const old = [...this.log.children].slice(1);
+    parts.forEach((part, index) => old[index] === part || old[index].replaceWith(part));
+    byId("send").hidden = false;
+    byId("stop").hidden = true;
     this.#follow();
   }
 
-  async #stream(answer, body, signal) {
+  async #stream(answer, body, signal, announce) {
     const response = await call("v1/chat/completions", { method: "POST", body, signal });
     for await (const data of events(response)) {
       if (data === "[DONE]") return;
-      this.#announce(answer.take(JSON.parse(data)));
+      announce(answer.take(JSON.parse(data)));
       this.#follow();
     }
     throw new ApiError("The stream ended before the answer was complete.");
   }
 
-  #body() {
-    const messages = [];
-    const system = this.form.elements.system.value;
-    if (system.trim()) messages.push({ role: "system", content: system });
-    for (const { question, answer } of this.exchanges) {
-      messages.push({ role: "user", content: question });
-      if (answer.message) messages.push(answer.message);
+  async #save(conversation) {
+    try {
+      await save(structuredClone(conversation));
+    } catch (error) {
+      say(byId("kept"), `The chat could not be stored: ${error.message}`);
     }
-    return {
-      messages,
-      stream: true,
-      stream_options: { include_usage: true },
-      return_progress: true,
-      ...options(),
-    };
-  }
-
-  #change(running) {
-    this.running = running;
-    byId("send").hidden = running !== null;
-    byId("stop").hidden = running === null;
   }
 
   #announce(phase) {
     if (byId("progress").textContent === phase) return;
     say(byId("progress"), phase);
-    this.turned();
+    this.server.wake();
   }
 
   /** Keep the end in view, once per frame, unless the reader has scrolled away from it. */

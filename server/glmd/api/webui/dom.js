@@ -30,3 +30,21 @@ function assign(element, attributes) {
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
+
+/** Copy text, and let the button say so. */
+export async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say(button, "Copied");
+  } catch {
+    say(button, "Not copied"); // The browser refuses, as where the page is not from a secure origin.
+  }
+  setTimeout(() => say(button, "Copy"), 1500);
+}
+
+/** Offer text as a file. */
+export function download(name, text, type) {
+  const address = URL.createObjectURL(new Blob([text], { type }));
+  make("a", { href: address, download: name }).click();
+  URL.revokeObjectURL(address);
+}

@@ -1,10 +1,10 @@
-// The options of a message: what is filled in is sent, the rest is as the server has it.
+// The options of a chat: what is filled in is sent, the rest is as the server has it.
 
-import { byId, make } from "./dom.js";
+import { byId, make, say } from "./dom.js";
 
 const form = byId("composer");
-const profile = form.elements.profile;
-const switches = [form.elements.enable_thinking, form.elements.clear_thinking];
+const { profile, system, tools, enable_thinking, clear_thinking } = form.elements;
+const switches = [enable_thinking, clear_thinking];
 const numbers = form.querySelectorAll("input[type=number]");
 let offered = "";
 let choices = {};
@@ -14,8 +14,8 @@ export function offer({ defaults, profiles }) {
   const now = JSON.stringify([defaults, profiles]);
   if (now === offered) return;
   offered = now;
+  const chosen = profile.value || profile.dataset.wanted;
   choices = { "": defaults, ...profiles };
-  const chosen = profile.value;
   profile.replaceChildren(
     ...Object.keys(choices).map((name) => make("option", { value: name }, name || "default")),
   );
@@ -34,14 +34,44 @@ function show() {
   }
 }
 
-/** The fields of the request. */
+/** What is filled in, as a chat keeps it. */
 export function options() {
+  const kept = {};
+  for (const each of switches) if (each.dataset.touched) kept[each.name] = each.checked;
+  for (const each of [...numbers, profile, system, tools]) if (each.value) kept[each.name] = each.value;
+  return kept;
+}
+
+/** Fill in what a chat has kept. */
+export function restore(kept) {
+  for (const each of switches) {
+    delete each.dataset.touched;
+    if (each.name in kept) each.dataset.touched = "yes";
+    each.checked = kept[each.name] ?? each.checked;
+  }
+  for (const each of [...numbers, system, tools]) each.value = kept[each.name] ?? "";
+  profile.dataset.wanted = kept.profile ?? "";
+  profile.value = profile.dataset.wanted in choices ? profile.dataset.wanted : "";
+  check();
+  show();
+}
+
+/** Call `changed()` when something else is filled in. */
+export function onOptions(changed) {
+  form.addEventListener("change", (event) => {
+    if (event.target.name && event.target.type !== "file") changed();
+  });
+}
+
+/** The fields of the request. */
+export function fields() {
   const body = {};
   for (const each of switches) body[each.name] = each.checked;
   for (const each of numbers) {
     if (each.value !== "") body[each.name] = each.valueAsNumber;
   }
   if (profile.value) body.profile = profile.value;
+  if (tools.value.trim()) body.tools = JSON.parse(tools.value);
   return body;
 }
 
@@ -57,7 +87,20 @@ function showOptions(shown) {
   byId("options-button").setAttribute("aria-expanded", shown);
 }
 
+/** Tools are JSON, of which the server checks the rest. */
+function check() {
+  let wrong = "";
+  try {
+    if (tools.value.trim() && !Array.isArray(JSON.parse(tools.value))) wrong = "Tools: must be a list.";
+  } catch (error) {
+    wrong = `Tools: no JSON (${error.message}).`;
+  }
+  tools.setCustomValidity(wrong);
+  say(byId("tools-error"), wrong);
+}
+
 byId("options-button").addEventListener("click", () => showOptions(byId("options").hidden));
+tools.addEventListener("input", check);
 for (const each of switches) each.addEventListener("change", () => (each.dataset.touched = "yes"));
 profile.addEventListener("change", () => {
   for (const each of switches) delete each.dataset.touched; // A profile may say how to think.

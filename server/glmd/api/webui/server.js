@@ -15,6 +15,9 @@ export class Server {
     this.speed = new Plot(byId("speed"), "Tokens per second", rate);
     this.ttft = new Plot(byId("ttft"), "Time to first token", seconds, { dots: true });
     this.wake = () => {};
+    this.status = null; // The latest one; null: none yet, or the server cannot be asked.
+    this.listeners = new Set();
+    this.waiting = 0; // Messages that wait for the model.
     document.addEventListener("visibilitychange", () => this.wake());
     byId("key-button").addEventListener("click", () => this.wake());
   }
@@ -22,17 +25,57 @@ export class Server {
   async watch() {
     for (;;) {
       let pause = PAUSE;
-      if (document.hidden) pause = null;
+      if (document.hidden && !this.waiting) pause = null;
       else {
         try {
           const response = await call(`glmd/status?recent=${RECENT}`);
-          this.#show(await response.json());
+          this.status = await response.json();
+          this.#show(this.status);
+          this.#tell(loadingText(this.status.engine));
         } catch (error) {
+          this.status = null;
           this.#fail(error);
+          this.#tell("");
           if (error.status === 401) pause = null; // Nobody is asked again and again.
         }
       }
       await this.#rest(pause);
+    }
+  }
+
+  /** Call `listen(text)` with each status; the text says that the model is loading, or is empty. */
+  onStatus(listen) {
+    this.listeners.add(listen);
+  }
+
+  #tell(text) {
+    for (const listen of this.listeners) listen(text);
+  }
+
+  /**
+   * Resolves when the server takes requests, or cannot be asked: a request then says what is wrong.
+   *
+   * An engine that was ready before takes requests while it loads.
+   */
+  async accepting(signal) {
+    const blocked = () => {
+      const { engine, model } = this.status ?? {};
+      return engine?.state === "restarting" || (engine?.state === "loading" && model.context_length === null);
+    };
+    this.waiting += 1;
+    try {
+      while (blocked()) {
+        await new Promise((resolve, reject) => {
+          const listen = () => {
+            this.listeners.delete(listen);
+            resolve();
+          };
+          this.onStatus(listen);
+          signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+        });
+      }
+    } finally {
+      this.waiting -= 1;
     }
   }
 
@@ -47,6 +90,7 @@ export class Server {
 
   #fail(error) {
     byId("server").classList.add("stale");
+    byId("loading").hidden = true;
     byId("key-button").hidden = error.status !== 401;
     state(error.status === 401 ? "locked" : "unreachable", error.message);
   }
@@ -59,7 +103,8 @@ export class Server {
     byId("key-button").hidden = true;
     say(byId("model"), model.id);
     document.title = `${model.display_name} · glmd`;
-    state(engine.state, engine.failure ?? "", engine.loading);
+    state(engine.state, engine.failure ?? "");
+    progress(engine);
 
     say(byId("failure"), engine.state === "ready" ? "" : (engine.failure ?? ""));
     this.requests.show(running, recent);
@@ -81,7 +126,7 @@ export class Server {
       Waiting: count(stats.waiting),
       "Prompt tokens/s": rate(speed.computed_per_second),
       "Prompt cached": share(stats.prompt_tokens_cached, stats.prompt_tokens_cached + stats.prompt_tokens_computed),
-      "Drafts accepted": model.has_mtp ? share(stats.accepted, stats.drafted) : "no MTP layer",
+      "Drafts accepted": model.has_mtp === false ? "no MTP layer" : share(stats.accepted, stats.drafted),
       "Step": seconds(stats.step_seconds),
     });
 
@@ -104,11 +149,32 @@ export class Server {
   }
 }
 
-function state(name, title, loading) {
-  const read = loading?.total_bytes ? `, ${bytes(loading.done_bytes)} of ${bytes(loading.total_bytes)}` : "";
-  say(byId("state"), name + read);
+function state(name, title) {
+  say(byId("state"), name);
   byId("state").dataset.state = name;
   byId("state").title = title;
+}
+
+/** What keeps the first token of a message away; empty: nothing. */
+function loadingText({ state: name, loading }) {
+  if (name === "restarting") return "The engine restarts";
+  if (name !== "loading") return "";
+  if (!loading?.total_bytes) return "Loading the model";
+  return `Loading the model: ${bytes(loading.done_bytes)} of ${bytes(loading.total_bytes)}`;
+}
+
+/** How far the model is loaded, above the conversation. */
+function progress(engine) {
+  const text = loadingText(engine);
+  const { done_bytes: done, total_bytes: total } = engine.loading ?? {};
+  const bar = byId("loading-bar");
+  byId("loading").hidden = !text && engine.state !== "unloaded";
+  bar.hidden = !text;
+  if (total) bar.value = done / total;
+  else bar.removeAttribute("value");
+  const idle = "The model is unloaded, and its memory is free. The next message loads it.";
+  const wait = `${text}. Messages wait until it is ready.`;
+  say(byId("loading-text"), text ? wait : engine.state === "unloaded" ? idle : "");
 }
 
 /** Fill a list of terms and what they are; it is built once. */
@@ -144,7 +210,15 @@ function memory(stats) {
     other,
   };
   const taken = Object.values(parts).reduce((sum, part) => sum + part, 0);
-  const total = Math.max(stats.memory_budget_bytes, taken, 1);
+  const total = Math.max(stats.memory_budget_bytes, taken);
+  if (!total) { // The engine does not run yet.
+    for (const name of Object.keys(parts)) {
+      byId(`memory-${name}`).style.width = 0;
+      say(byId(`bytes-${name}`), "–");
+    }
+    say(byId("bytes-taken"), "");
+    return say(byId("kv-room"), "");
+  }
   for (const [name, part] of Object.entries(parts)) {
     byId(`memory-${name}`).style.width = `${(100 * part) / total}%`;
     say(byId(`bytes-${name}`), bytes(Math.round(part)));

@@ -1,0 +1,63 @@
+// Conversations in the browser's IndexedDB: what is listed, and apart from it what they hold.
+
+const NAME = "glmd";
+const HEADS = "heads";
+const RECORDS = "conversations";
+
+/** The database; null where the browser keeps nothing, and conversations end with the page. */
+const database = new Promise((resolve) => {
+  let request;
+  try {
+    request = indexedDB.open(NAME, 1);
+  } catch {
+    return resolve(null);
+  }
+  request.onupgradeneeded = () => {
+    request.result.createObjectStore(HEADS, { keyPath: "id" });
+    request.result.createObjectStore(RECORDS, { keyPath: "id" });
+  };
+  request.onsuccess = () => resolve(request.result);
+  request.onerror = () => resolve(null);
+});
+
+const unkept = new Map();
+
+/** Whether conversations outlive the page. */
+export const keeps = async () => (await database) !== null;
+
+/** What is listed: id, title and time of change of each conversation, latest first. */
+export async function list() {
+  const db = await database;
+  const heads = db ? await result(db.transaction(HEADS).objectStore(HEADS).getAll()) : [...unkept.values()];
+  return heads.sort((a, b) => b.updated - a.updated);
+}
+
+/** A conversation's record, or undefined. */
+export async function load(id) {
+  const db = await database;
+  return db ? result(db.transaction(RECORDS).objectStore(RECORDS).get(id)) : unkept.get(id);
+}
+
+export async function save(record) {
+  const db = await database;
+  if (!db) return void unkept.set(record.id, record);
+  const { id, title, updated } = record;
+  const change = db.transaction([HEADS, RECORDS], "readwrite");
+  change.objectStore(HEADS).put({ id, title, updated });
+  await result(change.objectStore(RECORDS).put(record));
+}
+
+export async function remove(id) {
+  const db = await database;
+  if (!db) return void unkept.delete(id);
+  const change = db.transaction([HEADS, RECORDS], "readwrite");
+  change.objectStore(HEADS).delete(id);
+  await result(change.objectStore(RECORDS).delete(id));
+}
+
+function result(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+}
