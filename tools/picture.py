@@ -1,10 +1,11 @@
-"""Take docs/page.png, a screenshot of the web UI under load, in headless Chromium.
+"""Take screenshots of the web UI in headless Chromium: under load, and a conversation.
 
-python tools/picture.py [FILE]
+python tools/picture.py [FILE]    docs/page.png by default; the second is FILE with -chat
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -40,6 +41,37 @@ ADDRESS = re.compile(r"http://[\w.:]+")
 START_SECONDS = 120
 
 MESSAGES = ["Hello, I am Nora.", "Tell me a story about a fox."]
+
+MARKDOWN = [
+    {"role": "user", "content": "How does Newton's method find a square root?"},
+    {
+        "role": "assistant",
+        "content": """Start with a guess $x_0$ and repeat
+
+$$
+x_{n+1} = \\frac{1}{2} \\left(x_n + \\frac{a}{x_n}\\right)
+$$
+
+| step | $x_n$ for $a = 2$ |
+|-----:|:------------------|
+| 0 | 1 |
+| 1 | **1**.5 |
+| 2 | **1.41**666… |
+
+```python
+def square_root(a: float, steps: int = 6) -> float:
+    x = a
+    for _ in range(steps):
+        x = (x + a / x) / 2
+    return x
+```
+
+1. Each step doubles the number of correct digits.
+2. For `a = 0` the loop divides by zero in the end.
+""",
+    },
+]
+"""A conversation that the demo cannot write; it is imported, and shown in a second picture."""
 
 PROMPTS = [
     "Hello, I am Emil.",
@@ -96,17 +128,23 @@ def client(url: str, seed: int, until: float) -> None:
 
 
 def talk(page: Any) -> None:
-    """Send MESSAGES through the page and open the reasoning of the answers."""
+    """Show Markdown, send MESSAGES through the page and open the reasoning of the answers."""
+    shown = {"messages": MARKDOWN}
+    page.get_by_label("Chats to import").set_input_files(
+        {"name": "shown.json", "mimeType": "application/json", "buffer": json.dumps(shown).encode()}
+    )
+    page.locator("article.answer").wait_for()
+    page.get_by_role("button", name="New chat").click()
     for number, text in enumerate(MESSAGES, start=1):
         page.get_by_label("Message").fill(text)
         page.keyboard.press("Enter")
         page.locator("article.answer[aria-busy=false]").nth(number - 1).wait_for()
-    for thought in page.locator("summary").all():
-        thought.click()
+    page.locator(".reasoning summary").first.click()
 
 
 def main() -> int:
     file = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "page.png")
+    chat = file.with_name(f"{file.stem}-chat.png")
     path = find_chromium()
     if path is None:
         print("tools/picture.py: Chromium not found. Install Chromium or Chrome.", file=sys.stderr)
@@ -117,15 +155,26 @@ def main() -> int:
         for each in clients:
             each.start()
         page = browser.new_page(
-            viewport={"width": 1200, "height": 740}, device_scale_factor=1.5, color_scheme="light"
+            viewport={"width": 1360, "height": 800}, device_scale_factor=1.5, color_scheme="light"
         )
         page.goto(url)
         talk(page)
         page.wait_for_timeout(1000 * (until - 4 - time.monotonic()))
         page.locator("#running tr").nth(1).wait_for()
         page.screenshot(path=file)
+        page.set_viewport_size({"width": 900, "height": 760})
+        page.emulate_media(color_scheme="dark")
+        page.get_by_role("button", name="Chats", exact=True).click()
+        page.get_by_role("button", name=MARKDOWN[0]["content"], exact=True).click()
+        page.locator(".math.display math").wait_for()
+        page.screenshot(path=chat)
         for each in clients:
             each.join()
+    return max(map(compress, (file, chat)))
+
+
+def compress(file: Path) -> int:
+    """Reduce the colours of a picture; returns 1 if it is too large."""
     Image.open(file).convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
     size = file.stat().st_size
     print(f"{file}: {size:,} bytes")
