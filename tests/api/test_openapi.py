@@ -38,6 +38,7 @@ ROUTES = [
     "POST /tokenize",
     "POST /detokenize",
     "POST /apply-template",
+    "GET /glmd/clients",
     "GET /glmd/status",
     "POST /glmd/requests/{id}/cancel",
 ]
