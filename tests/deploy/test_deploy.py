@@ -156,3 +156,15 @@ def test_manual_installation_replaces_every_placeholder(tmp_path: Path) -> None:
     assert made["ProgramArguments"] == [str(glmd), "serve"]
     assert made["StandardErrorPath"] == f"{tmp_path}/Library/Logs/glmd/glmd.log"
     assert b"YOU" not in written.read_bytes()
+
+
+def test_router_and_cluster_agree() -> None:
+    router = plist("cluster/local.glmd.router.plist")
+    check_documented(router)
+    assert router["Label"] == "local.glmd.router"
+    script = (DEPLOY / "cluster" / "cluster.sh").read_text()
+    flags = [each for each in router["ProgramArguments"] if each.startswith("--")]
+    assert set(re.findall(r"--[\w-]+", script.partition("vllm-router}")[2])) == set(flags)
+    subprocess.run(["sh", "-n", str(DEPLOY / "cluster" / "cluster.sh")], check=True)
+    for name in re.findall(r"GLMD_([A-Z_]+)=", script):
+        assert name.lower() in Settings.model_fields
