@@ -71,7 +71,7 @@ def messages_api(messages: list[Message], *tools: Message) -> Shown:
 def responses(items: list[Message], *tools: Message) -> Shown:
     body = {"input": items, "tools": [RESPONSES_TOOL, *tools]}
     request = ResponsesRequest.model_validate(body)
-    read = read_input(request.input, None, {})
+    read = read_input(request.new_input, None, {})
     return show(request.conversation(DEFAULTS, read, read_tools(request.tools)))
 
 

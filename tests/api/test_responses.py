@@ -563,11 +563,22 @@ def test_the_store_evicts_the_least_recently_used() -> None:
         assert 0 < sum(found) < 8
 
 
+def test_a_response_is_continued_without_input(http: httpx.Client) -> None:
+    first = ask(http, "</think>One.")
+    follow = post(http, previous_response_id=first["id"], instructions="⟦</think>Two.⟧")
+    assert text_of(follow) == "One."  # the script of the stored input, which is the last
+    assert follow["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+    refused = http.post("/v1/responses", json={"input": None})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input"
+
+
 def test_a_background_response_is_retrieved_when_it_is_done(http: httpx.Client) -> None:
     made = ask(http, "Hm.</think>Hello.", background=True)
-    assert made["status"] == "in_progress"
+    assert made["status"] == "queued"
     deadline = time.monotonic() + 20
-    while (now := http.get(f"/v1/responses/{made['id']}").json())["status"] == "in_progress":
+    running = ("queued", "in_progress")
+    while (now := http.get(f"/v1/responses/{made['id']}").json())["status"] in running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert now["status"] == "completed"
@@ -580,7 +591,8 @@ def test_a_background_response_can_be_cancelled(scripted: LiveServer, http: http
     made = ask(http, "Hm{wait}", background=True)
     path = f"/v1/responses/{made['id']}"
     too_early = http.post("/v1/responses", json={"input": "Hi", "previous_response_id": made["id"]})
-    assert "in_progress" in too_early.json()["error"]["message"]
+    message = too_early.json()["error"]["message"]
+    assert "queued" in message or "in_progress" in message
     assert http.post(f"{path}/cancel").json()["status"] == "cancelled"
     assert http.get(path).json()["status"] == "cancelled"
     scripted.wait_until_idle()
@@ -591,7 +603,10 @@ def test_a_background_response_can_be_cancelled(scripted: LiveServer, http: http
 def test_a_failure_in_the_background_is_in_the_response(http: httpx.Client) -> None:
     made = ask(http, "{refuse}", background=True)
     deadline = time.monotonic() + 20
-    while (now := http.get(f"/v1/responses/{made['id']}").json())["status"] == "in_progress":
+    while (now := http.get(f"/v1/responses/{made['id']}").json())["status"] in (
+        "queued",
+        "in_progress",
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert now["status"] == "failed"

@@ -125,7 +125,11 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         "response_format": "use text.format.",
     }
 
-    input: str | FailFastList[dict[str, Any]] = Field(json_schema_extra=INPUT_SCHEMA)
+    input: str | FailFastList[dict[str, Any]] | None = Field(
+        default=None,
+        description="May be absent with previous_response_id.",
+        json_schema_extra=INPUT_SCHEMA,
+    )
     instructions: str | None = optional("System message for this answer only.")
     previous_response_id: str | None = optional("Stored response to continue.")
     tools: FailFastList[dict[str, Any]] | None = optional(
@@ -163,6 +167,17 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
     max_tool_calls: NoOp = optional(NO_OP + " It counts hosted tools.")
     context_management: NoOp = optional(NO_OP + " Nothing is dropped or edited.")
     client_metadata: NoOp = None
+
+    @property
+    def new_input(self) -> str | list[dict[str, Any]]:
+        """The input; empty if the request only continues a response.
+
+        Raises:
+            InvalidRequest: there is no response to continue, either.
+        """
+        if self.input is None and not self.previous_response_id:
+            raise invalid_field("input", "is missing. Send input or previous_response_id.")
+        return self.input if self.input is not None else []
 
     def to_generation_request(
         self, defaults: Defaults, items: InputItems, tools: RequestTools

@@ -124,7 +124,7 @@ async def find_referred(
     Raises:
         RefusedBody: there is no room in memory for them.
     """
-    found = await store.find(referred_ids(body.input, body.previous_response_id))
+    found = await store.find(referred_ids(body.new_input, body.previous_response_id))
     own = {id: stored for id, stored in found.items() if stored.owner == owner}
     memory: Reservation = http.state.body_memory
     if not memory.grow(sum(stored.nbytes for stored in own.values())):
@@ -138,9 +138,9 @@ def read_parts(
     """The tools of a request, and the items of its conversation.
 
     Raises:
-        InvalidRequest: a tool is malformed, or a response or item is not stored.
+        InvalidRequest: a tool is malformed, a response or item is not stored, or there is no input.
     """
-    return read_tools(body.tools), read_input(body.input, body.previous_response_id, stored)
+    return read_tools(body.tools), read_input(body.new_input, body.previous_response_id, stored)
 
 
 @router.get("/v1/responses", include_in_schema=False)
@@ -203,6 +203,7 @@ def new_response(
     return ResponseObject(
         id=request.id,
         created_at=int(time.time()),
+        status="queued" if body.background else "in_progress",
         background=bool(body.background),
         frequency_penalty=request.sampling.frequency_penalty,
         instructions=body.instructions,

@@ -101,6 +101,7 @@ class ResponsesBuilder:
         self._is_incomplete = False
 
     def start(self) -> Iterator[bytes]:
+        self.response.status = "in_progress"
         yield self._response_event("response.created")
         yield self.heartbeat()
 
