@@ -19,7 +19,11 @@ from glmd.structured_output.request import AnswerFormat, JsonSchema, OutputSpec
 CONTROLS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
 """Ids of control tokens in random checkpoints."""
 NAMES = {id: name for name, id in CONTROLS.items()}
-END_IDS = [CONTROLS[name] for name in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+END_IDS = [
+    CONTROLS[name]
+    for name in ("<|endoftext|>", "<|user|>", "<|observation|>", "<|system|>", "<|assistant|>")
+]
+"""Ids that end an answer: every role tag does, whatever config.json lists."""
 TAGS = SpecialTokens.find(CONTROLS, "tokenizer.json")
 TOKENIZER = byte_tokenizer(CONTROLS, END_IDS)
 WORDS = -(-TOKENIZER.vocab_size // 32)
