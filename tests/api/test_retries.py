@@ -119,7 +119,7 @@ def test_the_first_client_may_leave(slow: LiveServer) -> None:
         assert after.get("cancelled", 0) == before.get("cancelled", 0)
 
 
-def test_a_cancelled_answer_is_generated_anew(slow: LiveServer) -> None:
+def test_a_cancelled_answer_is_generated_again(slow: LiveServer) -> None:
     sent = body("⟦" + "word " * 20 + "⟧", stream=True)
     by = headers("cancelled")
     with slow.client() as http:

@@ -87,7 +87,7 @@ class RetryMiddleware:
     Requests are the same if owner, path, `x-request-id` and body are. While the first runs, and for
     `KEEP_SECONDS` after it has ended well, others get its answer: the whole of it, streamed as it
     was. The first goes on for them if its client leaves. An answer that failed or was cancelled is
-    forgotten, so that a retry generates anew.
+    forgotten, so that a retry generates it again.
 
     Below `BodyLimitMiddleware`, which passes a body on in one message.
     """
