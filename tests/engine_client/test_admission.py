@@ -139,10 +139,13 @@ def test_retry_after_follows_the_admissions_and_spreads_retries(
 
 
 @pytest.fixture(scope="module")
-def narrow() -> Iterator[LiveServer]:
-    """A server with a queue of four. The engine admits a sequence with its first token, so `{wait}`
-    stays in the queue."""
-    with live_server(max_queue=4) as live:
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server with a queue of four and several keys. The engine admits a sequence with its first
+    token, so `{wait}` stays in the queue."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.touch(0o600)
+    keys.write_text("a\nb\nsdk\nkey\nother\n")
+    with live_server(max_queue=4, api_key_file=keys) as live:
         yield live
 
 
@@ -179,7 +182,9 @@ def test_a_full_queue_rejects_in_each_apis_shape_with_retry_after(
         assert error_of(path, mine) == (529 if path == "/v1/messages" else 503, "overloaded_error")
         assert int(mine.headers["retry-after"]) >= 1
         assert "2 sequences are waiting, 2 of them from this client" in mine.text
-        other = http.post(path, json=body_of(path, "</think>Hi"))
+        other = http.post(
+            path, json=body_of(path, "</think>Hi"), headers={"authorization": "Bearer other"}
+        )
         assert other.status_code == 200, "another client finds room"
 
 
