@@ -272,6 +272,11 @@ class Settings(BaseSettings):
         description="Data type of activations, KV cache and unquantised weights; auto is bfloat16,"
         " in which the model was trained, or float32 without a GPU.",
     )
+    mla_kernel: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Decode attention in a Metal kernel of glmd's own; auto uses it if a trial at"
+        " load finds it right and not slower than MLX's, on does not compare times.",
+    )
     memory_budget: Memory | None = Field(
         None,
         ge=1,
@@ -446,6 +451,7 @@ class Settings(BaseSettings):
             "mtp": DRAFTS[self.mtp],
             "dtype": self.dtype,
             "kv_bits": self.kv_bits if self.kv_bits == "auto" else int(self.kv_bits),
+            "mla_kernel": self.mla_kernel,
         }
 
 

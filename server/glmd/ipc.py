@@ -254,6 +254,8 @@ class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """Memory of the engine process; see `glmd.utils.memory`."""
     out_of_memory: int = 0
     """Steps that failed because the device was out of memory."""
+    mla_kernel: int = 0
+    """1: decode steps use `glmd.model.mla_kernel`; 0: they do not."""
     steps: int = 0
     rows: int = 0
     """Token rows of all steps: decode, verify and prefill rows."""

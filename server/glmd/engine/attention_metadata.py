@@ -23,6 +23,7 @@ from glmd.kv_cache.stored_keys import StoredKeys, map_arrays
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import (
     DecodeGroup,
+    KernelPlan,
     KVSpan,
     PaddedSpans,
     SegmentSlice,
@@ -30,6 +31,7 @@ from glmd.model.batch import (
     SpanLevel,
 )
 from glmd.model.mla import MLAShape
+from glmd.model.mla_kernel import plan_items
 
 TreePath = list[PathNode[Segment]]
 
@@ -59,7 +61,7 @@ class AttentionMetadata:
     Attributes:
         order: the group's sequences, as indices into those it was built for.
         width: rows of each sequence.
-        fused_levels, levels, slots, slot_order: see `DecodeGroup`.
+        fused_levels, levels, slots, slot_order, plan: see `DecodeGroup`.
         tail_starts: [sequences, 1] int32, the position at which each tail begins.
     """
 
@@ -70,6 +72,7 @@ class AttentionMetadata:
     slots: mx.array
     slot_order: SlotPermutation | None
     tail_starts: mx.array
+    plan: KernelPlan | None
 
 
 class AttentionMetadataBuilder:
@@ -77,6 +80,9 @@ class AttentionMetadataBuilder:
 
     Args:
         shape, dtype: of the model.
+
+    Attributes:
+        kernel: whether groups get a plan for `glmd.model.mla_kernel`.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class AttentionMetadataBuilder:
         self._tails = tails
         self._shape = shape
         self._dtype = dtype
+        self.kernel = shape.kernel
         self._gpu = not shape.slices_copied
         self._previous: dict[Hashable, AttentionMetadata] = {}
         self._current: dict[Hashable, AttentionMetadata] = {}
@@ -124,14 +131,37 @@ class AttentionMetadataBuilder:
         if not deferred:
             paths = [[p for p in path if p.node.kv and not p.node.kv.deferred] for path in paths]
         order = sort_by_prefix(sequences, paths)
-        rows = len(sequences) * width
+        return self.layout(
+            order,
+            [paths[i] for i in order],
+            [sequences[i].slot for i in order],
+            [sequences[i].num_cached_tokens for i in order],
+            width,
+        )
+
+    def layout(
+        self,
+        order: list[int],
+        paths: list[TreePath],
+        slots: list[int],
+        tail_starts: list[int],
+        width: int,
+    ) -> AttentionMetadata:
+        """Metadata for `width` rows of each path, in the order of `sort_by_prefix`."""
         shape = self._shape
-        all_levels = [
-            pad_short_spans(spans, width, rows, shape.kv_width, self._dtype, gpu=self._gpu)
-            for spans in build_levels([paths[i] for i in order], width)
-        ]
-        fused, levels = split_fused_levels(all_levels, self._tails.capacity, shape.heads)
-        slots = [sequences[i].slot for i in order]
+        spans = build_levels(paths, width)
+        plan: KernelPlan | None = None
+        if self.kernel:
+            plan = plan_items(shape, [span for level in spans for span in level], slots, width)
+        fused: list[SpanLevel] = []
+        levels: list[SpanLevel] = []
+        if plan is None:
+            rows = len(paths) * width
+            all_levels = [
+                pad_short_spans(level, width, rows, shape.kv_width, self._dtype, gpu=self._gpu)
+                for level in spans
+            ]
+            fused, levels = split_fused_levels(all_levels, self._tails.capacity, shape.heads)
         return AttentionMetadata(
             order=order,
             width=width,
@@ -139,7 +169,8 @@ class AttentionMetadataBuilder:
             levels=levels,
             slots=mx.array(np.repeat(np.array(slots, np.int32), width)),
             slot_order=slot_order(slots, self._tails.slots),
-            tail_starts=mx.array([[sequences[i].num_cached_tokens] for i in order], mx.int32),
+            tail_starts=mx.array([[start] for start in tail_starts], mx.int32),
+            plan=plan,
         )
 
     def decode_group(
@@ -167,6 +198,7 @@ class AttentionMetadataBuilder:
             tail_positions=tail_positions.flatten(),
             order=metadata.slot_order,
             tail_mask=mx.where(visible, 0.0, -mx.inf).astype(self._dtype),
+            plan=metadata.plan,
         )
 
 

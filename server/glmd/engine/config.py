@@ -41,6 +41,8 @@ class EngineConfig:
         mtp: draft tokens per sequence and step. "auto": none or one, by measurement, and no MTP
             layer where memory is short. 0: the MTP layer is not loaded.
         kv_bits: bits of a cached value; 16: in `dtype`. "auto": 16 if 65,536 tokens fit, else 8.
+        mla_kernel: "auto": decode with `glmd.model.mla_kernel` where a trial at load finds it right
+            and not slower. "on": without comparing times; it must run. "off": never.
         prefix_cache: share KV between requests and keep it after they end.
         disk_cache: most bytes of KV in files, from which prefixes are restored; 0: none.
         disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
@@ -58,6 +60,7 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     kv_bits: Literal["auto", 16, 8, 4] = "auto"
+    mla_kernel: Literal["auto", "on", "off"] = "auto"
     prefix_cache: bool = True
     disk_cache: int = 0
     disk_cache_folder: str | None = None

@@ -20,6 +20,7 @@ from glmd.checkpoint.config import load_config
 from glmd.checkpoint.stored import read_weights
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig, validate_request
+from glmd.engine.kernel_trial import kernel_is_used
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
 from glmd.engine.scheduler.disk_tier import DiskTier, open_disk_cache
@@ -78,6 +79,8 @@ def load_engine(
         model = load_model(folder, config.dtype, on_progress, mtp=plan.config.mtp != 0)
         engine = Engine(model, config, budget, structured_output, kv_events, mtp_left_out=left_out)
         model.warm_up()
+        if kernel_is_used(config.mla_kernel, model.shape, model.dtype):
+            engine.use_kernel()
     except BaseException:
         memory.DeviceLimits.restore()
         raise
@@ -195,6 +198,10 @@ class Engine:
         self._cached = self._generated = 0
         self._drafted = self._accepted = self._verified = 0
 
+    def use_kernel(self) -> None:
+        """Let decode rows attend in `glmd.model.mla_kernel`."""
+        self._runner.kernel = True
+
     # -- requests -----------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest) -> None:
@@ -273,7 +280,8 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Launch the next step, then read the one before; returns its outputs.
 
-        After a step that ran out of memory, the next call tries a smaller one.
+        After a step that ran out of memory, the next call tries a smaller one; after another error
+        while the MLA kernel is in use, one without it.
         """
         progress: list[SequenceOutput] = []
         try:
@@ -319,7 +327,8 @@ class Engine:
         since noise depends on the position alone.
 
         Raises:
-            Exception: `error`, unless it is about memory. The engine can go on nevertheless.
+            Exception: `error`, unless it is about memory, or the MLA kernel was in use and may be
+                to blame. The engine can go on nevertheless.
         """
         previous, self.pending_step = self.pending_step, None
         self._runner.reset()
@@ -335,7 +344,9 @@ class Engine:
                 self._finish(sequence)
         mx.clear_cache()
         if not refused:
-            raise error
+            if not self._runner.stop_kernel():
+                raise error
+            log.error("Step failed: MLA kernel off, KV dropped", exc_info=error)
         for sequence in dropped:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -443,6 +454,7 @@ class Engine:
             cache_bytes=mx.get_cache_memory(),
             footprint_bytes=process_memory_bytes(),
             out_of_memory=self._oom_recovery.failures,
+            mla_kernel=int(self._runner.kernel),
             steps=self._steps,
             rows=self._rows,
             prompt_tokens_computed=self._runner.num_prompt_tokens_computed,

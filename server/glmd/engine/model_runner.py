@@ -56,6 +56,20 @@ class ModelRunner:
         if model.mtp is not None:
             self._proposer = MTPProposer(model, model.mtp, scheduler, self._metadata_builder)
 
+    @property
+    def kernel(self) -> bool:
+        """Whether decode rows attend in `glmd.model.mla_kernel`."""
+        return self._metadata_builder.kernel
+
+    @kernel.setter
+    def kernel(self, used: bool) -> None:
+        self._metadata_builder.kernel = used
+
+    def stop_kernel(self) -> bool:
+        """Use the kernel no more; returns whether it was used."""
+        used, self.kernel = self.kernel, False
+        return used
+
     def reset(self) -> None:
         """Release what is kept from step to step."""
         self._metadata_builder.clear()

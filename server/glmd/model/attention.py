@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from glmd.kv_cache.stored_keys import StoredKeys, dequantize
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import ForwardBatch, KVSpan
+from glmd.model.batch import DecodeGroup, ForwardBatch, KVSpan
 from glmd.model.mla import (
     MLAShape,
     Partial,
@@ -27,6 +27,7 @@ from glmd.model.mla import (
     softmax_partial,
     unembed,
 )
+from glmd.model.mla_kernel import attend_items
 
 FUSED_ROWS = 1024
 """Rows from which MLX may have a fused kernel for 256 values per head (0.32: on M5, in
@@ -75,7 +76,9 @@ def attend(
     outs = []
     for group in batch.decode:
         queries, new = q.slice(group.start, group.end), kv[group.start : group.end]
-        outs.append(attend_decode(attn, shape, layer, queries, new, group, tails))
+        tails.write(layer, group.slots, group.tail_positions, new)
+        latents = attend_group(shape, layer, absorb(attn, queries), group, tails)
+        outs.append(unembed(attn, shape, latents))
     start = batch.decode[-1].end if batch.decode else 0
     for chunk in batch.chunks:
         rows = chunk.end - chunk.start if all_rows else chunk.logits_rows
@@ -87,6 +90,19 @@ def attend(
             outs.append(form(attn, shape, layer, queries, new, chunk.spans))
             start += rows
     return concat(outs, 0)
+
+
+def attend_group(
+    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: TailPool
+) -> mx.array:
+    """Attend from a decode group's absorbed queries [rows, heads, kv_width].
+
+    Returns:
+        [rows, heads, latent]
+    """
+    if group.plan is not None:
+        return attend_items(shape, layer, q, group, group.plan, tails)
+    return attend_decode(shape, layer, q, group, tails)
 
 
 def _attend_absorbed(

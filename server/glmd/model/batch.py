@@ -113,6 +113,29 @@ class SlotPermutation:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelLaunch:
+    """One launch of the kernel of `glmd.model.mla_kernel`."""
+
+    items: mx.array
+    """[items, fields] int32: index in `segments` or -1 for a tail; first key and last + 1 (of a
+    tail 0); first row; rows; slot of the tail."""
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """A decode group's keys, divided into items for that kernel; the same for all layers."""
+
+    launches: tuple[KernelLaunch, ...]
+    item_rows: int
+    """Most rows of an item."""
+    offsets: mx.array
+    """[rows + 1] int32: where each row's `entries` begin."""
+    entries: mx.array
+    """[all rows' items, 2] int32: launch, and index of the row's first head in its results."""
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """`sequences` × `width` rows; row i belongs to sequence i // width.
 
@@ -140,6 +163,8 @@ class DecodeGroup:
     tail_mask: mx.array
     """[slots, width * heads, capacity] in the dtype of queries: 0 for the tail keys that each row
     sees, else -inf. With `width` 1 the middle axis may be 1."""
+    plan: KernelPlan | None = None
+    """For `glmd.model.mla_kernel`, in place of all levels; None: it is not used."""
 
     @property
     def end(self) -> int:

@@ -65,6 +65,8 @@ class MLAShape:
     """Whether the device copies a slice of columns before multiplying it. A CPU does."""
     fused: bool = False
     """Whether attention of `attention.FUSED_ROWS` rows and more stores no scores."""
+    kernel: bool = False
+    """Whether decode groups use `glmd.model.mla_kernel`."""
 
     @property
     def kv_width(self) -> int:
@@ -189,21 +191,14 @@ def unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:
 
 
 def attend_decode(
-    attn: Any,
-    shape: MLAShape,
-    layer: int,
-    queries: Queries,
-    kv: StoredKeys,
-    group: DecodeGroup,
-    tails: TailPool,
+    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: TailPool
 ) -> mx.array:
-    tails.write(layer, group.slots, group.tail_positions, kv)
-    q = absorb(attn, queries)
+    """Attend from absorbed queries [rows, heads, kv_width]: [rows, heads, latent]."""
     out, lse = _attend_fused(shape, layer, q, group, tails.view(layer))
-    if lse is not None:
-        others = [_attend_level(shape, layer, q, level) for level in group.levels]
-        out = _merge([Partial(out, lse), *others])
-    return unembed(attn, shape, out)
+    if lse is None:
+        return out
+    others = [_attend_level(shape, layer, q, level) for level in group.levels]
+    return _merge([Partial(out, lse), *others])
 
 
 def _attend_fused(

@@ -1,0 +1,231 @@
+"""Trial of the kernels of MLA decode on this device, when a model is loaded.
+
+The kernels of `glmd.model.mla_kernel` are used only if they compute what the reference does, on
+random contexts, and are not slower in any of three. The reference of the numbers runs in float32 on
+the CPU, which no kernel of the GPU can mislead.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from glmd.engine.attention_metadata import AttentionMetadataBuilder, TreePath
+from glmd.errors import SettingsError
+from glmd.kv_cache.node import Node, PathNode
+from glmd.kv_cache.prefix_tree import PrefixTree
+from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.tail_pool import TailPool
+from glmd.model.attention import attend_group
+from glmd.model.batch import DecodeGroup
+from glmd.model.mla import MLAShape
+from glmd.model.mla_kernel import is_available, supports
+
+log = logging.getLogger("glmd.engine")
+
+KernelSetting = Literal["auto", "on", "off"]
+
+TOLERANCES = {mx.bfloat16: 2.0**-7, mx.float16: 2.0**-9, mx.float32: 1e-4}
+"""Largest error as a share of the largest value: two roundings to the dtype, or of sums."""
+
+CALLS, REPEATS = 8, 5
+"""Calls that depend on each other in one measurement, and measurements of which the median is
+compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Random contexts of a decode group.
+
+    Attributes:
+        shared: keys of a prefix that all sequences share.
+        own: keys of each further piece, the same for every sequence.
+        tail: keys in each tail before the rows' own.
+    """
+
+    name: str
+    sequences: int
+    width: int
+    shared: int
+    own: tuple[int, ...]
+    tail: int
+
+
+PROVED = (
+    Contexts("one key", 1, 1, 0, (), 0),
+    Contexts("40,000 keys", 1, 4, 40_000, (), 5),
+    Contexts("40 pieces", 1, 2, 17, tuple(range(1, 118, 3)), 127),
+    Contexts("33 rows", 33, 1, 700, (50,), 64),
+    Contexts("12 rows, 36 pieces", 6, 2, 301, (16, 1, 15, 90, 128, 33), 31),
+)
+
+TIMED = (
+    Contexts("1 x 2k", 1, 1, 2000, (), 64),
+    Contexts("1 x 16k", 1, 1, 15_000, (900, 100), 64),
+    Contexts("8 x 2k", 8, 1, 0, (1800, 200), 64),
+)
+
+
+def kernel_is_used(setting: KernelSetting, shape: MLAShape, dtype: mx.Dtype) -> bool:
+    """Decide by a trial whether the kernel is used.
+
+    Raises:
+        SettingsError: the setting is on, and the kernel does not run here or computes another
+            result.
+    """
+    if setting == "off" or (setting == "auto" and not is_available()):
+        return False
+    problem = _find_problem(shape, dtype, timed=setting == "auto")
+    mx.clear_cache()
+    if problem is None:
+        log.info("MLA kernel on")
+        return True
+    if setting == "on":
+        raise SettingsError(f"mla_kernel: on, but {problem}. Use auto or off.")
+    log.warning("MLA kernel off: %s", problem)
+    return False
+
+
+def _find_problem(shape: MLAShape, dtype: mx.Dtype, *, timed: bool) -> str | None:
+    if not is_available():
+        return "there is no Apple GPU"
+    if shape.kv_bits != 16:
+        return f"it does not read a KV cache of {shape.kv_bits} bits"
+    if not supports(shape):
+        return f"it is not made for latents of {shape.latent} + {shape.rope} values"
+    try:
+        for contexts in PROVED:
+            error = largest_error(shape, dtype, contexts)
+            if not error <= TOLERANCES[dtype]:
+                return f"its results are wrong by {error:.2g} ({contexts.name})"
+        for contexts in TIMED if timed else ():
+            kernel, reference = measure(shape, dtype, contexts)
+            log.info(
+                "MLA kernel: context=%r kernel_us=%.0f reference_us=%.0f",
+                contexts.name,
+                1e6 * kernel,
+                1e6 * reference,
+            )
+            if kernel > reference:
+                return f"it is slower ({contexts.name}: {kernel / reference:.2f} x)"
+    except Exception as error:  # whatever it is, the reference works
+        return f"it fails: {type(error).__name__}: {str(error)[:500]}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A decode group with random contents."""
+
+    q: mx.array
+    paths: list[TreePath]
+    tails: TailPool
+    contexts: Contexts
+
+    @classmethod
+    def random(cls, shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> _Inputs:
+        rng = np.random.default_rng(0)
+
+        def values(*dims: int, scale: float = 1.0) -> mx.array:
+            made = rng.normal(0, scale, dims).astype(np.float32)
+            return mx.array(made).astype(dtype)
+
+        def piece(length: int) -> PathNode[Segment]:
+            segment = Segment([values(length, shape.kv_width)])
+            return PathNode(Node(np.zeros(length, np.int32), segment, None, 0), length)
+
+        shared = [piece(contexts.shared)] if contexts.shared else []
+        paths = [[*shared, *map(piece, contexts.own)] for _ in range(contexts.sequences)]
+        tails = TailPool(1, shape.kv_width, dtype)
+        slots = mx.array([tails.allocate() for _ in paths], mx.int32)
+        tails.reserve(contexts.tail + contexts.width)
+        positions = mx.arange(contexts.tail + contexts.width)
+        for slot in range(contexts.sequences):
+            rows = values(positions.shape[0], shape.kv_width)
+            tails.write(0, mx.broadcast_to(slots[slot], positions.shape), positions, rows)
+        # Scores of about 2, as in a model.
+        q = values(
+            contexts.sequences * contexts.width,
+            shape.heads,
+            shape.kv_width,
+            scale=2 / shape.kv_width**0.5,
+        )
+        segments = [part.node.kv for path in paths for part in path]
+        mx.eval(q, tails.arrays(), [segment.layers for segment in segments if segment is not None])
+        return cls(q, paths, tails, contexts)
+
+    def group(self, shape: MLAShape, *, kernel: bool) -> DecodeGroup:
+        builder = AttentionMetadataBuilder(
+            PrefixTree[Segment](1), self.tails, replace(shape, kernel=kernel), self.q.dtype
+        )
+        contexts = self.contexts
+        order = list(range(contexts.sequences))
+        starts = [contexts.shared + sum(contexts.own)] * contexts.sequences
+        metadata = builder.layout(order, self.paths, order, starts, contexts.width)
+        first = mx.array(starts, mx.int32)[:, None] + contexts.tail
+        group = builder.decode_group(metadata, 0, first + mx.arange(contexts.width))
+        assert not kernel or group.plan is not None
+        mx.eval(group.tail_mask, group.tail_positions)
+        return group
+
+
+def largest_error(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> float:
+    """The kernel's largest error, as a share of the largest result."""
+    inputs = _Inputs.random(shape, dtype, contexts)
+    group = inputs.group(shape, kernel=True)
+    out = attend_group(shape, 0, inputs.q, group, inputs.tails)
+    mx.eval(out)
+    with mx.stream(mx.cpu):
+        expected = _reference(shape, inputs)
+        error = mx.abs(out.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+        value: float = error.item()  # type: ignore[assignment]
+        return value
+
+
+def _reference(shape: MLAShape, inputs: _Inputs) -> mx.array:
+    """Attention of each row to its keys, in float32."""
+    outs: list[mx.array] = []
+    pool = inputs.tails.view(0)
+    for sequence, path in enumerate(inputs.paths):
+        keys = [part.node.kv.layers[0] for part in path if part.node.kv is not None]
+        for row in range(inputs.contexts.width):
+            tail = pool[sequence, : inputs.contexts.tail + row + 1]
+            seen = mx.concatenate([*keys, tail]).astype(mx.float32)
+            q = inputs.q[len(outs)].astype(mx.float32)
+            outs.append(mx.softmax(q @ seen.T, axis=-1) @ seen[:, : shape.latent])
+            mx.eval(outs[-1])
+    return mx.stack(outs)
+
+
+def measure(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> tuple[float, float]:
+    """Seconds of one call of the kernel and of what it replaces."""
+    inputs = _Inputs.random(shape, dtype, contexts)
+    groups = [inputs.group(shape, kernel=kernel) for kernel in (True, False)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(1 + REPEATS):
+        for times, group in zip(seconds, groups, strict=True):
+            times.append(_seconds(shape, inputs, group))
+    kernel, reference = (statistics.median(_without_first(times)) for times in seconds)
+    return kernel, reference
+
+
+def _without_first(times: Sequence[float]) -> Sequence[float]:
+    """Without the call that compiles."""
+    return times[1:]
+
+
+def _seconds(shape: MLAShape, inputs: _Inputs, group: DecodeGroup) -> float:
+    start = time.perf_counter()
+    q = inputs.q
+    for _ in range(CALLS):
+        out = attend_group(shape, 0, q, group, inputs.tails)
+        q = mx.concatenate([out, inputs.q[..., shape.latent :]], axis=-1)
+    mx.eval(q)
+    return (time.perf_counter() - start) / CALLS
