@@ -23,6 +23,9 @@ BUDGETS = {
 }
 """Without drafts, and with one draft of each sequence."""
 
+MLA_KERNEL_BUDGETS = {"batch 1,": (35, 35), "batch 8,": (35, 43)}
+"""With the MLA kernel, whatever the number of pieces."""
+
 
 @cache
 def _rows() -> dict[tuple[str, int], GraphRow]:
@@ -34,6 +37,13 @@ def _rows() -> dict[tuple[str, int], GraphRow]:
 @pytest.mark.parametrize("workload", BUDGETS)
 def test_a_layer_launches_no_more_kernels_than_its_budget(workload: str, drafts: int) -> None:
     assert _rows()[workload, drafts].kernels <= BUDGETS[workload][drafts]
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.parametrize("workload", BUDGETS)
+def test_with_the_mla_kernel_pieces_cost_no_kernels(workload: str, drafts: int) -> None:
+    (budget,) = (b[drafts] for batch, b in MLA_KERNEL_BUDGETS.items() if workload.startswith(batch))
+    assert _rows()[workload, drafts].with_mla_kernel <= budget
 
 
 def test_one_sequence_takes_no_more_kernels_than_in_mlx_lm() -> None:

@@ -52,8 +52,7 @@ def run_kernels_here(monkeypatch: pytest.MonkeyPatch, *, order: int = 1) -> None
         pytest.skip("needs g++")
     monkeypatch.setattr(mx.fast, "metal_kernel", partial(ShimKernel, order=order))
     monkeypatch.setattr(kernel_trial, "is_available", lambda: True)
-    for kernel in (mla_kernel._split_kernel, mla_kernel._reduce_kernel):
-        kernel.cache_clear()
+    mla_kernel.forget()
 
 
 @dataclass

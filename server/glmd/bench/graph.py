@@ -32,7 +32,15 @@ from glmd.engine.attention_metadata import AttentionMetadataBuilder
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.stored_keys import arrays_of
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.batch import DecodeGroup, ForwardBatch, KVSpan, PaddedSpans, SpanLevel
+from glmd.model import mla_kernel
+from glmd.model.batch import (
+    DecodeGroup,
+    ForwardBatch,
+    KernelLaunch,
+    KVSpan,
+    PaddedSpans,
+    SpanLevel,
+)
 from glmd.model.glm4_moe_lite import DecoderBlock
 from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
@@ -82,21 +90,36 @@ def count_kernels(*outputs: mx.array) -> int:
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Build norms and rotations as one operation each, as on a GPU.
+    """Build norms, rotations and glmd's kernels as one operation each, as on a GPU.
 
     The operations that stand for them compute something else: graphs are to be counted only.
     """
     fast: Any = mx.fast
-    norm, rope = fast.rms_norm, fast.rope
+    norm, rope, metal_kernel = fast.rms_norm, fast.rope, fast.metal_kernel
 
     def one_kernel(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return mx.cumsum(x, axis=-1)
 
+    def make_kernel(**_: Any) -> Callable[..., list[mx.array]]:
+        def launch(
+            *, inputs: list[mx.array], output_shapes: Any, output_dtypes: Any, **_: Any
+        ) -> list[mx.array]:
+            zeros = [mx.array(0, dtype) for dtype in output_dtypes]
+            mx.eval(zeros)
+            views = map(mx.broadcast_to, zeros, output_shapes)
+            outputs: list[mx.array] = mx.depends(list(views), inputs)
+            return outputs
+
+        return launch
+
     fast.rms_norm = fast.rope = one_kernel
+    fast.metal_kernel = make_kernel
+    mla_kernel.forget()
     try:
         yield
     finally:
-        fast.rms_norm, fast.rope = norm, rope
+        fast.rms_norm, fast.rope, fast.metal_kernel = norm, rope, metal_kernel
+        mla_kernel.forget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +128,8 @@ class GraphRow:
 
     Attributes:
         drafts: tokens verified per sequence.
+        kernels: with MLX's operations only.
+        with_mla_kernel: with `glmd.model.mla_kernel`.
         mlx_lm: of mlx-lm with as many sequences, each with its own copy of all keys; None: mlx-lm
             has no such step.
     """
@@ -112,6 +137,7 @@ class GraphRow:
     workload: str
     drafts: int
     kernels: int
+    with_mla_kernel: int
     mlx_lm: int | None
 
 
@@ -139,9 +165,9 @@ class LayerCounter:
         quantize(layer, group_size=64, bits=8, class_predicate=_quantised)
         return layer
 
-    def glmd(self, simulation: Simulation, width: int) -> int:
+    def glmd(self, simulation: Simulation, width: int, *, mla_kernel: bool) -> int:
         """Kernels of a step of all running sequences, with `width` rows each."""
-        shape = simulation.shape
+        shape = replace(simulation.shape, kernel=mla_kernel)
         running = simulation.scheduler.running
         builder = AttentionMetadataBuilder(
             simulation.scheduler.tree, simulation.scheduler.tails, shape, DTYPE
@@ -200,6 +226,13 @@ def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
         ]
         return replace(narrow, parts=parts)
 
+    def launch(narrow: KernelLaunch) -> KernelLaunch:
+        segments = [
+            Segment([mx.broadcast_to(zero, (len(segment), width))]) for segment in narrow.segments
+        ]
+        return replace(narrow, segments=tuple(segments))
+
+    plan = group.plan
     zero, width = mx.zeros((1, 1), DTYPE), shape.kv_width
     arrays = [
         array
@@ -213,6 +246,7 @@ def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
         group,
         fused_levels=[level(each) for each in group.fused_levels],
         levels=[level(each) for each in group.levels],
+        plan=plan and replace(plan, launches=tuple(map(launch, plan.launches))),
     )
 
 
@@ -293,24 +327,41 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
                 on_progress(name)
                 simulation = _streams(count, shared=shared, own=own, output=150)
                 for width in widths:
-                    kernels = counter.glmd(simulation, width)
-                    rows.append(GraphRow(name, width - 1, kernels, mlx_lm if width == 1 else None))
+                    rows.append(
+                        GraphRow(
+                            name,
+                            width - 1,
+                            kernels=counter.glmd(simulation, width, mla_kernel=False),
+                            with_mla_kernel=counter.glmd(simulation, width, mla_kernel=True),
+                            mlx_lm=mlx_lm if width == 1 else None,
+                        )
+                    )
         single = counter.mlx_lm(1, 1000)
         for turns in FORKED_TURNS:
             name = f"batch 1, {turns} forked turn{'s' if turns > 1 else ''}"
             if only not in name:
                 continue
             on_progress(name)
-            counts: dict[int, list[int]] = {width: [] for width in widths}
+            counts: dict[tuple[int, bool], list[int]] = {
+                (width, used): [] for width in widths for used in (False, True)
+            }
 
-            def count_widths(simulation: Simulation, counts: dict[int, list[int]] = counts) -> None:
-                for width, found in counts.items():
-                    found.append(counter.glmd(simulation, width))
+            def count_widths(
+                simulation: Simulation, counts: dict[tuple[int, bool], list[int]] = counts
+            ) -> None:
+                for (width, used), found in counts.items():
+                    found.append(counter.glmd(simulation, width, mla_kernel=used))
 
             forked_turns(turns, count_widths)
             for width in widths:
                 rows.append(
-                    GraphRow(name, width - 1, max(counts[width]), single if width == 1 else None)
+                    GraphRow(
+                        name,
+                        width - 1,
+                        kernels=max(counts[width, False]),
+                        with_mla_kernel=max(counts[width, True]),
+                        mlx_lm=single if width == 1 else None,
+                    )
                 )
     return rows
 
@@ -318,10 +369,14 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
 def kernels_table(rows: list[GraphRow]) -> Table:
     """One line per workload."""
     table = make_table(
-        "Kernels per layer and step", ("workload",), ("glmd", "with one draft each", "mlx-lm")
+        "Kernels per layer and step",
+        ("workload",),
+        ("glmd", "one draft", "MLA kernel", "MLA kernel, one draft", "mlx-lm"),
     )
     plain = [row for row in rows if not row.drafts]
-    drafting = {row.workload: row.kernels for row in rows if row.drafts}
+    drafting = {row.workload: row for row in rows if row.drafts}
     for row in plain:
-        table.add_row(row.workload, str(row.kernels), str(drafting[row.workload]), str(row.mlx_lm))
+        drafted = drafting[row.workload]
+        counts = (row.kernels, drafted.kernels, row.with_mla_kernel, drafted.with_mla_kernel)
+        table.add_row(row.workload, *map(str, counts), str(row.mlx_lm))
     return table

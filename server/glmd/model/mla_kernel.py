@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import StoredKeys
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import DecodeGroup, KernelLaunch, KernelPlan, KVSpan
 from glmd.model.mla import MLAShape
@@ -332,10 +333,10 @@ def attend_items(
         q: [rows, heads, kv_width].
     """
     parts, tiles = shape.latent // COLUMNS, _row_tiles(shape, plan.item_rows)
-    pool = tails.view(layer)
+    pool = _unquantised(tails.view(layer))
     results: list[list[mx.array]] = []
     for launch in plan.launches:
-        keys = [segment.layers[layer] for segment in launch.segments]
+        keys = [_unquantised(segment.layers[layer]) for segment in launch.segments]
         buffers = next(count for count in BUFFERS if count >= len(keys))
         keys += [pool] * (buffers - len(keys))
         count = launch.items.shape[0]
@@ -360,6 +361,11 @@ def attend_items(
         output_dtypes=[q.dtype],
     )
     return out[0]
+
+
+def _unquantised(keys: StoredKeys) -> mx.array:
+    assert isinstance(keys, mx.array), "kv_bits is 16 where these kernels are used"
+    return keys
 
 
 @cache
@@ -403,6 +409,12 @@ def _reduce_kernel(
         REDUCE.replace("CASES", cases),
         _header(dtype, constants),
     )
+
+
+def forget() -> None:
+    """Forget all kernels, for other ones of `mx.fast.metal_kernel`."""
+    _split_kernel.cache_clear()
+    _reduce_kernel.cache_clear()
 
 
 def _kernel(
