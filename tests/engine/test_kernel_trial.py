@@ -87,7 +87,7 @@ def test_a_wrong_kernel_is_not_used(
 
 def test_other_dimensions_use_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     assert not kernel_is_used("auto", replace(SHAPE, latent=48), mx.float32)
-    assert "MLA kernel off: it is not made for latents of 48 + 8 values" in caplog.text
+    assert "MLA kernel off: it is not made for latents of 48 + 8 values of 16 bits" in caplog.text
 
 
 def test_it_is_off_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

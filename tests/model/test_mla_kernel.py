@@ -25,7 +25,7 @@ from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend_group
 from glmd.model.batch import KVSpan, SegmentSlice
 from glmd.model.mla import MLAShape
-from glmd.model.mla_kernel import BUFFERS, LAUNCHES, plan_items, supports
+from glmd.model.mla_kernel import BUFFERS, LAUNCHES, plan_items, supports, unquantised
 
 SMALL = MLAShape(heads=3, latent=64, nope=8, rope=8, value=6, kernel=True)
 WIDE = MLAShape(heads=5, latent=128, nope=8, rope=32, value=6, kernel=True)
@@ -97,7 +97,7 @@ class _Group:
         metadata = builder.layout(order, paths, slots.tolist(), [7] * sequences, width)
         positions = 7 + filled[:, None] + np.arange(width)
         self.group = builder.decode_group(metadata, 0, mx.array(positions.astype(np.int32)))
-        pool = _float64(self.tails.view(0))
+        pool = _float64(unquantised(self.tails.view(0)))
         self.keys = [
             np.concatenate([*_sealed(path), pool[slot, : length + row + 1]])
             for path, slot, length in zip(paths, slots, filled, strict=True)
@@ -120,7 +120,11 @@ class _Group:
 
 
 def _sealed(path: Path) -> list[Floats]:
-    return [_float64(part.node.kv.layers[0])[: part.length] for part in path if part.node.kv]
+    return [
+        _float64(unquantised(part.node.kv.layers[0]))[: part.length]
+        for part in path
+        if part.node.kv
+    ]
 
 
 @settings(

@@ -26,7 +26,7 @@ from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend_group
 from glmd.model.batch import DecodeGroup
 from glmd.model.mla import MLAShape
-from glmd.model.mla_kernel import is_available, supports
+from glmd.model.mla_kernel import is_available, supports, unquantised
 
 log = logging.getLogger("glmd.engine")
 
@@ -96,10 +96,9 @@ def kernel_is_used(setting: KernelSetting, shape: MLAShape, dtype: mx.Dtype) -> 
 def _find_problem(shape: MLAShape, dtype: mx.Dtype, *, timed: bool) -> str | None:
     if not is_available():
         return "there is no Apple GPU"
-    if shape.kv_bits != 16:
-        return f"it does not read a KV cache of {shape.kv_bits} bits"
-    if not supports(shape):
-        return f"it is not made for latents of {shape.latent} + {shape.rope} values"
+    if shape.kv_bits != 16 or not supports(shape):
+        width = f"{shape.latent} + {shape.rope}"
+        return f"it is not made for latents of {width} values of {shape.kv_bits} bits"
     try:
         for contexts in PROVED:
             error = largest_error(shape, dtype, contexts)
@@ -192,9 +191,10 @@ def largest_error(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> float
 def _reference(shape: MLAShape, inputs: _Inputs) -> mx.array:
     """Attention of each row to its keys, in float32."""
     outs: list[mx.array] = []
-    pool = inputs.tails.view(0)
+    pool = unquantised(inputs.tails.view(0))
     for sequence, path in enumerate(inputs.paths):
-        keys = [part.node.kv.layers[0] for part in path if part.node.kv is not None]
+        segments = [part.node.kv for part in path if part.node.kv is not None]
+        keys = [unquantised(segment.layers[0]) for segment in segments]
         for row in range(inputs.contexts.width):
             tail = pool[sequence, : inputs.contexts.tail + row + 1]
             seen = mx.concatenate([*keys, tail]).astype(mx.float32)

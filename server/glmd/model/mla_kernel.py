@@ -333,10 +333,10 @@ def attend_items(
         q: [rows, heads, kv_width].
     """
     parts, tiles = shape.latent // COLUMNS, _row_tiles(shape, plan.item_rows)
-    pool = _unquantised(tails.view(layer))
+    pool = unquantised(tails.view(layer))
     results: list[list[mx.array]] = []
     for launch in plan.launches:
-        keys = [_unquantised(segment.layers[layer]) for segment in launch.segments]
+        keys = [unquantised(segment.layers[layer]) for segment in launch.segments]
         buffers = next(count for count in BUFFERS if count >= len(keys))
         keys += [pool] * (buffers - len(keys))
         count = launch.items.shape[0]
@@ -363,7 +363,8 @@ def attend_items(
     return out[0]
 
 
-def _unquantised(keys: StoredKeys) -> mx.array:
+def unquantised(keys: StoredKeys) -> mx.array:
+    """The same keys, which are not quantised."""
     assert isinstance(keys, mx.array), "kv_bits is 16 where these kernels are used"
     return keys
 
