@@ -38,7 +38,6 @@ from glmd.model.batch import (
     ForwardBatch,
     KernelLaunch,
     KVSpan,
-    PaddedSpans,
     SpanLevel,
 )
 from glmd.model.glm4_moe_lite import DecoderBlock
@@ -221,7 +220,11 @@ def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
         parts = [
             span(part)
             if isinstance(part, KVSpan)
-            else replace(part, spans=[span(each) for each in part.spans])
+            else replace(
+                part,
+                spans=[span(each) for each in part.spans],
+                padding=[mx.broadcast_to(zero, (each.shape[0], width)) for each in part.padding],
+            )
             for part in narrow.parts
         ]
         return replace(narrow, parts=parts)
@@ -234,14 +237,7 @@ def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
 
     plan = group.plan
     zero, width = mx.zeros((1, 1), DTYPE), shape.kv_width
-    arrays = [
-        array
-        for each in (*group.fused_levels, *group.levels)
-        for part in each.parts
-        if isinstance(part, PaddedSpans)
-        for array in part.padding
-    ]
-    mx.eval(zero, arrays)
+    mx.eval(zero)
     return replace(
         group,
         fused_levels=[level(each) for each in group.fused_levels],
