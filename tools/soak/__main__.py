@@ -26,6 +26,11 @@ from server import SoakServer
 
 WORKERS = 6
 
+SLEEP_SECONDS = 25.0
+"""Longer than `HANG_TIMEOUT`: the engine must not be restarted for it."""
+
+MEMORY_INTERVAL = 3.0
+
 KILL_INTERVAL = 62.0
 """Minimum seconds between two kills in a long run: a minute resets the delay of a restart."""
 
@@ -40,6 +45,8 @@ class EngineKiller:
         self._load = load
         self._rng = rng
         self._interval = interval
+        self.lock = asyncio.Lock()
+        """Held while processes are stopped, so that nobody else lets them go on."""
 
     async def run_until(self, end: float) -> None:
         while True:
@@ -47,11 +54,13 @@ class EngineKiller:
             if time.monotonic() + pause > end:
                 return
             await asyncio.sleep(pause)
-            await self._kill(self._rng.choice([signal.SIGKILL, signal.SIGABRT]))
+            number = self._rng.choice([signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP])
+            async with self.lock:
+                await self._kill(number)
 
     async def _kill(self, number: signal.Signals) -> None:
         in_flight = set(self._load.pending)
-        await asyncio.to_thread(self._server.kill_engine, number)
+        await asyncio.to_thread(self._server.kill_engine, number)  # returns once it is dead
         killed_at = time.monotonic()
         self.count += 1
         if in_flight:
@@ -60,6 +69,36 @@ class EngineKiller:
         outcomes.failure_latency = max(outcomes.failure_latency, time.monotonic() - killed_at)
         await asyncio.to_thread(self._server.wait_until_ready)
         self.slowest_restart = max(self.slowest_restart, time.monotonic() - killed_at)
+
+
+async def disturb(
+    server: SoakServer, rng: random.Random, lock: asyncio.Lock, interval: float, end: float
+) -> int:
+    """Disturb everything but the engine alone, at random times; return how often."""
+    faults = [
+        lambda: server.disturb_helper(rng.randrange(9), signal.SIGKILL),
+        lambda: server.disturb_helper(rng.randrange(9), signal.SIGSTOP),
+        lambda: server.sleep(SLEEP_SECONDS),
+        server.press_disk,
+        server.reload,
+    ]
+    count = 0
+    while time.monotonic() + 2 * interval < end:
+        await asyncio.sleep(interval * rng.uniform(0.5, 1.5))
+        async with lock:
+            await asyncio.to_thread(faults[count % len(faults)])
+        count += 1
+    return count
+
+
+async def watch_memory(server: SoakServer, load: Load, end: float) -> list[tuple[int, int, int]]:
+    """Requests so far, and bytes of both processes, every few seconds."""
+    seen = []
+    while time.monotonic() < end:
+        memory = await asyncio.to_thread(server.memory)
+        seen.append((load.outcomes.counts.total(), *memory))
+        await asyncio.sleep(MEMORY_INTERVAL)
+    return seen
 
 
 async def window(load: Load, seconds: float) -> float:
@@ -74,17 +113,19 @@ async def soak(seconds: float, seed: int, folder: Path) -> SoakReport:
     server = SoakServer(folder, folder / "log")
     start = time.monotonic()
     try:
-        load = Load(server.url, seed)
+        load = Load(server.url, seed, list(server.keys.values()))
         await load.run(Load.anything, WORKERS, time.monotonic() + seconds / 15)  # warm-up
         span = min(60.0, seconds / 6)
         first = await window(load, span)
         before = server.snapshot()
         end = max(start + seconds - span, time.monotonic() + seconds / 3)
         killer = EngineKiller(server, load, rng, min(KILL_INTERVAL, seconds / 8))
-        await asyncio.gather(
+        _, _, disturbances, memory = await asyncio.gather(
             load.run(Load.anything, WORKERS, end),
             # the last engine must run as long as the first one before the comparison
             killer.run_until(end - span),
+            disturb(server, rng, killer.lock, seconds / 40, end - span),
+            watch_memory(server, load, end),
         )
         last = await window(load, span)
         after = server.snapshot()
@@ -98,6 +139,8 @@ async def soak(seconds: float, seed: int, folder: Path) -> SoakReport:
         seconds=time.monotonic() - start,
         outcomes=load.outcomes,
         kills=killer.count,
+        disturbances=disturbances,
+        memory=memory,
         restarts=engine["restarts"],
         stats=engine["stats"],
         load_average=os.getloadavg()[2],

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,10 +67,11 @@ class Load:
         pending: requests that have not ended.
     """
 
-    def __init__(self, url: str, seed: int) -> None:
+    def __init__(self, url: str, seed: int, keys: Sequence[str]) -> None:
         self.outcomes = Outcomes()
         self.pending: set[asyncio.Task[None]] = set()
         self._url = url
+        self._keys = keys
         self._rng = random.Random(seed)
         self._retry_after: dict[asyncio.Task[Any] | None, float] = {}
         """Seconds from the Retry-After header, by request."""
@@ -105,9 +106,11 @@ class Load:
         chance = self._rng.random()
         if chance < 0.12:
             await self._leave(traffic.mixed(self._rng))
-        elif chance < 0.2:
+        elif chance < 0.16:
+            await self._hostile()
+        elif chance < 0.22:
             await self._malformed()
-        elif chance < 0.23:
+        elif chance < 0.24:
             await self._half_a_body()
         elif chance < 0.3:
             await self._ask(traffic.quick(self._rng))
@@ -128,7 +131,7 @@ class Load:
         """Send a request and read the answer; return a complete answer, else None."""
         try:
             response = await self._http.post(
-                request.path, content=traffic.encode(request), headers=HEADERS
+                request.path, content=traffic.encode(request), headers=self._headers()
             )
         except httpx.HTTPError as error:
             self.outcomes.note(
@@ -155,7 +158,7 @@ class Load:
         pieces = self._rng.randrange(6)
         try:
             async with self._http.stream(
-                "POST", request.path, content=traffic.encode(request), headers=HEADERS
+                "POST", request.path, content=traffic.encode(request), headers=self._headers()
             ) as response:
                 async for _ in response.aiter_raw():
                     pieces -= 1
@@ -168,24 +171,36 @@ class Load:
             return
         self.outcomes.note(request.kind, "left")
 
+    async def _hostile(self) -> None:
+        await self._refused("hostile", *self._rng.choice(traffic.HOSTILE))
+
     async def _malformed(self) -> None:
         body = self._rng.choice([*traffic.MALFORMED, self._rng.randbytes(200)])
-        path = "/v1/chat/completions"
+        await self._refused("malformed", "/v1/chat/completions", body)
+
+    async def _refused(self, kind: str, path: str, body: bytes) -> None:
+        """Send a body that must be refused, or answered without harm."""
         try:
-            response = await self._http.post(path, content=body, headers=HEADERS)
+            response = await self._http.post(path, content=body, headers=self._headers())
         except httpx.HTTPError as error:
-            self.outcomes.note("malformed", "wrong", f"{type(error).__name__} {error}")
+            self.outcomes.note(kind, "wrong", f"{type(error).__name__} {error}")
             return
-        refused = 400 <= response.status_code < 500 or unavailable(response)
-        outcome: Outcome = "refused" if refused else "wrong"
-        self.outcomes.note("malformed", outcome, f"status {response.status_code}")
+        status = response.status_code
+        outcome: Outcome = "refused" if 400 <= status < 500 or unavailable(response) else "wrong"
+        if kind == "hostile" and status == httpx.codes.OK:
+            outcome = "completed"
+        self.outcomes.note(kind, outcome, f"status {status}")
+
+    def _headers(self) -> dict[str, str]:
+        return {**HEADERS, "x-api-key": self._rng.choice(self._keys)}
 
     async def _half_a_body(self) -> None:
         """Announce 1,000 bytes of body, send ten, and disconnect."""
         url = httpx.URL(self._url)
         _, writer = await asyncio.open_connection(url.host, url.port)
+        key = self._rng.choice(self._keys).encode()
         writer.write(
-            b"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+            b"POST /v1/messages HTTP/1.1\r\nhost: 127.0.0.1\r\nx-api-key: " + key + b"\r\n"
             b'content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"messages'
         )
         await writer.drain()

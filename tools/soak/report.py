@@ -6,6 +6,8 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
 from typing import Any, get_args
 
 from load import Outcome, Outcomes
@@ -34,7 +36,9 @@ class SoakReport:
     """Measurements of one run.
 
     Attributes:
-        kills: number of times the engine was killed.
+        kills: number of times the engine was killed, or stopped until the server did so.
+        disturbances: faults of other processes, sleeps of all, damaged files and reloads.
+        memory: requests so far, and bytes of the API process and of the engine without KV.
         slowest_restart: maximum seconds from a kill until the engine was ready.
         first: tokens per second in the first window without faults.
         last: tokens per second in the last window without faults.
@@ -46,6 +50,8 @@ class SoakReport:
     seconds: float
     outcomes: Outcomes
     kills: int
+    disturbances: int
+    memory: list[tuple[int, int, int]]
     restarts: int
     slowest_restart: float
     before: Snapshot
@@ -101,6 +107,13 @@ class SoakReport:
         yield row("tokens per second, without faults", f"{self.first:.1f}", f"{self.last:.1f}")
         yield ""
         yield (
+            f"Growth per 1,000 requests: API process {self.slope(1):+.1f} MiB, engine without KV"
+            f" {self.slope(2):+.1f} MiB. {self.disturbances} times a helper process was killed or"
+            " stopped, all processes slept, a file of the disk cache was cut or the settings were"
+            " reloaded."
+        )
+        yield ""
+        yield (
             f"{self.seconds:.0f} s on {platform.system()} {platform.machine()}, load average"
             f" {self.load_average:.1f} on {os.cpu_count()} cores. The engine was killed"
             f" {self.kills} times: requests in flight failed within"
@@ -111,6 +124,20 @@ class SoakReport:
             f" {self.stats['preemptions']} times, and restored"
             f" {self.stats['disk_restored_tokens']:,} from disk."
         )
+
+    def slope(self, process: int) -> float:
+        """Growth in MiB per 1,000 requests, by the median of the slopes of all pairs (Theil-Sen).
+
+        Args:
+            process: 1: API process. 2: engine.
+        """
+        points = [(each[0], each[process]) for each in self.memory if each[process]]
+        slopes = [
+            (after - before) / (later - earlier)
+            for (earlier, before), (later, after) in combinations(points, 2)
+            if later > earlier
+        ]
+        return 1000 * median(slopes or [0.0]) / MEBIBYTE
 
     def reasons(self) -> Iterator[str]:
         for (outcome, reason), count in sorted(self.outcomes.reasons.items()):

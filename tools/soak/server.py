@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,9 +22,15 @@ from glmd.utils.memory import process_memory_bytes
 
 START_TIMEOUT = 120.0
 
-BUDGET = "56MiB"
+BUDGET = "74MiB"
 """Room for the demo's weights and about 5,500 tokens of KV cache, of which a request may use 4,096:
 evictions are constant and preemptions frequent."""
+
+HANG_TIMEOUT = 20.0
+"""Seconds after which a stopped engine is restarted. A loaded machine needs a minute to start one,
+and it may be silent for five times as long then."""
+
+REQUEST_TIMEOUT = 240.0
 
 DISK_CACHE = "64MiB"
 """About 50,000 tokens of KV, so that the disk cache evicts, too."""
@@ -48,15 +57,30 @@ class SoakServer:
 
     def __init__(self, folder: Path, log: Path) -> None:
         self._folder = folder
+        self._config = folder / "config.toml"
+        self._config.touch()
+        self.keys = {name: secrets.token_hex() for name in ("alice", "bob")}
+        """By client. The admin's key is `admin`."""
+        self.admin = {"authorization": f"Bearer {secrets.token_hex()}"}
+        key_file = folder / "keys"
+        key_file.touch(0o600)
+        key_file.write_text("\n".join(self.keys.values()))
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "glmd", "serve", "--port", "0", "--memory-budget", BUDGET],
+                [
+                    *(sys.executable, "-m", "glmd", "serve", "--port", "0"),
+                    *("--memory-budget", BUDGET),
+                    *("--config", str(self._config), "--api-key-file", str(key_file)),
+                ],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 env={
                     **os.environ,
                     "TMPDIR": str(folder),
                     "GLMD_RESPONSE_STORE": "4MiB",
+                    "GLMD_API_KEY": self.admin["authorization"].removeprefix("Bearer "),
+                    "GLMD_HANG_TIMEOUT": str(HANG_TIMEOUT),
+                    "GLMD_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT),
                     "GLMD_DISK_CACHE": DISK_CACHE,
                     "GLMD_DISK_CACHE_FOLDER": str(folder / "kv"),
                 },
@@ -75,7 +99,7 @@ class SoakServer:
         sys.exit(f"glmd serve did not start:\n{log.read_text()}")
 
     def status(self) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/glmd/status", timeout=30)
+        answer = httpx.get(f"{self.url}/glmd/status", timeout=60, headers=self.admin)
         status: dict[str, Any] = answer.raise_for_status().json()
         return status
 
@@ -88,9 +112,51 @@ class SoakServer:
             time.sleep(0.05)
 
     def kill_engine(self, number: signal.Signals) -> None:
-        pid = self.status()["engine"]["pid"]
-        if pid is not None:
-            os.kill(pid, number)
+        """Kill the engine; after SIGSTOP the server has to notice and to restart it."""
+        engine = self._engine()
+        engine.send_signal(number)
+        if number is signal.SIGSTOP:
+            engine.wait(START_TIMEOUT)
+
+    def disturb_helper(self, index: int, number: signal.Signals) -> None:
+        """Send a signal to one of the processes for the template, grammars and bodies."""
+        engine = self._engine()
+        helpers = [child for child in self._api.children() if child != engine]
+        if helpers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                helpers[index % len(helpers)].send_signal(number)
+
+    def sleep(self, seconds: float) -> None:
+        """Stop all processes, as a laptop does that sleeps, and let them go on."""
+        group = [self._api, *self._api.children(recursive=True)]
+        for number, pause in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
+            for process in group:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            time.sleep(pause)
+
+    def press_disk(self) -> None:
+        """Damage or take away a file of the disk cache."""
+        for file in sorted((self._folder / "kv").glob("*.safetensors"))[:1]:
+            with contextlib.suppress(OSError):
+                os.truncate(file, file.stat().st_size // 2)
+
+    def reload(self) -> None:
+        """Change a setting and have it read."""
+        self._config.write_text(f"max_tokens = {random.randrange(500, 1000)}\n")
+        self._process.send_signal(signal.SIGHUP)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the API process, and of the engine without KV; 0: it does not run."""
+        engine = 0
+        with contextlib.suppress(psutil.Error, KeyError, TypeError):
+            status = self.status()["engine"]
+            engine = process_memory_bytes(status["pid"]) - int(status["stats"]["kv_bytes"])
+        return process_memory_bytes(self._api.pid), engine
+
+    def _engine(self) -> psutil.Process:
+        self.wait_until_ready()
+        return psutil.Process(self.status()["engine"]["pid"])
 
     def snapshot(self) -> Snapshot:
         """Wait until the engine is idle and measure. Clients must have disconnected."""

@@ -55,6 +55,31 @@ MALFORMED: tuple[bytes, ...] = (
 """Invalid bodies of chat completions. The last one exceeds the context."""
 
 
+HOSTILE: tuple[tuple[str, bytes], ...] = (
+    ("/v1/chat/completions", b'{"messages": [%s1]}' % (b"1," * 500_000)),
+    ("/v1/chat/completions", b'{"messages": %s}' % (b"[" * 100_000)),
+    ("/v1/completions", b'{"prompt": [%s-1]}' % (b"-1," * 300_000)),
+    ("/detokenize", b'{"tokens": [%s-1]}' % (b"2000000000," * 100_000)),
+    ("/tokenize", b'{"prompt": "%s"}' % (b"\\ud800" * 100_000)),
+    ("/v1/messages", b'{"max_tokens": %s, "messages": []}' % (b"9" * 4000)),
+    (
+        "/v1/chat/completions",
+        b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"a" * 5_000_000),
+    ),
+    (
+        "/v1/chat/completions",
+        b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"%s": 1}}'
+        % (b"9" * 5000),
+    ),
+    (
+        "/v1/chat/completions",
+        b'{"messages": [{"role": "user", "content": "x"}], "guided_json":'
+        b' {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}',
+    ),
+)
+"""Bodies that are made to take time or memory, by path."""
+
+
 @dataclass(frozen=True)
 class ClientRequest:
     """A request.
