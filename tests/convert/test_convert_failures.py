@@ -214,14 +214,13 @@ def test_too_little_disk_space_is_reported_before_conversion(
 def test_a_disk_that_fills_up_during_conversion_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.open
+    real = os.open
 
-    def open_full(self: Path, mode: str = "r", **kwargs: Any) -> Any:
-        return (
-            real(Path("/dev/full"), "wb", **kwargs) if mode == "xb" else real(self, mode, **kwargs)
-        )
+    def open_full(path: Any, flags: int, *mode: int, **kwargs: Any) -> int:
+        new = flags & os.O_EXCL and str(path).endswith(".safetensors")
+        return real("/dev/full", os.O_WRONLY) if new else real(path, flags, *mode, **kwargs)
 
-    monkeypatch.setattr(Path, "open", open_full)
+    monkeypatch.setattr(os, "open", open_full)
     error = _refusal(source, tmp_path / "out")
     assert "the disk is full" in error.message
     assert isinstance(error.__cause__, OSError)
