@@ -446,7 +446,9 @@ def order_tool_results(messages: Sequence[Message]) -> list[Message]:
             if index in results:
                 ordered.append(results[index])
             elif index in open_calls:
-                ordered.append(ToolMessage(NO_RESULT, open_calls.pop(index)))
+                id = open_calls.pop(index)
+                places[id].remove(index)
+                ordered.append(ToolMessage(NO_RESULT, id))
         ordered.extend(others)
         results.clear()
         others.clear()
