@@ -216,7 +216,7 @@ class ResponsesAgent(Agent):
                 case "function_call":
                     name = (
                         f"{item['namespace']}__{item['name']}"
-                        if item["namespace"]
+                        if item.get("namespace")
                         else item["name"]
                     )
                     calls.append((item["call_id"], name, item["arguments"]))

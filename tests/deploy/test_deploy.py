@@ -128,7 +128,9 @@ def test_readme_lists_exactly_the_files_of_deploy() -> None:
     files = {str(file.relative_to(DEPLOY)) for file in DEPLOY.glob("*/*")}
     named = set(
         re.findall(
-            r"(?:launchd|newsyslog|systemd|homebrew|prometheus|grafana)/[\w.-]+\.\w+", readme
+            r"(?:launchd|newsyslog|systemd|homebrew|prometheus|grafana|cluster|man|completions)"
+            r"/[\w.-]*\w",
+            readme,
         )
     )
     assert named == files

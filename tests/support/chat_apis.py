@@ -105,7 +105,7 @@ class ChatCompletionsApi(ChatApi):
         )
         return [
             Answer(
-                choice["message"].get("reasoning_content", ""),
+                choice["message"]["reasoning_content"] or "",
                 choice["message"]["content"] or "",
                 [
                     (call["function"]["name"], json.loads(call["function"]["arguments"]))
@@ -127,16 +127,16 @@ class ChatCompletionsApi(ChatApi):
             (piece,) = chunk["choices"]
             index, delta = piece["index"], dict(piece["delta"])
             if index not in choices:
-                assert delta == {"role": "assistant", "content": ""}
+                assert delta == {"role": "assistant", "content": "", "reasoning_content": None}
                 choices[index] = {"index": index, "message": delta, "finish_reason": None}
                 continue
             choice, message = choices[index], choices[index]["message"]
             assert choice["finish_reason"] is None
             choice["finish_reason"] = piece["finish_reason"]
-            assert (piece["finish_reason"] is None) != (delta == {})
+            assert (piece["finish_reason"] is None) != (delta == {"reasoning_content": None})
             for key in ("content", "reasoning_content"):
-                if key in delta:
-                    message[key] = message.get(key, "") + delta[key]
+                if delta.get(key) is not None:
+                    message[key] = (message.get(key) or "") + delta[key]
             for call in delta.get("tool_calls", ()):
                 calls = message.setdefault("tool_calls", [])
                 if "id" in call:
