@@ -15,6 +15,7 @@ import pytest
 from live import LiveServer, live_server
 
 from glmd.api import server
+from glmd.api.request_body import INLINE_EXPANSION
 
 PATIENCE = 0.4
 
@@ -255,13 +256,20 @@ def test_connections_beyond_the_limit_are_503(monkeypatch: pytest.MonkeyPatch) -
             each.close()
 
 
-def test_bodies_beyond_the_memory_for_bodies_are_503() -> None:
+def test_bodies_beyond_the_memory_for_bodies_are_503(tmp_path: Path) -> None:
     """One client can hold half of the memory; other clients still find memory."""
+    keys = tmp_path / "keys"
+    keys.touch(0o600)
+    keys.write_text("one\nother\n")
     fields = {"padding": " " * 1500}
     waits = request({"messages": [{"role": "user", "content": "⟦{wait}⟧"}]} | fields)
     hello = request({"messages": [{"role": "user", "content": "⟦</think>Hi⟧"}]} | fields)
-    hello_of_another = hello.replace(b"Host:", b"Authorization: Bearer other\r\nHost:", 1)
-    with live_server(max_body=2048) as live:
+    waits, hello, hello_of_another = (
+        sent.replace(b"Host:", b"Authorization: Bearer " + key + b"\r\nHost:", 1)
+        for sent, key in ((waits, b"one"), (hello, b"one"), (hello, b"other"))
+    )
+    # Half of the memory holds ten such bodies, each with what it takes once it is parsed.
+    with live_server(max_body=2048 * (1 + INLINE_EXPANSION), api_key_file=keys) as live:
 
         def answer(sent: bytes) -> bytes:
             with connect(live) as opened:
