@@ -25,10 +25,13 @@ KEEP_SECONDS = 60.0
 """How long an answer is kept after its end."""
 
 KEEP_BYTES = 64 << 20
-"""Size of all kept answers; older ones go first."""
+"""Memory of all kept answers; older ones go first."""
 
 MAX_BYTES = 16 << 20
-"""Size of an answer up to which it is kept."""
+"""Memory of an answer up to which it is kept."""
+
+MESSAGE_BYTES = 512
+"""Memory of a message beside its body; a stream has one for each event."""
 
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 """Paths that generate."""
@@ -42,7 +45,7 @@ class _Answer:
 
     Attributes:
         scope: of the first request.
-        size: bytes of the body so far.
+        size: bytes in memory so far.
         is_kept: false once the answer has been forgotten.
         followers: requests that wait for further messages.
         ended: moment of the end, in seconds of `time.monotonic()`; None: it goes on.
@@ -140,7 +143,7 @@ class RetryMiddleware:
         async def write(message: Message) -> None:
             if answer.is_kept or answer.followers:
                 answer.messages.append(_copy(message))
-                answer.size += len(message.get("body", b""))
+                answer.size += MESSAGE_BYTES + len(message.get("body", b""))
                 answer.notify()
             if answer.size > MAX_BYTES and not answer.followers:
                 self._forget(key, answer)
