@@ -171,7 +171,7 @@ class WeightWriter:
             OSError: the file cannot be written.
         """
         specs = [spec for planned in weights for spec in planned.specs]
-        with _bounded_cache(), TensorFileWriter(file, specs, {"format": "mlx"}) as writer:
+        with bounded_cache(CACHE_BYTES), TensorFileWriter(file, specs, {"format": "mlx"}) as writer:
             for planned in weights:
                 for name, data in self._encode(planned):
                     writer.write(name, data)
@@ -206,9 +206,9 @@ def read_importance(file: Path | None) -> dict[str, mx.array]:
 
 
 @contextmanager
-def _bounded_cache() -> Iterator[None]:
-    """Limit MLX's cache to `CACHE_BYTES`; afterwards empty it and restore the limit."""
-    before = mx.set_cache_limit(CACHE_BYTES)
+def bounded_cache(nbytes: int) -> Iterator[None]:
+    """Limit MLX's cache to `nbytes`; afterwards empty it and restore the limit."""
+    before = mx.set_cache_limit(nbytes)
     try:
         yield
     finally:

@@ -23,15 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from glmd.checkpoint.layout import main_weights
+from glmd.convert.weights import bounded_cache
 from glmd.errors import CheckpointError
 from glmd.evaluate.scores import LayerScores, TokenScores, compare_layers, row
 from glmd.evaluate.streaming import (
     BATCH_ROWS,
+    CACHE_BYTES,
     LOGITS_ROWS,
     Activations,
     LayerReader,
     LayerRunner,
-    bounded_cache,
     forward_batch,
 )
 from glmd.evaluate.text import Batch, TokenSet
@@ -151,7 +152,7 @@ class Pass:
         done = json.loads(state.read_bytes())["stages"] if state.exists() else 0
         total = (layers + 2) * len(self.text)
         on_progress(self.name, done * len(self.text), total)
-        with bounded_cache():
+        with bounded_cache(CACHE_BYTES):
             for stage in range(done, layers + 1):
                 if stage == 0:
                     runner.embed(self.reader.embedding(), hidden[0])

@@ -30,14 +30,15 @@ import numpy as np
 from glmd.checkpoint.config import QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights
 from glmd.convert.refine import dequantize, quantize
+from glmd.convert.weights import bounded_cache
 from glmd.errors import CheckpointError
 from glmd.evaluate.streaming import (
+    CACHE_BYTES,
     LOGITS_ROWS,
     Activations,
     Arrays,
     LayerReader,
     LayerRunner,
-    bounded_cache,
 )
 from glmd.evaluate.text import TokenSet
 
@@ -285,7 +286,7 @@ def run_variants(
         if weight.is_matrix:
             weights.setdefault(_layer_of(weight), []).append(weight)
     steps = reader.layers + 2
-    with bounded_cache():
+    with bounded_cache(CACHE_BYTES):
         arrays = reader.read("model.embed_tokens.")
         runner.embed(reader.embedding(arrays), base[0])
         counts = np.bincount(text.tokens, minlength=reader.config.vocab_size)

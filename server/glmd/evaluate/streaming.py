@@ -6,8 +6,7 @@ one layer and one batch, at any size of the checkpoint and any number of tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -313,17 +312,6 @@ class LayerRunner:
         for batch in self.batches:
             h = embedding(mx.array(self.text.tokens[batch.start : batch.end]))
             target.write(batch.start, h.astype(self._dtype))
-
-
-@contextmanager
-def bounded_cache() -> Iterator[None]:
-    """Limit MLX's cache to `CACHE_BYTES`; afterwards empty it and restore the limit."""
-    before = mx.set_cache_limit(CACHE_BYTES)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
-        mx.clear_cache()
 
 
 def peak_bytes(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool = True) -> int:
