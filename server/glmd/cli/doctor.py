@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import psutil
@@ -57,8 +58,8 @@ SYSTEM_BYTES = 4 * 2**30
 MEGABYTE = 2**20
 """Unit of iogpu.wired_limit_mb."""
 
-KV_BYTES = 2
-"""Bytes of a KV value in bfloat16."""
+ITEM_BYTES = 2
+"""Bytes of an activation in bfloat16."""
 
 FASTER_DTYPE = 1.1
 """Ratio of times from which on the other dtype is worth a setting. Below, it is noise."""
@@ -129,7 +130,7 @@ def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Findin
         *check_dtype(report, settings.dtype),
         settings_finding,
         check_memory(budget),
-        check_model(settings.model, budget),
+        check_model(settings.model, budget if report else None, settings.engine_config),
         check_port(settings.host, settings.port),
         check_service(),
         check_open_files(),
@@ -295,8 +296,15 @@ def wired_limit() -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def check_model(name: str | None, budget: int | None) -> Finding:
-    """Check that the model is complete and fits the memory budget in bytes."""
+def check_model(
+    name: str | None, budget: int | None, engine: Mapping[str, Any] = MappingProxyType({})
+) -> Finding:
+    """Check that the model is complete, and that the engine's memory plan has room for it.
+
+    Args:
+        budget: bytes for weights, KV and working memory; None: MLX does not load.
+        engine: fields of `EngineConfig`.
+    """
     from huggingface_hub import constants
 
     from glmd.chat.template_process import TemplateProcess
@@ -335,27 +343,35 @@ def check_model(name: str | None, budget: int | None) -> Finding:
     verdict: Verdict = "warning" if stored.warnings else "ok"
     if budget is None:
         return found(verdict, text, notes)
-    layers = config.num_hidden_layers + (1 if stored.mtp_bytes else 0)
-    per_token = (config.kv_lora_rank + config.qk_rope_head_dim) * layers * KV_BYTES
-    tokens = (budget - weights) // per_token
-    if tokens <= 0:
+    from glmd.engine.config import EngineConfig
+    from glmd.engine.memory import plan_memory
+
+    try:
+        plan = plan_memory(
+            folder, config, EngineConfig(**engine), budget,
+            weights=stored.main_bytes, mtp_weights=stored.mtp_bytes, item=ITEM_BYTES,
+        )  # fmt: skip
+    except CheckpointError:
         return found(
             "problem", f"{text}, memory budget {gib(budget)} GiB",
             "Convert with fewer bits, or close other programs. On a Mac with more memory, raise the"
             " limit of the GPU: sudo sysctl iogpu.wired_limit_mb=N",
         )  # fmt: skip
-    return found(verdict, f"{text}, room for at most {tokens:,} tokens of KV cache", notes)
+    room = f"room for at most {plan.kv_tokens:,} tokens of KV cache in {plan.kv_bits} bit"
+    return found(verdict, f"{text}, {room}", notes)
 
 
 def local_folder(name: str) -> Path | None:
     """Return the local folder of a model; None: a repo id that is not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
+    from glmd.checkpoint.hub import lm_studio_folder
+
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1:
         return path
     cached = try_to_load_from_cache(name, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+    return Path(cached).parent if isinstance(cached, str) else lm_studio_folder(name)
 
 
 def check_port(host: str, port: int) -> Finding:
