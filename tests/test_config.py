@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from glmd.config import Settings, load
+from glmd.config import Settings
+from glmd.config_sources import load
 from glmd.engine.config import EngineConfig
 from glmd.errors import SettingsError
 

@@ -20,7 +20,8 @@ import sse
 from live import live_server
 
 from glmd.api.server import RELOADABLE, reload_settings
-from glmd.config import Settings, load
+from glmd.config import Settings
+from glmd.config_sources import load
 from glmd.engine.main import serve
 from glmd.ipc import SetLogLevel, Shutdown, ToEngine
 

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from glmd.cli.main import app
-from glmd.config import Settings, load
+from glmd.config import Settings
+from glmd.config_sources import load
 from glmd.errors import SettingsError
 
 

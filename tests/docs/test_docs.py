@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 from paths import ROOT
 
-from glmd.config import load
+from glmd.config_sources import load
 from glmd.convert.inspect import inspect
 
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))

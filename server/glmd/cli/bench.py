@@ -224,7 +224,7 @@ def report_machine(
     from glmd.bench import report
     from glmd.bench.user_report import markdown, measure
     from glmd.cli.serve import find_model
-    from glmd.config import load
+    from glmd.config_sources import load
 
     name, folder = find_model(load({"model": model}))
     with report.progress() as on_progress:

@@ -30,7 +30,8 @@ from glmd.cli.chat_session import (
 )
 from glmd.cli.daemon import ServerProcess, base_url, loading_progress
 from glmd.cli.serve import ConfigOption
-from glmd.config import Settings, load
+from glmd.config import Settings
+from glmd.config_sources import load
 from glmd.errors import GlmdError, ServerRefused, SettingsError
 
 if TYPE_CHECKING:

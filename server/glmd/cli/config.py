@@ -17,13 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from glmd.cli.serve import ConfigOption, flags_of, serve
-from glmd.config import (
-    LoadedSettings,
-    Settings,
-    default_configs,
-    find_config,
-    load_with_origins,
-)
+from glmd.config import Settings
+from glmd.config_sources import LoadedSettings, default_configs, find_config, load_with_origins
 from glmd.errors import SettingsError
 
 app = typer.Typer(

@@ -21,7 +21,7 @@ from glmd.cli.chat import find_key
 from glmd.cli.chat_session import ChatClient
 from glmd.cli.daemon import base_url
 from glmd.cli.serve import ConfigOption
-from glmd.config import load
+from glmd.config_sources import load
 from glmd.errors import ServerRefused, SettingsError
 from glmd.utils.files import atomic_write
 from glmd.utils.text import did_you_mean

@@ -26,7 +26,8 @@ from rich.text import Text
 from glmd import __version__
 from glmd.cli.daemon import ServerProcess, base_url, describe_exit, find_manager, get_health
 from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
-from glmd.config import Settings, load_with_origins
+from glmd.config import Settings
+from glmd.config_sources import load_with_origins
 from glmd.errors import CheckpointError, ServiceError, SettingsError
 from glmd.utils.mlx_environment import engine_environment, find_openblas
 from glmd.utils.text import gib
@@ -118,7 +119,7 @@ def doctor(
 
 
 def examine(flags: Mapping[str, Any], config: Path | None = None) -> list[Finding]:
-    """Run all checks; arguments as of `glmd.config.load`."""
+    """Run all checks; arguments as of `glmd.config_sources.load`."""
     settings, settings_finding = check_settings(flags, config)
     report, device_finding = check_device()
     budget = settings.memory_budget or (report["budget"] if report else None)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glmd.config import CONFIG_VARIABLE, SERVICE_DEFAULTS, Settings, load
+from glmd.config import CONFIG_VARIABLE, SERVICE_DEFAULTS, Settings
+from glmd.config_sources import load
 from glmd.errors import SettingsError
 from glmd.utils.logging import choose_format, configure
 

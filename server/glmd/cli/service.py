@@ -14,7 +14,7 @@ from rich.console import Console
 from glmd.cli.daemon import ServerProcess, describe_exit, find_manager, wait_until_ready
 from glmd.cli.daemon.spec import ServiceManager, ServiceState, build_spec, require_installed
 from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
-from glmd.config import load
+from glmd.config_sources import load
 from glmd.utils.logging import choose_format, configure, json_line_to_text
 
 app = typer.Typer(
