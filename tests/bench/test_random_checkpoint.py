@@ -15,7 +15,7 @@ from glmd.bench.random_checkpoint import (
     to_bf16,
     write_random_checkpoint,
 )
-from glmd.checkpoint.layout import main_weights, mtp_weights, source_shapes
+from glmd.checkpoint.layout import main_weights, mtp_weights
 from glmd.checkpoint.weights import list_tensors
 
 torch = pytest.importorskip("torch")
@@ -32,7 +32,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def test_holds_exactly_the_tensors_of_the_published_layout(tmp_path: Path) -> None:
     config = write_random_checkpoint(tmp_path / "a")
-    expected = source_shapes(chain(main_weights(config), mtp_weights(config)))
+    weights = chain(main_weights(config), mtp_weights(config))
+    expected = {source: each.source_shape for each in weights for source in each.sources}
     stored = list_tensors(tmp_path / "a")
     assert {name: tensor.shape for name, tensor in stored.items()} == expected
     assert "model.layers.3.eh_proj.weight" in expected

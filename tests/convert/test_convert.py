@@ -18,7 +18,7 @@ from paths import ROOT
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.chat_template import with_thinking_defaults
 from glmd.checkpoint.config import RECOMMENDED, QuantizedAs, load_config, sampling_defaults
-from glmd.checkpoint.layout import mtp_weights, source_shapes
+from glmd.checkpoint.layout import mtp_weights
 from glmd.checkpoint.stored import read_weights
 from glmd.checkpoint.weights import INDEX_NAME, list_tensors
 from glmd.convert.convert import add_mtp, convert
@@ -379,7 +379,8 @@ def test_model_card_tells_true_figures_with_units(source: Path, converted: Path)
     assert f"| {every:,} |" in card
     assert "base_model: someone/tiny" in card
     # Like for like: the same arrays in BF16, without the MTP layer's copy of the vocabulary.
-    shapes = source_shapes(mtp_weights(load_config(source), own_embedding=False, own_head=False))
+    weights = mtp_weights(load_config(source), own_embedding=False, own_head=False)
+    shapes = {name: each.source_shape for each in weights for name in each.sources}
     bf16 = 2 * 1_006_864 + 2 * 16
     assert f"Main model: {bf16 / 1e9:.3g} GB → {main / 1e9:.3g} GB, {bf16 / main:.2f}×" in card
     both = bf16 + 2 * sum(map(prod, shapes.values())) + 2 * 8

@@ -9,7 +9,7 @@ mlx-lm's `glm4_moe_lite.py` does. The MTP layer is named as in the published che
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -107,11 +107,6 @@ def mtp_weights(
 def mtp_prefix(config: ModelConfig) -> str:
     """Common prefix of the names of the MTP layer's arrays, without the dot."""
     return f"model.layers.{config.num_hidden_layers}"
-
-
-def source_shapes(weights: Iterable[Weight]) -> dict[str, Shape]:
-    """Shapes of the Hugging Face tensors that `weights` are made of, by name."""
-    return {source: weight.source_shape for weight in weights for source in weight.sources}
 
 
 def _copy(name: str, shape: Shape, component: Component) -> Weight:
