@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +25,8 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+from glmd.utils.files import free_bytes
 
 PREFIX = "GLMD_"
 
@@ -421,10 +422,8 @@ class Settings(BaseSettings):
         folder = folder.expanduser().absolute()
         capacity = self.disk_cache
         if capacity is None:
-            existing = next(path for path in (folder, *folder.parents) if path.exists())
             kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            free = shutil.disk_usage(existing).free + kept
-            capacity = ByteSize(min(MAX_DISK_CACHE, free // 4))
+            capacity = ByteSize(min(MAX_DISK_CACHE, (free_bytes(folder) + kept) // 4))
         return folder, int(capacity)
 
     @property

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
 from glmd.config import Settings
 from glmd.config_sources import load_with_origins
 from glmd.errors import CheckpointError, ServiceError, SettingsError
+from glmd.utils.files import free_bytes
 from glmd.utils.mlx_environment import engine_environment, find_openblas
 from glmd.utils.text import gib
 
@@ -319,9 +319,7 @@ def check_model(
         name = RECOMMENDED
     folder = DEMO if name is None else local_folder(full_name(name))
     if folder is None:
-        cache = Path(constants.HF_HUB_CACHE)
-        existing = next(path for path in (cache, *cache.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(Path(constants.HF_HUB_CACHE))
         text = f"{name} is not downloaded"
         if free < DOWNLOAD_BYTES:
             return found(

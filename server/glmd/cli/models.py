@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,7 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from glmd.errors import CheckpointError, ModelNotFound
+from glmd.utils.files import free_bytes
 from glmd.utils.text import gb, gib
+
+if TYPE_CHECKING:
+    from glmd.checkpoint.config import ModelConfig
 
 DEFAULT_MODEL = "glm-4.7-flash"
 """Short name of the recommended conversion."""
@@ -66,15 +69,16 @@ def pull(
 
     from glmd.checkpoint.hub import download, full_name, look_up
 
-    if Path(model).expanduser().exists():
+    name = full_name(model)
+    if Path(name).expanduser().exists():
         raise ModelNotFound(f"{model} is a local folder: there is nothing to download.")
-    found = look_up(full_name(model))
+    found = look_up(name)
     cache = Path(constants.HF_HUB_CACHE)
-    existing = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
     drafts = "with" if found.mtp_bytes or found.config.mtp else "without"
     typer.echo(f"{found.repo}: {gb(found.nbytes)} GB, {drafts} the MTP layer for drafts")
-    typer.echo(f"  disk: {gb(found.missing)} GB to download to {cache}, {gb(free)} GB free")
+    typer.echo(
+        f"  disk: {gb(found.missing)} GB to download to {cache}, {gb(free_bytes(cache))} GB free"
+    )
     fits, memory = describe_memory(found.weight_bytes, found.mtp_bytes, found.config)
     typer.echo(f"  memory: {memory}")
     if not fits and not force:
@@ -86,7 +90,7 @@ def pull(
     typer.echo(f"Complete: {folder}\nServe it with `glmd serve {model}`.")
 
 
-def describe_memory(weights: int, mtp_weights: int, config: Any) -> tuple[bool, str]:
+def describe_memory(weights: int, mtp_weights: int, config: ModelConfig) -> tuple[bool, str]:
     """Return whether a model fits in this machine's memory, and a sentence about it."""
     from glmd.engine.config import EngineConfig
     from glmd.engine.memory import default_budget, device_name, plan_memory

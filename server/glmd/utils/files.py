@@ -38,8 +38,13 @@ def check_new(out: Path) -> None:
         raise CheckpointError(f"{out} exists already.", file=str(out))
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free bytes on the disk on which `path` is, or would be."""
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+
+
 def check_room(target: Path, need: int) -> None:
-    """Check the free space on the disk of `target`, whose parent exists.
+    """Check the free space on the disk of `target`.
 
     Args:
         need: bytes.
@@ -47,7 +52,7 @@ def check_room(target: Path, need: int) -> None:
     Raises:
         CheckpointError: there is too little.
     """
-    free = shutil.disk_usage(target.parent).free
+    free = free_bytes(target.absolute())
     if need > free:
         raise CheckpointError(
             f"{target}: {gb(need)} GB are needed, but only {gb(free)} GB are free on its disk.",
