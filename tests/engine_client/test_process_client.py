@@ -403,6 +403,15 @@ async def test_an_idle_engine_ends_and_the_next_requests_start_it_once(tmp_path:
         assert (it.restarts, it.failure) == (0, None)
 
 
+async def test_a_request_in_the_moment_of_unloading_is_answered(tmp_path: Path) -> None:
+    async with unloading_client(tmp_path) as it:
+        for _ in range(3):
+            await it.wait_for("unloaded")
+            assert it.pid is not None, "the process has not been stopped yet"
+            assert await collect(it, request(7, max_tokens=2)) == {0: [7, 7]}
+        assert (it.restarts, it.failure) == (0, None)
+
+
 async def test_an_engine_with_a_request_is_not_unloaded(tmp_path: Path) -> None:
     async with unloading_client(tmp_path, 0.1) as it:
         await it.wait_for("unloaded")

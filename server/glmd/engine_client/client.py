@@ -348,10 +348,9 @@ class EngineClient:
             if hung.done() and not (listener.done() or exited.done()):
                 self.failure = f"The engine did not answer for {hung.result():g} s."
                 return False
-            if idle.done() and not (listener.done() or exited.done()):
+            if idle.done():
                 log.info("Engine unloaded: idle_s=%g", self._idle_unload)
                 self.stats = EngineStats()
-                self._set_state("unloaded")
                 return False
             if exited.done() and exited.result() == EXIT_REPORTED:
                 await asyncio.wait([listener], timeout=FAILURE_TIMEOUT)
@@ -367,7 +366,8 @@ class EngineClient:
             if self.state == "ready":
                 self._set_state("restarting")
                 self._crash_guard.engine_died()
-            self._fail_requests("The engine stopped while it was processing this request.")
+            if self.state != "unloaded":  # then requests wait for the next process
+                self._fail_requests("The engine stopped while it was processing this request.")
             for task in tasks:
                 task.cancel()
             await process.stop(listening=listening)
@@ -392,7 +392,7 @@ class EngineClient:
                 return silent
 
     async def _until_idle(self) -> None:
-        """Wait until the engine has had no request for `idle_unload` seconds."""
+        """Wait until the engine has had no request for `idle_unload` seconds; set the state."""
         if self._idle_unload is None:
             await asyncio.Event().wait()
             return
@@ -402,6 +402,7 @@ class EngineClient:
             await self._idle.wait()
             due = self._idle_since + self._idle_unload
             if (left := due - loop_time()) <= 0:
+                self._set_state("unloaded")  # before another request can arrive
                 return
             await asyncio.sleep(left)
 
