@@ -270,10 +270,6 @@ def cut_off(folder: Path) -> None:
         file.truncate(100_000)
 
 
-def no_mtp_file(folder: Path) -> None:
-    (folder / "mtp.safetensors").unlink()
-
-
 def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
@@ -287,7 +283,6 @@ def test_a_damaged_or_too_large_checkpoint_ends_the_start_with_one_line(
 ) -> None:
     expected = [
         (cut_off, "model.safetensors: model.embed_tokens.weight is cut off"),
-        (no_mtp_file, "mtp.safetensors"),
         (no_tokenizer, "tokenizer.json"),
         (nothing, "does not fit in memory. Weights "),
     ]
