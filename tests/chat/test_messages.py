@@ -88,6 +88,8 @@ def test_arguments_come_as_json_text_or_as_an_object_with_key_order_kept(
         ('{"path": "a.py", "content": "im', {"path": "a.py"}),
         ('{"a": {"b": 1, "c": 2}, "d": [1', {"a": {"b": 1, "c": 2}}),
         ('{"a": 1, "b": 12', {"a": 1}),
+        ('{"a": 1, "b": 1.', {"a": 1}),
+        ('{"a": 1, "b": 1e', {"a": 1}),
         ('{"a": true', {"a": True}),
         ('{"a": 1, "b": NaN, "c": 2}', {"a": 1}),
         ("null", {}),

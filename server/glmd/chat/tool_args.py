@@ -311,8 +311,8 @@ def _complete_members(text: str) -> dict[str, Json]:
                 break
             value, place = DECODER.raw_decode(text, _after_space(text, place + 1))
             place = _after_space(text, place)
-            if place == len(text) and type(value) in (int, float):
-                break  # more digits may be missing
+            if type(value) in (int, float) and text[place : place + 1] not in (",", "}"):
+                break  # the rest of the number may be missing: of 1.5 `1.` reads as 1
             members[key] = value
             opening = ","
     except (ValueError, RecursionError):
