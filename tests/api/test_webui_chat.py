@@ -74,6 +74,23 @@ def asked(tab: Any, text: str) -> Any:
     return sent.value.post_data_json["messages"]
 
 
+COUNT_UNSTORED = """() => {
+    const transaction = IDBDatabase.prototype.transaction;
+    let unstored = 0;
+    IDBDatabase.prototype.transaction = function (stores, mode) {
+        const change = transaction.call(this, stores, mode);
+        if (mode === "readwrite") {
+            unstored += 1;
+            change.addEventListener("complete", () => (unstored -= 1));
+        }
+        return change;
+    };
+    const shown = () => send.hidden || (window.unstoredOnceAnswered = unstored);
+    new MutationObserver(shown).observe(send, { attributeFilter: ["hidden"] });
+}"""
+"""Notes how many changes are not stored yet when the page shows that an answer is complete."""
+
+
 def titles(tab: Any) -> Any:
     return tab.locator("#chat-list .title")
 
@@ -154,7 +171,9 @@ def test_conversations_are_kept_listed_deleted_and_restored(tab: Any) -> None:
     tab.get_by_label("System prompt").fill("Be brief.")
     tab.get_by_role("button", name="New chat").click()
     tab.get_by_label("Temperature").fill("0.5")
+    tab.evaluate(COUNT_UNSTORED)
     asked(tab, "Second ⟦</think>Two⟧")
+    assert tab.evaluate("unstoredOnceAnswered") == 0
     tab.reload()
     expect(titles(tab)).to_have_text(["Second ⟦</think>Two⟧", "First ⟦Hm.</think>**One**⟧"])
     titles(tab).last.click()

@@ -46,7 +46,6 @@ export class Answer {
     showMarkdown(answer.thoughts.element, message.reasoning);
     showMarkdown(answer.words.element, message.content);
     answer.#showCalls();
-    answer.element.setAttribute("aria-busy", "false");
     say(answer.note, message.note ?? "");
     return answer;
   }
@@ -138,7 +137,6 @@ export class Answer {
   end(outcome = "") {
     this.thoughts.end();
     this.words.end();
-    this.element.setAttribute("aria-busy", "false");
     if (this.answered === null && this.message.reasoning) {
       this.message.thought = "Thought without an answer";
       say(this.summary, this.message.thought);
@@ -164,8 +162,9 @@ export class Answer {
     this.element.insertBefore(shown, this.element.lastElementChild);
   }
 
-  /** What can be done with a complete answer. */
+  /** The answer is complete and stored: what can be done with it. */
   offer(...actions) {
+    this.element.setAttribute("aria-busy", "false");
     const text = this.message.content;
     const button = make("button", { type: "button", class: "quiet", onclick: () => copy(button, text) }, "Copy");
     this.actions.replaceChildren(...(text ? [button] : []), ...actions);

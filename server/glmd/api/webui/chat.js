@@ -130,9 +130,9 @@ export class Chat {
     }
   }
 
-  #choose(message) {
+  async #choose(message) {
     choose(this.conversation, message);
-    this.#save(this.conversation);
+    await this.#save(this.conversation);
     this.#show();
   }
 
@@ -182,8 +182,9 @@ export class Chat {
         if (!(error instanceof ApiError)) console.error(error);
       }
     }
+    // Only what is stored is shown as complete: a page that is left just then loses nothing.
+    await this.#save(conversation);
     this.running.delete(conversation.id);
-    this.#save(conversation);
     if (conversation !== this.conversation) return;
     // The answer's element stays, with what is selected in it; the others get their buttons back.
     const parts = path(conversation).map((each) => (each === answer.message ? answer.element : this.#part(each)));

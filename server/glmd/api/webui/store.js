@@ -38,13 +38,15 @@ export async function load(id) {
   return db ? result(db.transaction(RECORDS).objectStore(RECORDS).get(id)) : unkept.get(id);
 }
 
+/** Resolves once the record is stored, whatever becomes of the page. */
 export async function save(record) {
   const db = await database;
   if (!db) return void unkept.set(record.id, record);
   const { id, title, updated } = record;
   const change = db.transaction([HEADS, RECORDS], "readwrite");
   change.objectStore(HEADS).put({ id, title, updated });
-  await result(change.objectStore(RECORDS).put(record));
+  change.objectStore(RECORDS).put(record);
+  await committed(change);
 }
 
 export async function remove(id) {
@@ -52,7 +54,17 @@ export async function remove(id) {
   if (!db) return void unkept.delete(id);
   const change = db.transaction([HEADS, RECORDS], "readwrite");
   change.objectStore(HEADS).delete(id);
-  await result(change.objectStore(RECORDS).delete(id));
+  change.objectStore(RECORDS).delete(id);
+  await committed(change);
+}
+
+/** Commit at once, so that a page that is being left does not hold the change back. */
+function committed(change) {
+  change.commit();
+  return new Promise((resolve, reject) => {
+    change.oncomplete = resolve;
+    change.onabort = () => reject(change.error);
+  });
 }
 
 function result(request) {
