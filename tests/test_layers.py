@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
+
+pytestmark = pytest.mark.e2e
 
 API_PROCESS = [
     "glmd.ipc", "glmd.errors", "glmd.config", "glmd.utils", "glmd.checkpoint",

@@ -17,6 +17,8 @@ from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.chat.types import Finished, ReasoningDelta
 from glmd.errors import InvalidRequest
 
+pytestmark = pytest.mark.engine
+
 TEMPLATE = ROOT / "demo/glm-4.7-flash-demo/chat_template.jinja"
 HELLO = [{"role": "user", "content": "Hello"}]
 

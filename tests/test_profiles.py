@@ -10,6 +10,8 @@ import httpx
 import pytest
 from live import live_server
 
+pytestmark = pytest.mark.e2e
+
 PROFILES = {
     "cold": {
         "temperature": 0.1,

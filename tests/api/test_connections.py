@@ -17,7 +17,8 @@ from live import LiveServer, live_server
 from glmd.api import server
 from glmd.api.request_body import INLINE_EXPANSION
 
-PATIENCE = 0.4
+PATIENCE = 1.0
+"""Limit in seconds that silent clients exceed, and that others keep on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_an_incomplete_body_is_408_and_the_end(hasty: LiveServer, path: str) -> 
         answer = everything(opened)
     assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     body = json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert "did not arrive within 0.4 s" in body["error"]["message"]
+    assert "did not arrive within 1 s" in body["error"]["message"]
     assert body.get("type") == ("error" if path == "/v1/messages" else None)
 
 

@@ -189,6 +189,7 @@ def test_the_mtp_layer_is_added_to_float16_files(
     assert model.dtype == mx.float16
 
 
+@pytest.mark.e2e
 def test_a_server_says_that_it_serves_once_it_does(built: Outcomes) -> None:
     with _serve(built["temperature"][1]) as process:
         assert process.stdout is not None
@@ -202,6 +203,7 @@ def test_a_server_says_that_it_serves_once_it_does(built: Outcomes) -> None:
     assert log.index("Engine ready") < log.index("glmd serves temperature-variant at http")
 
 
+@pytest.mark.e2e
 def test_a_server_that_cannot_serve_names_the_tensor(built: Outcomes) -> None:
     with _serve(built["zeros"][1]) as process:
         log = process.communicate()[0]

@@ -75,6 +75,7 @@ def test_long_segments_are_stored_in_files_of_limited_length(tmp_path: Path) -> 
     cache.close(10)
 
 
+@pytest.mark.e2e
 def test_two_hundred_kills_leave_a_readable_cache(tmp_path: Path) -> None:
     program = TESTS / "support" / "disk_kit.py"
     subprocess.run([sys.executable, program, tmp_path, "200"], check=True, timeout=250)

@@ -23,6 +23,8 @@ from glmd.structured_output.request import (
 )
 from glmd.utils.worker import Worker, WorkerError
 
+pytestmark = pytest.mark.e2e
+
 SLOW = {"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}
 """Within all limits but that of time: takes minutes."""
 

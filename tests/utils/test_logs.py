@@ -32,6 +32,8 @@ from glmd.utils.logging import (
     request_id,
 )
 
+pytestmark = pytest.mark.e2e
+
 SECRET = "xyzzy plugh"
 
 

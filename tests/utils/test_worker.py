@@ -18,6 +18,11 @@ import glmd
 from glmd.utils import worker as module
 from glmd.utils.worker import Worker, WorkerError
 
+pytestmark = pytest.mark.e2e
+
+QUIET_POLLS = 40
+"""Checks without CPU time, 2 s, that replace a process: more than a busy machine makes one wait."""
+
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
@@ -48,7 +53,7 @@ def test_a_message_whose_process_was_killed_is_given_to_another(worker: Worker) 
 def test_a_stopped_process_is_replaced(
     worker: Worker, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUIET_POLLS", 5)
+    monkeypatch.setattr(module, "QUIET_POLLS", QUIET_POLLS)
     worker.ask(b"hello")
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGSTOP)
@@ -58,7 +63,7 @@ def test_a_stopped_process_is_replaced(
 def test_a_process_that_is_stopped_at_its_start_is_replaced(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUIET_POLLS", 5)
+    monkeypatch.setattr(module, "QUIET_POLLS", QUIET_POLLS)
     start = subprocess.Popen
     stopped: list[int] = []
 
