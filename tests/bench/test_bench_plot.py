@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from glmd.bench.engine import EngineReport, EngineRow
+from glmd.bench.http import Figures
 from glmd.bench.report import engine_plot, require_plot, serving_plot
-from glmd.bench.serving import Figures
 from glmd.errors import SettingsError
 from mtp import Acceptance, DraftingReport, Speed
 from mtp import plot as drafting_plot

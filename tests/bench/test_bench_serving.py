@@ -13,10 +13,18 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from glmd.bench.client import GLMD, MLX_LM, BenchServer, Recording, parse_servers, play, running
+from glmd.bench.http import Figures, condense, target_checks
+from glmd.bench.http_client import (
+    GLMD,
+    MLX_LM,
+    BenchServer,
+    Recording,
+    parse_servers,
+    play,
+    running,
+)
 from glmd.bench.random_checkpoint import write_talkative_checkpoint
 from glmd.bench.scenarios import ClientScript, Scenario, Writer, agents, uniform
-from glmd.bench.serving import Figures, condense, target_checks
 from glmd.cli.bench import app
 from glmd.errors import EngineUnavailable, SettingsError
 

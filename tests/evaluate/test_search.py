@@ -25,8 +25,8 @@ from glmd.convert.inspect import inspect
 from glmd.convert.recipes import Recipe, RecipeFile, find_recipe
 from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
+from glmd.evaluate.corpus import TokenSet
 from glmd.evaluate.search import REFINED, Found, search
-from glmd.evaluate.text import TokenSet
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 48).astype(np.int32)
 

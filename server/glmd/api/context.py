@@ -40,14 +40,6 @@ def client_id(scope: Scope) -> str:
     return hashlib.sha256(f"{address} {access.owner}".encode()).hexdigest()[:16]
 
 
-async def get_client(request: Request) -> str:
-    """FastAPI dependency: the request's client id."""
-    return client_id(request.scope)
-
-
-ClientDep = Annotated[str, Depends(get_client)]
-
-
 async def get_access(request: Request) -> Access:
     """FastAPI dependency: what the request may see."""
     access: Access = request.state.access

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from glmd import __version__
 from glmd.bench.engine import EngineReport, EngineRow
-from glmd.bench.serving import PERCENTILES, Figures, TargetCheck
+from glmd.bench.http import PERCENTILES, Figures, TargetCheck
 from glmd.engine.memory import device_name
 from glmd.errors import SettingsError
 

@@ -123,8 +123,8 @@ def serve(
 ) -> None:
     """Measure through HTTP, against other servers that are up at the same time."""
     from glmd.bench import report
-    from glmd.bench.client import parse_servers
-    from glmd.bench.serving import bench_serving
+    from glmd.bench.http import bench_serving
+    from glmd.bench.http_client import parse_servers
 
     report.require_plot(plot)
     others = parse_servers(against or ["mlx_lm"])

@@ -94,8 +94,8 @@ def evaluate(
 
     Example: glmd evaluate ./GLM-4.7-Flash-8-5 --against zai-org/GLM-4.7-Flash --json quality.json
     """
+    from glmd.evaluate.corpus import read_corpus, read_files, tokenize
     from glmd.evaluate.run import evaluate as run
-    from glmd.evaluate.text import read_corpus, read_files, tokenize
 
     reference = find_candidate(against) if against is not None else None
     candidates = [find_candidate(model) for model in models]

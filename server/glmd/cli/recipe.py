@@ -68,8 +68,8 @@ def search(
         raise typer.BadParameter("give one of --bytes and --bits.")
     size = None if nbytes is None else read_bytes(nbytes)
 
+    from glmd.evaluate.corpus import read_corpus, read_files, tokenize
     from glmd.evaluate.search import search as run
-    from glmd.evaluate.text import read_corpus, read_files, tokenize
     from glmd.model.loader import choose_dtype
 
     folder = find_candidate(reference).folder

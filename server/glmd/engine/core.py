@@ -191,6 +191,8 @@ class Engine:
         """Grammars being compiled, by request."""
         self._outputs: list[SequenceOutput] = []
         """Outputs for the next `step` to return."""
+        self._ended: list[Sequence] = []
+        """Sequences whose last token is known and reported, and that are not finished yet."""
         self._completed_at = 0.0
         """When the last step that was read ended."""
         self._steps = self._rows = 0
@@ -340,8 +342,7 @@ class Engine:
             self._read(previous)  # Its tokens were fetched for grammars, which are ahead by them.
         for sequence in [s for found in self._requests.values() for s in found]:
             sequence.num_inflight_tokens = 0
-            if sequence.ended:
-                self._finish(sequence)
+        self._finish_ended()
         mx.clear_cache()
         if not refused:
             if not self._runner.stop_kernel():
@@ -414,10 +415,15 @@ class Engine:
             self._accepted += output.accepted
             self._verified += output.drafted > 0
             self._outputs.append(output)
-        for sequence in step.rows.sampled_sequences:
-            if sequence.ended and sequence.status is not SequenceStatus.FINISHED:
-                self._finish(sequence)  # Behind all tokens, as MLX may raise.
+            if output.finish_reason is not None:
+                self._ended.append(sequence)
+        self._finish_ended()
         return drafted, accepted
+
+    def _finish_ended(self) -> None:
+        """Free the sequences that have ended. If MLX raises, the next call goes on."""
+        while self._ended:
+            self._finish(self._ended.pop())
 
     def close(self) -> None:
         """Drop all requests and memory. The engine cannot be used afterwards."""

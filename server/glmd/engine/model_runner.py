@@ -255,12 +255,13 @@ class ModelRunner:
             if not sequence.scores_prompt or count is None or end <= start:
                 continue
             blocks: list[tuple[mx.array, mx.array, mx.array]] = []
-            for first in range(start, end, SCORED_ROWS):
-                last = min(first + SCORED_ROWS, end)
-                block = hidden[chunk.start + first - start : chunk.start + last - start]
+            offset = chunk.start - start
+            for block_start in range(start, end, SCORED_ROWS):
+                block_end = min(block_start + SCORED_ROWS, end)
+                block = hidden[offset + block_start : offset + block_end]
                 if blocks:
                     block = mx.depends(block, list(blocks[-1]))
-                targets = mx.array(sequence.tokens(first + 1, last + 1))
+                targets = mx.array(sequence.tokens(block_start + 1, block_end + 1))
                 blocks.append(token_logprobs(self._model.logits(block), targets, count))
             parts = [mx.concatenate(list(part)) for part in zip(*blocks, strict=True)]
             found.append(PromptScores(sequence, start + 1, *parts))

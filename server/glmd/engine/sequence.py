@@ -56,7 +56,6 @@ class Sequence:
         cache_match: cached part of the prompt at the first admission; None before.
         thinking_left: tokens that reasoning may still take; None: unbounded, or closed. Below 0,
             -i: i tokens of `thinking_close` have been generated.
-        ended: its last token is known, and reported.
         arrival: number of sequences that arrived earlier.
         arrival_prefill_clock: prefill tokens that the scheduler had served at the arrival.
     """
@@ -104,7 +103,6 @@ class Sequence:
         self.grammar: GrammarState | None = None
         self.history: History | None = None
         self.cache_match: CacheMatch | None = None
-        self.ended = False
         self.arrival = 0
         self.arrival_prefill_clock = 0
         self._computed_mask = np.zeros(len(prompt), bool)
@@ -244,7 +242,7 @@ class Sequence:
             output.prompt_tokens = self.prompt_length
             output.cached_tokens = self.num_prompt_tokens_cached
         if self.request.max_tokens == 0:
-            output.finish_reason, self.ended = "length", True
+            output.finish_reason = "length"
             return output
         for token, entry in zip(tokens, logprobs, strict=True):
             self.append(token)
@@ -255,7 +253,6 @@ class Sequence:
                 output.logprobs = [*(output.logprobs or []), found]
             output.finish_reason = self._finish_reason(token, eos_token_ids)
             if output.finish_reason is not None:
-                self.ended = True
                 return output
         if self.grammar is not None and self.grammar.error:
             # A grammar that needs more than `structured_output.backend.LIMITS`, at this text.
@@ -264,7 +261,6 @@ class Sequence:
                 "The grammar or schema cannot be followed further: "
                 f"{self.grammar.error}. Simplify it."
             )
-            self.ended = True
         return output
 
     def _finish_reason(self, token: int, eos_token_ids: tuple[int, ...]) -> FinishReason | None:

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from glmd.checkpoint.layout import main_weights
 from glmd.convert.weights import bounded_cache
 from glmd.errors import CheckpointError
-from glmd.evaluate.scores import LayerScores, TokenScores, compare_layers, row
-from glmd.evaluate.streaming import (
+from glmd.evaluate.corpus import Batch, TokenSet
+from glmd.evaluate.layer_pass import (
     BATCH_ROWS,
     CACHE_BYTES,
     LOGITS_ROWS,
@@ -35,7 +35,7 @@ from glmd.evaluate.streaming import (
     LayerRunner,
     forward_batch,
 )
-from glmd.evaluate.text import Batch, TokenSet
+from glmd.evaluate.scores import LayerScores, TokenScores, compare_layers, row
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import choose_dtype
 from glmd.model.mtp import MTPLayer, MTPWeights

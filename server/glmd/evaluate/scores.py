@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glmd.evaluate.text import TokenSet
+from glmd.evaluate.corpus import TokenSet
 
 Floats = npt.NDArray[np.float64]
 

@@ -22,6 +22,8 @@ from glmd.convert.recipes import (
 )
 from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
+from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.layer_pass import Activations, LayerReader
 from glmd.evaluate.sensitivity import (
     Group,
     Sensitivities,
@@ -31,8 +33,6 @@ from glmd.evaluate.sensitivity import (
     options_of,
     run_variants,
 )
-from glmd.evaluate.streaming import Activations, LayerReader
-from glmd.evaluate.text import TokenSet
 from glmd.utils.files import atomic_write
 from glmd.utils.text import gib
 

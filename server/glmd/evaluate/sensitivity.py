@@ -32,7 +32,8 @@ from glmd.checkpoint.layout import Component, Weight, main_weights
 from glmd.convert.refine import dequantize, quantize
 from glmd.convert.weights import bounded_cache
 from glmd.errors import CheckpointError
-from glmd.evaluate.streaming import (
+from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.layer_pass import (
     CACHE_BYTES,
     LOGITS_ROWS,
     Activations,
@@ -40,7 +41,6 @@ from glmd.evaluate.streaming import (
     LayerReader,
     LayerRunner,
 )
-from glmd.evaluate.text import TokenSet
 
 PROBES = (QuantizedAs(bits=4, group_size=32), QuantizedAs(bits=8, group_size=32))
 """Quantisations of the two probes of a component."""

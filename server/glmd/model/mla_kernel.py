@@ -210,11 +210,11 @@ and the logs of their softmax denominators."""
 REDUCE = """
 const int index = threadgroup_position_in_grid.x;
 const int row = index / HEADS, head = index % HEADS;
-const int first = offsets[row], last = offsets[row + 1];
+const int start = offsets[row], end = offsets[row + 1];
 float top = LOWEST, total = 0;
 const device float* lse = lse0;
 const device float* out = out0;
-for (int i = first; i < last; i++) {
+for (int i = start; i < end; i++) {
     switch (entries[2 * i]) { CASES }
     top = metal::max(top, float(lse[entries[2 * i + 1] + head]));
 }
@@ -223,7 +223,7 @@ UNROLL for (int s = 0; s < SHARE; s++) {
     sums[s] = 0;
 }
 const int thread_index = thread_position_in_threadgroup.x;
-for (int i = first; i < last; i++) {
+for (int i = start; i < end; i++) {
     switch (entries[2 * i]) { CASES }
     const long place = entries[2 * i + 1] + head;
     const float weight = metal::exp(lse[place] - top);

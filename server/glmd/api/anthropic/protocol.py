@@ -319,7 +319,7 @@ class MessageStop(BaseModel):
     type: Literal["message_stop"] = "message_stop"
 
 
-class Ping(BaseModel):
+class PingEvent(BaseModel):
     type: Literal["ping"] = "ping"
 
 
@@ -330,7 +330,7 @@ AnyMessageEvent = (
     | ContentBlockStop
     | MessageDelta
     | MessageStop
-    | Ping
+    | PingEvent
 )
 
 

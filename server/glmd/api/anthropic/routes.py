@@ -25,7 +25,7 @@ from glmd.api.anthropic.protocol import (
     MessageStart,
     MessageStop,
     MessageUsage,
-    Ping,
+    PingEvent,
     SignatureDelta,
     StopDetails,
     StopReason,
@@ -103,7 +103,7 @@ class MessageBuilder:
         yield self.heartbeat()
 
     def heartbeat(self) -> bytes:
-        return write(Ping())
+        return write(PingEvent())
 
     def add(self, index: int, event: StreamEvent) -> Iterator[bytes]:
         match event:

@@ -1,7 +1,7 @@
 """Forward pass with one layer in memory: all tokens through one layer, then the next.
 
 Each layer's weights are read once. The hidden states of all tokens are in a file, so memory holds
-one layer and one batch, at any size of the checkpoint and any number of tokens (`peak_bytes`).
+one layer and one batch, at any size of the checkpoint and any number of tokens.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from glmd.checkpoint.config import ModelConfig, QuantizedAs, load_config
 from glmd.checkpoint.layout import mtp_prefix
 from glmd.checkpoint.stored import read_weights
 from glmd.errors import CheckpointError
-from glmd.evaluate.text import Batch, TokenSet
+from glmd.evaluate.corpus import Batch, TokenSet
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend
 from glmd.model.batch import ForwardBatch, PrefillChunk
 from glmd.model.glm4_moe_lite import LATENT_NORM_EPS, mla_shape
 from glmd.model.loader import dtype_in_memory, read_arrays, to_mlx_layout
-from glmd.model.mla import SCORE_BYTES, MLAShape, project_qkv
+from glmd.model.mla import MLAShape, project_qkv
 from glmd.model.mlx_lm_layers import (
     Glm4MoeLiteDecoderLayer,
     Glm4MoeLiteMoE,
@@ -312,28 +312,3 @@ class LayerRunner:
         for batch in self.batches:
             h = embedding(mx.array(self.text.tokens[batch.start : batch.end]))
             target.write(batch.start, h.astype(self._dtype))
-
-
-def peak_bytes(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool = True) -> int:
-    """Bound of MLX's memory in bytes during a pass.
-
-    Args:
-        itemsize: bytes of an unquantised weight in memory.
-        longest: tokens of the longest sample.
-        mtp: the MTP layer runs beside its embedding, its head and the main model's head.
-    """
-    hidden, width = config.hidden_size, config.moe_intermediate_size
-    # Stacking holds one projection of the experts twice, fusing the MTP layer's two.
-    layer = (5 if mtp else 4) * config.n_routed_experts * hidden * width
-    layer += 3 * hidden * max(width * config.n_shared_experts, config.intermediate_size)
-    heads = config.num_attention_heads
-    head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    layer += hidden * (config.q_lora_rank + config.kv_lora_rank + heads * config.v_head_dim)
-    layer += heads * head * (config.q_lora_rank + config.kv_lora_rank)
-    vocabulary = config.vocab_size * hidden
-    rows = max(BATCH_ROWS, longest)
-    per_row = 8 * hidden + config.num_experts_per_tok * (3 * hidden + 4 * width) + 4 * heads * head
-    working = rows * per_row * 4 + 4 * SCORE_BYTES + CACHE_BYTES
-    logits = 8 * LOGITS_ROWS * config.vocab_size * 4
-    last = (3 * vocabulary + layer if mtp else vocabulary) * itemsize + logits
-    return working + max(layer * itemsize, last)

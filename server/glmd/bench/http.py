@@ -15,7 +15,15 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from glmd.bench.backends import GlmdBackend
-from glmd.bench.client import GLMD, MLX_LM, BenchServer, Recording, StreamedAnswer, play, running
+from glmd.bench.http_client import (
+    GLMD,
+    MLX_LM,
+    BenchServer,
+    Recording,
+    StreamedAnswer,
+    play,
+    running,
+)
 from glmd.bench.runner import run
 from glmd.bench.scenarios import Scenario, Writer, all_scenarios, first_prompt, uniform
 from glmd.bench.workloads import Request, Wave, Workload, unique_tokens
