@@ -33,7 +33,7 @@ from glmd.api.openai import chat, completions
 from glmd.api.openai.protocol import ChatCompletionChunk, TextCompletion
 from glmd.api.request_body import BodyLimitMiddleware
 from glmd.api.responses import routes as responses
-from glmd.api.responses.protocol import ResponseStreamEvent
+from glmd.api.responses.objects import ResponseStreamEvent
 from glmd.api.responses.store import ResponseStore
 from glmd.api.retries import RetryMiddleware
 from glmd.api.routes import clients, health, metrics, models, status, tokenize

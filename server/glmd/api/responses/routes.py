@@ -17,16 +17,14 @@ from glmd.api.errors import RefusedBody, log_unhandled, to_error
 from glmd.api.generation_request import Defaults, GenerationRequest, omitted_header
 from glmd.api.request_body import NO_MEMORY, JsonRoute
 from glmd.api.responses.input import InputItems, RequestTools, read_tools
-from glmd.api.responses.protocol import (
-    AllowedToolsChoice,
+from glmd.api.responses.objects import (
     DeletedResponse,
     InputTokenCount,
     ReasoningConfig,
     ResponseObject,
-    ResponsesRequest,
     TextOptions,
-    ToolChoiceName,
 )
+from glmd.api.responses.protocol import AllowedToolsChoice, ResponsesRequest, ToolChoiceName
 from glmd.api.responses.store import (
     ResponseStore,
     StoredResponse,

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request
 
 from glmd.api.responses.input import InputItems, Item
-from glmd.api.responses.protocol import OutputItem, ResponseObject
+from glmd.api.responses.objects import OutputItem, ResponseObject
 from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.disk_lru import DiskLRU
 from glmd.utils.lru import LRUCache, memory_bytes

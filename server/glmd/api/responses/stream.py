@@ -13,7 +13,7 @@ import pydantic_core
 from glmd.api.errors import ErrorInfo
 from glmd.api.openai.protocol import TokenLogprob
 from glmd.api.responses.input import TOOL_SEARCH, RequestTools
-from glmd.api.responses.protocol import (
+from glmd.api.responses.objects import (
     CustomToolCallItem,
     DeltaEvent,
     DoneEvent,
