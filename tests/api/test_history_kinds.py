@@ -16,8 +16,8 @@ from glmd.api.anthropic.protocol import CountTokensRequest
 from glmd.api.generation_request import Defaults
 from glmd.api.openai.protocol import ChatCompletionRequest
 from glmd.api.responses.input import read_tools
+from glmd.api.responses.input_items import read_input
 from glmd.api.responses.protocol import ResponsesRequest
-from glmd.api.responses.store import read_input
 from glmd.chat.prompt import build_prompt
 from glmd.chat.template import ChatTemplate
 from glmd.chat.tokenizer import Tokenizer

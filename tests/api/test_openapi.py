@@ -33,6 +33,7 @@ ROUTES = [
     "GET /v1/responses/{id}",
     "DELETE /v1/responses/{id}",
     "POST /v1/responses/{id}/cancel",
+    "GET /v1/responses/{id}/input_items",
     "POST /v1/messages",
     "POST /v1/messages/count_tokens",
     "POST /tokenize",

@@ -722,7 +722,6 @@ def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [7]}]}, "tools[0].tools[0]"),
-        ({"background": True, "stream": True}, "background"),
         ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_0"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),

@@ -68,7 +68,13 @@ def test_a_stored_response_is_its_keys_own(live: dict[str, httpx.Client]) -> Non
     reference = [{"type": "item_reference", "id": item}, {"role": "user", "content": "⟦x⟧"}]
     unknown = bob.get(f"{RESPONSES}/resp_0")
     assert unknown.status_code == 404
-    for refused in (bob.get(path), bob.delete(path), bob.post(f"{path}/cancel")):
+    for refused in (
+        bob.get(path),
+        bob.get(path, params={"stream": "true"}),
+        bob.get(f"{path}/input_items"),
+        bob.delete(path),
+        bob.post(f"{path}/cancel"),
+    ):
         assert refused.status_code == 404
         message = refused.json()["error"]["message"]
         assert message == unknown.json()["error"]["message"].replace("resp_0", stored["id"])

@@ -123,6 +123,37 @@ def test_retrieve_cancel_and_delete(client: openai.OpenAI) -> None:
     assert client.responses.cancel(waiting.id).status == "cancelled"
 
 
+def test_a_lost_stream_is_taken_up_again(client: openai.OpenAI) -> None:
+    seen = []
+    for event in client.responses.create(
+        model="tiny", input=f"⟦{CALL}⟧", tools=[FUNCTION], background=True, stream=True
+    ):
+        seen.append(event)
+        if event.type == "response.in_progress":
+            break
+    assert seen[0].type == "response.created"
+    id = seen[0].response.id
+    seen += client.responses.retrieve(id, stream=True, starting_after=len(seen) - 1)
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert seen[-1].type == "response.completed"
+    assert seen[-1].response == client.responses.retrieve(id)
+    with client.responses.stream(response_id=id, starting_after=4) as stream:
+        assert next(stream).sequence_number == 5
+        assert stream.get_final_response().output_text == "Wait."
+
+
+def test_input_items_are_listed_page_by_page(client: openai.OpenAI) -> None:
+    texts = ["One.", "Two.", "⟦</think>Yes.⟧"]
+    items: list[Any] = [{"role": "user", "content": text} for text in texts]
+    id = client.responses.create(model="tiny", input=items).id
+    pages = client.responses.input_items.list(
+        id, limit=2, order="asc", include=["reasoning.encrypted_content"]
+    )
+    assert [item.to_dict()["content"] for item in pages] == [
+        [{"type": "input_text", "text": text}] for text in texts
+    ]
+
+
 def test_errors_have_the_sdks_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model="tiny", input="Hi", temperature=9)

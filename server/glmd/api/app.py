@@ -52,6 +52,7 @@ STREAM_EVENTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionChunk,
     "/v1/completions": TextCompletion,
     "/v1/responses": ResponseStreamEvent,
+    "/v1/responses/{id}": ResponseStreamEvent,
     "/v1/messages": MessageEvent,
 }
 """Event models of the routes that stream."""
@@ -182,14 +183,14 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         schemas.update(definitions["$defs"])
         for path, item in document["paths"].items():
             error = AnthropicErrorBody if is_below(path, MESSAGES_PATH) else ErrorBody
-            for operation in item.values():
+            for method, operation in item.items():
                 by_status = operation["responses"]
                 by_status.pop("422", None)  # Validation errors have status 400 here.
                 by_status["default"] = {
                     "description": "An error",
                     "content": {"application/json": {"schema": _reference(error)}},
                 }
-                if path in STREAM_EVENTS:
+                if path in STREAM_EVENTS and method != "delete":
                     by_status["200"]["content"]["text/event-stream"] = {
                         "schema": _reference(STREAM_EVENTS[path])
                     }

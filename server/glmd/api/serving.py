@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from fastapi import Request, Response
@@ -28,6 +28,7 @@ from glmd.api.streaming import (
     ResponseBuilder,
     cancel_on_disconnect,
     drain,
+    sse_frame,
     stream_frames,
 )
 from glmd.chat.output_processor import ChatOutputProcessor, CompletionOutputProcessor
@@ -39,6 +40,9 @@ from glmd.ipc import EngineRequest, TokenArray, pack_tokens
 
 Builder = TypeVar("Builder", bound=ResponseBuilder)
 
+Frames = AsyncGenerator[bytes, None]
+"""Frames of a stream."""
+
 
 async def serve(
     http: Request,
@@ -48,15 +52,16 @@ async def serve(
     read: Callable[[Defaults], GenerationRequest],
     build: Callable[[Generation], Builder],
     *,
-    run_in_background: Callable[[Builder, Coroutine[Any, Any, None]], None] | None = None,
+    run_in_background: Callable[[Builder, Frames], Frames | None] | None = None,
 ) -> Response:
     """Generate an answer, streamed or whole.
 
     Args:
         read: Turns `body` into a `GenerationRequest`.
         build: Makes the response builder.
-        run_in_background: Takes over the builder and the work of generating; the response then
-            holds the answer as it is before. None: respond with the answer.
+        run_in_background: Takes over the builder and the frames that generating makes, and returns
+            the frames to stream. None instead of frames: respond with the answer as it is before.
+            None: generate while the client waits.
 
     Raises:
         ModelNotFound, InvalidRequest: the request cannot be served.
@@ -73,7 +78,9 @@ async def serve(
     builder = build(generation)
     headers = ignored_header([*unknown, *request.ignored]) | omitted_header(request.prompt)
     if run_in_background is not None:
-        run_in_background(builder, drain(stream_frames(builder, generation)))
+        followed = run_in_background(builder, stream_frames(builder, generation))
+        if followed is not None:
+            return await follow_stream(state, followed, headers)
     elif body.stream:
         keep_alive = state.settings.keep_alive
         frames = stream_frames(builder, generation, heartbeat_interval=keep_alive)
@@ -83,6 +90,19 @@ async def serve(
     else:
         await cancel_on_disconnect(http, drain(stream_frames(builder, generation)))
     return json_response(builder.to_json(), headers)
+
+
+async def follow_stream(
+    state: AppState, frames: Frames, headers: Mapping[str, str] | None = None
+) -> EventStream:
+    """Stream the frames of an answer that is generated in the background."""
+    stream = EventStream(
+        frames,
+        lambda error: sse_frame(error.json, "error"),
+        comments=state.settings.keep_alive,
+        headers=headers or {},
+    )
+    return await stream.prime()
 
 
 async def start_generation(

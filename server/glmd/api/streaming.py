@@ -311,7 +311,7 @@ class EventStream(EventSourceResponse):
             sep="\n",
         )
         self._frames = frames
-        self._first = asyncio.ensure_future(anext(frames))
+        self._first = asyncio.ensure_future(anext(frames, None))
         self._on_error = on_error
 
     async def prime(self) -> EventStream:
@@ -334,7 +334,8 @@ class EventStream(EventSourceResponse):
 
     async def _body(self) -> AsyncGenerator[bytes, None]:
         try:
-            yield await self._first
+            if (first := await self._first) is not None:
+                yield first
             async for frame in self._frames:
                 yield frame
         except Exception as error:

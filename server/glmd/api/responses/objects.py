@@ -210,6 +210,16 @@ class InputTokenCount(BaseModel):
     input_tokens: int
 
 
+class InputItemList(BaseModel):
+    """A page of a response's input items."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str = Field(description="Empty if the page is.")
+    last_id: str = Field(description="Empty if the page is.")
+    has_more: bool
+
+
 class DeletedResponse(BaseModel):
     id: str
     object: Literal["response"] = "response"
@@ -225,6 +235,7 @@ class NumberedEvent(BaseModel):
 
 ResponseEventType = Literal[
     "response.created",
+    "response.queued",
     "response.in_progress",
     "response.completed",
     "response.incomplete",
@@ -235,6 +246,15 @@ ResponseEventType = Literal[
 class ResponseEvent(NumberedEvent):
     type: ResponseEventType
     response: ResponseObject
+
+
+class ErrorEvent(NumberedEvent):
+    """End of a stream whose further events cannot be sent."""
+
+    type: Literal["error"] = "error"
+    code: str
+    message: str
+    param: None = None
 
 
 class ItemEvent(NumberedEvent):
@@ -292,7 +312,7 @@ class DoneEvent(EventInItem):
 class ResponseStreamEvent(
     RootModel[
         Annotated[
-            ResponseEvent | ItemEvent | PartEvent | DeltaEvent | DoneEvent,
+            ResponseEvent | ErrorEvent | ItemEvent | PartEvent | DeltaEvent | DoneEvent,
             Field(discriminator="type"),
         ]
     ]

@@ -139,7 +139,9 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         "Alternatives per token; implies logprobs.", ge=0, le=20
     )
     stream_options: ResponsesStreamOptions | None = None
-    background: bool | None = optional("Respond at once; retrieve the answer later.")
+    background: bool | None = optional(
+        "Respond at once, or stream; retrieve the answer or take up the stream later."
+    )
     store: bool | None = optional("False: the response is not stored.")
     metadata: Annotated[Metadata | None, limit_members(16)] = optional(
         "Stored with the response.", max_length=16
@@ -175,8 +177,6 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         Raises:
             InvalidRequest: a field is malformed, unsupported or contradicts another field.
         """
-        if self.background and self.stream:
-            raise invalid_field("background", "cannot be combined with stream.")
         check_stream_options(self.stream_options, self.stream)
         if self.background and self.store is False:
             raise invalid_field("background", "needs store to be true.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,26 +15,22 @@ from starlette.exceptions import HTTPException
 from glmd.api.auth import Access
 from glmd.api.context import AccessDep, ContextDep
 from glmd.api.errors import RefusedBody, log_unhandled, to_error
-from glmd.api.generation_request import Defaults, GenerationRequest, omitted_header
+from glmd.api.generation_request import NO_OP, Defaults, GenerationRequest, omitted_header
 from glmd.api.request_body import NO_MEMORY, JsonRoute
 from glmd.api.responses.input import InputItems, RequestTools, read_tools
+from glmd.api.responses.input_items import Order, list_items, read_input, referred_ids
 from glmd.api.responses.objects import (
     DeletedResponse,
+    InputItemList,
     InputTokenCount,
     ReasoningConfig,
     ResponseObject,
     TextOptions,
 )
 from glmd.api.responses.protocol import AllowedToolsChoice, ResponsesRequest, ToolChoiceName
-from glmd.api.responses.store import (
-    ResponseStore,
-    StoredResponse,
-    get_store,
-    read_input,
-    referred_ids,
-)
+from glmd.api.responses.store import EventLog, ResponseStore, StoredResponse, get_store
 from glmd.api.responses.stream import ResponsesBuilder
-from glmd.api.serving import count_prompt_tokens, json_response, serve
+from glmd.api.serving import Frames, count_prompt_tokens, follow_stream, json_response, serve
 from glmd.api.state import StateDep
 from glmd.api.streaming import Generation
 from glmd.chat.types import Conversation
@@ -41,6 +38,11 @@ from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.fair_limiter import Reservation
 
 router = APIRouter(tags=["Responses"], route_class=JsonRoute)
+
+Include = Annotated[
+    list[str] | None,
+    Query(alias="include[]", description=NO_OP + " Shown is what the creation included."),
+]
 
 GivenStore = Annotated[ResponseStore, Depends(get_store)]
 
@@ -53,7 +55,10 @@ async def create_response(
     store: GivenStore,
     context: ContextDep,
 ) -> Response:
-    """Continue a conversation: streamed, whole, or in the background."""
+    """Continue a conversation: streamed, whole, or in the background.
+
+    A stream in the background can be lost and taken up again, by its sequence numbers.
+    """
     stored = await find_referred(http, body, store, context.owner)
     tools, items = await state.run_by_size(http, partial(read_parts, body, stored))
     memory: Reservation = http.state.body_memory
@@ -69,16 +74,19 @@ async def create_response(
             tools=tools,
             tokenizer=state.tokenizer,
             summarise=bool(response.reasoning.summary),
-            on_done=keep if response.store else lambda stored: None,
+            on_done=keep if response.store and not body.background else lambda stored: None,
         )
 
     def keep(stored: StoredResponse) -> None:
         memory.hold()
         store.keep(stored, memory.release)
 
-    def run_in_background(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
+    def run_in_background(builder: ResponsesBuilder, frames: Frames) -> Frames | None:
+        stored = builder.stored
+        stored.events = EventLog(memory) if body.stream else None
         memory.hold()
-        store.run(builder.stored, finish(builder, work), memory.release)
+        store.run(stored, finish(builder, frames, stored.events), memory.release)
+        return stored.events.follow(0) if stored.events is not None else None
 
     return await serve(
         http,
@@ -161,14 +169,46 @@ async def refuse_compaction() -> Response:
 @router.get("/v1/responses/{id}", response_model=ResponseObject)
 async def retrieve_response(
     id: str,
+    state: StateDep,
     store: GivenStore,
     access: AccessDep,
-    stream: Annotated[bool, Query(description="false only.")] = False,
+    stream: Annotated[bool, Query(description="Needs stream and background at creation.")] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="Sequence number of the last event that is known.")
+    ] = None,
+    include: Include = None,
+    include_obfuscation: Annotated[
+        bool | None, Query(description=NO_OP + " Events are not padded.")
+    ] = None,
 ) -> Response:
-    """Retrieve a stored response, or the present state of a response in the background."""
-    if stream:
-        raise invalid_field("stream", "a stored response cannot be streamed.")
-    return whole(await visible(store, id, access))
+    """Retrieve a stored response, or take up the stream of a response in the background."""
+    if starting_after is not None and not stream:
+        raise invalid_field("starting_after", "needs stream to be true.")
+    stored = await visible(store, id, access)
+    if not stream:
+        return whole(stored)
+    if stored.events is None:
+        raise invalid_field(
+            "stream",
+            "the events of this response are not stored. They are kept in memory for a response"
+            " created with background and stream. Retrieve it without stream.",
+        )
+    frames = stored.events.follow(0 if starting_after is None else starting_after + 1)
+    return await follow_stream(state, frames)
+
+
+@router.get("/v1/responses/{id}/input_items")
+async def list_input_items(
+    id: str,
+    store: GivenStore,
+    access: AccessDep,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Order = "desc",
+    after: Annotated[str | None, Query(description="ID of the item before the page.")] = None,
+    include: Include = None,
+) -> InputItemList:
+    """List the input items of a stored response, with those of the responses that it continues."""
+    return list_items(await visible(store, id, access), after=after, limit=limit, order=order)
 
 
 @router.post("/v1/responses/{id}/cancel", response_model=ResponseObject)
@@ -228,16 +268,26 @@ def new_response(
     )
 
 
-async def finish(builder: ResponsesBuilder, work: Coroutine[Any, Any, None]) -> None:
-    """Finish a response in the background; an error becomes its status."""
+async def finish(builder: ResponsesBuilder, frames: Frames, events: EventLog | None) -> None:
+    """Finish a response in the background; an error becomes its status.
+
+    Args:
+        events: Takes the frames.
+    """
+    add = events.add if events is not None else lambda frame: None
     try:
-        await work
+        async with aclosing(frames):
+            for frame in builder.queue():
+                add(frame)
+            async for frame in frames:
+                add(frame)
     except asyncio.CancelledError:
-        builder.response.status = "cancelled"
+        for frame in builder.cancel():
+            add(frame)
         raise
     except Exception as error:
         log_unhandled(error)
-        builder.fail(to_error(error))
+        add(builder.fail(to_error(error)))
 
 
 async def visible(store: ResponseStore, id: str, access: Access) -> StoredResponse:

@@ -1,10 +1,14 @@
-"""Stored responses, which later requests can continue: with a size limit, in memory and on disk."""
+"""Stored responses, which later requests continue: with a size limit, in memory and on disk.
+
+A response in the background that streams has an `EventLog` beside it, in memory only.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+import sys
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +17,73 @@ from typing import Any
 from fastapi import Request
 
 from glmd.api.responses.input import InputItems, Item
-from glmd.api.responses.objects import OutputItem, ResponseObject
-from glmd.errors import InvalidRequest, invalid_field
+from glmd.api.responses.objects import ErrorEvent, ResponseObject
+from glmd.api.streaming import sse_frame
 from glmd.utils.disk_lru import DiskLRU
+from glmd.utils.fair_limiter import Reservation
 from glmd.utils.lru import LRUCache, memory_bytes
-from glmd.utils.text import quoted
+
+EVENT_BYTES = 8
+"""Memory of an event beside its frame: the list's reference."""
+
+LOST_EVENTS = (
+    "The events of this response are not stored any more, for lack of memory. Retrieve the response"
+    " without stream."
+)
+
+
+class EventLog:
+    """Events of a response in the background, for streams that begin or go on later.
+
+    The event at index N has sequence number N.
+
+    Args:
+        memory: Counts the events. An event without room ends the log, not the response.
+    """
+
+    def __init__(self, memory: Reservation) -> None:
+        self._frames: list[bytes] = []
+        self._memory: Reservation | None = memory
+        """None: the response has ended."""
+        self._lost = False
+        self._changed: asyncio.Event | None = None
+        """Set at the next event, and at the end. None: nobody waits."""
+
+    def add(self, frame: bytes) -> None:
+        """Add the next event."""
+        if self._lost or self._memory is None:
+            return
+        if self._memory.grow(sys.getsizeof(frame) + EVENT_BYTES):
+            self._frames.append(frame)
+        else:
+            self._lost = True
+            self._frames = []
+        self._notify()
+
+    def end(self) -> None:
+        """No further events come."""
+        self._memory = None
+        self._notify()
+
+    async def follow(self, start: int) -> AsyncGenerator[bytes, None]:
+        """Yield the events from index `start` on, those to come included, to the end."""
+        index = start
+        while not self._lost:
+            if index < len(self._frames):
+                yield self._frames[index]
+                index += 1
+            elif self._memory is None:
+                return
+            else:
+                self._changed = self._changed or asyncio.Event()
+                await self._changed.wait()
+        event = ErrorEvent(code="events_lost", message=LOST_EVENTS, sequence_number=index)
+        yield sse_frame(event.model_dump_json(), event.type)
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
 
 @dataclass(slots=True)
@@ -26,12 +92,14 @@ class StoredResponse:
 
     Attributes:
         owner: whose response it is (`Access.owner`).
+        events: None: the response is not streamed in the background, or its events are gone.
         nbytes: bytes of memory; 0 until it is stored.
     """
 
     response: ResponseObject
     items: InputItems
     owner: str
+    events: EventLog | None = None
     nbytes: int = 0
 
     @property
@@ -41,7 +109,7 @@ class StoredResponse:
         return [*self.items.earlier, *self.items.new, *output]
 
     def encode(self) -> bytes:
-        """JSON; inverted by `decode`."""
+        """JSON without the events; inverted by `decode`."""
         items = [self.items.earlier, self.items.new]
         return json.dumps([self.response.model_dump(mode="json"), *items, self.owner]).encode()
 
@@ -57,8 +125,8 @@ class ResponseStore:
     Large responses are weighed, encoded and decoded on a thread.
 
     Args:
-        capacity: bytes of memory of all responses with their conversations; shared items count in
-            each conversation. Also bytes of JSON in the file.
+        capacity: bytes of memory of all responses with their conversations and events; shared items
+            count in each conversation. Also bytes of JSON in the file.
         file: where responses survive the process; None: nowhere.
     """
 
@@ -124,8 +192,18 @@ class ResponseStore:
             self._disk.put(_key(stored.response.id), stored.encode())
 
     def _weigh_and_put(self, stored: StoredResponse) -> bool:
+        """Put a response into memory, without its events if they do not fit.
+
+        Returns: whether the response fits.
+        """
+        stored.nbytes = 0  # `memory_bytes` would count it
         stored.nbytes = memory_bytes(stored)
-        return self._kept.put(stored.response.id, stored, stored.nbytes)
+        if self._kept.put(stored.response.id, stored, stored.nbytes):
+            return True
+        if stored.events is None:
+            return False
+        stored.events = None
+        return self._weigh_and_put(stored)
 
     def run(
         self,
@@ -139,6 +217,8 @@ class ResponseStore:
         self._running[id] = (stored, task)
 
         def done(_: asyncio.Task[None]) -> None:
+            if stored.events is not None:
+                stored.events.end()
             if self._running.pop(id, None) is not None:
                 self.keep(stored, on_end)
             else:
@@ -180,69 +260,6 @@ class ResponseStore:
 
 def _key(id: str) -> bytes:
     return id.encode("utf-8", "surrogatepass")
-
-
-# -- the input of a request ---------------------------------------------------------------
-
-
-def referred_ids(input: str | list[Item], previous_id: str | None) -> Iterator[str]:
-    """Ids of the responses that a request's input continues or refers to."""
-    if previous_id:
-        yield previous_id
-    for item in input if isinstance(input, list) else ():
-        if item.get("type") == "item_reference" and (id := _response_of(item)) is not None:
-            yield id
-
-
-def read_input(
-    input: str | list[Item],
-    previous_id: str | None,
-    stored: Mapping[str, StoredResponse],
-) -> InputItems:
-    """Items of a request's input, after the conversation of the previous response.
-
-    Args:
-        stored: those of `referred_ids` that the client may use.
-
-    Raises:
-        InvalidRequest: the response is not stored, or not done.
-    """
-    if isinstance(input, str):
-        input = [{"type": "message", "role": "user", "content": input}]
-    outputs = {item.id: item for found in stored.values() for item in found.response.output}
-    new = [_resolve(item, outputs) for item in input]
-    return InputItems(_previous(previous_id, stored).conversation if previous_id else [], new)
-
-
-def _previous(id: str, own: Mapping[str, StoredResponse]) -> StoredResponse:
-    stored = own.get(id)
-    if stored is None:
-        raise InvalidRequest(
-            f"previous_response_id: response {quoted(id)} is not stored, or not any more.",
-            param="previous_response_id",
-            code="previous_response_not_found",
-        )
-    if stored.response.status not in ("completed", "incomplete"):
-        raise invalid_field(
-            "previous_response_id", f"response {quoted(id)} is {stored.response.status}."
-        )
-    return stored
-
-
-def _response_of(item: Item) -> str | None:
-    """The id of an item's response, which the item's own id holds."""
-    id = item.get("id")
-    parts = id.split("_") if isinstance(id, str) else []
-    return f"resp_{parts[1]}" if len(parts) == 3 else None
-
-
-def _resolve(item: Item, outputs: Mapping[str, OutputItem]) -> Item:
-    """The item that `item` refers to; itself if it is no reference, or to nothing stored."""
-    if item.get("type") != "item_reference":
-        return item
-    id = item.get("id")
-    found = outputs.get(id) if isinstance(id, str) else None
-    return item if found is None else found.model_dump(exclude_none=True)
 
 
 def get_store(request: Request) -> ResponseStore:

@@ -100,9 +100,16 @@ class ResponsesBuilder:
         """JSON of the open call's arguments."""
         self._is_incomplete = False
 
+    def queue(self) -> Iterator[bytes]:
+        """First events of a response in the background, before those of `start`."""
+        self.response.status = "queued"
+        yield self._response_event("response.created")
+        yield self._response_event("response.queued")
+
     def start(self) -> Iterator[bytes]:
         self.response.status = "in_progress"
-        yield self._response_event("response.created")
+        if not self.response.background:
+            yield self._response_event("response.created")
         yield self.heartbeat()
 
     def heartbeat(self) -> bytes:
@@ -143,6 +150,12 @@ class ResponsesBuilder:
         yield self._response_event(
             "response.incomplete" if self._is_incomplete else "response.completed"
         )
+
+    def cancel(self) -> Iterator[bytes]:
+        """Last events of a cancelled response; OpenAI has no event of that name."""
+        yield from self._close("incomplete")
+        self.response.status = "cancelled"
+        yield self._response_event("response.incomplete")
 
     def fail(self, error: ErrorInfo) -> bytes:
         self.response.status = "failed"
