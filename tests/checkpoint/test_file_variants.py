@@ -34,7 +34,8 @@ from mlx_lm.utils import load_model as load_mlx_lm
 from glmd.api.generation_request import Defaults
 from glmd.checkpoint.config import RECOMMENDED, ROLE_TAGS, load_config, sampling_defaults
 from glmd.config import Settings
-from glmd.convert.convert import add_mtp, convert
+from glmd.convert.add_mtp import add_mtp
+from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import RECIPES
 from glmd.errors import CheckpointError, GlmdError

@@ -21,7 +21,8 @@ from glmd.checkpoint.config import RECOMMENDED, QuantizedAs, load_config, sampli
 from glmd.checkpoint.layout import mtp_weights
 from glmd.checkpoint.stored import read_weights
 from glmd.checkpoint.weights import INDEX_NAME, list_tensors
-from glmd.convert.convert import add_mtp, convert
+from glmd.convert.add_mtp import add_mtp
+from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import RECIPES, plan_stored, total
 from glmd.errors import CheckpointError

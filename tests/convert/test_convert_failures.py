@@ -19,7 +19,8 @@ import pytest
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.weights import TensorFileWriter, TensorSpec, list_tensors
-from glmd.convert.convert import add_mtp, convert
+from glmd.convert.add_mtp import add_mtp
+from glmd.convert.convert import convert
 from glmd.convert.recipes import RECIPES
 from glmd.errors import CheckpointError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from glmd.checkpoint.chat_template import read_template
 from glmd.checkpoint.config import ModelConfig, load_config
-from glmd.checkpoint.stored import read_weights
+from glmd.checkpoint.stored import mtp_files, read_mtp_source, read_weights
+from glmd.checkpoint.weights import INDEX_NAME, read_index
 from glmd.errors import CheckpointError, ModelNotFound
 from glmd.utils.files import check_room
 from glmd.utils.text import gb
@@ -128,6 +129,44 @@ def resolve_model(model: str, *, for_serving: bool = False) -> Path:
         return without_mtp
 
 
+def resolve_mtp(model: str, check: Callable[[ModelConfig], object]) -> Path:
+    """Return a folder with a model's MTP layer, after downloading what is needed of it.
+
+    Of a repository whose weights have an index, only the files of `mtp_files` are downloaded.
+
+    Args:
+        check: called with the model's configuration before weights are downloaded; may raise.
+
+    Raises:
+        ModelNotFound, CheckpointError: as `resolve_model`, or there is no MTP layer.
+    """
+    model = full_name(model)
+    if Path(model).expanduser().exists():
+        return resolve_model(model)
+    _check_id(model)
+    found = _snapshot(model)
+    if found is not None:
+        try:
+            read_mtp_source(found, load_config(found))
+            return found
+        except CheckpointError as error:
+            log.debug("MTP layer not cached: repo=%s", model, exc_info=error)
+    _probe(model)
+    config = load_config(_fetch_config(model))
+    check(config)
+    with _explain_errors(model):
+        try:
+            index = Path(hf_hub_download(model, INDEX_NAME))
+        except RemoteEntryNotFoundError:
+            return download(look_up(model))
+    weight_map = read_index(index.parent)
+    assert weight_map is not None
+    names = ["config.json", INDEX_NAME, *mtp_files(config, weight_map, model)]
+    with _explain_errors(model):
+        plan = _download(model, names, dry_run=True)
+    return _complete(model, sum(file.file_size or 0 for file in plan if file.will_download), names)
+
+
 def resolve_config(model: str) -> Path:
     """Return the path of a model's configuration, without downloading weights.
 
@@ -200,11 +239,15 @@ def download(model: RemoteModel) -> Path:
         ModelNotFound: the download fails.
         CheckpointError: the disk has too little room.
     """
+    return _complete(model.repo, model.missing)
+
+
+def _complete(repo: str, missing: int, names: Sequence[str] = ALLOW) -> Path:
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    check_room(cache / model.repo.replace("/", "--"), model.missing)
-    with _explain_errors(model.repo):
-        return Path(_download(model.repo))
+    check_room(cache / repo.replace("/", "--"), missing)
+    with _explain_errors(repo):
+        return Path(_download(repo, names))
 
 
 def cached_folder(repo: str) -> Path | None:
@@ -262,15 +305,20 @@ def _cached(repo: str) -> tuple[Path | None, str | None]:
 
     None as the first: there is none that can be served. A download completes either.
     """
-    found = try_to_load_from_cache(repo, "config.json")
-    if not isinstance(found, str):
+    folder = _snapshot(repo)
+    if folder is None:
         return None, None
-    folder = Path(found).parent
     try:
         return folder, _missing_mtp(folder)
     except CheckpointError as error:
         log.debug("model not cached: repo=%s", repo, exc_info=error)
         return None, None
+
+
+def _snapshot(repo: str) -> Path | None:
+    """The folder of a repository in the local cache, complete or not."""
+    found = try_to_load_from_cache(repo, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _missing_mtp(folder: Path) -> str | None:
@@ -288,9 +336,9 @@ def _missing_mtp(folder: Path) -> str | None:
     return None if file is None or (folder / file).exists() else file
 
 
-def _download(repo: str, **options: Any) -> Any:
+def _download(repo: str, names: Sequence[str] = ALLOW, **options: Any) -> Any:
     return snapshot_download(
-        repo, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE), **options
+        repo, allow_patterns=list(names), ignore_patterns=list(IGNORE), **options
     )
 
 

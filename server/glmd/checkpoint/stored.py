@@ -7,7 +7,7 @@ so what one of them accepts, all of them accept. Read from file headers, without
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from glmd.checkpoint.weights import (
     list_tensors,
     quantized_specs,
     read_header,
+    read_index,
 )
 from glmd.errors import CheckpointError
 
@@ -122,17 +123,73 @@ def read_weights(folder: Path, config: ModelConfig) -> StoredWeights:
         raise
 
 
+def read_mtp_source(folder: Path, config: ModelConfig) -> StoredWeights:
+    """List the MTP layer of a checkpoint, of which other weight files may be missing.
+
+    If they are, `main` has the main model's tensors in the files of `mtp_files` alone.
+
+    Raises:
+        CheckpointError: as `read_weights`, for the files that are needed.
+    """
+    try:
+        return read_weights(folder, config)
+    except CheckpointError:
+        weight_map = read_index(folder)
+        if weight_map is None:
+            raise
+        absent = {name for name in weight_map.values() if not (folder / name).exists()}
+        needed = mtp_files(config, weight_map, str(folder))
+        if not absent or not absent.isdisjoint(needed):
+            raise
+    return _check(folder, config, list_tensors(folder, needed), [], partly=True)
+
+
+def mtp_files(config: ModelConfig, weight_map: Mapping[str, str], place: str) -> list[str]:
+    """Name the files with what adding the MTP layer to other files of the model takes.
+
+    Those with the layer, with the embedding and the head that it may share, and with the final
+    norm, by which the model is recognised. In the published checkpoint they are 3 of 48.
+
+    Args:
+        weight_map: file name of each tensor, as in the index.
+        place: folder or repository, for errors.
+
+    Raises:
+        CheckpointError: there is no such layer, or a tensor is not in the index.
+    """
+    spare = _spare_names(config, weight_map)
+    problem = _missing_layer(config, spare)
+    if problem is not None:
+        raise CheckpointError(f"{place}: {problem}.", file=place)
+    prefix = mtp_prefix(config)
+    main = ["model.norm.weight"]
+    if f"{prefix}.embed_tokens.weight" in spare:
+        main.append("model.embed_tokens.weight")
+    if f"{prefix}.shared_head.head.weight" in spare:
+        main.append("lm_head.weight")
+    for name in main:
+        if name not in weight_map:
+            message = f"{place}: {INDEX_NAME} does not name the file of {name}."
+            raise CheckpointError(message, file=place, tensor=name)
+    return sorted({weight_map[name] for name in (*spare, *main)})
+
+
 def _check(
     folder: Path,
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     warnings: Iterable[str],
+    *,
+    partly: bool = False,
 ) -> StoredWeights:
     tensors = _split_fused_experts(tensors)
-    spare = _spare_layers(config, tensors)
+    names = _spare_names(config, tensors)
+    spare = {name: tensors[name] for name in names}
     main = {name: tensor for name, tensor in tensors.items() if name not in spare}
     quantization: dict[str, QuantizedAs] = {}
     expected = _expected(config, main_weights(config), main, quantization)
+    if partly:
+        expected = [spec for spec in expected if spec.name in main]
     check_specs(main, expected, folder=folder)
     main = {spec.name: main[spec.name] for spec in expected}
     mtp, no_mtp = _find_mtp(folder, config, spare)
@@ -171,17 +228,27 @@ def _split_fused_experts(tensors: Mapping[str, StoredTensor]) -> dict[str, Store
     return out
 
 
-def _spare_layers(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+def _spare_names(config: ModelConfig, names: Collection[str]) -> list[str]:
     """The tensors in the main files that belong to an MTP layer, wherever it is."""
     layers = {
         int(match[1])
-        for name in tensors
+        for name in names
         if (match := _LAYER.fullmatch(name)) and match[2].startswith(_MTP_ONLY)
     }
     prefixes = tuple(f"model.layers.{i}." for i in layers if i >= config.num_hidden_layers)
-    return {n: t for n, t in tensors.items() if n.startswith((*prefixes, *_MTP_ELSEWHERE))}
+    return [name for name in names if name.startswith((*prefixes, *_MTP_ELSEWHERE))]
+
+
+def _missing_layer(config: ModelConfig, spare: Collection[str]) -> str | None:
+    """Why the main files hold no MTP layer that can be used; None: they do."""
+    prefix = f"{mtp_prefix(config)}."
+    if not spare:
+        return "the checkpoint has no MTP layer"
+    if any(map(_is_scale, spare)):
+        return "the MTP layer in the main files is quantised"
+    if not any(name.startswith(prefix) for name in spare):
+        return f"the MTP layer is stored as {min(spare)}, not as {prefix}*"
+    return None
 
 
 def _expected(
@@ -260,19 +327,13 @@ def _find_mtp(
             return {}, f"{file.name}, which config.json names, is missing"
         tensors = read_header(file)
         specs = list(_described(config))
-    elif not spare:
-        undescribed = (folder / MTP_FILE).exists()
-        return {}, (
-            f"config.json does not describe {MTP_FILE}"
-            if undescribed
-            else "the checkpoint has no MTP layer"
-        )
+    elif not spare and (folder / MTP_FILE).exists():
+        return {}, f"config.json does not describe {MTP_FILE}"
     else:
+        problem = _missing_layer(config, spare)
+        if problem is not None:
+            return {}, problem
         tensors = {name: tensor for name, tensor in spare.items() if name.startswith(prefix)}
-        if any(map(_is_scale, spare)):
-            return {}, "the MTP layer in the main files is quantised"
-        if not tensors:
-            return {}, f"the MTP layer is stored as {min(spare)}, not as {prefix}*"
         weights = mtp_weights(
             config,
             own_embedding=f"{prefix}embed_tokens.weight" in tensors,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
@@ -77,24 +77,23 @@ class StoredTensor(TensorSpec):
 # -- checkpoints ----------------------------------------------------------------------------
 
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+def list_tensors(folder: Path, only: Container[str] | None = None) -> dict[str, StoredTensor]:
     """List the tensors of a checkpoint's main files (`model*.safetensors`) by name.
 
     With an index, only the files that it names are read, and must hold exactly its tensors.
+
+    Args:
+        only: names of the index's files to read; None: all.
 
     Raises:
         CheckpointError: there are no files, a file is missing or damaged, or a tensor is stored
             twice or not in the file that the index names.
     """
-    index_file = folder / INDEX_NAME
-    if not index_file.exists():
+    weight_map = read_index(folder)
+    if weight_map is None:
         return glob_tensors(folder)
-    weight_map = read_json_object(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _bad(index_file, "no weight_map")
-    for name in weight_map.values():
-        if not is_file_name(name):
-            raise _bad(index_file, f"{json.dumps(name)} is not the name of a file in the folder")
+    if only is not None:
+        weight_map = {tensor: name for tensor, name in weight_map.items() if name in only}
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).exists():
@@ -106,6 +105,24 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         if tensor not in tensors or tensors[tensor].file.name != name:
             raise _bad(folder / name, f"is not in the file that {INDEX_NAME} names", tensor)
     return tensors
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Read the file name of each tensor from the index; None: there is no index.
+
+    Raises:
+        CheckpointError: the index is malformed.
+    """
+    file = folder / INDEX_NAME
+    if not file.exists():
+        return None
+    weight_map = read_json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _bad(file, "no weight_map")
+    for name in weight_map.values():
+        if not is_file_name(name):
+            raise _bad(file, f"{json.dumps(name)} is not the name of a file in the folder")
+    return weight_map
 
 
 def glob_tensors(folder: Path) -> dict[str, StoredTensor]:

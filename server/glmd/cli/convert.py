@@ -53,7 +53,10 @@ def convert(
     ] = False,
     mtp_only: Annotated[
         bool,
-        typer.Option("--mtp-only", help="Only add the MTP layer of SRC to OUT."),
+        typer.Option(
+            "--mtp-only",
+            help="Only add the MTP layer of SRC to OUT; downloads only the files that hold it.",
+        ),
     ] = False,
 ) -> None:
     """Convert a BF16 checkpoint to quantised MLX files.
@@ -71,12 +74,14 @@ def convert(
     if not mtp_only:
         check_new(out)
 
-    from glmd.checkpoint.hub import resolve_model
-
-    folder = resolve_model(source)
-
-    from glmd.convert.convert import add_mtp
+    from glmd.checkpoint.hub import resolve_model, resolve_mtp
+    from glmd.convert.add_mtp import add_mtp, check_target
     from glmd.convert.convert import convert as run
+
+    if mtp_only:
+        folder = resolve_mtp(source, lambda config: check_target(out, config, source))
+    else:
+        folder = resolve_model(source)
 
     with _bar() as bar:
         task = bar.add_task("", total=None, visible=False)

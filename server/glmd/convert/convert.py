@@ -2,7 +2,7 @@
 
 The files are planned from the headers of the source; then each weight is read, quantised and
 written. The source is only read, and the output folder appears when it is complete
-(`glmd.utils.files`). The MTP layer can also be added alone, to MLX files without it.
+(`glmd.utils.files`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import msgspec
 
 from glmd.checkpoint.chat_template import (
@@ -33,8 +32,8 @@ from glmd.checkpoint.config import (
     read_json_object,
     recommended_fields,
 )
-from glmd.checkpoint.layout import Component, main_weights, mtp_prefix
-from glmd.checkpoint.stored import MTP_FILE, StoredWeights, read_weights
+from glmd.checkpoint.layout import mtp_prefix
+from glmd.checkpoint.stored import MTP_FILE, read_mtp_source, read_weights
 from glmd.convert.inspect import model_card
 from glmd.convert.recipes import RECIPES, SHARD_BYTES, Plan, Recipe, plan_recipe, shard, total
 from glmd.convert.weights import (
@@ -48,7 +47,7 @@ from glmd.convert.weights import (
     write_json,
 )
 from glmd.errors import CheckpointError
-from glmd.utils.files import check_new, check_room, staged_folder, sync, write_error
+from glmd.utils.files import check_new, staged_folder
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -204,11 +203,12 @@ class Source:
         return raw
 
 
-def open_source(source: Path, *, mtp: bool) -> Source:
+def open_source(source: Path, *, mtp: bool, mtp_only: bool = False) -> Source:
     """Open a checkpoint: read its headers and, with `mtp`, compare its vocabulary matrices.
 
     Args:
         mtp: the MTP layer is requested, if there is one.
+        mtp_only: the main model is not read, so its other files may be missing.
 
     Raises:
         CheckpointError: not a complete, unquantised checkpoint in Hugging Face's layout.
@@ -219,7 +219,7 @@ def open_source(source: Path, *, mtp: bool) -> Source:
             f"{source} is quantised already; glmd converts BF16, F16 or F32 checkpoints.",
             file=str(source),
         )
-    stored = read_weights(source, config)
+    stored = (read_mtp_source if mtp_only else read_weights)(source, config)
     if stored.is_mlx:
         raise CheckpointError(f"{source} is in MLX's layout already.", file=str(source))
     tensors, prefix = {**stored.main, **stored.mtp}, f"{mtp_prefix(config)}."
@@ -297,88 +297,3 @@ def tokenizer_without_limits(folder: Path) -> dict[str, str]:
         return {}
     tokenizer |= {"truncation": None, "padding": None}
     return {file.name: json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n"}
-
-
-_MAY_DIFFER = {
-    "eos_token_ids", "max_position_embeddings", "mtp", "num_nextn_predict_layers", "pad_token_id",
-    "quantization",
-}  # fmt: skip
-"""Configuration fields that do not determine the weights' shapes or use."""
-
-
-def add_mtp(
-    source: Path, folder: Path, recipe: Recipe, *, progress: Progress | None = None
-) -> Conversion:
-    """Add a checkpoint's MTP layer to MLX files made from the checkpoint without it.
-
-    Writes `mtp.safetensors`, then its description in config.json, each under a temporary name
-    first.
-
-    Args:
-        source: a folder in Hugging Face's layout that holds the layer.
-        folder: MLX files of the same model, quantised or not.
-
-    Raises:
-        CheckpointError: the source holds no MTP layer, or the folder has one already, is of
-            another model, or cannot be written.
-    """
-    opened = open_source(source, mtp=True)
-    if not opened.has_mtp:
-        raise CheckpointError(f"{source}: {opened.no_mtp}.", file=str(source))
-    config = load_config(folder)
-    stored = read_weights(folder, config)
-    if stored.mtp:
-        raise CheckpointError(f"{folder} has an MTP layer already.", file=str(folder))
-    _check_same_model(opened, stored)
-    plan = Plan((), opened.plan(recipe).mtp)
-    raw = read_json_object(folder / "config.json")
-    raw["num_nextn_predict_layers"] = 1
-    raw["glmd"] = {**(raw.get("glmd") or {}), "mtp": opened.describe_mtp(plan)}
-    writer = WeightWriter(opened.reader, total(plan.mtp).nbytes, progress)
-    partial = folder / f".{MTP_FILE}.partial"
-    config_partial = folder / ".config.json.partial"
-    check_room(partial, writer.nbytes)
-    try:
-        partial.unlink(missing_ok=True)
-        writer.write(partial, plan.mtp)
-        write_json(config_partial, raw)
-        sync(config_partial)
-        partial.replace(folder / MTP_FILE)
-        config_partial.replace(folder / "config.json")
-        sync(folder)
-    except OSError as error:
-        raise write_error(folder, error, need=writer.nbytes) from error
-    finally:
-        partial.unlink(missing_ok=True)
-        config_partial.unlink(missing_ok=True)
-    return Conversion(plan, tuple(opened.notes(plan)))
-
-
-_ROUNDING = 2.0**-7
-"""Relative difference that two roundings in bfloat16's eight bits can make."""
-
-_SMALL = 2.0**-24
-"""Least positive number of float16: smaller weights become 0 in float16 files."""
-
-
-def _check_same_model(opened: Source, stored: StoredWeights) -> None:
-    """Compare dimensions, and the arrays that are never quantised: norms and routers.
-
-    Converters round the router's bias to bfloat16, and everything to float16.
-    """
-
-    def differs(problem: str, tensor: str | None = None) -> CheckpointError:
-        message = f"{stored.folder} is not of the model in {opened.folder}: {problem}."
-        return CheckpointError(message, file=str(stored.folder), tensor=tensor)
-
-    for field in stored.config.__struct_fields__:
-        ours, theirs = getattr(opened.config, field), getattr(stored.config, field)
-        if field not in _MAY_DIFFER and ours != theirs:
-            raise differs(f"{field} is {theirs}, not {ours}")
-    reader = WeightReader(stored.config, stored.main)
-    for weight in main_weights(opened.config):
-        if weight.component not in (Component.NORM, Component.ROUTER):
-            continue
-        ours, theirs = (r.read(weight).astype(mx.float32) for r in (opened.reader, reader))
-        if not mx.allclose(ours, theirs, rtol=_ROUNDING, atol=_SMALL).item():
-            raise differs(f"{weight.name} differs", weight.name)

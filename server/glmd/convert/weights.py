@@ -58,6 +58,10 @@ class WeightReader:
         self._tensors = tensors
         self._buffer = np.empty(0, np.uint8)
 
+    def has(self, weight: Weight) -> bool:
+        """Whether the files hold the weight."""
+        return all(name in self._tensors for name in weight.sources)
+
     def read(self, weight: Weight) -> mx.array:
         """Read a weight as bfloat16, or float32 for the correction bias: [*weight.shape].
 
