@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from mlx_lm.models.glm4_moe_lite import ModelArgs
 
 from glmd.errors import SettingsError
-from glmd.model.batch import ForwardBatch, KVSpan, PaddedSpans
+from glmd.model.batch import ForwardBatch, KernelLaunch, KVSpan, PaddedSpans, SpanLevel
 from glmd.model.moe import GROUPED_PAIRS, SORTED_ROWS
 
 LAYERS = 47
@@ -45,11 +46,27 @@ GROUPED_ROWS = GROUPED_PAIRS * EXPERTS // EXPERTS_PER_ROW
 EXPERT_SHARE = 0.55
 """Share of the routed experts in the operations of a row: 37.7 of 68.9 million per layer."""
 
-BASE_DISPATCHES = 51
-"""Kernels of a layer with one decoding sequence and one piece of KV."""
+BASE_DISPATCHES = 41
+"""Kernels of a layer with one decoding sequence and one piece of KV, as `glmd bench kernels` counts
+them, like those below."""
 
-PIECE_DISPATCHES = 4
-"""Kernels of a layer for each further piece of KV, and for each further attention product."""
+PIECE_DISPATCHES = 3
+"""Kernels for each further piece of a product's keys."""
+
+LEVEL_DISPATCHES = 4
+"""Kernels for each further product that all rows share."""
+
+SPAN_DISPATCHES = 7
+"""Kernels for each further product of some of the rows."""
+
+SPANS_DISPATCHES = 2
+"""Kernels that combine the products of different rows."""
+
+PADDING_DISPATCHES = 8
+"""Kernels that pad the pairs of `SORTED_ROWS` to `GROUPED_ROWS` rows to groups."""
+
+KERNEL_DISPATCHES = 35
+"""Kernels of a layer whose decode attention is `glmd.model.mla_kernel`, with up to 24 segments."""
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,24 +165,50 @@ def step_cost(batch: ForwardBatch, tail_tokens: int) -> StepCost:
     Args:
         tail_tokens: tokens in all slots of the tail pool.
     """
-    pieces = products = kv_tokens = 0
+    dispatches, kv_tokens = BASE_DISPATCHES, 0
     for group in batch.decode:
-        parts = [part for level in (*group.fused_levels, *group.levels) for part in level.parts]
-        products += max(1, len(parts))
-        pieces += max(1, sum(map(_pieces, parts)))
-        kv_tokens += tail_tokens + sum(map(_tokens, parts))
+        levels = [*group.fused_levels, *group.levels]
+        kv_tokens += tail_tokens + sum(_tokens(part) for level in levels for part in level.parts)
+        if group.plan is not None:
+            dispatches += KERNEL_DISPATCHES - BASE_DISPATCHES + len(group.plan.launches) - 1
+            kv_tokens += sum(map(_launch_tokens, group.plan.launches))
+        elif levels:
+            # One product over all rows is part of the base.
+            dispatches += sum(map(_level_dispatches, levels)) - LEVEL_DISPATCHES
     for chunk in batch.chunks:
-        products += 1 + len(chunk.spans)
-        pieces += 1 + sum(map(_pieces, chunk.spans))
+        dispatches += sum(LEVEL_DISPATCHES + _span_dispatches(span) for span in chunk.spans)
         kv_tokens += chunk.end - chunk.start + sum(map(_tokens, chunk.spans))
-    dispatches = BASE_DISPATCHES + PIECE_DISPATCHES * (pieces - 1 + products - 1)
-    return StepCost(batch.tokens.shape[0], kv_tokens, dispatches)
+    if batch.decode and batch.chunks:
+        dispatches += SPAN_DISPATCHES + SPANS_DISPATCHES
+    rows = batch.tokens.shape[0]
+    if SORTED_ROWS <= rows < GROUPED_ROWS:
+        dispatches += PADDING_DISPATCHES
+    return StepCost(rows, kv_tokens, dispatches)
 
 
-def _pieces(part: KVSpan | PaddedSpans) -> int:
-    spans = [part] if isinstance(part, KVSpan) else part.spans
-    return sum(len(span.slices) for span in spans)
+def _level_dispatches(level: SpanLevel) -> int:
+    several = len(level.parts) > 1 or level.order is not None
+    return (
+        sum(map(_span_dispatches, level.parts))
+        + LEVEL_DISPATCHES
+        + SPAN_DISPATCHES * (len(level.parts) - 1)
+        + (SPANS_DISPATCHES if several else 0)
+    )
+
+
+def _span_dispatches(part: KVSpan | PaddedSpans) -> int:
+    """Kernels that join the pieces of a product's keys."""
+    if isinstance(part, KVSpan):
+        return PIECE_DISPATCHES * (len(part.slices) - 1)
+    return len(part.spans) + sum(len(span.slices) for span in part.spans)
 
 
 def _tokens(part: KVSpan | PaddedSpans) -> int:
-    return len(part) * (1 if isinstance(part, KVSpan) else len(part.spans))
+    """Tokens of KV that a product reads, and those that padding copies: reads and writes."""
+    return len(part) if isinstance(part, KVSpan) else 3 * len(part) * len(part.spans)
+
+
+def _launch_tokens(launch: KernelLaunch) -> int:
+    """Tokens of KV that the items of segments read. Those of tails have a length of 0."""
+    items = np.array(launch.items)
+    return int((items[:, 2] - items[:, 1]).sum())

@@ -166,25 +166,16 @@ class LayerCounter:
 
     def glmd(self, simulation: Simulation, width: int, *, mla_kernel: bool) -> int:
         """Kernels of a step of all running sequences, with `width` rows each."""
-        shape = replace(simulation.shape, kernel=mla_kernel)
-        running = simulation.scheduler.running
-        builder = AttentionMetadataBuilder(
-            simulation.scheduler.tree, simulation.scheduler.tails, shape, DTYPE
-        )
-        metadata = builder.build(running, width)
-        ends = [[running[i].num_computed_tokens] for i in metadata.order]
-        positions = mx.array(ends, mx.int32) + mx.arange(width)
-        group = _with_full_width(builder.decode_group(metadata, 0, positions), shape)
-        mx.eval(group.tail_mask, group.tail_positions)
-        tails = TailPool(1, shape.kv_width, DTYPE)
+        batch = decode_batch(simulation, width, mla_kernel=mla_kernel)
+        tails = TailPool(1, simulation.shape.kv_width, DTYPE)
         for _ in range(simulation.scheduler.tails.slots):
             tails.allocate()
         tails.reserve(simulation.scheduler.tails.capacity)
-        rows = len(running) * width
-        batch = ForwardBatch(mx.zeros(rows, mx.int32), positions.flatten(), [group], [])
-        h = mx.zeros((rows, HIDDEN), DTYPE)
+        h = mx.zeros((len(batch.tokens), HIDDEN), DTYPE)
         mx.eval(h, batch.positions)
-        out, kv = self._block.forward(shape, 0, h, batch, tails)
+        out, kv = self._block.forward(
+            replace(simulation.shape, kernel=mla_kernel), 0, h, batch, tails
+        )
         return count_kernels(out, *arrays_of(kv), *tails.arrays())
 
     def mlx_lm(self, sequences: int, context: int) -> int:
@@ -202,6 +193,20 @@ class LayerCounter:
 
 def _quantised(path: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and "gate.weight" not in path
+
+
+def decode_batch(simulation: Simulation, width: int, *, mla_kernel: bool) -> ForwardBatch:
+    """A step of all running sequences, with `width` rows each, as the engine lays it out."""
+    shape = replace(simulation.shape, kernel=mla_kernel)
+    running, scheduler = simulation.scheduler.running, simulation.scheduler
+    builder = AttentionMetadataBuilder(scheduler.tree, scheduler.tails, shape, DTYPE)
+    metadata = builder.build(running, width)
+    ends = [[running[i].num_computed_tokens] for i in metadata.order]
+    positions = mx.array(ends, mx.int32) + mx.arange(width)
+    group = _with_full_width(builder.decode_group(metadata, 0, positions), shape)
+    mx.eval(group.tail_mask, group.tail_positions)
+    tokens = mx.zeros(len(running) * width, mx.int32)
+    return ForwardBatch(tokens, positions.flatten(), [group], [])
 
 
 def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
@@ -249,7 +254,7 @@ def _with_full_width(group: DecodeGroup, shape: MLAShape) -> DecodeGroup:
 # -- workloads ------------------------------------------------------------------------------
 
 
-def _streams(count: int, *, shared: int, own: int, output: int) -> Simulation:
+def start_streams(count: int, *, shared: int, own: int, output: int) -> Simulation:
     """Sequences with a common beginning, after `output` tokens of each."""
     simulation = Simulation(DEVICES[1])
     rng = np.random.default_rng(1)
@@ -321,7 +326,7 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
                 if only not in name or (count == 1 and shared):
                     continue
                 on_progress(name)
-                simulation = _streams(count, shared=shared, own=own, output=150)
+                simulation = start_streams(count, shared=shared, own=own, output=150)
                 for width in widths:
                     rows.append(
                         GraphRow(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from rich.table import Table
@@ -58,14 +59,15 @@ FORKS, FORK_TOKENS = 50, 3
 """Turns of a conversation, and tokens at the end of each answer that the next prompt replaces."""
 ENDLESS = 1 << 17
 
+NewSimulation = Callable[[], Simulation]
+
 
 class _Case:
     """One scenario on one device: builds the requests, runs them and reports a row."""
 
-    def __init__(self, device: Device, config: EngineConfig | None) -> None:
-        self._name = device.name
+    def __init__(self, new: NewSimulation) -> None:
         self._rng = np.random.default_rng(20_260_119)
-        self.sim = Simulation(device, config)
+        self.sim = new()
 
     def tokens(self, count: int) -> TokenArray:
         """Random tokens, not 0: the sampled token."""
@@ -117,7 +119,7 @@ class _Case:
         gap = np.concatenate(gaps) if gaps else None
         plain = [step.dispatches for step in steps if not step.prefill_rows]
         return SimulationRow(
-            device=self._name,
+            device=self.sim.info.device,
             scenario=scenario,
             streams=streams,
             ttft_s=ttft,
@@ -135,15 +137,14 @@ class _Case:
 
 
 def _prompt(
-    device: Device,
-    config: EngineConfig | None,
+    new: NewSimulation,
     name: str,
     tokens: int,
     streams: int,
     alone: float | None,
 ) -> SimulationRow:
     """A long prompt beside streams."""
-    case = _Case(device, config)
+    case = _Case(new)
     sim = case.sim
     readers = case.start_streams(streams)
     first_step, start = len(sim.steps), sim.clock
@@ -154,12 +155,12 @@ def _prompt(
     )
 
 
-def _crowd(device: Device, config: EngineConfig | None) -> SimulationRow:
+def _crowd(new: NewSimulation) -> SimulationRow:
     """Many short prompts at once beside one stream."""
-    lone = _Case(device, config)
+    lone = _Case(new)
     request = lone.sim.submit(lone.tokens(CROWD_PROMPT), 2)
     lone.sim.run()
-    case = _Case(device, config)
+    case = _Case(new)
     sim = case.sim
     readers = case.start_streams(1)
     first_step, start = len(sim.steps), sim.clock
@@ -179,11 +180,9 @@ def _crowd(device: Device, config: EngineConfig | None) -> SimulationRow:
     )
 
 
-def _agents(
-    device: Device, config: EngineConfig | None, agents: int, alone: float | None
-) -> SimulationRow:
+def _agents(new: NewSimulation, agents: int, alone: float | None) -> SimulationRow:
     """Agents with one system prompt, whose prompts extend their history."""
-    case = _Case(device, config)
+    case = _Case(new)
     sim = case.sim
     head = case.tokens(AGENT_HEAD)
     requests: list[Stream] = []
@@ -207,9 +206,9 @@ def _agents(
     return case.row("agents", agents, requests, alone, first_step=0, start=0.0, readers=requests)
 
 
-def _forks(device: Device, config: EngineConfig | None) -> SimulationRow:
+def _forks(new: NewSimulation) -> SimulationRow:
     """A conversation whose every prompt differs from the stored one near its end."""
-    case = _Case(device, config)
+    case = _Case(new)
     sim = case.sim
     requests: list[Stream] = []
 
@@ -232,18 +231,21 @@ def simulate(
     *,
     only: str = "",
     config: EngineConfig | None = None,
+    mla_kernel: bool = False,
 ) -> list[SimulationRow]:
     """Run all scenarios on each device.
 
     Args:
         only: run only scenarios whose name contains this text.
         config: the engine's; None: the defaults, without MTP.
+        mla_kernel: whether decode attention is `glmd.model.mla_kernel`.
 
     Raises:
         CheckpointError: the model does not fit in a device's memory.
     """
     rows: list[SimulationRow] = []
     for device in devices:
+        new = partial(Simulation, device, config, mla_kernel=mla_kernel)
 
         def wanted(name: str, device: Device = device) -> bool:
             if only not in name:
@@ -254,19 +256,19 @@ def simulate(
         if wanted("prompt-30k"):
             alone = None
             for streams in PROMPT_STREAMS:
-                rows.append(_prompt(device, config, "prompt-30k", 30_000, streams, alone))
+                rows.append(_prompt(new, "prompt-30k", 30_000, streams, alone))
                 alone = alone or rows[-1].ttft_s
         if wanted("agents"):
-            single = _agents(device, config, 1, None)
-            rows.append(_agents(device, config, AGENTS, single.ttft_s))
+            single = _agents(new, 1, None)
+            rows.append(_agents(new, AGENTS, single.ttft_s))
         if wanted("crowd"):
-            rows.append(_crowd(device, config))
+            rows.append(_crowd(new))
         if wanted("prompt-100k"):
-            rows.append(_prompt(device, config, "prompt-100k", 100_000, 0, None))
+            rows.append(_prompt(new, "prompt-100k", 100_000, 0, None))
         if wanted("prompt-200k"):
-            rows.append(_prompt(device, config, "prompt-200k", 200_000, 0, None))
+            rows.append(_prompt(new, "prompt-200k", 200_000, 0, None))
         if wanted("forks"):
-            rows.append(_forks(device, config))
+            rows.append(_forks(new))
     return rows
 
 

@@ -116,12 +116,18 @@ class Simulation:
 
     As in `glmd.engine.core.Engine`, a step is launched before the one before is read.
 
+    Args:
+        config: the engine's; None: the defaults, without MTP.
+        mla_kernel: whether decode attention is `glmd.model.mla_kernel`.
+
     Attributes:
         clock: virtual seconds.
         steps: all steps so far.
     """
 
-    def __init__(self, device: Device, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, device: Device, config: EngineConfig | None = None, *, mla_kernel: bool = False
+    ) -> None:
         args = model_args()
         plan = plan_memory(
             Path("GLM-4.7-Flash"),
@@ -140,6 +146,7 @@ class Simulation:
             value=args.v_head_dim,
             score_bytes=plan.score_bytes,
             expanded_bytes=plan.expanded_bytes,
+            kernel=mla_kernel,
         )
         self.shape = shape
         kv_tokens = plan.kv // plan.token_bytes

@@ -169,6 +169,9 @@ def simulate(
             " this file, for --device. Simulates nothing."
         ),
     ] = None,
+    mla_kernel: Annotated[
+        bool, typer.Option("--mla-kernel", help="Decode attention by the MLA kernel.")
+    ] = False,
     model: Model = None,
     only: Only = "",
     json_file: Json = None,
@@ -193,7 +196,7 @@ def simulate(
         return
     devices = DEVICES if device is None else (load_device(device),)
     with report.progress() as on_progress:
-        rows = simulate(devices, on_progress, only=only)
+        rows = simulate(devices, on_progress, only=only, mla_kernel=mla_kernel)
     report.console().print(simulation_table(rows))
     if json_file is not None:
         text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)

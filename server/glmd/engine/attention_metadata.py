@@ -46,9 +46,9 @@ MAX_PADDED_SPAN_BYTES = 288 << 10
 """Size of one layer's keys up to which spans of single sequences are padded together: 128 tokens of
 GLM-4.7-Flash in float32. Padding copies the keys each time they are read."""
 
-MAX_PADDED_SPAN_BYTES_GPU = 1536 << 10
-"""The same on a GPU: 1,365 tokens in bfloat16. A span of its own is eight to eleven kernels, 12 to
-16 µs; at 220 GB/s the copy takes as long from 1.5 MiB on."""
+MAX_PADDED_SPAN_BYTES_GPU = 1792 << 10
+"""The same on a GPU: 1,592 tokens in bfloat16. A span of its own is eight to eleven kernels, 12 to
+16 µs; the copy takes as long from 1.5 MiB on at 220 GB/s, from 3 MiB on at 430 GB/s."""
 
 MAX_PADDING = 2
 """Factor by which padding may multiply the keys of spans of more than `MAX_PADDED_SPAN_BYTES`."""
