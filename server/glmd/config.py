@@ -231,10 +231,13 @@ class Settings(BaseSettings):
         description="Maximum length of prompt plus output, in tokens. Default: the checkpoint's.",
     )
     max_running: int | None = Field(
-        None, ge=1, description="Maximum number of sequences in a step. Default: the engine's."
+        None, ge=1, description="Maximum number of sequences in a step. Default: 32."
     )
     max_step_tokens: int | None = Field(
-        None, ge=1, description="Maximum number of token rows in a step. Default: the engine's."
+        None,
+        ge=1,
+        description="Maximum number of token rows in a step. Default: 2048, or less where memory"
+        " is short.",
     )
     min_stream_rate: float = Field(
         10.0,

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
+from collections.abc import Iterator
+from inspect import unwrap
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from glmd import __version__
 from glmd.api.sockets import listen
 from glmd.cli.main import OTHER_NAMES, app
 from glmd.config import Settings
+from glmd.engine.config import EngineConfig
 from glmd.errors import SettingsError
 
 
@@ -23,6 +30,37 @@ def test_help_and_version_work_as_commands() -> None:
     assert run("version").output == f"glmd {__version__}\n"
     assert "pull" in run("help").output
     assert "--force" in run("help", "pull").output
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The visible commands below a group that run something, with their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        elif not command.hidden:
+            yield (*names, name), command
+
+
+def test_every_command_has_an_example_that_it_takes_and_describes_its_options() -> None:
+    by_name = dict(commands(typer.main.get_command(app)))
+    assert len(by_name) > 20
+    for names, command in by_name.items():
+        examples = re.findall(r"(?:Example:|\n)\s+(?:.+ \| )?(glmd .+)", command.help)
+        assert examples, names
+        for example in examples:
+            words = shlex.split(example)[1:]
+            start = 1 if (words[0],) in by_name else 2
+            other = by_name[tuple(words[:start])]
+            assert unwrap(other.callback) is unwrap(command.callback), example
+            other.make_context(words[start - 1], words[start:]).close()
+        for parameter in command.params:
+            assert parameter.help, (names, parameter.name)
+
+
+def test_help_names_values_and_defaults_that_hold() -> None:
+    text = " ".join(run("serve", "--help").output.replace("│", "").split())
+    for value in ("off|auto|1|2|3", "Default: 8000", f"Default: {EngineConfig().max_running}."):
+        assert value in text
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)

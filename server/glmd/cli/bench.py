@@ -67,7 +67,10 @@ def engine(
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure the engine without HTTP, against mlx-lm's BatchGenerator in one process."""
+    """Measure the engine without HTTP, against mlx-lm's BatchGenerator in one process.
+
+    Example: glmd bench engine --model ./GLM-4.7-Flash-mixed-8-5 --repeat 5 --plot engine.svg
+    """
     from glmd.bench import report
     from glmd.bench.engine import bench_engine
     from glmd.errors import SettingsError
@@ -121,7 +124,10 @@ def serve(
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure through HTTP, against other servers that are up at the same time."""
+    """Measure through HTTP, against other servers that are up at the same time.
+
+    Example: glmd bench serve --model demo --against http://127.0.0.1:8080 --json serve.json
+    """
     from glmd.bench import report
     from glmd.bench.http import bench_serving
     from glmd.bench.http_client import parse_servers
@@ -176,7 +182,10 @@ def simulate(
     only: Only = "",
     json_file: Json = None,
 ) -> None:
-    """Simulate scheduling on Apple GPUs; needs no GPU and no weights but with --calibrate."""
+    """Simulate scheduling on Apple GPUs; needs no GPU and no weights but with --calibrate.
+
+    Example: glmd bench simulate --json steps.json
+    """
     from glmd.bench import report
     from glmd.bench.device_model import DEVICES, load_device
     from glmd.bench.simulate import simulate, simulation_table
@@ -239,7 +248,10 @@ def report_machine(
 
 @app.command()
 def kernels(only: Only = "", json_file: Json = None) -> None:
-    """Count the kernels of a layer, against mlx-lm's; needs no GPU and no weights."""
+    """Count the kernels of a layer, against mlx-lm's; needs no GPU and no weights.
+
+    Example: glmd bench kernels --json kernels.json
+    """
     from glmd.bench import report
     from glmd.bench.graph import count_layers, kernels_table
 

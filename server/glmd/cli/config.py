@@ -74,7 +74,10 @@ app.command()(show)
 
 @app.command()
 def path(config: ConfigOption = None) -> None:
-    """Print the path of the configuration file in use, or of the file for `init`."""
+    """Print the path of the configuration file in use, or of the file for `init`.
+
+    Example: glmd config path
+    """
     typer.echo(config or find_config() or default_configs()[0])
 
 

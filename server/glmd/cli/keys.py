@@ -39,7 +39,10 @@ def create(
 
 @app.command("list")
 def list_keys() -> None:
-    """List the names of the keys and when they were created."""
+    """List the names of the keys and when they were created.
+
+    Example: glmd key list
+    """
     from glmd.api.auth import default_store, read_store
 
     for key in read_store(default_store()):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -34,8 +34,12 @@ def describe_setting(name: str) -> str:
 
 
 def flag(name: str, *spellings: str) -> Any:
-    """Define the command-line flag of a setting."""
-    return typer.Option(*spellings, help=describe_setting(name), show_default=False)
+    """Define the command-line flag of a setting, with its values where they are a choice."""
+    kind = Settings.model_fields[name].annotation
+    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
+    return typer.Option(
+        *spellings, help=describe_setting(name), show_default=False, metavar=choices
+    )
 
 
 ModelArgument = Annotated[

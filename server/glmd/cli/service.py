@@ -68,14 +68,20 @@ def install(
 
 @app.command()
 def uninstall() -> None:
-    """Stop the service and remove its definition. Keeps logs, settings and weights."""
+    """Stop the service and remove its definition. Keeps logs, settings and weights.
+
+    Example: glmd service uninstall
+    """
     removed = find_manager().uninstall()
     typer.echo("Uninstalled." if removed else "The service was not installed.")
 
 
 @app.command()
 def start(wait: Wait = START_TIMEOUT) -> None:
-    """Start the installed service. Example: glmd service start --wait 0"""
+    """Start the installed service.
+
+    Example: glmd service start --wait 0
+    """
     manager = find_manager()
     manager.start()
     _wait(manager, wait)
@@ -83,7 +89,10 @@ def start(wait: Wait = START_TIMEOUT) -> None:
 
 @app.command()
 def stop() -> None:
-    """Stop the service, after its running requests, until the next login or start."""
+    """Stop the service, after its running requests, until the next login or start.
+
+    Example: glmd service stop
+    """
     manager = find_manager()
     require_installed(manager)
     manager.stop()
@@ -92,7 +101,10 @@ def stop() -> None:
 
 @app.command()
 def restart(wait: Wait = START_TIMEOUT) -> None:
-    """Stop and start the service, which reloads all settings."""
+    """Stop and start the service, which reloads all settings.
+
+    Example: glmd service restart --wait 0
+    """
     manager = find_manager()
     require_installed(manager)
     manager.stop()
@@ -104,7 +116,10 @@ def restart(wait: Wait = START_TIMEOUT) -> None:
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the state of the service and its model; exit code 0 if it accepts requests."""
+    """Print the state of the service and its model; exit code 0 if it accepts requests.
+
+    Example: glmd status --json
+    """
     manager = find_manager()
     state = manager.state()
     report = build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
