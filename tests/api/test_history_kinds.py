@@ -100,6 +100,54 @@ def openings(sample: Message) -> Iterator[list[Message]]:
         yield [NEXT, {"role": role, "content": [sample, {"type": "text", "text": "And?"}]}]
 
 
+IMAGES: dict[Ask, Message] = {
+    chat: {"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}},
+    messages_api: {"type": "image", "source": {"type": "base64", "data": "x"}},
+    responses: {"type": "input_image", "image_url": "data:image/png;base64,x"},
+}
+USE = {"type": "tool_use", "id": "a", "name": "load", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "Done."}
+LOADED: dict[Ask, list[Message]] = {
+    chat: [
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "load"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "Done."},
+    ],
+    messages_api: [
+        {"role": "assistant", "content": [USE]},
+        {"role": "user", "content": [RESULT]},
+    ],
+    responses: [
+        {"type": "function_call", "call_id": "a", "name": "load", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "Done."},
+    ],
+}
+"""A call and its result."""
+
+
+@pytest.mark.parametrize("ask", IMAGES)
+def test_a_direct_image_in_the_newest_user_message_is_refused(ask: Ask) -> None:
+    image = {"role": "user", "content": [{"type": "text", "text": "See:"}, IMAGES[ask]]}
+    for place in ([], [NEXT], [NEXT, ANSWER], [NEXT, *LOADED[ask]]):
+        with pytest.raises(InvalidRequest, match="reads text only") as caught:
+            ask([*place, image])
+        assert "content[1]" in str(caught.value.param)
+        for later in ([NEXT], [ANSWER, NEXT], LOADED[ask]):
+            assert "[image omitted" in ask([*place, image, *later]).prompt
+
+
+def test_an_image_beside_tool_results_is_refused_and_a_document_replaced() -> None:
+    """As Claude Code sends what a user adds, and what a tool has read."""
+    image = IMAGES[messages_api]
+    document = {"type": "document", "source": {"type": "base64", "data": "x"}}
+    call, _ = LOADED[messages_api]
+    read = messages_api([NEXT, call, {"role": "user", "content": [RESULT, document]}])
+    assert "[file omitted" in read.prompt
+    for content in ([RESULT, image], [RESULT, document, image]):
+        with pytest.raises(InvalidRequest, match="reads text only") as caught:
+            messages_api([NEXT, call, {"role": "user", "content": content}])
+        assert caught.value.param == f"messages[2].content[{len(content) - 1}]"
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_is_a_record(name: str) -> None:
     for sample in samples(BLOCKS[name]):
@@ -127,7 +175,9 @@ def test_every_block_is_a_record(name: str) -> None:
 @pytest.mark.parametrize("name", ITEMS)
 def test_every_input_item_is_a_record(name: str) -> None:
     for sample in samples(ITEMS[name]):
-        check_shown(responses(in_history([NEXT, sample])), sample)
+        shown = responses(in_history([NEXT, sample]))
+        if sample["type"] != "configuration_update":  # applied, not shown
+            check_shown(shown, sample)
         check_alone(responses, sample)
 
 

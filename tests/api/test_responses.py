@@ -355,6 +355,35 @@ def test_effort_switches_thinking_and_context_earlier_thinking(
     assert kept > cleared
 
 
+def test_a_configuration_update_holds_until_the_next(http: httpx.Client) -> None:
+    def update(**fields: Any) -> dict[str, Any]:
+        return {"type": "configuration_update", **fields}
+
+    schema = {"type": "json_schema", "name": "n", "schema": {"const": "Yes"}}
+    script = user("⟦</think>{request}⟧")
+    low, high = (update(reasoning={"effort": effort}) for effort in ("low", "high"))
+    body = {"input": [low, update(reasoning={"effort": "huge"}), script]}
+    response = http.post("/v1/responses", json=body | {"reasoning": {"effort": "high"}})
+    assert response.headers["x-glmd-omitted"] == "input[1]=configuration_update"
+    first = response.json()
+    assert request_of(first)["thinking_budget"] == 1024
+    assert first["reasoning"]["effort"] == "low"
+    previous = first["id"]
+    second = post(http, input=[script], previous_response_id=previous)
+    assert request_of(second)["thinking_budget"] == 1024
+    third = post(http, input=[high, script], previous_response_id=previous)
+    assert request_of(third)["thinking_budget"] == 24576
+    items = [update(text={"format": schema}), user("⟦</think>Yes⟧")]
+    formed = post(http, input=items, previous_response_id=previous)
+    assert formed["text"]["format"] == schema | {"strict": False}
+    text = {"format": {"type": "text"}}
+    freed = post(http, input=[update(text=text), script], previous_response_id=formed["id"])
+    assert freed["text"]["format"] == {"type": "text"}
+    off = update(reasoning={"effort": "none"})
+    assert ask(http, "Yes.")["output"][0]["type"] == "reasoning"
+    assert post(http, input=[off, user("⟦Yes.⟧")])["output"][0]["type"] == "message"
+
+
 def test_metadata_and_settings_come_back(http: httpx.Client) -> None:
     response = ask(
         http,
@@ -694,6 +723,10 @@ def test_an_empty_prompt_warms_the_model_up(http: httpx.Client) -> None:
         ({"input": [{"type": "riddle"}]}, "input[0].type"),
         ({"input": [user("Hi"), {"type": "compaction_trigger"}]}, "input[1].type"),
         ({"input": [{"type": "compaction_trigger"}]}, "input[0].type"),
+        (
+            {"input": [user("Hi"), {"type": "configuration_update", "reasoning": {"effort": "x"}}]},
+            "input[1].reasoning.effort",
+        ),
         ({"input": [{"type": "item_reference", "id": "msg_0_0"}]}, "input[0].id"),
         ({"previous_response_id": "resp_0"}, "previous_response_id"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

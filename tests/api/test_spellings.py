@@ -141,9 +141,14 @@ def test_an_empty_list_of_allowed_tools_drops_calls(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("type", ["web_search", "mcp", "custom", "image_generation"])
 def test_other_tools_are_left_out_of_chat(http: httpx.Client, type: str) -> None:
-    response = ask(http, tools=[*TOOLS, {"type": type}])
-    assert response.status_code == 200, response.text
-    assert response.headers["x-glmd-ignored-parameters"] == f"tools[2].type={type}"
+    for tools in ([*TOOLS, {"type": type}], [{"type": type}]):
+        response = ask(http, tools=tools)
+        assert response.status_code == 200, response.text
+        where = f"tools[{len(tools) - 1}].type={type}"
+        assert response.headers["x-glmd-ignored-parameters"] == where
+    forced = ask(http, tools=[{"type": type}], tool_choice="required")
+    assert forced.status_code == 400
+    assert forced.json()["error"]["param"] == "tool_choice"
 
 
 # -- bodies -------------------------------------------------------------------------------

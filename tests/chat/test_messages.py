@@ -229,9 +229,24 @@ def test_an_image_in_the_newest_user_message_is_refused(earlier: list[Any]) -> N
     assert caught.value.param == f"messages[{len(earlier)}].content[0]"
 
 
-def test_an_attachment_of_a_tool_result_is_replaced() -> None:
-    turn = [assistant(call("a")), result("a", "read"), {"role": "user", "content": [IMAGE]}]
-    assert read_messages(turn)[-1] == UserMessage(OMITTED)
+def test_what_a_tool_has_read_is_replaced_behind_its_result_unless_it_is_an_image() -> None:
+    turn = [assistant(call("a")), result("a", "read")]
+    file = {"type": "file", "file": {"filename": "a.pdf", "file_data": "x"}}
+    read = read_messages([*turn, {"role": "user", "content": [file]}])
+    assert read[-1] == UserMessage("[file a.pdf omitted: this model reads text only]")
+    with pytest.raises(InvalidRequest, match="reads text only") as caught:
+        read_messages([*turn, {"role": "user", "content": [file, IMAGE]}])
+    assert caught.value.param == "messages[2].content[1]"
+
+
+def test_only_the_newest_user_message_is_new() -> None:
+    """A client that keeps a refused message can go on."""
+    refused, next = {"role": "user", "content": [IMAGE]}, {"role": "user", "content": "Go on."}
+    for earlier in ([], [{"role": "assistant", "content": "Yes."}]):
+        assert read_messages([*earlier, refused, next])[-2:] == [
+            UserMessage(OMITTED),
+            UserMessage("Go on."),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +388,6 @@ def test_a_tool_needs_no_parameters() -> None:
     ("tools", "param"),
     [
         (["f"], "tools[0]"),
-        ([{"type": "web_search"}], "tools[0].type"),
         ([{"type": "functon", "function": {"name": "f"}}], "tools[0].type"),
         ([{"type": "function"}], "tools[0].function"),
         ([{"type": "function", "function": {}}], "tools[0].function.name"),

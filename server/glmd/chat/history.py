@@ -25,7 +25,7 @@ from glmd.chat.types import (
     ToolMessage,
     check_count,
 )
-from glmd.errors import invalid_field
+from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.text import quoted
 
 TEXT_PARTS = {
@@ -172,8 +172,7 @@ class HistoryReader:
                 changes = self.text(part.get("tool_changes"), param, separator="\n")
                 return f"{part['content']}\n{changes}".rstrip("\n")
         if strict:
-            shown = "this content" if kind is None else f"content of type {quoted(kind)}"
-            raise invalid_field(param, f"{shown} is not supported. The model reads text only.")
+            raise _not_text(kind, param)
         return self._record(part, kind or "object", param)
 
     def omit(self, kind: str, param: str, shown: str | None = None) -> str:
@@ -251,6 +250,17 @@ class HistoryReader:
                 for index, each in enumerate(value)
             ]
         return value
+
+    def refuse_images(self, content: object, param: str) -> None:
+        """Refuse images among a message's own parts.
+
+        Raises:
+            InvalidRequest: names the image's part.
+        """
+        for index, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and MEDIA_OF.get(kind) == "image":
+                raise _not_text(kind, f"{param}[{index}]")
 
     # -- tools ----------------------------------------------------------------------------
 
@@ -406,24 +416,44 @@ def _unquote(details: str) -> str:
     return "\n".join(line.removeprefix(">").removeprefix(" ") for line in lines)
 
 
+def _not_text(kind: str | None, param: str) -> InvalidRequest:
+    shown = "this content" if kind is None else f"content of type {quoted(kind)}"
+    return invalid_field(param, f"{shown} is not supported. The model reads text only.")
+
+
 # -- order ----------------------------------------------------------------------------------
 
 
-def newest_input(kinds: Sequence[str]) -> int:
-    """Index of the first message that is new, and may be refused.
+@dataclass(frozen=True, slots=True)
+class NewestInput:
+    """The messages that ask for something now, and may be refused.
 
-    New are the messages after the assistant's last. If there are tool results among them, none is:
-    clients add attachments of results there, and could not go on after an error.
+    They begin with the newest user message, if the assistant has not answered it. Behind tool
+    results only images are refused: clients put what a tool has read there (a PDF), and could not
+    go on after an error.
 
-    Args:
-        kinds: `assistant`, `tool` or another role of each message.
+    Attributes:
+        start: index of the first of the messages.
+        is_strict: whatever is not text is refused.
     """
-    start = len(kinds)
-    while start and kinds[start - 1] != "assistant":
-        start -= 1
-        if kinds[start] == "tool":
-            return len(kinds)
-    return start
+
+    start: int
+    is_strict: bool
+
+    @classmethod
+    def of(cls, kinds: Sequence[str]) -> NewestInput:
+        """
+        Args:
+            kinds: `assistant`, `tool`, `user` or another role of each message.
+        """
+        turn = start = len(kinds)
+        while turn and kinds[turn - 1] != "assistant":
+            turn -= 1
+        while start > turn and kinds[start - 1] != "tool":
+            start -= 1
+            if kinds[start] == "user":
+                break
+        return cls(start, "tool" not in kinds[turn:])
 
 
 def order_tool_results(messages: Sequence[Message]) -> list[Message]:

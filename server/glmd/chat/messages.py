@@ -9,7 +9,7 @@ from glmd.chat.history import (
     REASONING_FIELDS,
     AssistantTurn,
     HistoryReader,
-    newest_input,
+    NewestInput,
     order_tool_results,
     reasoning_of,
 )
@@ -41,13 +41,15 @@ def read_messages(
         raise invalid_field("messages", "at least one message is required.")
     check_count(raw, MAX_MESSAGES, "messages")
     reader = reader or HistoryReader()
-    newest = newest_input([_kind(message) for message in raw])
-    return order_tool_results(
-        [
-            _read_message(message, f"messages[{index}]", reader, strict=index >= newest)
-            for index, message in enumerate(raw)
-        ]
-    )
+    newest = NewestInput.of([_kind(message) for message in raw])
+    messages = []
+    for index, message in enumerate(raw):
+        param, is_new = f"messages[{index}]", index >= newest.start
+        if is_new and _kind(message) == "user":
+            reader.refuse_images(message.get("content"), f"{param}.content")
+        strict = is_new and newest.is_strict
+        messages.append(_read_message(message, param, reader, strict=strict))
+    return order_tool_results(messages)
 
 
 def _kind(raw: object) -> str:

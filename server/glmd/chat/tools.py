@@ -25,7 +25,7 @@ HOSTED = (
 def read_tools(
     raw: Sequence[Mapping[str, Any]] | None, ignored: list[str] | None = None
 ) -> list[Tool]:
-    """Functions of a chat request; other tools are left out.
+    """Functions of a chat request; other tools are left out, also where there is no function.
 
     Args:
         ignored: takes the names of what is left out.
@@ -33,7 +33,8 @@ def read_tools(
     Raises:
         InvalidRequest: names the field, such as `tools[0].function.name`.
     """
-    tools, others = collect_tools(numbered(raw), _read_nested, hosted=(*HOSTED, "custom"))
+    hosted = (*HOSTED, "custom")
+    tools, others = collect_tools(numbered(raw), _read_nested, hosted=hosted, alone=True)
     if ignored is not None:
         ignored += others
     return tools
@@ -78,15 +79,17 @@ def collect_tools(
     read: Callable[[Mapping[str, Any], str], Tool],
     *,
     hosted: tuple[str, ...],
+    alone: bool = False,
 ) -> tuple[list[Tool], list[str]]:
     """Functions among the tools, and the names of what is ignored: hosted tools, and schemas.
 
     A hosted tool runs on the provider's servers (a web search), or the provider's model knows it
-    without a schema. Beside functions it is left out; alone it is refused, because the model would
-    make up its results.
+    without a schema. Beside functions it is left out; alone it is refused where clients send it in
+    a request of its own, whose results the model would make up.
 
     Args:
         hosted: prefixes of the types of hosted tools.
+        alone: hosted tools without a function are left out, too.
 
     Raises:
         InvalidRequest: as for `read`; or two tools have one name, or all tools are hosted.
@@ -106,7 +109,7 @@ def collect_tools(
         tools[tool.name] = tool
         if tool.schema_error is not None:
             unread.append(tool.schema_error.param or tool.param)
-    if left_out and not tools:
+    if left_out and not tools and not alone:
         param, _, type = left_out[0].partition("=")
         raise invalid_field(param, f"this server runs no hosted tools ({type}).")
     return list(tools.values()), left_out + unread

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glmd.api.generation_request import object_schema
-from glmd.chat.history import AssistantTurn, HistoryReader, newest_input, order_tool_results
+from glmd.chat.history import AssistantTurn, HistoryReader, NewestInput, order_tool_results
 from glmd.chat.tools import numbered, read_flat_tools
 from glmd.chat.types import (
     MAX_BLOCKS,
@@ -106,13 +106,18 @@ def read_messages(
         raise invalid_field("messages", "must hold at least one message.")
     check_count(raw, MAX_MESSAGES, "messages")
     messages = _read_system(system, reader)
-    newest = newest_input([_kind(message) for message in raw])
-    users = (index for index, message in enumerate(raw) if message.get("role") == "user")
-    last_user = max(users, default=-1)
+    newest = NewestInput.of([_kind(message) for message in raw])
+    roles = [message.get("role") for message in raw]
+    last_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+    is_answered = "assistant" in roles[last_user:]
     for index, message in enumerate(raw):
         if message.get("clear_at") == "next_user_message" and index < last_user:
             continue  # a system message for one turn
-        messages += _read_message(message, f"messages[{index}]", reader, strict=index >= newest)
+        param = f"messages[{index}]"
+        if index == last_user and not is_answered:  # may hold tool results, too
+            reader.refuse_images(message.get("content"), f"{param}.content")
+        strict = index >= newest.start and newest.is_strict
+        messages += _read_message(message, param, reader, strict=strict)
     return order_tool_results(messages)
 
 

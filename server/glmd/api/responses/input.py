@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glmd.api.generation_request import object_schema
+from pydantic import TypeAdapter, ValidationError
+
+from glmd.api.generation_request import Effort, object_schema
 from glmd.chat.history import (
     CUSTOM_INPUT,
     AssistantTurn,
     HistoryReader,
-    newest_input,
+    NewestInput,
     order_tool_results,
     reasoning_of,
 )
@@ -26,9 +28,12 @@ from glmd.chat.types import (
     check_count,
 )
 from glmd.errors import InvalidRequest, invalid_field
+from glmd.structured_output.request import read_response_format
 from glmd.utils.text import quoted
 
 Item = dict[str, Any]
+
+EFFORT: TypeAdapter[str | None] = TypeAdapter(Effort)
 
 TOOL_SEARCH = "tool_search"
 """Name of the function that stands for a tool search that the client runs."""
@@ -83,6 +88,12 @@ ITEMS = list_of(
     ),
     object_schema("tool_search_output", {"tools": {"type": "array"}}, call_id=NAME),
     object_schema("item_reference", {"id": TEXT}),
+    object_schema(
+        "configuration_update",
+        {},
+        reasoning={"type": "object", "properties": {"effort": TEXT}},
+        text={"type": "object", "properties": {"format": {"type": "object"}}},
+    ),
 )
 INPUT_SCHEMA: dict[str, Any] = {"anyOf": [TEXT, ITEMS]}
 
@@ -121,6 +132,24 @@ class InputItems:
 
     earlier: Sequence[Item]
     new: Sequence[Item]
+
+    def configured(
+        self, effort: str | None, format: Mapping[str, Any] | None
+    ) -> tuple[str | None, Mapping[str, Any] | None]:
+        """Reasoning effort and format of the answer at the end of the conversation.
+
+        Args:
+            effort: The request's. An item `configuration_update` replaces it, and the format, until
+                the next does.
+        """
+        for item in (*self.earlier, *self.new):
+            if item.get("type") == "configuration_update":
+                try:
+                    update = read_configuration(item, "")
+                except InvalidRequest:  # `ItemReader` refuses or lists it.
+                    continue
+                effort, format = update[0] or effort, update[1] or format
+        return effort, format
 
     def messages(
         self, instructions: str | None, reader: HistoryReader, tools: RequestTools
@@ -167,14 +196,19 @@ class ItemReader:
             InvalidRequest: an item of the newest input is malformed.
         """
         kinds = [_kind(item) for item in items]
-        newest = newest_input(kinds)
+        newest = NewestInput.of(kinds)
         for index, (item, param) in enumerate(zip(items, params, strict=True)):
             if kinds[index] == "assistant":
                 self._add_to_turn(item, param)
                 continue
             self._close_turn()
-            message = self._message(item, param, strict=index >= newest)
-            if message is not None:
+            is_new = index >= newest.start
+            if is_new and kinds[index] == "user":
+                self._reader.refuse_images(item.get("content"), f"{param}.content")
+            strict = is_new and newest.is_strict
+            if kinds[index] == "configuration_update":
+                self._check_configuration(item, param, strict=strict)
+            elif (message := self._message(item, param, strict=strict)) is not None:
                 self._messages.append(message)
         self._close_turn()
         return order_tool_results(self._messages)
@@ -241,6 +275,15 @@ class ItemReader:
         text = reader.part(item, param)
         return UserMessage(text) if text else None
 
+    def _check_configuration(self, item: Item, param: str, *, strict: bool) -> None:
+        """Refuse or list an item that `InputItems.configured` cannot apply."""
+        try:
+            read_configuration(item, param)
+        except InvalidRequest:
+            if strict:
+                raise
+            self._reader.omit("configuration_update", param)
+
     def _result(self, item: Item, param: str) -> ToolMessage:
         reader = self._reader
         if item.get("type") == "tool_search_output":
@@ -268,8 +311,26 @@ class ItemReader:
         return tools
 
 
-RECORDS = ("compaction", "configuration_update", "mcp_list_tools", "mcp_approval_response")
+RECORDS = ("compaction", "mcp_list_tools", "mcp_approval_response")
 """Types of items that record something also where they are the newest."""
+
+
+def read_configuration(item: Item, param: str) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Reasoning effort and format of a `configuration_update`; None: unchanged.
+
+    Raises:
+        InvalidRequest: a field is malformed.
+    """
+    reasoning, text = item.get("reasoning"), item.get("text")
+    effort = reasoning.get("effort") if isinstance(reasoning, Mapping) else None
+    format = text.get("format") if isinstance(text, Mapping) else None
+    try:
+        effort = EFFORT.validate_python(effort)
+    except ValidationError as error:
+        where = f"{param}.reasoning.effort"
+        raise invalid_field(where, f"{quoted(str(effort))} is no reasoning effort.") from error
+    read_response_format(format, f"{param}.text.format", flat=True)
+    return effort, format
 
 
 def _kind(item: Item) -> str:

@@ -5,6 +5,7 @@ See https://platform.openai.com/docs/api-reference/responses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -191,7 +192,7 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         names = allowed.names("tool_choice.tools") if allowed else None
         calls = choice != "none" and names != []
         conversation = self.conversation(defaults, items, tools)
-        effort = self.reasoning.effort if self.reasoning else None
+        effort, format = self.configured(items)
         return GenerationRequest(
             id=new_id("resp_"),
             prompt=conversation,
@@ -199,9 +200,7 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
             sampling=self.sampling(defaults.sampling, logprobs),
             tools=conversation.tools if calls else (),
             output=make_structure(
-                read_response_format(
-                    self.text.format if self.text else None, "text.format", flat=True
-                ),
+                read_response_format(format, "text.format", flat=True),
                 conversation.offered if calls else (),
                 required=choice == "required" or bool(allowed and allowed.mode == "required"),
                 named=named,
@@ -214,6 +213,13 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
             ignored=tools.ignored,
         )
 
+    def configured(self, items: InputItems) -> tuple[str | None, Mapping[str, Any] | None]:
+        """Reasoning effort and format of the answer, which items of the conversation may set."""
+        return items.configured(
+            self.reasoning.effort if self.reasoning else None,
+            self.text.format if self.text else None,
+        )
+
     def conversation(
         self, defaults: Defaults, items: InputItems, tools: RequestTools
     ) -> Conversation:
@@ -223,8 +229,9 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
             InvalidRequest: an item is malformed.
         """
         enable_thinking, clear_thinking = defaults.enable_thinking, defaults.clear_thinking
-        if self.reasoning is not None and self.reasoning.effort is not None:
-            enable_thinking = self.reasoning.effort != "none"
+        effort, _ = self.configured(items)
+        if effort is not None:
+            enable_thinking = effort != "none"
         if self.reasoning is not None and self.reasoning.context not in (None, "auto"):
             clear_thinking = self.reasoning.context == "current_turn"
         reader = HistoryReader(tools.functions)

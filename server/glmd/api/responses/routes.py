@@ -67,7 +67,7 @@ async def create_response(
         return body.to_generation_request(defaults, items, tools)
 
     def build(generation: Generation) -> ResponsesBuilder:
-        response = new_response(body, tools, state.model.id, generation.request)
+        response = new_response(body, items, tools, state.model.id, generation.request)
         return ResponsesBuilder(
             StoredResponse(response, items, context.owner),
             generation,
@@ -230,9 +230,14 @@ async def delete_response(id: str, store: GivenStore, access: AccessDep) -> Dele
 
 
 def new_response(
-    body: ResponsesRequest, tools: RequestTools, model: str, request: GenerationRequest
+    body: ResponsesRequest,
+    items: InputItems,
+    tools: RequestTools,
+    model: str,
+    request: GenerationRequest,
 ) -> ResponseObject:
     """The response before generation begins."""
+    effort, format = body.configured(items)
     reasoning, choice = body.reasoning, body.tool_choice
     if isinstance(choice, ToolChoiceName | AllowedToolsChoice):
         shown_choice: Any = choice.model_dump(exclude_none=True)
@@ -253,13 +258,13 @@ def new_response(
         previous_response_id=body.previous_response_id,
         prompt_cache_key=body.prompt_cache_key,
         reasoning=ReasoningConfig(
-            effort=reasoning.effort if reasoning else None,
+            effort=effort,
             summary=reasoning.any_summary if reasoning else None,
         ),
         safety_identifier=body.safety_identifier,
         store=body.store is not False,
         temperature=request.sampling.temperature,
-        text=TextOptions.of(body.text.format if body.text else None),
+        text=TextOptions.of(format),
         tool_choice=shown_choice,
         tools=tools.shown,
         top_logprobs=body.top_logprobs or 0,
