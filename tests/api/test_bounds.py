@@ -28,6 +28,7 @@ from glmd.api import body_reader, request_body
 from glmd.api.body_reader import BodyReader
 from glmd.api.openai.protocol import CompletionRequest
 from glmd.chat.history import order_tool_results
+from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import STEP_CHARS
 from glmd.chat.tool_args import RAW_ARGUMENTS, record_arguments
 from glmd.chat.types import AssistantMessage, ToolCall, ToolMessage
@@ -212,7 +213,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_rendered(
     scripted: LiveServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = scripted.service
-    monkeypatch.setattr(service._template, "render", None)  # It cannot be called.
+    monkeypatch.setattr(TemplateProcess, "render", None)  # It cannot be called.
     text = "a" * (20 * 4096 * service.tokenizer.longest_token)
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
     assert answer.status_code == 400

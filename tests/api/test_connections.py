@@ -17,16 +17,14 @@ from live import LiveServer, live_server
 from glmd.api import server
 from glmd.api.request_body import INLINE_EXPANSION
 
-PATIENCE = 1.0
+TIMEOUT = 1.0
 """Limit in seconds that silent clients exceed, and that others keep on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[LiveServer]:
     """A server with short timeouts."""
-    with live_server(
-        header_timeout=PATIENCE, body_timeout=PATIENCE, reader_timeout=PATIENCE
-    ) as live:
+    with live_server(header_timeout=TIMEOUT, body_timeout=TIMEOUT, reader_timeout=TIMEOUT) as live:
         yield live
 
 
@@ -53,7 +51,7 @@ def everything(opened: socket.socket) -> bytes:
 
 def drip(opened: socket.socket, data: bytes) -> bytes:
     """Send single bytes until the server answers; return the answer."""
-    opened.settimeout(PATIENCE / 8)
+    opened.settimeout(TIMEOUT / 8)
     for byte in data:
         try:
             opened.sendall(bytes([byte]))
@@ -191,8 +189,8 @@ def test_a_slow_reader_gets_the_whole_response(hasty: LiveServer) -> None:
             assert chunk, "cut"
             data += chunk
             # Slower than the server writes, for longer than it waits for a reader.
-            if time.monotonic() - begin < 3 * PATIENCE:
-                time.sleep(PATIENCE / 40)
+            if time.monotonic() - begin < 3 * TIMEOUT:
+                time.sleep(TIMEOUT / 40)
 
 
 def open_files() -> int:
@@ -201,11 +199,9 @@ def open_files() -> int:
 
 def test_clients_that_disconnect_in_any_phase_leave_no_task(hasty: LiveServer) -> None:
     engine = hasty.service.engine
-    assert engine._supervision is not None
-    loop = engine._supervision.get_loop()
 
     def tasks() -> int:
-        return len(asyncio.all_tasks(loop))
+        return len(asyncio.all_tasks(hasty.loop))
 
     waits, runs = (
         {"messages": [{"role": "user", "content": f"⟦{script}⟧"}], "max_tokens": 4000}

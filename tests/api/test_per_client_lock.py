@@ -81,9 +81,7 @@ def busy(live: LiveServer, key: str) -> Iterator[None]:
             begun.set()
             await asyncio.to_thread(over.wait)
 
-    supervision = live.service.engine._supervision
-    assert supervision is not None
-    held = asyncio.run_coroutine_threadsafe(hold(), supervision.get_loop())
+    held = asyncio.run_coroutine_threadsafe(hold(), live.loop)
     assert begun.wait(20)
     try:
         yield

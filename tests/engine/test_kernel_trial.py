@@ -14,6 +14,7 @@ from metal_shim import run_kernels_here
 
 from glmd.engine import kernel_trial
 from glmd.engine.kernel_trial import Contexts, kernel_is_used
+from glmd.engine.model_runner import ModelRunner
 from glmd.errors import SettingsError
 from glmd.ipc import EngineRequest
 from glmd.model import mla_kernel
@@ -168,6 +169,6 @@ def test_other_errors_still_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any) -> None:
         raise RuntimeError("no kernel is to blame")
 
-    monkeypatch.setattr(engine._runner, "execute", fail)
+    monkeypatch.setattr(ModelRunner, "execute", fail)
     with pytest.raises(RuntimeError, match="no kernel is to blame"):
         run(engine, *_requests())

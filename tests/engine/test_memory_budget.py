@@ -31,6 +31,7 @@ from glmd.convert.inspect import inspect
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
+from glmd.engine.model_runner import ModelRunner
 from glmd.errors import CheckpointError
 from glmd.model.loader import load_model, weight_bytes
 
@@ -256,7 +257,7 @@ def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("[matmul] Last dimension of first input does not match.")
 
-    monkeypatch.setattr(engine._runner, "execute", fail)
+    monkeypatch.setattr(ModelRunner, "execute", fail)
     engine.submit(request("a", [1, 2, 3]))
     with pytest.raises(RuntimeError, match="matmul"):
         engine.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,12 @@ class LiveServer:
     url: str
     service: AppState
     server: Server
+    app: CheckedApp
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Event loop of the server."""
+        return self.app.loop
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, **options)
@@ -79,7 +86,7 @@ def live_server(
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=(sockets,), name="live server")
     thread.start()
-    live = LiveServer(url, service, server)
+    live = LiveServer(url, service, server, app)
     try:
         if ready:
             live.wait_for("ready")

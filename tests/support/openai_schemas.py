@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -105,13 +106,16 @@ class CheckedApp:
 
     Attributes:
         invalid: what is wrong, with the path.
+        loop: event loop that runs the app, once it has started.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self.invalid: list[str] = []
+        self.loop: asyncio.AbstractEventLoop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.loop = asyncio.get_running_loop()
         if scope["type"] != "http" or not CHECKED.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return

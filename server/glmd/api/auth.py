@@ -65,7 +65,7 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a request may see.
+    """Rights of a request.
 
     Attributes:
         owner: id of its key (`StoredKey.owner`); "" without a key.

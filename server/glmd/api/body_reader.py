@@ -168,7 +168,7 @@ class BodyReader:
 
 
 def make_answer() -> Callable[[bytes, bytes], bytes]:
-    """What the child answers to the class of a request and a body."""
+    """Make the child's answer to the class of a request and a body."""
     gc.disable()  # Collections look at the growing result several times; it has no cycles.
 
     def answer(name: bytes, body: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Settings of editors and agents for this server, for `glmd connect`, the page and the docs."""
+"""Settings that editors and agents need for this server."""
 
 from __future__ import annotations
 

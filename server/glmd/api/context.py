@@ -1,4 +1,4 @@
-"""Per-request context: client identity, timeouts, and the client's slot for preparing a prompt."""
+"""Per-request context: client id, timeouts, and the slot for preparing a prompt."""
 
 from __future__ import annotations
 

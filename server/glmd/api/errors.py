@@ -1,4 +1,4 @@
-"""API errors in the format of a path, and exception handlers that map exceptions to them.
+"""API errors in the format of a path, and exception handlers that build them.
 
 OpenAI's format is the default: `{"error": {"message", "type", "param", "code"}}`
 (https://platform.openai.com/docs/guides/error-codes). An API with another format registers it for

@@ -1,4 +1,4 @@
-"""Fields, defaults and tools that the requests of all APIs share, and the form they are read into.
+"""Request fields and defaults of all APIs, and the neutral generation request.
 
 Each API's request model turns itself into a `GenerationRequest`; `glmd.api.serving` takes it from
 there.

@@ -1,4 +1,4 @@
-"""ASGI middleware: request ids, header limits, allowed hosts and origins, API keys, HEAD.
+"""ASGI middleware: request ids, header limits, hosts, origins, API keys, HEAD.
 
 Plain ASGI, because Starlette's `BaseHTTPMiddleware` hides the client's disconnect from a stream.
 

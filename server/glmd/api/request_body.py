@@ -1,4 +1,4 @@
-"""Request bodies: received within limits, and read without stalling the event loop."""
+"""Request bodies, received within limits and read without stalling the loop."""
 
 from __future__ import annotations
 

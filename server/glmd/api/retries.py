@@ -1,4 +1,4 @@
-"""Retries: a request that is sent again with its `x-request-id` gets the answer of the first.
+"""Retries: a request sent again with its `x-request-id` gets the same answer.
 
 Routers and clients repeat a request when they see no answer, which need not mean that there is
 none. Without this, the repetition would be generated beside the first.

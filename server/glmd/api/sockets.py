@@ -1,4 +1,6 @@
-"""Listening sockets and the limit of open files. Imports no FastAPI, which takes a second."""
+"""Listening sockets and the limit of open files.
+
+FastAPI is not imported, because that takes a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the engine's outputs to the server-sent events of a stream, or to a whole answer.
+"""Server-sent events or whole answers, built from the engine's outputs.
 
 `Generation` reads the outputs as events. An API's `ResponseBuilder` turns the events into frames,
 and into the whole answer that the frames add up to.

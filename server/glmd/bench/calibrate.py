@@ -47,7 +47,7 @@ LEAST = 1e-15
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What the steps of a model read, in bytes; see `glmd.bench.device_model` for the terms.
+    """Bytes that the steps of a model read (terms of `glmd.bench.device_model`).
 
     Attributes:
         expert_share: of the routed experts, read by a single row.

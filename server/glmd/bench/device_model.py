@@ -133,7 +133,7 @@ def computed_rows(rows: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step does on any device.
+    """Work of a step, on any device.
 
     Attributes:
         kv_tokens: tokens of KV read in each layer. A token read by two products counts twice.

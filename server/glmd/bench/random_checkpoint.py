@@ -1,4 +1,4 @@
-"""Small checkpoints of random weights in the published layout, for tests and benchmarks.
+"""Small checkpoints of random weights in the published layout.
 
 Equal seeds give equal weights. Activations keep their size from layer to layer, router scores and
 logits are well separated, and constants that an implementation may forget (norm weights, correction

@@ -1,4 +1,4 @@
-"""Scenarios of the HTTP benchmark: conversations of random words with given lengths."""
+"""Scenarios of the HTTP benchmark: conversations of random words."""
 
 from __future__ import annotations
 

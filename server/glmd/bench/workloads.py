@@ -1,4 +1,4 @@
-"""Workloads of the engine benchmark: prompts as token ids, lengths and arrival order.
+"""Workloads of the engine benchmark: token ids, lengths and arrival order.
 
 Both backends get identical workloads. Lengths in names are those at scale 1.
 """

@@ -1,4 +1,4 @@
-"""Text of what a conversation records: messages, content parts, calls, results and tools.
+"""Text of a conversation's records: messages, parts, calls, results and tools.
 
 Clients send the whole conversation with every request, so an error about an earlier message would
 end the conversation. A record is therefore never refused: it becomes text, or a placeholder where

@@ -167,7 +167,7 @@ class TemplateProcess:
 
 
 def make_answer() -> Callable[[bytes], bytes]:
-    """What the child answers: first to the setup, then to conversations."""
+    """Make the child's answers: first to the setup, then to conversations."""
     template: ChatTemplate | None = None
 
     def answer(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Types that the chat layer's modules share: conversations, tools, prompts, events, limits.
+"""Shared types of the chat layer: conversations, tools, prompts, events, limits.
 
 Every API's request becomes a `Conversation`, and every conversation a `Prompt`. A model's answer
 becomes events: a streamed response renders them, a non-streamed response is their fold.

@@ -1,4 +1,4 @@
-"""Names and shapes of a checkpoint's arrays, in MLX's layout and in Hugging Face's.
+"""Names and shapes of arrays in MLX's and in Hugging Face's layout.
 
 Hugging Face's layout has a matrix per expert, and both halves of MLA's up-projection in
 `kv_b_proj`. MLX's layout stacks the experts (`switch_mlp`) and splits `kv_b_proj` by head into

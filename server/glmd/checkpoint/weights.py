@@ -1,4 +1,4 @@
-"""Weight files: safetensors headers read without data, files written tensor by tensor.
+"""Weight files: headers read without data, files written tensor by tensor.
 
 The format (https://huggingface.co/docs/safetensors): eight bytes of little-endian header length,
 a JSON object from tensor name to dtype, shape and byte range, then the bytes, without gaps. The

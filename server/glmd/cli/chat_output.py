@@ -1,4 +1,4 @@
-"""Printed answers of `glmd chat`: dim reasoning, Markdown block by block, a summary."""
+"""Printed answers of `glmd chat`: dim reasoning, Markdown, a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glmd connect`: settings of editors and agents for this server, printed, written or launched."""
+"""`glmd connect`: print or write the settings of a client, or start the client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glmd convert` and `glmd inspect`: convert checkpoints, and print their components."""
+"""`glmd convert` and `glmd inspect`: convert checkpoints, print components."""
 
 from __future__ import annotations
 

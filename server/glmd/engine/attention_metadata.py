@@ -1,4 +1,4 @@
-"""Attention metadata of decode groups: which rows see which slices of which segments.
+"""Attention metadata of decode groups: rows and the segment slices they see.
 
 Sequences are sorted so that those sharing a slice are adjacent. Each slice then is in one span over
 consecutive rows and is read once for all of them. Short slices are joined or padded together, since
@@ -267,7 +267,7 @@ def pad_short_spans(
 
     Args:
         kv_width: values of a token's key in one layer, of `dtype`.
-        gpu: whether kernels are dear and copies cheap.
+        gpu: whether launching a kernel costs more than copying.
     """
     token_bytes = kv_width * dtype.size
     limits = [MAX_PADDED_SPAN_BYTES // token_bytes]

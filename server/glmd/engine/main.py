@@ -1,4 +1,4 @@
-"""The engine process: a loop around `Engine.step`, with one ZeroMQ socket to the API process.
+"""The engine process: a loop around `Engine.step` and a socket to the API process.
 
 `glmd.engine_client.process` starts it as `python -m glmd.engine.main`. All array work happens on
 the main thread, because MLX streams are thread-local. A second thread waits for the end of stdin,
@@ -41,7 +41,7 @@ PROGRESS_INTERVAL = 0.1
 
 
 class StepEngine(Protocol):
-    """What the loop needs of an engine, such as `glmd.engine.core.Engine`."""
+    """Interface of an engine for the loop, such as `glmd.engine.core.Engine`."""
 
     @property
     def info(self) -> ipc.ModelInfo: ...

@@ -1,4 +1,4 @@
-"""Admission control: bounds on waiting sequences and prompt tokens, and requests' timeouts.
+"""Admission control: bounds of the queue, and timeouts of requests.
 
 The engine's scheduler holds the queue itself and chooses the order. This module only counts, so
 that a request beyond the bounds is rejected at once, and watches the clock for each request.

@@ -168,8 +168,8 @@ class EngineProcess:
         try:
             if listening:
                 self.send(Shutdown())
-            patience = STOP_TIMEOUT + self._save_timeout
-            if not listening or not await self._exits_within(patience):
+            timeout = STOP_TIMEOUT + self._save_timeout
+            if not listening or not await self._exits_within(timeout):
                 self._signal()
                 if not await self._exits_within(STOP_TIMEOUT):
                     log.warning("Killing the engine process: pid=%d", self.pid)

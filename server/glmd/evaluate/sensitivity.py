@@ -109,7 +109,7 @@ class Sensitivities:
         return min(high, max(low, median(found))) if found else 1.0
 
     def cost(self, group: Group, weight: Weight, option: QuantizedAs, exponent: float) -> float:
-        """What quantising one matrix adds to KL ** (1 / exponent)."""
+        """Share of one quantised matrix in KL ** (1 / exponent)."""
         rates = [
             log(kl) / exponent - log(error)
             for kl, probe in zip(group.kl, PROBES, strict=True)

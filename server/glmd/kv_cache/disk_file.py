@@ -49,7 +49,7 @@ class DamagedFile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredSegment:
-    """What a file holds: the KV of tokens `start` to `end` of a prefix.
+    """Contents of a file: the KV of tokens `start` to `end` of a prefix.
 
     Attributes:
         name: digest of the salt and all keys up to `end`.

@@ -1,4 +1,4 @@
-"""Prefix tree of sealed KV: each segment is stored once and shared by all sequences.
+"""Prefix tree of sealed KV, stored once and shared by all sequences.
 
 A node holds a run of tokens and their KV. A child is attached *at an offset* in its parent: it
 continues the parent's first `offset` tokens. So a match may end at any token, and no segment is
@@ -73,7 +73,7 @@ class PrefixTree(Generic[S]):
             them out. Others are evicted before them.
         version: number of changes that replaced segments which leases may hold. Layouts made
             under an earlier version keep memory alive that the tree has freed.
-        observer: is told of what is stored and removed; None: nobody is.
+        observer: gets the keys that are stored and removed; None: no observer.
     """
 
     def __init__(self, max_segment: int = MAX_SEGMENT, *, track_unsaved: bool = False) -> None:
@@ -217,7 +217,7 @@ class PrefixTree(Generic[S]):
         part before the fork is at most `MERGE_RATIO` times, the rest at most half as long as what
         follows: so each token is copied O(log n) times in total, also where two continuations of
         one prefix grow in turn, and a path of n tokens is left in O(log n + n / max_segment) nodes.
-        Only where more than `MAX_PIECES` nodes could be merged are all of them, whatever the sizes.
+        If more than `MAX_PIECES` nodes could be merged, all are, whatever their sizes.
 
         Merging pairs, rather than all nodes at once, would copy twice as much in one step.
         """

@@ -1,4 +1,4 @@
-"""Decode attention of MLA in one Metal kernel, and a small one that combines its results.
+"""Decode attention of MLA in a Metal kernel, and a kernel that combines results.
 
 All pieces of a group's keys, in segments and tails, are divided into items: some keys of one piece,
 for the heads of a few rows. A threadgroup takes an item. Each of its simdgroups owns 64 columns of

@@ -1,4 +1,4 @@
-"""The multi-token-prediction layer: drafts the token after next from a hidden state.
+"""The multi-token-prediction (MTP) layer, which drafts the token after next.
 
 DeepSeek-V3's form (https://arxiv.org/abs/2412.19437, section 2.2), as GLM-4.7-Flash uses it: the
 next token's embedding and the main model's hidden state after its final norm are normalised,

@@ -52,7 +52,7 @@ class SequenceSampling:
         return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def for_drafts(self) -> SequenceSampling:
-        """These parameters without penalties and logprobs, which drafts do not need."""
+        """Copy without penalties and logprobs, which drafts do not need."""
         params = msgspec.structs.replace(
             self.params,
             repetition_penalty=1.0,

@@ -1,4 +1,4 @@
-"""Keywords of numbers and strings; alternatives of compiled schemas, and their comparison.
+"""Keywords of numbers and strings; alternatives of compiled schemas.
 
 Readers of keywords return a keyword as llguidance enforces it, or raise `Malformed` or
 `Unenforceable`. Compiled schemas come from `glmd.structured_output.json_schema`. An alternative
@@ -91,7 +91,7 @@ def target_name(schema: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What all instances of an alternative have in common.
+    """Common properties of all instances of an alternative.
 
     Attributes:
         types: of NAMED; "number" stands for numbers that are not integers.

@@ -1,4 +1,4 @@
-"""llguidance tokenizers and matchers, the same in the grammar worker and in the engine."""
+"""llguidance tokenizers and matchers of the grammar worker and the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile output specs to grammars, checked by llguidance in a process that can be killed.
+"""Compile output specs to grammars in a worker process that can be killed.
 
 A process, because llguidance limits neither time nor stack: `multipleOf: 1000003` takes 5 s to
 18 s, and a Lark grammar of 4,000 chained rules (60 kB) overflows the stack, which ends the process.
@@ -245,7 +245,7 @@ def _count_by_field(params: Sequence[str]) -> str:
 
 
 def make_answer() -> Callable[[bytes], bytes]:
-    """What the worker answers: first to the control tokens, then to specs."""
+    """Make the worker's answers: first to the control tokens, then to specs."""
     threading.stack_size(_WORKER_STACK)
     thread = ThreadPoolExecutor(1)
     context: tuple[SpecialTokens, LLTokenizer] | None = None

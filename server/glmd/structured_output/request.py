@@ -1,4 +1,4 @@
-"""Read output constraints from requests: `response_format`, `guided_…`, tools, `tool_choice`.
+"""Read output constraints from requests: formats, tools, `tool_choice`.
 
 An `OutputSpec` states a constraint independently of the API that a request came by.
 """

@@ -1,4 +1,4 @@
-"""Terminals for strings in tool calls, which are raw text without JSON's quotes and escapes."""
+"""Terminals for strings in tool calls: raw text without quotes and escapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environment variables for processes that run MLX; MLX and the loader read them at start."""
+"""Environment variables that MLX and the loader read at the start of a process."""
 
 from __future__ import annotations
 

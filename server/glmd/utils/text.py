@@ -1,4 +1,4 @@
-"""Text for messages: quotations, suggestions for misspelled names, sizes with units."""
+"""Text for messages: quotations, suggestions for names, sizes with units."""
 
 from __future__ import annotations
 

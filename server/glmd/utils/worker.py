@@ -1,6 +1,6 @@
-"""A child process that answers one message at a time, within limits, and can be killed.
+"""Child process that answers messages one at a time, within limits.
 
-For code that works on what strangers send and cannot be stopped in a thread: a template that loops,
+For code that processes untrusted input and cannot be stopped in a thread: a template that loops,
 a grammar that takes minutes. The limit is CPU time, because a busy or sleeping machine makes any
 request slow. A process that died, or that uses no CPU time although it should answer (stopped,
 waiting for a lost disk), is replaced, and the message is given to the next one.
@@ -213,8 +213,8 @@ class Worker:
         if self._quiet_polls > QUIET_POLLS:
             raise StoppedError("it does not run")
 
-    def _stop(self, patience: float = 0.0) -> int | None:
-        """Kill the process unless it ends within `patience` seconds.
+    def _stop(self, timeout: float = 0.0) -> int | None:
+        """Kill the process unless it ends within `timeout` seconds.
 
         Returns: its exit code. None: it was killed here, or there is none.
         """
@@ -223,7 +223,7 @@ class Worker:
             return None
         self._socket.close()
         try:
-            return process.wait(patience)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests that generate, with child spans for queue, prefill and decode.
+"""OpenTelemetry spans of generating requests, and of queue, prefill and decode.
 
 Needs the extra `glmd[otel]`; imported only with the setting `tracing`. Spans are created from the
 request statistics at the end of a request, so tokens cost nothing extra. Attributes follow the

@@ -60,7 +60,7 @@ async def create_chat_completion(
 
 
 class OpenAIBuilder:
-    """What chat and text completions have in common: header, usage and token ids."""
+    """Common parts of chat and text completions: header, usage and token ids."""
 
     heartbeat: ClassVar = None
 

@@ -1,4 +1,4 @@
-"""Fields that several OpenAI requests share: the conversation, and limits and output options."""
+"""Fields of several OpenAI requests: conversation, limits and output options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes `/glmd/status` and `/glmd/requests/{id}/cancel`, for the web page and for scripts."""
+"""Routes `/glmd/status` and `/glmd/requests/{id}/cancel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Web page at `/`: a chat, and the status of the server; at `/docs`: the reference of the API.
+"""Web page at `/` (chat, status), and the reference of the API at `/docs`.
 
 Serves the files of this folder without a build step; the page loads nothing from other servers. The
 files hold no data, so they need no API key. The page asks for a key when a route requires one.

@@ -1,4 +1,4 @@
-"""Disk tier: restores sequences' prefixes from the disk cache, and saves what the tree seals.
+"""Disk tier: restores prefixes from the disk cache, and saves sealed segments.
 
 Runs on the engine's thread, which never waits for the disk: files are read and written by the
 threads of `glmd.kv_cache.disk_cache`. A sequence whose prefix is being restored is not in prefill,
@@ -337,7 +337,7 @@ def open_disk_cache(config: EngineConfig, model: LoadedModel) -> DiskCache | Non
 
 
 def identity(model: LoadedModel) -> dict[str, str]:
-    """What the KV in a file depends on besides its tokens; a file must agree exactly."""
+    """Properties besides tokens that KV depends on; a file must match exactly."""
     stored = read_weights(model.folder, load_config(model.folder))
     tensors = [*stored.main.values(), *stored.mtp.values()]
     table = read_json_object(model.folder / "config.json").get("glmd")

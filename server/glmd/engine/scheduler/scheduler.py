@@ -395,7 +395,7 @@ class Scheduler:
         sequence.num_computed_tokens += found
 
     def _explain_match(self, sequence: Sequence, restored: int) -> CacheMatch:
-        """How much of a prompt was cached, and why not more.
+        """Cached part of a prompt, and the reason why it is not longer.
 
         Args:
             restored: tokens that follow from disk.
@@ -452,5 +452,5 @@ class Scheduler:
 
 
 def priority_demotion(sequence: Sequence) -> int:
-    """How far a request moves behind those of all clients; 0: not at all."""
+    """Places by which a request moves behind those of all clients; 0: none."""
     return max(0, -sequence.request.priority)

@@ -59,7 +59,7 @@ been measured in a bad moment, or at longer contexts."""
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """What the MTP layer does in a step.
+    """Work of the MTP layer in a step.
 
     Attributes:
         drafts: per sequence. 0: the layer does nothing, and its KV is deferred.

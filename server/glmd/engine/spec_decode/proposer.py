@@ -1,4 +1,4 @@
-"""Draft proposals by the MTP layer, made within the step that confirms the tokens before them."""
+"""Draft proposals by the MTP layer, within the step that samples before them."""
 
 from __future__ import annotations
 
