@@ -1,6 +1,6 @@
 """Print the changelog section of a version; fail if tag, version and changelog differ.
 
-python tools/release_notes.py 0.1.0
+python tools/release_notes.py 0.2.0
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from glmd.utils.mlx_environment import limit_command_buffers
 if TYPE_CHECKING:
     from glmd.llm import LLM, generate, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["LLM", "__version__", "generate", "load"]
 
