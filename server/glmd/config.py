@@ -393,7 +393,7 @@ class Settings(BaseSettings):
     slow_request: float = Field(
         30.0,
         ge=0,
-        description="Log where the time of a request goes after this time without a token, in"
+        description="Log the times of a request's phases if it gets no token for this time, in"
         " seconds; 0 turns it off.",
     )
 

@@ -562,7 +562,7 @@ def test_an_engine_that_fails_mid_stream_is_an_error_event_and_the_next_request_
 
 def test_at_shutdown_streams_get_the_drain_timeout_and_then_an_error_event() -> None:
     with ThreadPoolExecutor() as pool, httpx.Client(timeout=30) as http:
-        with live_server(drain_timeout=0.3) as live:
+        with live_server(drain_timeout=1.5) as live:
             http.base_url = live.url
             stream = pool.submit(ask_streaming, http, "</think>On and on{wait}")
             while not live.service.engine.in_flight:
