@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import httpx
 import pytest
-from live import CHECKPOINT
+from prompts import Ask, Message, Shown, chat, messages_api, responses
 from sdk_unions import ANTHROPIC_MESSAGES, BLOCKS, CALLS, CHAT_MESSAGES, ITEMS, MARK, TOOLS, samples
 
-from glmd.api.anthropic import input as anthropic
-from glmd.api.anthropic.protocol import CountTokensRequest
-from glmd.api.generation_request import Defaults
-from glmd.api.openai.protocol import ChatCompletionRequest
-from glmd.api.responses.input import read_tools
-from glmd.api.responses.input_items import read_input
-from glmd.api.responses.protocol import ResponsesRequest
-from glmd.chat.prompt import build_prompt
-from glmd.chat.template import ChatTemplate
-from glmd.chat.tokenizer import Tokenizer
-from glmd.chat.types import Conversation
-from glmd.config import Settings
 from glmd.errors import InvalidRequest
-from glmd.ipc import SamplingParams
-
-Message = dict[str, Any]
 
 ANSWER: Message = {"role": "assistant", "content": "Yes."}
 NEXT: Message = {"role": "user", "content": "Go on."}
-FUNCTION = {"name": "load", "description": "Loads.", "parameters": {"type": "object"}}
-CHAT_TOOL = {"type": "function", "function": FUNCTION}
-RESPONSES_TOOL = {"type": "function", **FUNCTION}
-MESSAGES_TOOL = {"name": "load", "input_schema": {"type": "object"}}
-
-
-TOKENIZER = Tokenizer.load(CHECKPOINT)
-TEMPLATE = ChatTemplate.load(CHECKPOINT, TOKENIZER.controls)
-DEFAULTS = Defaults.of(Settings(), SamplingParams())
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What the model sees of a conversation, and what it does not."""
-
-    prompt: str
-    omitted: Sequence[str]
-
-
-Ask = Callable[..., Shown]
-
-
-def show(conversation: Conversation) -> Shown:
-    prompt = build_prompt(conversation, tokenizer=TOKENIZER, template=TEMPLATE)
-    return Shown(TOKENIZER.decode(prompt.tokens.tolist()), conversation.omitted)
-
-
-def chat(messages: list[Message], *tools: Message) -> Shown:
-    body = {"messages": messages, "tools": [CHAT_TOOL, *tools]}
-    return show(ChatCompletionRequest.model_validate(body).conversation(DEFAULTS))
-
-
-def messages_api(messages: list[Message], *tools: Message) -> Shown:
-    body = {"messages": messages, "tools": [MESSAGES_TOOL, *tools]}
-    request = CountTokensRequest.model_validate(body)
-    return show(request.conversation(DEFAULTS, anthropic.read_tools(request.tools)[0]))
-
-
-def responses(items: list[Message], *tools: Message) -> Shown:
-    body = {"input": items, "tools": [RESPONSES_TOOL, *tools]}
-    request = ResponsesRequest.model_validate(body)
-    read = read_input(request.new_input, None, {})
-    return show(request.conversation(DEFAULTS, read, read_tools(request.tools)))
 
 
 def in_history(place: list[Message]) -> list[Message]:

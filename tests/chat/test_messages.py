@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from chat_kit import json_values
+from chat_kit import INLINE, REASONING_FIELDS, REASONING_PARTS, json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,40 +122,13 @@ def test_cut_arguments_keep_a_beginning_of_the_arguments(
 
 
 REASONED = AssistantMessage("Rain.", "Ask.")
-PARTS = [
-    {"type": "thinking", "thinking": "Ask.", "signature": "x"},
-    {"type": "reasoning", "text": "Ask."},
-    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Ask."}]},
-    {"type": "reasoning_content", "reasoning_content": "Ask."},
-    {"type": "reasoning_text", "text": "Ask."},
-]
-FIELDS: list[dict[str, Any]] = [
-    {"reasoning_content": "Ask."},
-    {"reasoning": "Ask."},
-    {"reasoning": {"text": "Ask."}},
-    {"reasoning": {"content": [{"type": "text", "text": "Ask."}]}},
-    {"reasoning_content": ["Ask", "."]},
-    {"reasoning_text": "Ask."},
-    {"thinking": "Ask."},
-    {"thinking_blocks": [{"type": "thinking", "thinking": "Ask.", "signature": "x"}]},
-    {"reasoning_details": [{"type": "reasoning.text", "text": "Ask", "index": 0}, {"text": "."}]},
-    {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}], "reasoning": "Ask."},
-]
-INLINE = [
-    "<think>Ask.</think>Rain.",
-    "<think>\nAsk.\n</think>\n\nRain.",
-    "\n<think>Ask.</think>Rain.",
-    '<details type="reasoning" done="true" duration="3">\n<summary>Thought</summary>\n'
-    "&gt; Ask.\n</details>\nRain.",
-    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> Ask.\n</details>\nRain.',
-]
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        *({"content": [part, {"type": "text", "text": "Rain."}]} for part in PARTS),
-        *({"content": "Rain."} | fields for fields in FIELDS),
+        *({"content": [part, {"type": "text", "text": "Rain."}]} for part in REASONING_PARTS),
+        *({"content": "Rain."} | fields for fields in REASONING_FIELDS),
         *({"content": text} for text in INLINE),
         *({"content": [{"type": "text", "text": text}]} for text in INLINE),
         *({"content": text, "reasoning_content": None} for text in INLINE),

@@ -94,6 +94,40 @@ Call them so: <tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_v
 """.strip()
 
 
+REASONING_PARTS = [
+    {"type": "thinking", "thinking": "Ask.", "signature": "x"},
+    {"type": "reasoning", "text": "Ask."},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Ask."}]},
+    {"type": "reasoning_content", "reasoning_content": "Ask."},
+    {"type": "reasoning_text", "text": "Ask."},
+]
+"""Content parts with the reasoning `Ask.`"""
+
+REASONING_FIELDS: list[dict[str, Any]] = [
+    {"reasoning_content": "Ask."},
+    {"reasoning": "Ask."},
+    {"reasoning": {"text": "Ask."}},
+    {"reasoning": {"content": [{"type": "text", "text": "Ask."}]}},
+    {"reasoning_content": ["Ask", "."]},
+    {"reasoning_text": "Ask."},
+    {"thinking": "Ask."},
+    {"thinking_blocks": [{"type": "thinking", "thinking": "Ask.", "signature": "x"}]},
+    {"reasoning_details": [{"type": "reasoning.text", "text": "Ask", "index": 0}, {"text": "."}]},
+    {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}], "reasoning": "Ask."},
+]
+"""Fields of a message with the same reasoning."""
+
+INLINE = [
+    "<think>Ask.</think>Rain.",
+    "<think>\nAsk.\n</think>\n\nRain.",
+    "\n<think>Ask.</think>Rain.",
+    '<details type="reasoning" done="true" duration="3">\n<summary>Thought</summary>\n'
+    "&gt; Ask.\n</details>\nRain.",
+    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> Ask.\n</details>\nRain.',
+]
+"""Texts that begin with the same reasoning, before the answer `Rain.`"""
+
+
 def backend(*, special: bool = False) -> tokenizers.Tokenizer:
     """Byte-level BPE with GLM's control tokens, trained on a few lines.
 
