@@ -16,6 +16,7 @@ from page_kit import answers, opened, send
 from paths import ROOT
 
 from glmd.api import webui as pages
+from glmd.api.client_settings import CLIENTS
 
 expect = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed (make setup-clients)"
@@ -25,6 +26,12 @@ expect = pytest.importorskip(
 @pytest.fixture(scope="module")
 def demo() -> Iterator[LiveServer]:
     with live_server(engine="glmd.engine.core") as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[LiveServer]:
+    with live_server(api_key="open-sesame") as live:
         yield live
 
 
@@ -84,30 +91,45 @@ def test_other_files_are_not_served(http: httpx.Client) -> None:
         assert http.get(path).status_code == 404, path
 
 
-def test_the_page_needs_no_key_and_asks_for_the_key(browser: Any) -> None:
-    with live_server(api_key="open-sesame") as live:
-        with live.client() as http:
-            assert {http.get(path).status_code for path in pages.PATHS} == {200}
-            assert http.get("/v1/models").status_code == 401
-        with opened(browser, live.url) as tab:
-            dialog = tab.get_by_role("dialog", name="This server requires an API key")
-            expect(dialog.get_by_label("API key")).to_be_focused()
-            tab.keyboard.press("Escape")
-            expect(dialog).to_be_hidden()
-            expect(tab.locator("#state")).to_have_text("locked")
-            send(tab, "⟦</think>Come in.⟧")
-            expect(dialog.get_by_label("API key")).to_be_focused()
-            tab.keyboard.type("wrong")
-            tab.keyboard.press("Enter")
-            expect(dialog.get_by_role("alert")).to_contain_text("did not accept the key")
-            tab.keyboard.type("open-sesame")
-            tab.keyboard.press("Enter")
-            expect(dialog).to_be_hidden()
-            expect(answers(tab)).to_contain_text("Come in.")
-            expect(tab.locator("#state")).to_have_text("ready")
-            assert tab.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
-            assert tab.evaluate("localStorage.length") == 0
-            assert "open-sesame" not in tab.content()
+def test_the_page_needs_no_key_and_asks_for_the_key(browser: Any, locked: LiveServer) -> None:
+    with locked.client() as http:
+        assert {http.get(path).status_code for path in pages.PATHS} == {200}
+        assert http.get("/v1/models").status_code == 401
+    with opened(browser, locked.url) as tab:
+        dialog = tab.get_by_role("dialog", name="This server requires an API key")
+        expect(dialog.get_by_label("API key")).to_be_focused()
+        tab.keyboard.press("Escape")
+        expect(dialog).to_be_hidden()
+        expect(tab.locator("#state")).to_have_text("locked")
+        send(tab, "⟦</think>Come in.⟧")
+        expect(dialog.get_by_label("API key")).to_be_focused()
+        tab.keyboard.type("wrong")
+        tab.keyboard.press("Enter")
+        expect(dialog.get_by_role("alert")).to_contain_text("did not accept the key")
+        tab.keyboard.type("open-sesame")
+        tab.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+        expect(answers(tab)).to_contain_text("Come in.")
+        expect(tab.locator("#state")).to_have_text("ready")
+        assert tab.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
+        assert tab.evaluate("localStorage.length") == 0
+        assert "open-sesame" not in tab.content()
+
+
+def test_settings_of_clients_hold_the_address_and_the_key(browser: Any, locked: LiveServer) -> None:
+    with opened(browser, locked.url) as tab:
+        expect(tab.locator("#key")).to_be_focused()
+        tab.keyboard.type("open-sesame")
+        tab.keyboard.press("Enter")
+        expect(tab.locator("#state")).to_have_text("ready")
+        tab.get_by_role("button", name="Connect").click()
+        expect(tab.locator("#addresses")).to_contain_text(f"{locked.url}/v1")
+        program = tab.get_by_role("combobox", name="Program")
+        expect(program.locator("option")).to_have_count(len(CLIENTS) + 3)
+        for name in ("curl", "Python", "JavaScript", *(client.title for client in CLIENTS)):
+            program.select_option(label=name)
+            expect(tab.locator("#snippet")).to_contain_text(locked.url)
+            expect(tab.locator("#snippet")).to_contain_text("open-sesame")
 
 
 def test_the_screenshot_of_the_page_is_small() -> None:

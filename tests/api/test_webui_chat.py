@@ -344,23 +344,7 @@ def test_a_message_to_an_unloaded_model_loads_it(browser: Any) -> None:
         expect(answers(tab)).to_contain_text("Awake")
 
 
-# -- other programs -------------------------------------------------------------------------
-
-
-def test_settings_of_clients_hold_the_address_and_the_key(browser: Any) -> None:
-    with live_server(api_key="open-sesame") as live, opened(browser, live.url) as tab:
-        expect(tab.locator("#key")).to_be_focused()
-        tab.keyboard.type("open-sesame")
-        tab.keyboard.press("Enter")
-        expect(tab.locator("#state")).to_have_text("ready")
-        tab.get_by_role("button", name="Connect").click()
-        expect(tab.locator("#addresses")).to_contain_text(f"{live.url}/v1")
-        program = tab.get_by_role("combobox", name="Program")
-        expect(program.locator("option")).to_have_count(len(CLIENTS) + 3)
-        for name in ("curl", "Python", "JavaScript", *(client.title for client in CLIENTS)):
-            program.select_option(label=name)
-            expect(tab.locator("#snippet")).to_contain_text(live.url)
-            expect(tab.locator("#snippet")).to_contain_text("open-sesame")
+# -- the reference --------------------------------------------------------------------------
 
 
 def test_the_reference_has_every_route_and_field(

@@ -99,8 +99,10 @@ def environment(tmp_path: Path, hub: Hub) -> Iterator[dict[str, str]]:
     state = tmp_path / "systemd"
     state.mkdir()
     kept = {k: v for k, v in os.environ.items() if k.startswith("UV_") or k == "LANG"}
+    cache = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True, check=True)
     yield {
         "UV_SYSTEM_CERTS": "1",
+        "UV_CACHE_DIR": cache.stdout.strip(),  # Packages that are there are not downloaded again.
         **kept,
         "HOME": str(home),
         "PATH": f"{programs}:{home}/.local/bin:{PROGRAMS}",
