@@ -1,4 +1,4 @@
-# The two that matter:
+# Main targets:
 #
 #   make serve                          set up and serve the demo checkpoint on 127.0.0.1:8000
 #   make serve MODEL=FOLDER_OR_HUB_ID PORT=8001
@@ -29,7 +29,7 @@ help:
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-# Files are divided among WORKERS processes; much of the suite waits for processes that it starts.
+# WORKERS processes share the test files; much of the time the suite waits for processes that it starts.
 test: setup-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -51,8 +51,8 @@ format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/python tools/book.py
 
-# The stamps stand inside the environment, so they go when it goes. One that is older than
-# pyproject.toml or than the interpreter means: install again.
+# Stamp files in the environment: older than pyproject.toml or the interpreter, they cause a new
+# installation.
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 setup-parity: $(VENV)/.installed-parity
@@ -74,21 +74,21 @@ $(NODE_CLIENTS)/node_modules/.package-lock.json: $(NODE_CLIENTS)/package-lock.js
 	npm --prefix $(NODE_CLIENTS) ci
 	@touch $@
 
-# What runs, to the last package and its hashes, for macOS and Linux and every Python that glmd takes.
-# `make lock ARGS=--upgrade` takes what is newest.
+# Pin all runtime dependencies with hashes, for macOS, Linux and all supported versions of Python.
+# `make lock ARGS=--upgrade` takes the newest versions.
 lock: setup-lock
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock $(ARGS)
 
-# Whether anything in it is known to be weak.
+# Check the pinned versions for known vulnerabilities.
 audit: setup-lock
 	$(BIN)/pip-audit --requirement requirements.lock --disable-pip --require-hashes
 
-# The book, in site/.
+# Build the documentation in site/.
 book: setup-dev
 	$(BIN)/zensical build --strict --clean
 
-# The picture of the page, docs/page.png; it takes two minutes and needs Chromium.
+# Take the screenshots of the page in docs/; needs two minutes and Chromium.
 picture: $(VENV)/.installed-dev $(VENV)/.installed-clients
 	$(BIN)/python tools/picture.py
 
@@ -96,7 +96,7 @@ wheel: setup-dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel
 
-# Install the wheel with all it depends on into an empty environment, and serve from there.
+# Install the wheel with its dependencies into an empty environment, and serve from there.
 smoke-wheel: wheel
 	tools/smoke-wheel $(BIN)/python dist/glmd-*.whl
 
