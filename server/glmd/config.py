@@ -104,7 +104,7 @@ Budget = Annotated[int, Field(ge=0)]
 
 
 def read_memory(value: Any) -> Any:
-    """Read an amount of memory: with a unit (`24GiB`, `24 GB`), or a share of this machine's."""
+    """Read an amount of memory: with a unit (`24GiB`) or as a share (`75%`)."""
     if not isinstance(value, str | int) or isinstance(value, bool):
         return value
     text = str(value).strip()

@@ -39,7 +39,7 @@ def invalid_field(param: str, problem: str) -> InvalidRequest:
 
 
 class ModelNotFound(GlmdError):
-    """The model is not served (HTTP 404), or no such folder or hub repository exists (CLI)."""
+    """The model is not served (HTTP), or no such folder or repository exists (CLI)."""
 
 
 class Overloaded(GlmdError):
@@ -101,7 +101,7 @@ class ServerRefused(GlmdError):
 
 
 class SettingsError(GlmdError):
-    """A setting (flag, environment variable, configuration file) is unknown or invalid."""
+    """A setting is unknown or invalid: flag, environment or configuration file."""
 
 
 class ServiceError(GlmdError):

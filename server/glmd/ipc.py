@@ -52,7 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Grammar that constrains the output, already compiled once by `glmd.structured_output`."""
+    """Grammar that constrains the output, checked by `glmd.structured_output`."""
 
     grammar: str
     """llguidance grammar with control tokens by id. EOS ids are allowed where it is complete."""
@@ -128,7 +128,7 @@ ToEngine = EngineRequest | AbortRequest | SetLogLevel | Shutdown | Ping
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities of the sampled token and of the most likely tokens at one position."""
+    """Log-probabilities of the sampled and the most likely tokens at a position."""
 
     logprob: float
     top_ids: list[int]
@@ -307,7 +307,7 @@ decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 def pack_tokens(tokens: npt.ArrayLike) -> bytes:
-    """Pack token ids as little-endian int32: microseconds, not milliseconds, for 100k ids."""
+    """Pack token ids as little-endian int32: microseconds for 100k ids."""
     return np.ascontiguousarray(tokens, dtype="<i4").tobytes()
 
 

@@ -160,7 +160,9 @@ class _Batch:
 
 
 class LLM:
-    """GLM-4.7-Flash in this process. Not thread-safe: use it in the thread that created it.
+    """GLM-4.7-Flash in this process.
+
+    Not thread-safe: use it in the thread that created it.
 
     Args:
         model: a checkpoint folder or a Hugging Face repo id. None: the bundled demo.
@@ -278,7 +280,9 @@ class LLM:
         template: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Event]:
-        """Answer one conversation and yield events. Closing the iterator cancels the request.
+        """Answer one conversation and yield events.
+
+        Closing the iterator cancels the request.
 
         Args: as for `chat_batch`, without `n`.
         """

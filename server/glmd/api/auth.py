@@ -227,7 +227,9 @@ def read_private(file: Path) -> str:
 
 
 def read_lines(file: Path) -> list[StoredKey]:
-    """Read a file with one key per line; empty lines and lines that begin with # are skipped.
+    """Read a file with one key per line.
+
+    Empty lines and lines that begin with # are skipped.
 
     Raises:
         SettingsError: there is no key, or as `read_private`.

@@ -112,7 +112,7 @@ def _read_counted(body: bytes, model: type[Model], parts: int, commas: int) -> M
 
 
 def count_values(body: bytes) -> tuple[int, int]:
-    """Count strings, arrays and objects, and the commas between values, without parsing."""
+    """Count strings, arrays, objects and commas between values, without parsing."""
     parts = commas = 0
     rest, in_string = b"", np.uint8(0)
     for start in range(0, len(body), COUNT_BLOCK):

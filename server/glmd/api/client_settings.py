@@ -287,7 +287,7 @@ def describe(setup: Setup) -> str:
 
 
 def describe_parts(setup: Setup) -> Iterator[tuple[str, str, str]]:
-    """Yield the parts of a client's settings: a heading, a text, and the language of the text."""
+    """Yield parts of a client's settings: heading, text, and language of the text."""
     if setup.steps is not None:
         yield "", setup.steps, ""
     if setup.configure:

@@ -41,7 +41,10 @@ MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 1000, 300
 
 
 def to_error(exception: Exception) -> ErrorInfo:
-    """Map an exception to the error that the client gets; details of bugs stay in the log."""
+    """Map an exception to the error that the client gets.
+
+    Details of bugs stay in the log.
+    """
     exit_if_out_of_memory(exception)
     error = _map_exception(exception)
     message, param = error.message, error.param
@@ -233,7 +236,10 @@ def overloaded(message: str) -> ErrorInfo:
 
 
 class RefusedBody(HTTPException):
-    """A body that is no valid request. FastAPI passes on no other exception of `Request.json`."""
+    """A body that is no valid request.
+
+    FastAPI passes on no other exception of `Request.json`.
+    """
 
     def __init__(self, error: ErrorInfo) -> None:
         super().__init__(error.status, error.message, error.headers)
@@ -244,7 +250,7 @@ _formats: dict[str, Callable[[ErrorInfo, Scope], JSONResponse]] = {}
 
 
 def register_error_format(prefix: str, build: Callable[[ErrorInfo, Scope], JSONResponse]) -> None:
-    """Build the error responses of `prefix` and of the paths below `prefix` with `build`."""
+    """Build the error responses of `prefix` and the paths below it with `build`."""
     _formats[prefix] = build
 
 

@@ -369,7 +369,7 @@ def ignored_header(names: Iterable[str]) -> dict[str, str]:
 
 
 def omitted_header(prompt: object) -> dict[str, str]:
-    """Response header that lists what a conversation records and its prompt does not show."""
+    """Response header that lists parts of the conversation missing in the prompt."""
     names = prompt.omitted if isinstance(prompt, Conversation) else ()
     return _list_header(OMITTED_HEADER, "Records omitted", names)
 

@@ -307,7 +307,10 @@ def access_middleware(settings: Settings, keys: ApiKeyStore) -> list[Middleware]
 
 
 def match_any(patterns: Iterable[str]) -> str:
-    """Return a regular expression for texts that one of `patterns` matches; `*` is any text."""
+    """Return a regular expression for texts that one of `patterns` matches.
+
+    `*` is any text.
+    """
     return "|".join(map(translate, patterns))
 
 

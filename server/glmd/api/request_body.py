@@ -35,7 +35,7 @@ NO_MEMORY = overloaded("No memory left for request bodies. Try again later.")
 
 
 class BodyLimitMiddleware:
-    """Read the whole body of a request, or refuse the request before the body is parsed.
+    """Read the whole body of a request, or refuse it before it is parsed.
 
     Refused are bodies that are no JSON by their headers, larger than `limit` bytes, slower than
     `timeout` seconds, or without room in memory beside the bodies of other clients.
@@ -140,14 +140,20 @@ class JsonRoute(APIRoute):
 
 
 class JsonRequest(Request):
-    """Request whose body is an object of class `model`; None: a request without a body."""
+    """Request whose body is an object of class `model`.
+
+    None: a request without a body.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, model: type[BaseModel] | None) -> None:
         super().__init__(scope, receive)
         self._model = model
 
     async def body(self) -> bytes:
-        """The body, which `BodyLimitMiddleware` passes on in one message; Starlette copies it."""
+        """The body, which `BodyLimitMiddleware` passes on in one message.
+
+        Starlette copies it.
+        """
         if not hasattr(self, "_body"):
             self._body: bytes = (await self.receive()).get("body", b"")
         return self._body

@@ -119,7 +119,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _update_head_timer(self) -> None:
-        """Bound the time for a request's headers, or for the rest of a body that is not read."""
+        """Bound the time for the headers, or for the rest of a body that is not read."""
         state = self.conn.their_state
         is_idle = state is h11.IDLE and self.timeout_keep_alive_task is not None
         if self._is_responding or is_idle or state not in (h11.IDLE, h11.SEND_BODY):
@@ -185,7 +185,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn server that drains on SIGINT and SIGTERM, and reloads settings on SIGHUP.
+    """Uvicorn server that drains on SIGINT and SIGTERM and reloads on SIGHUP.
 
     The first SIGINT or SIGTERM stops accepting connections and lets running requests finish within
     the drain timeout; remaining requests end with an error. The second signal exits at once. Both
@@ -311,7 +311,7 @@ def run(
 
 
 def reload_settings(state: AppState, read: Callable[[], Settings]) -> None:
-    """Apply changed settings that can change while the server runs, and log all changes.
+    """Apply settings that can change while the server runs, and log all changes.
 
     Args:
         read: loads the current settings. If that fails, the server keeps its settings.

@@ -213,7 +213,7 @@ def bind_salt(owner: str, salt: str) -> str:
 async def count_prompt_tokens(
     http: Request, state: AppState, access: Access, read: Callable[[], Conversation]
 ) -> int:
-    """Number of tokens of the prompt of a conversation, which `read` reads from the request."""
+    """Number of prompt tokens of the conversation that `read` reads."""
     async with state.client_lock.acquire(client_id(http.scope)):
         conversation = await state.run_by_size(http, read)
         prompt = await state.build_prompt(conversation, access.owner)

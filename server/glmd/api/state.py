@@ -94,7 +94,7 @@ class ServedModel:
 
 
 class PerClientLock:
-    """Per-client mutex: at most one render or compile job per client is queued on the workers.
+    """Per-client mutex: at most one job per client is queued on the workers.
 
     Clients therefore take turns at workers that run one job at a time (the prompt thread, the
     grammar process).
@@ -237,7 +237,7 @@ class AppState:
         )
 
     def describe_sampling(self) -> str:
-        """Describe the default sampling parameters, and where each comes from, for the log."""
+        """Describe the default sampling parameters and their origins, for the log."""
         given = read_sampling(self.model.folder)
         name = self.settings.profile
         profile = self.settings.all_profiles[name] if name else None
@@ -368,7 +368,7 @@ class AppState:
         return await asyncio.get_running_loop().run_in_executor(self._worker, task)
 
     async def run_by_size(self, request: Request, task: Callable[[], T]) -> T:
-        """Run a task whose time grows with the request's body: if that is large, on a thread."""
+        """Run a task whose time grows with the body, on a thread if the body is large."""
         if not getattr(request.state, "large_body", False):
             return task()
         return await asyncio.get_running_loop().run_in_executor(self._reader, task)

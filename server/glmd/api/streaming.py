@@ -206,7 +206,9 @@ async def merge(
 
 
 class ResponseBuilder(Protocol):
-    """One answer in an API's form: events in; frames of a stream or the whole answer out.
+    """One answer in an API's form.
+
+    Events go in; frames of a stream or the whole answer come out.
 
     A builder may leave out frames that are not streamed, and the whole answer of a stream.
     """
@@ -288,7 +290,10 @@ def sse_frame(data: str, event: str | None = None) -> bytes:
 
 
 class EventStream(EventSourceResponse):
-    """Response of server-sent events. An error after the first frame becomes the last frame."""
+    """Response of server-sent events.
+
+    An error after the first frame becomes the last frame.
+    """
 
     def __init__(
         self,

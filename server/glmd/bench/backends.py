@@ -156,7 +156,7 @@ _KEY = "model"
 
 
 class MlxLmBackend:
-    """mlx-lm's `BatchGenerator` behind its LRU prompt cache, as `mlx_lm.server` runs it.
+    """mlx-lm's `BatchGenerator` and LRU prompt cache, as in `mlx_lm.server`.
 
     Batch and chunk sizes are mlx-lm's defaults. A request's KV cache is stored when the request
     ends, but not when it is cancelled.

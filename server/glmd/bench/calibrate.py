@@ -108,7 +108,7 @@ def fit(
     decode: Sequence[Measured],
     prompts: Sequence[Measured],
 ) -> Device:
-    """Fit a device to measured steps: bandwidth and kernels to decode steps, rows to prompts.
+    """Fit a device to measured steps: decode steps, then rows of prompts.
 
     A row's time is scaled from the measured model to GLM-4.7-Flash by the weights that it is
     multiplied with.

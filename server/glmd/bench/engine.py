@@ -131,7 +131,7 @@ def measured_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[Me
 
 
 def mtp_workloads(prompts: Prompts, kv_bytes_per_token: int) -> Iterator[MeasuredWorkload]:
-    """Yield the rows that compare the MTP layer with none, all with the target `MTP_RATIO`."""
+    """Yield the rows that compare the MTP layer with none (target `MTP_RATIO`)."""
     decode = Metric("decode", "tokens/s", "higher", RunTrace.decode_rate, ratio=MTP_RATIO)
     for rows in (1, 8, 32):
         workload = workloads.decode(prompts, rows, window=MTP_WINDOW)

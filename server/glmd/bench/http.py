@@ -162,7 +162,7 @@ def _record(
     on_progress: Callable[[str], None],
     recordings: Recordings,
 ) -> None:
-    """Play all runs with servers that are all up, each scenario with one after the other."""
+    """Play all runs, each scenario with one server after the other; all are up."""
     with ExitStack() as stack:
         addresses = {}
         for server in servers:

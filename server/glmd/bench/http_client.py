@@ -210,7 +210,7 @@ class Recording:
 
 
 async def play(url: str, model: str, scenario: Scenario) -> Recording:
-    """Run all conversations of a scenario at the same time, each with its own connections."""
+    """Run all conversations of a scenario at the same time, on own connections."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=CLIENT_TIMEOUT, limits=limits) as client:
         start = time.perf_counter()

@@ -97,7 +97,7 @@ def write_random_checkpoint(
     predictable: bool = False,
     **config: Any,
 ) -> ModelConfig:
-    """Write a checkpoint of random weights in Hugging Face's layout, with a byte-level tokenizer.
+    """Write a random checkpoint in Hugging Face's layout, with a byte tokenizer.
 
     As published: weights per expert, unsplit `kv_b_proj`, the MTP layer under `model.layers.N` if
     `num_nextn_predict_layers` is 1, and `e_score_correction_bias` in F32.
@@ -208,7 +208,7 @@ def _draw(weight: Weight, shape: Shape, name: str, seed: int) -> npt.NDArray[np.
 def _draw_predictable(
     weight: Weight, shape: Shape, name: str, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Draw such that layers add nothing, and the MTP layer reads the next token's embedding."""
+    """Draw so that layers add nothing and the MTP layer reads the next token."""
     if weight.component is Component.NORM:
         return np.ones(shape, np.float32)
     if weight.component is Component.MTP_PROJECTION:
@@ -353,7 +353,7 @@ def on_gpu() -> bool:
 def write_talkative_checkpoint(
     folder: Path, *, dtype: Literal["BF16", "F32"], predictable: bool = False, **config: Any
 ) -> None:
-    """Write a random checkpoint whose answers are plain text of exactly the requested length.
+    """Write a random checkpoint whose answers have exactly the requested length.
 
     Tokenizer and chat template are the demo's. The rows of the output head for tokens that end or
     structure an answer are 0.

@@ -85,7 +85,10 @@ def make_table(title: str, text_columns: Sequence[str], indexcolumns: Sequence[s
 
 
 def engine_table(report: EngineReport) -> Table:
-    """One row per metric of the engine benchmark; below, why a number was not measured."""
+    """One row per metric of the engine benchmark.
+
+    Below, why a number was not measured.
+    """
     table = make_table(
         _engine_title(report) + ", medians",
         ("workload", "measured"),
@@ -243,7 +246,7 @@ def serving_plot(figures: Sequence[Figures], file: Path) -> None:
 
 
 def make_figure(bar_counts: Sequence[int]) -> tuple[Any, list[Any]]:
-    """Return a matplotlib figure and its axes, one below the other, with room for their bars."""
+    """Return a matplotlib figure and its axes, stacked, with room for their bars."""
     # not pyplot, which needs a display
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -261,7 +264,7 @@ def bars(
     value_format: str,
     names: Sequence[str] = (),
 ) -> None:
-    """Draw horizontal bars, the first label on top, with one bar per group for each label."""
+    """Draw horizontal bars, one per group for each label, the first label on top."""
     thickness = 0.8 / len(groups)
     for index, (values, color) in enumerate(zip(groups, colors, strict=False)):
         offset = (index - (len(groups) - 1) / 2) * thickness

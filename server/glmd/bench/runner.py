@@ -151,7 +151,7 @@ class RunTrace:
         )
 
     def _shared_decoding(self) -> tuple[float, list[int]]:
-        """Return for how long all requests of the last wave decode, and the tokens of each."""
+        """Return the time in which all of the last wave decode, and their tokens."""
         wave = self.waves[-1]
         start = max(request.times[0] for request in wave)
         end = max(start, min(request.times[-1] for request in wave))
@@ -159,7 +159,7 @@ class RunTrace:
         return end - start, tokens
 
     def window_full(self) -> bool:
-        """Return whether each request of the last wave has got `window` tokens while all decode."""
+        """Return whether each of the last wave got `window` tokens while all decode."""
         started = all(request.times for request in self.waves[-1])
         return started and min(self._shared_decoding()[1]) >= self.window
 
@@ -226,7 +226,7 @@ class RunTrace:
         return max(self._steps_before())
 
     def longest_gap(self) -> float:
-        """Longest gap in a first-wave stream between the last wave's arrival and first token.
+        """Longest gap of a first-wave stream until the last wave's first token.
 
         Raises:
             NotMeasured: a stream ended before that token, or there is no such token.

@@ -119,7 +119,10 @@ def uniform(writer: Writer, streams: int, max_tokens: int = MAX_TOKENS) -> Scena
 
 
 def ragged(writer: Writer, streams: int, max_tokens: int = MAX_TOKENS) -> Scenario:
-    """Answers of mixed length; every eighth prompt is sixteen times as long as the others."""
+    """Answers of mixed length.
+
+    Every eighth prompt is sixteen times as long as the others.
+    """
     return Scenario(
         f"{streams} ragged",
         tuple(
@@ -137,7 +140,7 @@ def burst(writer: Writer) -> Scenario:
 
 
 def agents(writer: Writer, *, count: int = 4, turns: int = 6) -> Scenario:
-    """Agents with the same system prompt and tools, about 2k tokens, and growing histories."""
+    """Agents with a common system prompt and tools (2k tokens), growing histories."""
     system = writer.text(1700)
     tools = tuple(_tool(name, writer.text(40)) for name in ("search", "read_file", "write_file"))
     return Scenario(

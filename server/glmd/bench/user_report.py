@@ -116,7 +116,7 @@ def measure(
 def measure_drafts(
     backend: GlmdBackend, folder: Path, repeat: int, on_progress: Callable[[str], None]
 ) -> Iterator[Line]:
-    """Compare one draft per step with none on one answer, and report the accepted share."""
+    """Compare one draft per step with none, and report the accepted share."""
     if not backend.has_mtp:
         yield "MTP drafts", "the model has no MTP layer"
         return

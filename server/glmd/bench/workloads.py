@@ -49,7 +49,9 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Waves of requests; requests that still run at the end of the workload are cancelled.
+    """Waves of requests.
+
+    Requests that still run at the end of the workload are cancelled.
 
     Attributes:
         window: the workload is over once each request of the last wave has got this many tokens
@@ -94,7 +96,7 @@ class Prompts:
 
 
 def _streams(prompts: Iterable[TokenArray], window: int) -> Wave:
-    """Return streams of which the first still run when the last has got `window` tokens."""
+    """Return streams that all still run when the last has got `window` tokens."""
     return Wave(tuple(Request(prompt, EARLY_TOKENS + window) for prompt in prompts))
 
 
@@ -167,7 +169,7 @@ def cancelled(prompts: Prompts) -> Workload:
 
 
 def mixed(prompts: Prompts) -> Workload:
-    """Short and long prompts in overlapping groups, some with a common prefix, some cancelled."""
+    """Short and long prompts in overlapping groups, some shared, some cancelled."""
     count, group_size = 200, 20
     prefix = prompts.draw(256)
     requests = []
@@ -182,7 +184,7 @@ def mixed(prompts: Prompts) -> Workload:
 
 
 def unique_tokens(sequences: Iterable[TokenArray]) -> int:
-    """Count tokens with each common prefix once: the minimum that a KV cache must hold."""
+    """Count tokens with each common prefix once, the minimum of a KV cache."""
     rows = sorted(sequences, key=lambda row: row.tolist())
     total, before = 0, np.empty(0, np.int32)
     for row in rows:

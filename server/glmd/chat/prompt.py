@@ -66,7 +66,10 @@ class Done(Generic[T]):
 
 
 def advance(steps: Steps[T], tokens: float) -> int | Done[T]:
-    """Do steps until they have added `tokens` tokens; return the prompt's tokens so far."""
+    """Do steps until they have added `tokens` tokens.
+
+    Return the prompt's tokens so far.
+    """
     begun: int | None = None
     while True:
         try:

@@ -214,7 +214,7 @@ def template_variables(kwargs: Mapping[str, Any], defaults: Mapping[str, bool]) 
 
 
 class _RoleNames(jinja2.visitor.NodeTransformer):
-    """Replaces a role's name in a template's literals by a global variable with its `_Role`."""
+    """Replaces a role's name in literals by a global variable with its `_Role`."""
 
     def visit_Const(self, node: jinja2.nodes.Const) -> jinja2.nodes.Node:  # noqa: N802
         if node.value not in ROLE_NAMES:

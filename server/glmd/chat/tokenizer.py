@@ -220,7 +220,7 @@ class Tokenizer:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Parts of a text, each of about `STEP_CHARS` characters, that end at a `CUT` if there is one.
+    """Parts of a text of about `STEP_CHARS` characters that end at a `CUT` if any.
 
     Where a part ends depends only on the text before, so a longer text has the same first parts.
     """

@@ -157,7 +157,10 @@ class ArgTypeReader:
         return types
 
     def read(self, schema: Json, depth: int = 0) -> ArgType:
-        """Type of the values that are valid under `schema`; any type where it is malformed."""
+        """Type of the values that are valid under `schema`.
+
+        Any type where it is malformed.
+        """
         if not isinstance(schema, dict) or depth > MAX_DEPTH:
             return FREE
         found = _own_type(schema)

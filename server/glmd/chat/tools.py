@@ -25,7 +25,9 @@ HOSTED = (
 def read_tools(
     raw: Sequence[Mapping[str, Any]] | None, ignored: list[str] | None = None
 ) -> list[Tool]:
-    """Functions of a chat request; other tools are left out, also where there is no function.
+    """Functions of a chat request.
+
+    Other tools are left out, also where there is no function.
 
     Args:
         ignored: takes the names of what is left out.
@@ -53,7 +55,7 @@ def numbered(raw: Sequence[Mapping[str, Any]] | None) -> list[NumberedTool]:
 def read_flat_tools(
     raw: Iterable[NumberedTool], *, schema_key: str, function_types: Sequence[str | None]
 ) -> tuple[list[Tool], list[str]]:
-    """Functions of the Responses or Messages API, and the names of tools that are left out.
+    """Functions of the Responses or Messages API, and names of left-out tools.
 
     Args:
         schema_key: key of a function's JSON schema.
@@ -81,7 +83,7 @@ def collect_tools(
     hosted: tuple[str, ...],
     alone: bool = False,
 ) -> tuple[list[Tool], list[str]]:
-    """Functions among the tools, and the names of what is ignored: hosted tools, and schemas.
+    """Functions among the tools, and names of ignored hosted tools and schemas.
 
     A hosted tool runs on the provider's servers (a web search), or the provider's model knows it
     without a schema. Beside functions it is left out; alone it is refused where clients send it in
@@ -160,7 +162,10 @@ def read_function(
 
 
 def read_definition(raw: Mapping[str, Any], param: str) -> Tool | None:
-    """A tool that a conversation defines, in the shape of any API; None: it is no function."""
+    """A tool that a conversation defines, in the shape of any API.
+
+    None: it is no function.
+    """
     try:
         if isinstance(raw.get("function"), Mapping):
             return _read_nested(raw, param)

@@ -161,7 +161,7 @@ def _key(turn_key: bytes, message: AssistantMessage) -> bytes:
 
 
 def _reasoning_digest(message: AssistantMessage) -> bytes:
-    """Digest of a message's reasoning, whose whitespace clients change when they quote it."""
+    """Digest of a message's reasoning, with whitespace normalised."""
     return _digest(" ".join((message.reasoning or "").split()))
 
 

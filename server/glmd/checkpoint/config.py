@@ -171,7 +171,7 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def normalise(raw: dict[str, Any]) -> dict[str, Any]:
-    """Copy a config.json's content, with `rope_theta` and `first_k_dense_replace` filled in.
+    """Copy a config.json's content, with default fields filled in.
 
     transformers 5 saves them as `rope_parameters.rope_theta` and `mlp_layer_types`; mlx-lm reads
     them at the top level and silently assumes 1e6 and 1 if they are missing.
@@ -334,7 +334,10 @@ ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
 def _tokenizer_eos(folder: Path, vocab_size: Any) -> list[int]:
-    """Ids of the tokenizer's own EOS token and of the role tags; empty: there is no tokenizer."""
+    """Ids of the tokenizer's own EOS token and of the role tags.
+
+    Empty: there is no tokenizer.
+    """
     file = folder / "tokenizer.json"
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8) if file.is_file() else b"{}"
     try:
@@ -366,7 +369,7 @@ def _from_hf_table(raw: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _quantization(table: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Split mlx-lm's table, which has the default's keys and the module paths in one object."""
+    """Split mlx-lm's table into the default's fields and the module paths."""
     if table is None:
         return None
     default = _quantized_as(table)
@@ -381,7 +384,7 @@ def _quantization(table: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _quantized_as(table: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `QuantizedAs`, without nulls, and with the only values that a mode allows."""
+    """The fields of `QuantizedAs`, without nulls, with values that the mode fixes."""
     given = {k: table[k] for k in QuantizedAs.__struct_fields__ if table.get(k) is not None}
     if given.get("mode") in FLOAT_MODES:
         bits, group_size = FLOAT_MODES[given["mode"]]
@@ -439,7 +442,9 @@ class _Sampling(msgspec.Struct):
 
 
 def read_sampling(folder: Path) -> dict[str, float]:
-    """The sampling parameters that generation_config.json sets; empty: none, or there is no file.
+    """The sampling parameters that generation_config.json sets.
+
+    Empty: none, or there is no file.
 
     `do_sample: false` is a temperature of 0. A `top_k` of -1, off elsewhere, is 0 here.
 

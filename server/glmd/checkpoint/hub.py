@@ -130,7 +130,7 @@ def resolve_model(model: str, *, for_serving: bool = False) -> Path:
 
 
 def resolve_mtp(model: str, check: Callable[[ModelConfig], object]) -> Path:
-    """Return a folder with a model's MTP layer, after downloading what is needed of it.
+    """Return a folder with a model's MTP layer, downloading only that layer's files.
 
     Of a repository whose weights have an index, only the files of `mtp_files` are downloaded.
 
@@ -251,13 +251,19 @@ def _complete(repo: str, missing: int, names: Sequence[str] = ALLOW) -> Path:
 
 
 def cached_folder(repo: str) -> Path | None:
-    """Return a repository's folder in the local cache; None: missing or incomplete there."""
+    """Return a repository's folder in the local cache.
+
+    None: missing or incomplete there.
+    """
     folder, missing = _cached(repo)
     return folder if missing is None else None
 
 
 def lm_studio_folder(repo: str) -> Path | None:
-    """Return a repository's folder among LM Studio's models; None: missing or not complete."""
+    """Return a repository's folder among LM Studio's models.
+
+    None: missing or not complete.
+    """
     for folder in LM_STUDIO:
         found = Path.home() / folder / repo
         if found.is_dir():
@@ -270,7 +276,7 @@ def lm_studio_folder(repo: str) -> Path | None:
 
 
 def _probe(repo: str) -> None:
-    """Ask the hub for a repository once, so that a wrong name or no connection fails at once."""
+    """Ask the hub for a repository, so that a wrong name fails at once."""
     if constants.HF_HUB_OFFLINE:
         raise ModelNotFound(
             f"{repo} is not downloaded, or not completely, and HF_HUB_OFFLINE is set."
@@ -301,7 +307,7 @@ def _check_id(model: str) -> None:
 
 
 def _cached(repo: str) -> tuple[Path | None, str | None]:
-    """The local snapshot of a repository, and a file that it lacks but can be served without.
+    """The local snapshot of a repository, and a missing file that is optional.
 
     None as the first: there is none that can be served. A download completes either.
     """

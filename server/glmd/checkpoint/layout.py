@@ -73,7 +73,7 @@ class Weight:
 
     @property
     def keeps_float32(self) -> bool:
-        """Whether this is the router's correction bias, whose small differences select experts."""
+        """Whether this is the router's correction bias, which stays in float32."""
         return self.name.endswith("e_score_correction_bias")
 
 

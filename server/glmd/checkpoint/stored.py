@@ -205,7 +205,7 @@ def _is_scale(name: str) -> bool:
 
 
 def _split_fused_experts(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Replace fused experts by parts of the same bytes, one tensor for each expert's matrix.
+    """Replace fused experts by one tensor for each expert's matrix, same bytes.
 
     transformers 5 keeps `experts.gate_up_proj` [E, 2 × width, hidden], the rows of the gate first,
     and `experts.down_proj` [E, hidden, width] (`Glm4MoeLiteNaiveMoe` in modeling_glm4_moe_lite.py).
@@ -286,7 +286,7 @@ def _expected(
 def _quantization(
     config: ModelConfig, tensors: Mapping[str, StoredTensor], path: str, shape: Shape
 ) -> QuantizedAs | None:
-    """The quantisation of a stored module, from the table, else from the tensors' shapes.
+    """The quantisation of a stored module, from the table or the tensors' shapes.
 
     mlx-lm writes mixed checkpoints whose default does not hold for modules that the table does not
     name.

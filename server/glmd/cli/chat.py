@@ -332,7 +332,9 @@ def print_answer(session: ChatSession, text: str, console: Console) -> None:
 
 
 def answer_once(session: ChatSession, text: str) -> None:
-    """Write the answer to one question to stdout, and nothing else; formatted on a terminal.
+    """Write the answer to one question to stdout, and nothing else.
+
+    Formatted on a terminal.
 
     Raises:
         ServerRefused: no answer, or an answer cut at the token limit.

@@ -205,7 +205,10 @@ def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
 
 
 def check_blas(report: Mapping[str, Any] | None) -> list[Finding]:
-    """Check that MLX on a Linux CPU multiplies with OpenBLAS; other devices do not need a BLAS."""
+    """Check that MLX on a Linux CPU multiplies with OpenBLAS.
+
+    Other devices do not need a BLAS.
+    """
     if sys.platform != "linux" or report is None or report["gpu"]:
         return []
     library = find_openblas()
@@ -223,7 +226,7 @@ def check_blas(report: Mapping[str, Any] | None) -> list[Finding]:
 
 
 def check_dtype(report: Mapping[str, Any] | None, setting: str) -> list[Finding]:
-    """Compare the measured products in bfloat16 and float16 on a GPU, and the setting `dtype`.
+    """Compare products in bfloat16 and float16 on a GPU with the setting `dtype`.
 
     Older chips compute bfloat16 by way of float32.
     """
@@ -300,7 +303,7 @@ def wired_limit() -> int | None:
 def check_model(
     name: str | None, budget: int | None, engine: Mapping[str, Any] = MappingProxyType({})
 ) -> Finding:
-    """Check that the model is complete, and that the engine's memory plan has room for it.
+    """Check that the model is complete and fits the engine's memory plan.
 
     Args:
         budget: bytes for weights, KV and working memory; None: MLX does not load.

@@ -34,7 +34,7 @@ def describe_setting(name: str) -> str:
 
 
 def flag(name: str, *spellings: str) -> Any:
-    """Define the command-line flag of a setting, with its values where they are a choice."""
+    """Define the command-line flag of a setting, with its choices if any."""
     kind = Settings.model_fields[name].annotation
     choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else None
     return typer.Option(
@@ -131,7 +131,7 @@ def serve(
 
 @contextmanager
 def start_engine(config: EngineProcessConfig) -> Iterator[EngineProcess | None]:
-    """Start the engine process, so that it loads the model while this process imports the API.
+    """Start the engine process, to load the model while the API is imported.
 
     The process is killed at the end of the context if it still runs then, as after an error before
     the server took it over. Yields None if it cannot be started: the server tries again.

@@ -99,7 +99,7 @@ def check_target(folder: Path, config: ModelConfig, source: Path | str) -> Store
 
 
 def _compare_weights(opened: Source, stored: StoredWeights) -> None:
-    """Compare the arrays that are never quantised, norms and routers, as far as they are there.
+    """Compare the arrays that are never quantised: norms and routers, if present.
 
     Converters round the router's bias to bfloat16, and everything to float16.
     """

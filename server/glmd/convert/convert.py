@@ -204,7 +204,7 @@ class Source:
 
 
 def open_source(source: Path, *, mtp: bool, mtp_only: bool = False) -> Source:
-    """Open a checkpoint: read its headers and, with `mtp`, compare its vocabulary matrices.
+    """Open a checkpoint: read headers, with `mtp` compare vocabulary matrices.
 
     Args:
         mtp: the MTP layer is requested, if there is one.
@@ -285,7 +285,9 @@ def templates_with_defaults(folder: Path) -> dict[str, str]:
 
 
 def tokenizer_without_limits(folder: Path) -> dict[str, str]:
-    """The text of tokenizer.json without truncation and padding; empty: it has neither.
+    """The text of tokenizer.json without truncation and padding.
+
+    Empty: it has neither.
 
     `save_pretrained` writes those of the last call, which then hold for every text.
     """

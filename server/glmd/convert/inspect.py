@@ -29,7 +29,7 @@ from glmd.utils.text import gb, gib
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Bytes of a checkpoint's arrays in the files, and as computed from its config.json.
+    """Bytes of a checkpoint's arrays, in the files and by its config.json.
 
     `mtp_bytes` is 0 if there is no MTP layer, as `no_drafts` says.
     """

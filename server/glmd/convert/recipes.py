@@ -31,7 +31,7 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bits of the routed experts and of all other matrices, or a table of all matrices.
+    """Bits of the routed experts and of other matrices, or of each matrix.
 
     The experts are nine tenths of the parameters, and each token uses four of sixty-four: their
     bits determine the model's size, the other matrices' bits its quality. The router and the norms
@@ -148,14 +148,17 @@ def find_recipe(name: str) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """A weight and its quantisation; None: bfloat16, or float32 for the correction bias."""
+    """A weight and its quantisation.
+
+    None: bfloat16, or float32 for the correction bias.
+    """
 
     weight: Weight
     quantized: QuantizedAs | None
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The tensors that store it: one, or `mx.quantize`'s weight, scales and (affine) biases."""
+        """The stored tensors: one, or `mx.quantize`'s weight, scales and biases."""
         weight = self.weight
         if self.quantized is None:
             dtype = "F32" if weight.keeps_float32 else "BF16"

@@ -110,7 +110,10 @@ def _error(
 def _fit(
     w: mx.array, weight: mx.array, codes: mx.array, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Least squares of w ≈ scale · codes + bias in each group; as before if it has no solution."""
+    """Least squares of w ≈ scale · codes + bias in each group.
+
+    As before if it has no solution.
+    """
     total = weight.sum(-1, keepdims=True)
     mean_code = (weight * codes).sum(-1, keepdims=True) / total
     mean_w = (weight * w).sum(-1, keepdims=True) / total
@@ -124,7 +127,7 @@ def _fit(
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes [rows, columns] as `mx.quantize` does: a stream of bits, lowest first.
+    """Pack codes [rows, columns] as `mx.quantize` does, lowest bits first.
 
     Returns:
         [rows, columns · bits / 32] uint32.

@@ -73,7 +73,7 @@ class WeightReader:
         return array.astype(mx.float32 if weight.keeps_float32 else mx.bfloat16)
 
     def _stack(self, weight: Weight) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """Bits of the weight's tensors, [sources, *source_shape], valid until the next call."""
+        """Bits of the weight's tensors, [sources, *source_shape], until the next call."""
         tensors = [self._tensors[name] for name in weight.sources]
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:

@@ -223,7 +223,10 @@ def sort_by_prefix(sequences: list[Sequence], paths: list[TreePath]) -> list[int
 
 
 def slot_order(slots: list[int], pool: int) -> SlotPermutation | None:
-    """The permutation between sequences and the `pool` slots; None if it is the identity."""
+    """The permutation between sequences and the `pool` slots.
+
+    None if it is the identity.
+    """
     if slots == list(range(pool)):
         return None
     sequences = np.zeros(pool, np.int32)
@@ -378,7 +381,9 @@ class _LevelBuilder:
             slice_start = slice_end
 
     def _add_span(self, level: int, span: KVSpan) -> int:
-        """Add a span, or join it to the same rows' span one level above; returns the next level.
+        """Add a span, or join it to the same rows' span one level above.
+
+        Returns the next level.
 
         Spans come in any row order: those of a longer use of a node after those below a shorter.
         """

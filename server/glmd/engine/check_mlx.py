@@ -45,7 +45,7 @@ fastest run counts."""
 
 
 def measure_dtypes(gpu: bool) -> dict[str, dict[str, float]]:
-    """Return milliseconds of products of activations by dtype, for each kind of product.
+    """Return milliseconds of each kind of product, by dtype of the activations.
 
     "dense" and "8-bit" multiply the rows of a prompt, "8-bit, one row" those of a decode step.
     """
@@ -80,7 +80,7 @@ def measure_dtypes(gpu: bool) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Print device, GPU or not, memory budget, wrong bit widths, and times of both dtypes."""
+    """Print device, GPU, memory budget, wrong bit widths and times of both dtypes."""
     errors = {bits: quantised_error(bits) for bits in (5, 8)}
     gpu = mx.default_device().type == mx.gpu
     report = {

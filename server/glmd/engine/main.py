@@ -55,7 +55,10 @@ class StepEngine(Protocol):
 
 
 class Channel:
-    """The engine's end of the socket. Sends never block: the parent process always reads."""
+    """The engine's end of the socket.
+
+    Sends never block: the parent process always reads.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -131,7 +134,7 @@ def serve(engine: StepEngine, channel: Channel) -> None:
 
 
 def progress_reporter(channel: Channel) -> Callable[[int, int], None]:
-    """Return a callback (bytes done, bytes total) that sends `LoadProgress` at a bounded rate."""
+    """Return a rate-limited callback (bytes done, bytes total) for `LoadProgress`."""
     last = 0.0
 
     def report(done: int, total: int) -> None:

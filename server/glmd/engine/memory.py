@@ -49,7 +49,7 @@ TAIL_ROOM = 2 * TAIL_TOKENS
 
 
 def default_budget() -> int:
-    """Bytes of the device's recommended working set, else a share of the available memory."""
+    """Bytes of the recommended working set, else a share of available memory."""
     return _recommended_working_set() or int(CPU_SHARE * psutil.virtual_memory().available)
 
 
@@ -73,7 +73,7 @@ def device_name() -> str:
 
 
 class DeviceLimits:
-    """MLX's memory limits, which belong to the process and are set while it has engines.
+    """MLX's memory limits, which are set while the process has engines.
 
     The process may be a user's own (`glmd.LLM`), so the limits that the first engine found are
     restored when the last one is gone.

@@ -140,7 +140,10 @@ class Sequence:
 
     @property
     def can_draft(self) -> bool:
-        """Whether drafts are allowed. They are not where the exact number of tokens matters."""
+        """Whether drafts are allowed.
+
+        They are not where the exact number of tokens matters.
+        """
         return self.num_generated_tokens >= self.request.min_tokens and not self.requires_sync
 
     @property
@@ -157,7 +160,7 @@ class Sequence:
 
     @property
     def num_confirmed_tokens(self) -> int:
-        """Leading tokens that are known and whose KV is computed, or will be by steps in flight.
+        """Leading tokens that are known and have KV, steps in flight included.
 
         A step in flight begins with the last known token. Its KV behind that token may belong to a
         refused draft.

@@ -17,7 +17,7 @@ WAIT = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Consecutive rows of one sequence in a step, and its state when they were planned.
+    """Consecutive rows of one sequence in a step, and its state at planning.
 
     Attributes:
         start, end: rows of the step.

@@ -194,7 +194,7 @@ NO_TIMEOUTS = RequestTimeouts()
 
 
 class TimeoutTimers:
-    """Timers that call `expire(phase)` at the deadline of each phase not reached by then.
+    """Timers that call `expire(phase)` at the deadline of each unreached phase.
 
     Timers rather than `asyncio.timeout` around the reader, because a slow client can block the
     reader.

@@ -1,4 +1,4 @@
-"""Client of the engine process: supervises it and multiplexes requests over its socket.
+"""Client of the engine process: supervises it and multiplexes requests.
 
 Token ids only: text, templates and JSON belong to the layers above.
 """
@@ -326,7 +326,10 @@ class EngineClient:
             delay = min(2 * delay, MAX_RESTART_DELAY)
 
     async def _run_process(self) -> bool:
-        """Run one engine process until it exits; return whether it reported the reason itself."""
+        """Run one engine process until it exits.
+
+        Return whether it reported the reason itself.
+        """
         self.failure = None
         try:
             process = self._started_process or EngineProcess.start(self._config)
@@ -392,7 +395,10 @@ class EngineClient:
                 return silent
 
     async def _until_idle(self) -> None:
-        """Wait until the engine has had no request for `idle_unload` seconds; set the state."""
+        """Wait until the engine has had no request for `idle_unload` seconds.
+
+        Set the state.
+        """
         if self._idle_unload is None:
             await asyncio.Event().wait()
             return

@@ -92,7 +92,9 @@ class CrashGuard:
 
     @asynccontextmanager
     async def track(self, request: EngineRequest) -> AsyncIterator[TrackedRequest]:
-        """Track a request while it is in flight; a request with a record waits for isolation.
+        """Track a request while it is in flight.
+
+        A request with a record waits for isolation.
 
         Raises:
             RequestQuarantined: the request is quarantined.
@@ -181,7 +183,10 @@ class CrashGuard:
         return record
 
     async def _isolate(self, tracked: TrackedRequest) -> None:
-        """Wait until no other request is isolated; isolate this one if its record still exists."""
+        """Wait until no other request is isolated.
+
+        Isolate this one if its record still exists.
+        """
         if self._isolated is not None:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((tracked, waiter))

@@ -68,7 +68,7 @@ class OutputCollector:
         return running
 
     def fail(self, error: GlmdError) -> None:
-        """Raise `error` in the reader after the unread outputs, unless all sequences ended."""
+        """Raise `error` in the reader after unread outputs, unless all have ended."""
         if self._running and self._error is None:
             self._error = error
             self._changed.set()

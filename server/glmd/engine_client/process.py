@@ -156,7 +156,10 @@ class EngineProcess:
             self._socket.send(encode(message))
 
     async def exit_code(self) -> int:
-        """Wait for the process to exit. A negative code is the signal that killed the process."""
+        """Wait for the process to exit.
+
+        A negative code is the signal that killed the process.
+        """
         return await asyncio.shield(self._exited)
 
     async def stop(self, *, listening: bool) -> None:

@@ -1,4 +1,4 @@
-"""Choice of one option per item within a budget: the multiple-choice knapsack problem."""
+"""One option per item within a budget: the multiple-choice knapsack problem."""
 
 from __future__ import annotations
 

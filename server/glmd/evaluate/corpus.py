@@ -1,4 +1,4 @@
-"""Text to evaluate on: the corpus in the package, or files, as tokens of one checkpoint."""
+"""Text to evaluate on: the package's corpus or files, as tokens."""
 
 from __future__ import annotations
 

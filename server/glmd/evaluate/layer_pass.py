@@ -1,4 +1,4 @@
-"""Forward pass with one layer in memory: all tokens through one layer, then the next.
+"""Forward pass with one layer in memory: all tokens through each layer in turn.
 
 Each layer's weights are read once. The hidden states of all tokens are in a file, so memory holds
 one layer and one batch, at any size of the checkpoint and any number of tokens.
@@ -123,7 +123,7 @@ class LayerReader:
         return self.config.num_hidden_layers
 
     def read(self, prefix: str) -> Arrays:
-        """Read the arrays whose names begin with `prefix`, in MLX's layout, when evaluated."""
+        """Read the arrays below `prefix` in MLX's layout, when evaluated."""
         is_mtp = prefix.startswith(mtp_prefix(self.config))
         stored = self.stored.mtp if is_mtp else self.stored.main
         arrays = read_arrays({name: t for name, t in stored.items() if name.startswith(prefix)})

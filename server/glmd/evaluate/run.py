@@ -236,7 +236,7 @@ class Pass:
 
 
 class KeptLogits:
-    """The reference's logits: the most probable tokens', relative to the log-sum of all.
+    """Logits of the reference's most probable tokens, relative to the log-sum.
 
     Files of the reference's pass: `top_ids` and `top_logits` [tokens, k], and `tails` [tokens], the
     log of the mass of all other tokens.

@@ -90,7 +90,7 @@ def search(
     dtype: mx.Dtype,
     on_progress: Progress,
 ) -> Found:
-    """Search a recipe and write it, with the importances that refine its scales and biases.
+    """Search a recipe and write it, with importances for refinement.
 
     Args:
         folder: the BF16 checkpoint.

@@ -1,4 +1,4 @@
-"""Blocks of a prefix tree: its tokens as routers count them, `BLOCK_TOKENS` at a time.
+"""Blocks of `BLOCK_TOKENS` tokens of a prefix tree, as routers count them.
 
 A block stands for its tokens and all before them. It is cached while the tree stores its last
 token. Hashes are those of vLLM with `--prefix-caching-hash-algo sha256_cbor` and PYTHONHASHSEED=0,
@@ -93,7 +93,10 @@ class BlockIndex:
         self._root = _Block(ROOT_HASH)
 
     def store(self, ids: npt.NDArray[np.int32], start: int) -> BlockStored | None:
-        """Add what follows the first `start` tokens of a prefix; None: that is no new block."""
+        """Add what follows the first `start` tokens of a prefix.
+
+        None: that is no new block.
+        """
         data, block = ids.tobytes(), self._root
         parent = self._root
         hashes: list[bytes] = []
@@ -113,7 +116,10 @@ class BlockIndex:
         return self._stored(parent, hashes, ids[end - BLOCK_TOKENS * len(hashes) : end].tolist())
 
     def remove(self, ids: npt.NDArray[np.int32], start: int) -> BlockRemoved | None:
-        """Remove what follows the first `start` tokens of a prefix; None: that is no block."""
+        """Remove what follows the first `start` tokens of a prefix.
+
+        None: that is no block.
+        """
         data, path = ids.tobytes(), [self._root]
         keys = []
         for index in range(len(ids) // BLOCK_TOKENS):

@@ -1,4 +1,4 @@
-"""Disk cache: stored segments in a folder, written and read by threads of their own.
+"""Disk cache: segments in a folder, written and read by separate threads.
 
 Each token of a prefix is written once, however the tree merges its segments. Files that do not
 match exactly are removed. One process at a time uses a folder.

@@ -1,4 +1,4 @@
-"""Files of stored KV: one safetensors file per segment, valid as a whole or not at all.
+"""Files of stored KV: one safetensors file per segment, valid only as a whole.
 
 A file holds the rows of consecutive tokens and says in its header which tokens these are, what they
 continue, and what computed them. A digest covers the header, a checksum each array, so that a file
@@ -44,7 +44,7 @@ Rows = npt.NDArray[Any]
 
 
 class DamagedFile(Exception):
-    """A file that does not hold what its name and header promise, or is of another model."""
+    """A file that disagrees with its name or header, or is of another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class PrefixDigest:
 
 
 def host_rows(array: mx.array, start: int, end: int) -> Rows:
-    """View rows of an evaluated, contiguous array: [end - start, …], sharing its memory."""
+    """View rows [end - start, …] of an evaluated, contiguous array, not copied."""
     buffer: Any = array
     rows: Rows = np.frombuffer(buffer, _DTYPES[_NAMES[array.dtype]][1]).reshape(array.shape)
     return rows[start:end]
@@ -151,7 +151,7 @@ def read_stored(file: Path, identity: Mapping[str, str]) -> StoredSegment:
 def read_rows(
     file: Path, stored: StoredSegment, identity: Mapping[str, str]
 ) -> dict[str, tuple[mx.Dtype, Rows]]:
-    """Read the arrays of a file into host memory: dtype and rows, [tokens, …], of each.
+    """Read a file's arrays into host memory: dtype and rows [tokens, …] of each.
 
     Raises:
         DamagedFile: the file is not exactly what was written as `stored`.

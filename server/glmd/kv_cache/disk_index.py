@@ -1,4 +1,4 @@
-"""Index of the stored segments: which prefixes can be restored, and from which files."""
+"""Index of the stored segments: restorable prefixes and their files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class StoredPart:
 
 
 class DiskIndex:
-    """Stored segments by the prefix that they continue, least recently used first. Thread-safe.
+    """Stored segments by the prefix that they continue, least recently used first.
+
+    Thread-safe.
 
     A segment may continue another one from any of its tokens, as in the prefix tree. It is found by
     the digest of the prefix before it, so removing a segment leaves those behind it in place: they

@@ -137,7 +137,7 @@ class Node(Generic[S]):
         return sum(map(len, self.children.values())) > MAX_MOVED_CHILDREN
 
     def prefix(self) -> tuple[str, list[Keys]]:
-        """The salt, and the keys from the root to the end of the node in consecutive pieces."""
+        """The salt, and the keys from the root to the node's end in pieces."""
         pieces, node, length = [], self, len(self)
         while node.parent is not None:
             pieces.append(node.keys[:length])

@@ -125,7 +125,10 @@ class PrefixTree(Generic[S]):
 
     @staticmethod
     def _walk(node: Node[S], length: int, keys: Keys) -> tuple[Node[S], int, int]:
-        """Follow `keys` from a position; return the new node and length, and the keys matched."""
+        """Follow `keys` from a position.
+
+        Return the new node and length, and the keys matched.
+        """
         matched = 0
         while matched < len(keys):
             step = common_prefix(node.keys[length:], keys[matched:])

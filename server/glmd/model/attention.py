@@ -38,7 +38,7 @@ KEY_BLOCK, BLOCKS_AHEAD = 8192, 4
 
 
 def stores_no_scores(shape: MLAShape, dtype: mx.Dtype) -> bool:
-    """Measure whether the device has a fused kernel for the expanded form at `FUSED_ROWS` rows.
+    """Measure whether the expanded form has a fused kernel at `FUSED_ROWS` rows.
 
     Which chips and sizes have one differs between versions of MLX, which does not tell.
     """
@@ -126,7 +126,7 @@ def _attend_absorbed(
 
 
 def _key_blocks(arrays: list[StoredKeys], longest: int) -> list[list[StoredKeys]]:
-    """Divide keys, each [keys, kv_width], into blocks of at most `longest` keys in order."""
+    """Divide keys [keys, kv_width] into blocks of at most `longest` keys."""
     blocks: list[list[StoredKeys]] = []
     room = 0
     for array in arrays:
@@ -253,14 +253,17 @@ def _start(blocks: list[mx.array]) -> None:
 
 
 def _equal_ranges(count: int, parts: int) -> list[tuple[int, int]]:
-    """Divide `count` into ranges of nearly equal size, none above max(1, count / parts)."""
+    """Divide `count` into nearly equal ranges, none above max(1, count / parts)."""
     size = max(1, count // parts)
     size = -(-count // -(-count // size))
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _merge_two(a: Partial, b: Partial) -> Partial:
-    """Attention to the keys of both, `out` in float32. No row may be without keys in both."""
+    """Attention to the keys of both, `out` in float32.
+
+    No row may be without keys in both.
+    """
     lse = mx.logaddexp(a.lse, b.lse)
     out = a.out * mx.exp(a.lse - lse)[..., None] + b.out * mx.exp(b.lse - lse)[..., None]
     return Partial(out, lse)

@@ -52,7 +52,7 @@ class KVSpan:
 
 @dataclass(frozen=True, slots=True)
 class PaddedSpans:
-    """Spans over equal numbers of rows, padded to equal lengths for one batched product.
+    """Spans over equal numbers of rows, padded to equal lengths for one product.
 
     For short spans: copying their keys costs less than the dozen operations of a product for each.
     """
@@ -124,7 +124,10 @@ class KernelLaunch:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """A decode group's keys, divided into items for that kernel; the same for all layers."""
+    """A decode group's keys, divided into items for that kernel.
+
+    The same for all layers.
+    """
 
     launches: tuple[KernelLaunch, ...]
     item_rows: int
@@ -202,7 +205,7 @@ class ForwardBatch:
 
     @property
     def logits_rows(self) -> list[int]:
-        """Rows whose final hidden states are needed: all decode rows, and some of each chunk."""
+        """Rows whose final hidden states are needed: decode rows, some of each chunk."""
         decoding = self.decode[-1].end if self.decode else 0
         rows = list(range(decoding))
         for chunk in self.chunks:

@@ -75,7 +75,7 @@ class MLAShape:
 
     @property
     def break_even_rows(self) -> int:
-        """New rows from which the expanded form costs fewer operations than the absorbed form."""
+        """New rows from which the expanded form costs fewer operations."""
         saved = 2 * self.latent + self.rope - (self.nope + self.rope + self.value)
         return max(1, self.latent * (self.nope + self.value) // max(1, saved))
 
@@ -116,7 +116,10 @@ class Queries:
 
 
 def scaled_query_norm(attn: Any) -> mx.array | None:
-    """The weight of the norm of query latents, times the attention's scale; None: no such norm."""
+    """The weight of the norm of query latents, times the attention's scale.
+
+    None: no such norm.
+    """
     return None if attn.q_lora_rank is None else attn.q_a_layernorm.weight * attn.scale
 
 
@@ -291,7 +294,7 @@ def _attend_part(shape: MLAShape, layer: int, q: mx.array, part: KVSpan | Padded
 def _part_scores(
     shape: MLAShape, q: mx.array, part: KVSpan | PaddedSpans, keys: list[StoredKeys]
 ) -> list[mx.array]:
-    """For each array of the part's `keys` the scores of its rows, [its rows, heads, keys].
+    """Scores [rows, heads, keys] for each array of the part's `keys`.
 
     Args:
         q: [rows, heads, kv_width], of all rows of the group.
@@ -356,7 +359,7 @@ def _weighted_values(
 def _values(
     shape: MLAShape, weights: mx.array, keys: StoredKeys, added: mx.array | None = None
 ) -> mx.array:
-    """Weights [..., rows, keys] by the latents of keys [..., keys, kv_width]: [..., latent].
+    """Weights [..., rows, keys] by latents of keys [..., keys, kv_width].
 
     Args:
         added: to the product, in the same kernel.
@@ -373,7 +376,10 @@ def _values(
 
 
 def _quantized_values(shape: MLAShape, weights: mx.array, keys: QuantizedKeys) -> mx.array:
-    """`_values` of quantised keys. MLX would copy their latents, so all columns are multiplied."""
+    """`_values` of quantised keys.
+
+    MLX would copy their latents, so all columns are multiplied.
+    """
     rows, count = weights.shape[-2:]
     blocks = count // SPLIT_KEYS
     if len(keys.shape) > 2 or rows > SPLIT_ROWS or blocks < 2 or shape.slices_copied:
@@ -392,7 +398,7 @@ def _quantized_values(shape: MLAShape, weights: mx.array, keys: QuantizedKeys) -
 
 
 def _multiply(q: mx.array, keys: StoredKeys) -> mx.array:
-    """Products [..., rows, keys] of q [..., rows, kv_width] with keys [..., keys, kv_width]."""
+    """Products [..., rows, keys] of q [..., rows, kv_width] and keys."""
     if isinstance(keys, QuantizedKeys):
         return _quantized_product(q, keys, transpose=True)
     return q @ keys.swapaxes(-1, -2)

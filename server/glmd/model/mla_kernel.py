@@ -311,7 +311,7 @@ def plan_items(
 
 
 def _item_rows(shape: MLAShape, spans: Sequence[KVSpan], width: int) -> int:
-    """Rows of an item, 1 or 2, by the number of rows of heads that are computed with padding."""
+    """Rows of an item, 1 or 2, by the heads that are computed with padding."""
     shared = [(len(span), span.end - span.start) for span in spans] or [(1, width)]
     costs = {
         rows: sum(keys * -(-count // rows) for keys, count in shared) * _row_tiles(shape, rows)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def _without_init(package: str) -> Iterator[None]:
-    """Import submodules of a package within the context, without running its `__init__`.
+    """Import submodules of a package in the context, without its `__init__`.
 
     The submodules are private copies: afterwards `sys.modules` has no trace of them, so that other
     code in the process imports the complete package. A package that is imported already is used.

@@ -32,7 +32,7 @@ pair reads its expert's weights by itself."""
 
 
 def groups_pairs() -> bool:
-    """Whether the device reads each expert once from `GROUPED_PAIRS` pairs per expert on."""
+    """Whether the device reads an expert once for `GROUPED_PAIRS` pairs or more."""
     return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 

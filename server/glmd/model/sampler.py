@@ -193,7 +193,7 @@ def _logprobs(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, 
 
 
 def _adjust(logits: mx.array, rows: list[SamplingRow], masked: Sequence[int]) -> mx.array:
-    """Apply penalties, bias, bans and forced tokens to copies of the rows that have any.
+    """Apply penalties, bias, bans and forced tokens to copies of affected rows.
 
     Args:
         masked: rows whose bans are part of their masks.
@@ -313,7 +313,7 @@ def _sample_full_vocab(logits: mx.array, rows: list[SamplingRow], positions: mx.
 def _sample_filtered(
     ids: mx.array, logits: mx.array, rows: list[SamplingRow], positions: mx.array
 ) -> mx.array:
-    """Sample after temperature, top_k, top_p and min_p from candidates in descending order.
+    """Sample after temperature, top_k, top_p and min_p from sorted candidates.
 
     Args:
         ids, logits: [rows, candidates].
@@ -417,7 +417,7 @@ def gumbel_of(word: mx.array) -> mx.array:
 
 
 def _mix(word: mx.array) -> mx.array:
-    """Mix 32-bit words bijectively: lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
+    """Mix 32-bit words: lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
     word = (word ^ (word >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     word = (word ^ (word >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return word ^ (word >> 16)

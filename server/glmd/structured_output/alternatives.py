@@ -149,7 +149,7 @@ def instance_types(schema: Schema, definitions: Mapping[str, Schema]) -> frozens
 
 
 def separate(branches: Sequence[Schema], definitions: Mapping[str, Schema]) -> list[Schema] | None:
-    """Make the branches of a `oneOf` exclude each other, so that `anyOf` is equivalent.
+    """Make the branches of a `oneOf` exclusive, so that `anyOf` is equivalent.
 
     Where the branches differ in an optional property (such as a pydantic discriminator with a
     default), the property becomes required.
@@ -224,7 +224,7 @@ class Unenforceable(Exception):
 
 
 def is_exact(value: Json) -> bool:
-    """Return whether llguidance, which reads numbers as doubles, reads this very value."""
+    """Return whether llguidance, which reads doubles, reads exactly this value."""
     match value:
         case bool() | None | str():
             return True
@@ -239,7 +239,7 @@ def is_exact(value: Json) -> bool:
 
 
 def canonical_text(value: Json) -> str:
-    """Return JSON that is the same for equal values: 3.0 is 3, and the order of keys is ignored."""
+    """Return JSON that is the same for equal values (3.0 and 3, any key order)."""
     parsed = json.loads(json.dumps(value), parse_float=_parse_float)
     return json.dumps(parsed, sort_keys=True)
 
@@ -335,7 +335,7 @@ def pattern_problem(pattern: str) -> str:
 
 @lru_cache(maxsize=1024)
 def matches(pattern: str, text: str) -> bool:
-    """Return whether an enforceable pattern is found in a text, as llguidance reads the pattern."""
+    """Return whether a pattern, as llguidance reads it, is found in a text."""
     return not _compile_error({"type": "string", "pattern": pattern, "enum": [text]})
 
 

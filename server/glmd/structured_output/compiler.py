@@ -214,7 +214,7 @@ def _encode(spec: OutputSpec) -> bytes:
 
 
 def _is_larger(value: object, limit: int) -> bool:
-    """Whether a value is larger than `limit` as JSON, by the length of its texts and lists.
+    """Whether a value is larger than `limit` as JSON, by its texts and lists.
 
     Writing JSON holds the GIL for as long as it takes, this does not.
     """
@@ -236,7 +236,10 @@ def _param(spec: OutputSpec) -> str:
 
 
 def _count_by_field(params: Sequence[str]) -> str:
-    """Count paths by request field. The rest of a path belongs to the prompt and is not logged."""
+    """Count paths by request field.
+
+    The rest of a path belongs to the prompt and is not logged.
+    """
     counts = Counter(param.partition(".")[0] for param in params)
     return ", ".join(f"{field}={count}" for field, count in counts.items())
 
@@ -290,7 +293,10 @@ def _compile_checked(
 
 
 def _parts(spec: OutputSpec) -> list[OutputSpec]:
-    """Return smaller specs, one for each tool and the format; none if there is only one part."""
+    """Return smaller specs, one for each tool and the format.
+
+    None if there is only one part.
+    """
     if not spec.tools or (len(spec.tools) == 1 and spec.format is None):
         return []
     return [msgspec.structs.replace(spec, format=None, tools=(tool,)) for tool in spec.tools]
@@ -324,7 +330,10 @@ def build_grammar(spec: OutputSpec, tags: SpecialTokens) -> CompiledGrammar:
 
 
 def _format_grammar(form: AnswerFormat, relaxed: list[str]) -> dict[str, Any]:
-    """Return the grammar of the content; add the keywords that it does not enforce to `relaxed`."""
+    """Return the grammar of the content.
+
+    Add the keywords that it does not enforce to `relaxed`.
+    """
     match form:
         case JsonObject():
             return {"json_schema": JsonSchemaCompiler({}, strict=True).document({"type": "object"})}

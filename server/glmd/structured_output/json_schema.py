@@ -126,7 +126,7 @@ class JsonSchemaCompiler:
             self._depth -= 1
 
     def document(self, schema: Schema, *, whitespace: bool = True) -> dict[str, Any]:
-        """Return a self-contained document for llguidance: a compiled schema with definitions."""
+        """Return a document for llguidance: a compiled schema with definitions."""
         definitions: dict[str, Schema] = {}
         pending = [schema]
         while pending:

@@ -245,7 +245,7 @@ class JsonSchema(msgspec.Struct, tag="json_schema", frozen=True):
 
 
 class Regex(msgspec.Struct, tag="regex", frozen=True):
-    """Text that a regular expression matches as a whole (Rust's syntax: no lookaround)."""
+    """Text that a regular expression matches as a whole (Rust's syntax)."""
 
     pattern: str
     param: str

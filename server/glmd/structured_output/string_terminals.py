@@ -67,7 +67,7 @@ class Text:
         )
 
     def terminal(self, kind: ArgType) -> str | None:
-        """Return the body of a terminal for the strings that the tool parser reads as strings.
+        """Return a terminal's body for texts that the tool parser reads as strings.
 
         Args:
             kind: type of the argument in the tool parser.
@@ -121,7 +121,7 @@ def _read_text(schema: Mapping[str, Any]) -> Text:
 
 
 def _texts_of_other_types(kind: ArgType) -> Iterable[str]:
-    """Return regular expressions of the texts that the tool parser does not read as strings."""
+    """Return regular expressions of texts that the tool parser reads as non-strings."""
     if kind.only_string:
         return []
     names = kind.types | {type_of(value) for value in kind.values}
@@ -136,7 +136,7 @@ def quote(text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _is_empty(body: str) -> bool:
-    """Return whether a terminal matches no text, which llguidance reports only with a mask."""
+    """Return whether a terminal matches no text, by llguidance's mask."""
     grammar = LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {body}")
     matcher = make_matcher(_single_bytes(), grammar)
     matcher.compute_bitmask()
@@ -158,7 +158,7 @@ _REST = "(?s:.*)"
 
 
 def whole(pattern: str) -> str:
-    """Return a regular expression that matches the whole of each text that contains a match.
+    """Return a regular expression for whole texts that contain a match.
 
     Anchors are understood at the start and end of a pattern, also in groups: `^a|b$`, `(^a|b)c`.
 
@@ -169,12 +169,15 @@ def whole(pattern: str) -> str:
 
 
 def _whole(pattern: str, *, left: bool, right: bool) -> str:
-    """Rewrite a pattern as `whole` does, with anchors and free text only at the given ends."""
+    """Rewrite a pattern as `whole` does, anchored or free at the given ends."""
     return "|".join(_whole_branch(items, left, right) for items in _branches(pattern))
 
 
 def _branches(pattern: str) -> list[list[str]]:
-    """Split a pattern into its alternatives, each a list of items; a group is one item."""
+    """Split a pattern into its alternatives, each a list of items.
+
+    A group is one item.
+    """
     branches: list[list[str]] = [[]]
     depth = 0
     for item in _ITEM.findall(pattern):

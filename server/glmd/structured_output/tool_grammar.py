@@ -49,7 +49,7 @@ class CallGrammar:
         self._names: dict[str, str] = {}
 
     def rules(self, tools: Sequence[ToolRule], *, parallel: bool, begun: bool) -> list[str]:
-        """Return grammar rules, of which `calls` is one or more calls and the end of the turn.
+        """Return grammar rules; `calls` is one or more calls and the end of the turn.
 
         Args:
             parallel: allow more than one call.
@@ -102,7 +102,10 @@ class CallGrammar:
         compiler: JsonSchemaCompiler,
         param: str,
     ) -> str | None:
-        """Return a rule for arguments of one shape; None if a required one cannot have a value."""
+        """Return a rule for arguments of one shape.
+
+        None if a required one cannot have a value.
+        """
         arguments: dict[str, str] = {}
         for name, schema in shape.properties.items():
             value = None

@@ -19,7 +19,7 @@ MAX_PAUSE = 3.0
 
 
 class AwakeClock:
-    """A monotonic clock that advances by `TICK_SECONDS` over any longer pause of this process.
+    """Monotonic clock that advances by `TICK_SECONDS` over pauses of the process.
 
     Args:
         source: monotonic seconds.

@@ -21,7 +21,7 @@ BUSY_SECONDS = 1.0
 
 
 class DiskLRU:
-    """Values by key, whose sizes add up to at most `capacity`, in a table of an SQLite file.
+    """Values by key in an SQLite table, at most `capacity` bytes in all.
 
     Thread-safe, and several processes may use a file. A value is returned exactly as it was put or
     not at all. What goes wrong with the file is logged, and the entry is missing then: this is a
@@ -126,7 +126,10 @@ class DiskLRU:
             excess -= size
 
     def _execute(self, statement: str, *values: bytes | int) -> tuple[list[tuple[Any, ...]], int]:
-        """Run a statement, with the table for `{}`; returns the rows and the number changed."""
+        """Run a statement, with the table for `{}`.
+
+        Returns the rows and the number changed.
+        """
         if self._database is None:
             return [], 0
         cursor = self._database.execute(statement.replace("{}", self._table), values)

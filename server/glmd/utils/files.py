@@ -62,7 +62,7 @@ def check_room(target: Path, need: int) -> None:
 
 @contextmanager
 def staged_folder(out: Path, *, need: int) -> Iterator[Path]:
-    """Yield an empty folder that is synced and renamed to `out` when the block succeeds.
+    """Yield an empty folder, synced and renamed to `out` when the block succeeds.
 
     If the block fails, the folder is removed.
 

@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Formats time, level, logger, message, and the request id unless the message contains it.
+    """Formats time, level, logger, message and, if missing in it, the request id.
 
     Control characters are escaped so that a client cannot forge log lines.
     """
@@ -100,7 +100,7 @@ def choose_format(setting: Literal["auto", "text", "json"], stream: TextIO) -> L
 
 
 def configure(level: str, log_format: LogFormat) -> None:
-    """Log to stderr: glmd's loggers from `level` on, all other loggers from WARNING on."""
+    """Log to stderr: glmd's loggers from `level` on, others from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if log_format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -108,7 +108,7 @@ def configure(level: str, log_format: LogFormat) -> None:
 
 
 class LogFile:
-    """A log file behind stdout and stderr, so that output of native code is logged too.
+    """A log file behind stdout and stderr, also for output of native code.
 
     Args:
         path: path of the file, in an existing folder.

@@ -24,7 +24,7 @@ SHARED = (type, ModuleType, FunctionType)
 
 
 def memory_bytes(*values: object) -> int:
-    """Return the bytes of memory of values and of all that they refer to, each object once.
+    """Return the bytes of values and all objects they refer to, each once.
 
     Takes 0.5 µs per object.
     """

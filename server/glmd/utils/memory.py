@@ -81,7 +81,7 @@ M_ARENA_MAX, ARENAS = -8, 2
 
 
 def return_large_blocks() -> None:
-    """Have the allocator give large blocks back to the system as soon as they are free.
+    """Have the allocator return large free blocks to the system at once.
 
     glibc raises its threshold to the size of the largest block that was ever freed, 32 MiB, and
     keeps twice that. macOS's allocator needs no advice.

@@ -97,7 +97,9 @@ def limit_command_buffers() -> None:
 
 
 def command_buffer_limits(memory_budget: int | None, max_step_tokens: int) -> dict[str, str]:
-    """Return MLX's two limits of a Metal command buffer; arguments as of `engine_environment`.
+    """Return MLX's two limits of a Metal command buffer.
+
+    Arguments as of `engine_environment`.
 
     Large command buffers make decode steps faster, but hold the intermediate arrays of steps with
     many rows for longer, so less memory or more rows mean smaller ones.
@@ -114,7 +116,7 @@ def command_buffer_limits(memory_budget: int | None, max_step_tokens: int) -> di
 
 
 def openblas_variables(base: Mapping[str, str], library: Path | None) -> dict[str, str]:
-    """Return variables that put OpenBLAS in front of the reference BLAS of MLX's Linux wheel.
+    """Return variables that preload OpenBLAS before MLX's reference BLAS.
 
     Args:
         base: environment to extend. A BLAS in LD_PRELOAD and thread counts are kept.
@@ -130,7 +132,7 @@ def openblas_variables(base: Mapping[str, str], library: Path | None) -> dict[st
 
 
 def blas_threads(cores: int) -> int:
-    """Number of OpenBLAS threads: waiting threads spin, and the API process needs a core."""
+    """Number of OpenBLAS threads, which spin, so the API process keeps a core."""
     return max(1, min(MAX_BLAS_THREADS, cores - 1))
 
 

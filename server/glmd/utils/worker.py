@@ -69,7 +69,7 @@ class StoppedError(OSError):
 
 
 class Worker:
-    """A child process, which is started with the first message and replaced when it ended.
+    """A child process, started with the first message and replaced when it ends.
 
     One thread at a time may call its methods, except for `close`.
 

@@ -71,7 +71,7 @@ class ToolChoice(StrictModel):
 
 
 class CountTokensRequest(RequestFields):
-    """Fields that decide the prompt, and others, because clients send one body to both routes."""
+    """Fields of both routes, because clients send the same body to both."""
 
     refused: ClassVar = {
         "output_format": "use output_config.format.",

@@ -193,7 +193,7 @@ def write(event: AnyMessageEvent) -> bytes:
 
 
 def sign(thinking: str) -> str:
-    """Digest in place of a signature: clients keep only thinking blocks that have a signature."""
+    """Digest in place of a signature, without which clients drop thinking blocks."""
     digest = blake2b(thinking.encode("utf-8", "surrogatepass"), digest_size=24).digest()
     return base64.b64encode(digest).decode()
 

@@ -60,7 +60,7 @@ class Tracing:
         self._provider.shutdown()
 
     def exchange_ended(self, exchange: HttpExchange) -> None:
-        """Create the span of an HTTP request, unless a background request is still running."""
+        """Create the span of an HTTP request, unless its background work still runs."""
         if exchange.method == "POST" and exchange.route in OPERATIONS:
             self._create_span_if_ended(exchange)
 
@@ -177,7 +177,7 @@ def generation_attributes(requests: Sequence[RequestStats]) -> dict[str, Any]:
 
 
 def parent_context(exchange: HttpExchange) -> Context:
-    """Return the context of the client's span, if sent (https://www.w3.org/TR/trace-context/)."""
+    """Return the client's span (https://www.w3.org/TR/trace-context/), if sent."""
     return TraceContextTextMapPropagator().extract(exchange.trace, context=Context())
 
 
@@ -187,7 +187,10 @@ def unix_nanoseconds(exchange: HttpExchange, moment: float) -> int:
 
 
 def service_resource() -> Resource:
-    """Return the resource that the OTEL_… variables describe; the default name is glmd."""
+    """Return the resource that the OTEL_… variables describe.
+
+    The default name is glmd.
+    """
     resource = Resource.create({"service.version": __version__})
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "glmd"}))

@@ -80,7 +80,9 @@ class AllowedTools(StrictModel):
     tools: FailFastList[dict[str, Any]]
 
     def names(self, param: str) -> list[str]:
-        """Names of the functions and custom tools that may be called; others are not served.
+        """Names of the functions and custom tools that may be called.
+
+        Others are not served.
 
         Raises:
             InvalidRequest: a function has no name.

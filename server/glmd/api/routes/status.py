@@ -207,7 +207,10 @@ def rows(requests: Iterable[RequestStats], access: Access) -> Iterator[RequestSt
 
 @router.post("/requests/{id}/cancel")
 async def cancel(id: str, state: StateDep, access: AccessDep) -> CancelledRequests:
-    """Cancel a running request, by response id or x-request-id; the client gets an error."""
+    """Cancel a running request, by response id or x-request-id.
+
+    The client gets an error.
+    """
     found = [stats for stats in state.registry.find(id) if access.may_see(stats.exchange.owner)]
     if not found:
         raise HTTPException(404, f"No running request {id!r}.")

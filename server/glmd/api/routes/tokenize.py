@@ -176,7 +176,7 @@ def _check_answer(tokens: int, param: str) -> None:
 
 
 def _respond(answer: bytes, body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with a header that lists the body's unknown fields, and further `headers`."""
+    """A response with `headers` and a header that lists the body's unknown fields."""
     extra = body.model_extra or {}
     ignored = ignored_header(name for name in extra if extra[name] is not None)
     return Response(answer, media_type="application/json", headers={**ignored, **(headers or {})})
