@@ -219,6 +219,19 @@ def test_every_answer_is_the_references_and_nothing_is_left(
         assert stats.kv_tokens == 0
 
 
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_the_last_of_many_needs_no_more_memory_than_one(mtp: Any) -> None:
+    """Its tail is in the highest slot; in the lower ones are those that have ended."""
+    kv_tokens = CONTEXT + 256
+    engine = tiny_engine(_model(), kv_tokens=kv_tokens, max_running=4, mtp=mtp)
+    asked = [request(str(i), [5 + i], max_tokens=60, ignore_eos=True) for i in range(3)]
+    asked.append(request("last", [9], max_tokens=180, ignore_eos=True))
+    with patch.object(scheduler, "ADMISSION_RESERVE", 4):
+        served = _serve(engine, [Arrival(one, 0, None, None) for one in asked], kv_tokens)
+    assert_reference_tokens(_model(), asked[-1], served.answer("last"))
+    assert engine.stats().preemptions == 0
+
+
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_answers_alone_and_among_sixteen_are_the_same(mtp: Any) -> None:
     """And equal to the reference's."""

@@ -43,6 +43,16 @@ class PoolAgainstLists(RuleBasedStateMachine):
         self.pool.release(slot)
 
     @precondition(lambda self: self.tails)
+    @rule()
+    def pack(self) -> None:
+        """All tails move to the lowest slots, and none changes."""
+        for slot in sorted(self.tails, reverse=True):
+            tail = self.tails.pop(slot)
+            self.tails[self.pool.move_down(slot)] = tail
+        assert sorted(self.tails) == list(range(len(self.tails)))
+        assert self.pool.slots < 2 * max(8, len(self.tails))
+
+    @precondition(lambda self: self.tails)
     @rule(which=st.sets(st.integers(0, 19), min_size=1))
     def write_one_row_to_some(self, which: set[int]) -> None:
         """A decode step."""

@@ -112,6 +112,16 @@ class TailPool:
             heapq.heapify(self._free)
             self._resize(needed, self.capacity)
 
+    def move_down(self, slot: int) -> int:
+        """Move a tail to the lowest free slot if that is lower; return the tail's slot."""
+        if not self._free or self._free[0] > slot:
+            return slot
+        lowest = self.allocate()
+        for array in self.arrays():
+            array[lowest] = array[slot]
+        self.release(slot)
+        return lowest
+
     def reserve(self, tokens: int) -> None:
         """Resize the slots to hold `tokens` tokens, rounded up."""
         capacity = _capacity_for(tokens)

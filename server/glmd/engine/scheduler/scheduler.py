@@ -191,6 +191,18 @@ class Scheduler:
         if sequence.slot == NO_SLOT:
             sequence.slot = self.tails.allocate()
 
+    def _pack_tails(self) -> bool:
+        """Move tails to the lowest slots; returns whether the pool has become smaller.
+
+        The pool reaches up to the highest slot in use, which may be that of the last of many
+        sequences: as much memory as all of them had.
+        """
+        before = self.tails.slots
+        for sequence in sorted(self.running, key=lambda s: -s.slot):
+            if sequence.slot != NO_SLOT:
+                sequence.slot = self.tails.move_down(sequence.slot)
+        return self.tails.slots < before
+
     def _least_urgent(self) -> Sequence:
         """The running sequence to preempt.
 
@@ -256,6 +268,8 @@ class Scheduler:
             growth = self.tails.growth(new_slots, capacity) * self._token_bytes
             if not ready or self._ensure_free(growth):
                 break
+            if self._pack_tails():
+                continue
             if len(self.running) == 1:
                 break  # A single sequence always fits: `max_length` is bounded by the budget.
             self.preempt(self._least_urgent())
