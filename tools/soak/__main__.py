@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "server"))
@@ -49,9 +50,10 @@ class EngineKiller:
         """Held while processes are stopped, so that nobody else lets them go on."""
 
     async def run_until(self, end: float) -> None:
+        """Kill at least once, however late."""
         while True:
             pause = self._interval * self._rng.uniform(1, 1.2)
-            if time.monotonic() + pause > end:
+            if self.count and time.monotonic() + pause > end:
                 return
             await asyncio.sleep(pause)
             number = self._rng.choice([signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP])
@@ -69,12 +71,21 @@ class EngineKiller:
         outcomes.failure_latency = max(outcomes.failure_latency, time.monotonic() - killed_at)
         await asyncio.to_thread(self._server.wait_until_ready)
         self.slowest_restart = max(self.slowest_restart, time.monotonic() - killed_at)
+        await self._load.complete_canary()
 
 
 async def disturb(
-    server: SoakServer, rng: random.Random, lock: asyncio.Lock, interval: float, end: float
+    server: SoakServer,
+    load: Load,
+    rng: random.Random,
+    lock: asyncio.Lock,
+    interval: float,
+    end: float,
 ) -> int:
-    """Disturb everything but the engine alone, at random times; return how often."""
+    """Disturb everything but the engine alone, at random times; return how often.
+
+    Each fault occurs at least once, however late.
+    """
     faults = [
         lambda: server.disturb_helper(rng.randrange(9), signal.SIGKILL),
         lambda: server.disturb_helper(rng.randrange(9), signal.SIGSTOP),
@@ -84,18 +95,21 @@ async def disturb(
     if end - time.monotonic() > 6 * SLEEP_SECONDS:  # else nothing else would be tested
         faults.append(lambda: server.sleep(SLEEP_SECONDS))
     count = 0
-    while time.monotonic() + 2 * interval < end:
+    while count < len(faults) or time.monotonic() + 2 * interval < end:
         await asyncio.sleep(interval * rng.uniform(0.5, 1.5))
         async with lock:
             await asyncio.to_thread(faults[count % len(faults)])
+            await load.complete_canary()
         count += 1
     return count
 
 
-async def watch_memory(server: SoakServer, load: Load, end: float) -> list[tuple[int, int, int]]:
+async def watch_memory(
+    server: SoakServer, load: Load, goes_on: Callable[[], bool]
+) -> list[tuple[int, int, int]]:
     """Requests so far, and bytes of both processes, every few seconds."""
     seen = []
-    while time.monotonic() < end:
+    while goes_on():
         memory = await asyncio.to_thread(server.memory)
         seen.append((load.outcomes.counts.total(), *memory))
         await asyncio.sleep(MEMORY_INTERVAL)
@@ -105,7 +119,7 @@ async def watch_memory(server: SoakServer, load: Load, end: float) -> list[tuple
 async def window(load: Load, seconds: float) -> float:
     """Return tokens per second of plain requests, without faults."""
     start, tokens = time.monotonic(), load.outcomes.tokens
-    await load.run(Load.plain, WORKERS, start + seconds)
+    await load.run(Load.plain, WORKERS, lambda: time.monotonic() < start + seconds)
     return (load.outcomes.tokens - tokens) / (time.monotonic() - start)
 
 
@@ -115,18 +129,26 @@ async def soak(seconds: float, seed: int, folder: Path) -> SoakReport:
     start = time.monotonic()
     try:
         load = Load(server.url, seed, list(server.keys.values()))
-        await load.run(Load.anything, WORKERS, time.monotonic() + seconds / 15)  # warm-up
+        warm = start + seconds / 15
+        await load.run(Load.anything, WORKERS, lambda: time.monotonic() < warm)
         span = min(60.0, seconds / 6)
         first = await window(load, span)
         before = server.snapshot()
         end = max(start + seconds - span, time.monotonic() + seconds / 3)
         killer = EngineKiller(server, load, rng, min(KILL_INTERVAL, seconds / 8))
-        _, _, disturbances, memory = await asyncio.gather(
-            load.run(Load.anything, WORKERS, end),
+        faults = asyncio.gather(
             # the last engine must run as long as the first one before the comparison
             killer.run_until(end - span),
-            disturb(server, rng, killer.lock, seconds / 40, end - span),
-            watch_memory(server, load, end),
+            disturb(server, load, rng, killer.lock, seconds / 40, end - span),
+        )
+
+        def goes_on() -> bool:
+            return time.monotonic() < end or not faults.done()
+
+        _, memory, (_, disturbances) = await asyncio.gather(
+            load.run(Load.anything, WORKERS, goes_on),
+            watch_memory(server, load, goes_on),
+            faults,
         )
         last = await window(load, span)
         after = server.snapshot()

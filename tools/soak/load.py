@@ -77,8 +77,10 @@ class Load:
         """Seconds from the Retry-After header, by request."""
         self._http: httpx.AsyncClient
 
-    async def run(self, work: Callable[[Load], Any], workers: int, until: float) -> None:
-        """Run `work` repeatedly in `workers` clients until the given time, then finish."""
+    async def run(
+        self, work: Callable[[Load], Any], workers: int, goes_on: Callable[[], bool]
+    ) -> None:
+        """Run `work` repeatedly in `workers` clients while `goes_on` holds, then finish."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=workers)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=CLIENT_TIMEOUT, limits=limits
@@ -86,7 +88,7 @@ class Load:
             self._http = http
 
             async def worker() -> None:
-                while time.monotonic() < until:
+                while goes_on():
                     task = asyncio.create_task(work(self))
                     self.pending.add(task)
                     await asyncio.wait([task])
@@ -119,13 +121,22 @@ class Load:
         else:
             await self._ask(traffic.mixed(self._rng))
 
-    async def canary(self) -> None:
-        """Send a request whose answer must always be the same."""
+    async def complete_canary(self) -> None:
+        """Send the canary until it is answered."""
+        deadline = time.monotonic() + CLIENT_TIMEOUT
+        while not await self.canary():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The canary had no answer for {CLIENT_TIMEOUT:.0f} s.")
+            await asyncio.sleep(MAX_RETRY_AFTER)
+
+    async def canary(self) -> bool:
+        """Send a request whose answer must always be the same; return whether it was answered."""
         request = ClientRequest("canary", "/v1/chat/completions", traffic.CANARY)
         answer = await self._ask(request)
         if answer is not None:
             message = json.loads(answer)["choices"][0]["message"]
             self.outcomes.canaries[json.dumps([message.get("reasoning_content"), message])] += 1
+        return answer is not None
 
     async def _ask(self, request: ClientRequest) -> bytes | None:
         """Send a request and read the answer; return a complete answer, else None."""

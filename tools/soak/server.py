@@ -6,7 +6,9 @@ import contextlib
 import os
 import random
 import re
+import resource
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import psutil
 
 from glmd.utils.memory import process_memory_bytes
 
-START_TIMEOUT = 120.0
+START_TIMEOUT = 300.0
 
 BUDGET = "74MiB"
 """Room for the demo's weights and about 5,500 tokens of KV cache, of which a request may use 4,096:
@@ -31,6 +33,8 @@ HANG_TIMEOUT = 20.0
 and it may be silent for five times as long then."""
 
 REQUEST_TIMEOUT = 240.0
+
+DISK_FULL_SECONDS = 3.0
 
 DISK_CACHE = "64MiB"
 """About 50,000 tokens of KV, so that the disk cache evicts, too."""
@@ -136,10 +140,26 @@ class SoakServer:
             time.sleep(pause)
 
     def press_disk(self) -> None:
-        """Damage or take away a file of the disk cache."""
-        for file in sorted((self._folder / "kv").glob("*.safetensors"))[:1]:
+        """Damage a file of the disk cache, and let no process write a file for a while.
+
+        The limit of a file's size stands for a full disk: the same calls fail. macOS lets nobody
+        set it for another process; there the cache's folder is away instead.
+        """
+        kept = self._folder / "kv"
+        for file in sorted(kept.glob("*.safetensors"))[:1]:
             with contextlib.suppress(OSError):
                 os.truncate(file, file.stat().st_size // 2)
+        if sys.platform != "linux":
+            away = kept.rename(self._folder / "away")
+            time.sleep(DISK_FULL_SECONDS)
+            shutil.rmtree(kept, ignore_errors=True)
+            away.rename(kept)
+            return
+        processes = (self._api, self._engine())
+        for size, pause in ((0, DISK_FULL_SECONDS), (resource.RLIM_INFINITY, 0)):
+            for process in processes:
+                process.rlimit(psutil.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            time.sleep(pause)
 
     def reload(self) -> None:
         """Change a setting and have it read."""
