@@ -11,7 +11,7 @@ from engines import Run, assert_idle, request, tiny_engine, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmd.engine.scheduler import scheduler
+from glmd.engine.scheduler import prefill_budget, scheduler
 from glmd.engine.scheduler.prefill_budget import VirtualTokenCounter
 from glmd.ipc import SequenceOutput
 
@@ -213,6 +213,18 @@ def test_idle_clients_without_debt_are_forgotten(calls: list[tuple[int, int]]) -
     assert len(counter) == 1
     counter.leave("always")
     assert len(counter) == 0
+
+
+def test_clients_with_debt_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_budget, "MAX_CLIENTS", 5)
+    counter = VirtualTokenCounter()
+    counter.enter("waits")
+    for number in range(20):
+        counter.enter(f"{number}")
+        counter.charge(f"{number}", 100)
+        counter.leave(f"{number}")
+    assert len(counter) == 5
+    assert counter.served("19") == 100
 
 
 def test_client_and_priority_change_no_token() -> None:

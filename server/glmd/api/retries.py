@@ -44,7 +44,7 @@ class _Answer:
     """The messages of a response, so far.
 
     Attributes:
-        scope: of the first request.
+        route: of the first request, from the first message on.
         size: bytes in memory so far.
         is_kept: false once the answer has been forgotten.
         followers: requests that wait for further messages.
@@ -52,9 +52,9 @@ class _Answer:
         changed: set at the next message, and when a follower leaves.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self) -> None:
         self.messages: list[Message] = []
-        self.scope = scope
+        self.route: Any = None
         self.size = 0
         self.is_kept = True
         self.followers = 0
@@ -119,7 +119,7 @@ class RetryMiddleware:
         try:
             await _unless_disconnected(answer.follow(send), receive)
         finally:
-            scope["route"] = answer.scope.get("route")
+            scope["route"] = answer.route
             answer.followers -= 1
             answer.notify()
 
@@ -127,7 +127,7 @@ class RetryMiddleware:
         self, key: Key, first: Message, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer the first request, and keep what is sent."""
-        answer = self._answers[key] = _Answer(scope)
+        answer = self._answers[key] = _Answer()
         pending = [first]
 
         async def read() -> Message:
@@ -141,6 +141,7 @@ class RetryMiddleware:
             return message
 
         async def write(message: Message) -> None:
+            answer.route = scope.get("route")
             if answer.is_kept or answer.followers:
                 answer.messages.append(_copy(message))
                 answer.size += MESSAGE_BYTES + len(message.get("body", b""))

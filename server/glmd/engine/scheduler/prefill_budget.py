@@ -174,6 +174,9 @@ class PrefillBudget:
 OUTPUT_WEIGHT = 2
 """Weight of an output token against a prompt token, as in the paper."""
 
+MAX_CLIENTS = 10_000
+"""Clients remembered while one of them waits on; without keys, each address is one."""
+
 
 class VirtualTokenCounter:
     """Tokens served to each client. Clients with sequences in the scheduler are active."""
@@ -196,7 +199,8 @@ class VirtualTokenCounter:
         del self._active[client]
         floor = self._floor()
         for name in [name for name in self._served if name not in self._active]:
-            if not self._active or self._served[name] <= floor:
+            forget = not self._active or self._served[name] <= floor
+            if forget or len(self._served) > MAX_CLIENTS:
                 del self._served[name]
 
     def charge(self, client: str, tokens: int) -> None:
