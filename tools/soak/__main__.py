@@ -27,7 +27,7 @@ from server import SoakServer
 
 WORKERS = 6
 
-SLEEP_SECONDS = 25.0
+SLEEP_SECONDS = 30.0
 """Longer than `HANG_TIMEOUT`: the engine must not be restarted for it."""
 
 MEMORY_INTERVAL = 3.0
