@@ -26,6 +26,8 @@ MAX_FILES = 8192
 RESERVED_FILES = 128
 """Files for the engine's pipes and sockets, including a restart."""
 
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
 
 def listen(host: str, port: int) -> list[socket.socket]:
     """Listen on every address of `host` that this machine has.
@@ -43,7 +45,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             try:
                 sockets.append(_bind(family, (address[0], bound_port, *address[2:])))
             except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                if error.errno not in NO_SUCH_ADDRESS:
                     raise
                 unavailable = error  # `localhost` may name ::1 on a machine without IPv6.
         if not sockets:
@@ -54,6 +56,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         reason = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:
             reason += f" by {describe_listener(port)}. Choose another with --port, or stop it"
+        elif error.errno in NO_SUCH_ADDRESS:
+            reason += ". Choose an address of this machine with --host, such as ::1 without IPv4"
         raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from error
     return sockets
 

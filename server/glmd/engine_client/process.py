@@ -108,7 +108,8 @@ class EngineProcess:
                     f"--log-format={config.log_format}",
                     *([f"--log-file={config.log_file}"] if config.log_file else []),
                 ],
-                env=config.environment,
+                # MLX's compiler on CPUs writes there, and fails if TMPDIR is no folder.
+                env={**config.environment, "TMPDIR": str(folder.parent)},
                 stdin=subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )
@@ -208,8 +209,15 @@ class EngineProcess:
 
 
 def socket_folder() -> Path:
-    """Create a folder with mode 0700 whose path leaves room for the socket's name."""
-    folder = tempfile.mkdtemp(prefix="glmd-")
+    """Create a folder with mode 0700 whose path leaves room for the socket's name.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    try:
+        folder = tempfile.mkdtemp(prefix="glmd-")
+    except OSError as error:
+        raise OSError(f"no folder for its socket: {error}. Set TMPDIR to one with room") from error
     if len(folder) + len("/engine") > MAX_SOCKET_PATH:
         shutil.rmtree(folder)
         folder = tempfile.mkdtemp(prefix="glmd-", dir="/tmp")
