@@ -27,10 +27,10 @@ from requests_by_path import PATHS, body_of
 from glmd.api import body_reader, request_body
 from glmd.api.body_reader import BodyReader
 from glmd.api.openai.protocol import CompletionRequest
-from glmd.chat.history import order_tool_results
 from glmd.chat.template_process import TemplateProcess
 from glmd.chat.tokenizer import STEP_CHARS
 from glmd.chat.tool_args import RAW_ARGUMENTS, record_arguments
+from glmd.chat.tools import order_tool_results
 from glmd.chat.types import AssistantMessage, ToolCall, ToolMessage
 
 CHAT = "/v1/chat/completions"

@@ -9,7 +9,6 @@ is refused, because there the client can still send something else.
 from __future__ import annotations
 
 import html
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,10 +18,8 @@ from glmd.chat.tools import read_definition
 from glmd.chat.types import (
     MAX_BLOCKS,
     AssistantMessage,
-    Message,
     Tool,
     ToolCall,
-    ToolMessage,
     check_count,
 )
 from glmd.errors import InvalidRequest, invalid_field
@@ -80,9 +77,6 @@ HIDDEN = (
 
 UNKNOWN_TOOL = "unknown_tool"
 """Name of a recorded call without a name."""
-
-NO_RESULT = "[no result]"
-"""Stands for a result that is missing before others: the model tells results apart by order."""
 
 CUSTOM_INPUT = "input"
 """Name of the one argument of a custom tool, which is text."""
@@ -454,54 +448,3 @@ class NewestInput:
             if kinds[start] == "user":
                 break
         return cls(start, "tool" not in kinds[turn:])
-
-
-def order_tool_results(messages: Sequence[Message]) -> list[Message]:
-    """Put each run of tool results in the order of their calls.
-
-    The chat template prints results without ids, so only their order tells the model which call
-    a result belongs to. Results without an open call follow the others.
-    """
-    ordered: list[Message] = []
-    open_calls: dict[int, str] = {}
-    """Ids of the last assistant message's calls without a result, by index, in order."""
-    places: dict[str, deque[int]] = {}
-    """Indices of those calls, by id."""
-    results: dict[int, ToolMessage] = {}
-    """Results of the present run, by index of the call."""
-    others: list[ToolMessage] = []
-
-    def end_run() -> None:
-        for index in range(max(results, default=-1) + 1):
-            if index in results:
-                ordered.append(results[index])
-            elif index in open_calls:
-                id = open_calls.pop(index)
-                places[id].remove(index)
-                ordered.append(ToolMessage(NO_RESULT, id))
-        ordered.extend(others)
-        results.clear()
-        others.clear()
-
-    for message in messages:
-        if isinstance(message, ToolMessage):
-            wanted = message.call_id
-            if wanted is None:
-                wanted = next(iter(open_calls.values()), None)
-            same = places.get(wanted) if wanted is not None else None
-            if not same:
-                others.append(message)
-            else:
-                call = same.popleft()
-                del open_calls[call]
-                results[call] = message
-            continue
-        end_run()
-        if isinstance(message, AssistantMessage):
-            open_calls = {index: call.id for index, call in enumerate(message.calls)}
-            places = {id: deque() for id in open_calls.values()}
-            for index, id in open_calls.items():
-                places[id].append(index)
-        ordered.append(message)
-    end_run()
-    return ordered

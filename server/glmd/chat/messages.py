@@ -10,9 +10,9 @@ from glmd.chat.history import (
     AssistantTurn,
     HistoryReader,
     NewestInput,
-    order_tool_results,
     reasoning_of,
 )
+from glmd.chat.tools import order_tool_results
 from glmd.chat.types import (
     MAX_MESSAGES,
     AssistantMessage,

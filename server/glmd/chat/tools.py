@@ -1,12 +1,24 @@
-"""Read the tools of all APIs: functions, and hosted tools, which are left out."""
+"""Read the tools of all APIs, and order the results of their calls.
+
+Hosted tools are left out.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from glmd.chat.tool_args import TOO_DEEP, check_schema
-from glmd.chat.types import MAX_TOOLS, Json, Tool, check_count
+from glmd.chat.types import (
+    MAX_TOOLS,
+    AssistantMessage,
+    Json,
+    Message,
+    Tool,
+    ToolMessage,
+    check_count,
+)
 from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.text import quoted
 
@@ -20,6 +32,9 @@ HOSTED = (
     *("computer", "browser"),
 )
 """Prefixes of the types of tools that OpenAI's or Anthropic's servers run, or describe."""
+
+NO_RESULT = "[no result]"
+"""Stands for a result that is missing before others: the model tells results apart by order."""
 
 
 def read_tools(
@@ -219,3 +234,54 @@ def _read_flat(raw: Mapping[str, Any], param: str, schema_key: str) -> Tool:
     definition: dict[str, Json] = {"type": "function", "function": function}
     deferred = raw.get("defer_loading") is True
     return read_function(raw, param, definition, schema_key, deferred=deferred)
+
+
+def order_tool_results(messages: Sequence[Message]) -> list[Message]:
+    """Put each run of tool results in the order of their calls.
+
+    The chat template prints results without ids, so only their order tells the model which call
+    a result belongs to. Results without an open call follow the others.
+    """
+    ordered: list[Message] = []
+    open_calls: dict[int, str] = {}
+    """Ids of the last assistant message's calls without a result, by index, in order."""
+    places: dict[str, deque[int]] = {}
+    """Indices of those calls, by id."""
+    results: dict[int, ToolMessage] = {}
+    """Results of the present run, by index of the call."""
+    others: list[ToolMessage] = []
+
+    def end_run() -> None:
+        for index in range(max(results, default=-1) + 1):
+            if index in results:
+                ordered.append(results[index])
+            elif index in open_calls:
+                id = open_calls.pop(index)
+                places[id].remove(index)
+                ordered.append(ToolMessage(NO_RESULT, id))
+        ordered.extend(others)
+        results.clear()
+        others.clear()
+
+    for message in messages:
+        if isinstance(message, ToolMessage):
+            wanted = message.call_id
+            if wanted is None:
+                wanted = next(iter(open_calls.values()), None)
+            same = places.get(wanted) if wanted is not None else None
+            if not same:
+                others.append(message)
+            else:
+                call = same.popleft()
+                del open_calls[call]
+                results[call] = message
+            continue
+        end_run()
+        if isinstance(message, AssistantMessage):
+            open_calls = {index: call.id for index, call in enumerate(message.calls)}
+            places = {id: deque() for id in open_calls.values()}
+            for index, id in open_calls.items():
+                places[id].append(index)
+        ordered.append(message)
+    end_run()
+    return ordered

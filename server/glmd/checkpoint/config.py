@@ -334,10 +334,7 @@ ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
 def _tokenizer_eos(folder: Path, vocab_size: Any) -> list[int]:
-    """Ids of the tokenizer's own EOS token and of the role tags.
-
-    Empty: there is no tokenizer.
-    """
+    """Ids of the EOS token and of the role tags; empty: there is no tokenizer."""
     file = folder / "tokenizer.json"
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8) if file.is_file() else b"{}"
     try:
@@ -442,9 +439,7 @@ class _Sampling(msgspec.Struct):
 
 
 def read_sampling(folder: Path) -> dict[str, float]:
-    """The sampling parameters that generation_config.json sets.
-
-    Empty: none, or there is no file.
+    """Sampling parameters of generation_config.json, if there is such a file.
 
     `do_sample: false` is a temperature of 0. A `top_k` of -1, off elsewhere, is 0 here.
 

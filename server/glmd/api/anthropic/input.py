@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glmd.api.generation_request import object_schema
-from glmd.chat.history import AssistantTurn, HistoryReader, NewestInput, order_tool_results
-from glmd.chat.tools import numbered, read_flat_tools
+from glmd.chat.history import AssistantTurn, HistoryReader, NewestInput
+from glmd.chat.tools import numbered, order_tool_results, read_flat_tools
 from glmd.chat.types import (
     MAX_BLOCKS,
     MAX_MESSAGES,

@@ -14,10 +14,16 @@ from glmd.chat.history import (
     AssistantTurn,
     HistoryReader,
     NewestInput,
-    order_tool_results,
     reasoning_of,
 )
-from glmd.chat.tools import HOSTED, NumberedTool, numbered, read_definition, read_flat_tools
+from glmd.chat.tools import (
+    HOSTED,
+    NumberedTool,
+    numbered,
+    order_tool_results,
+    read_definition,
+    read_flat_tools,
+)
 from glmd.chat.types import (
     MAX_MESSAGES,
     Message,
