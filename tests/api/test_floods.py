@@ -188,20 +188,20 @@ def leaving_nothing(server: Flooded) -> Iterator[None]:
 async def undisturbed(server: Flooded) -> AsyncIterator[None]:
     """Run a seeded stream repeatedly during the block; its tokens must not change."""
     over = False
-    songs = 0
+    runs = 0
 
-    async def sing() -> None:
-        nonlocal songs
-        while not over or not songs:
+    async def repeat() -> None:
+        nonlocal runs
+        while not over or not runs:
             assert await asyncio.to_thread(server.canary) == server.tokens
-            songs += 1
+            runs += 1
 
-    singing = asyncio.create_task(sing())
+    repeating = asyncio.create_task(repeat())
     try:
         yield
     finally:
         over = True
-        await singing
+        await repeating
 
 
 async def read_all(reader: asyncio.StreamReader) -> bytes:
