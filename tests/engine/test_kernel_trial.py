@@ -17,7 +17,8 @@ from glmd.engine.kernel_trial import Contexts, kernel_is_used
 from glmd.engine.model_runner import ModelRunner
 from glmd.errors import SettingsError
 from glmd.ipc import EngineRequest
-from glmd.model import mla_kernel
+from glmd.kv_cache.stored_keys import KVBits
+from glmd.model import mla_kernel, mla_metal
 from glmd.model.loader import LoadedModel
 from glmd.model.mla import MLAShape
 
@@ -71,14 +72,15 @@ def test_both_are_timed() -> None:
         ("total += weight", "total += weight * 1.01f"),
         ("start + lane < limit", "start + lane <= limit"),
         ("factors[r * 8 + y];", "1;"),
+        ("a * sine + b", "a * sine - b"),
     ],
 )
 def test_a_wrong_kernel_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, right: str, wrong: str
 ) -> None:
-    for name in ("SPLIT", "REDUCE"):
-        source = getattr(mla_kernel, name)
-        monkeypatch.setattr(mla_kernel, name, source.replace(right, wrong))
+    for name in ("PROJECT", "SPLIT", "REDUCE"):
+        source = getattr(mla_metal, name)
+        monkeypatch.setattr(mla_metal, name, source.replace(right, wrong))
     _measure(monkeypatch, 1e-6, 2e-6)
     assert not kernel_is_used("auto", SHAPE, mx.float32)
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
@@ -88,7 +90,7 @@ def test_a_wrong_kernel_is_not_used(
 
 def test_other_dimensions_use_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     assert not kernel_is_used("auto", replace(SHAPE, latent=48), mx.float32)
-    assert "MLA kernel off: it is not made for latents of 48 + 8 values of 16 bits" in caplog.text
+    assert "MLA kernel off: it is not made for latents of 48 + 8 values" in caplog.text
 
 
 def test_it_is_off_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +132,18 @@ def test_the_engine_answers_with_the_kernel(monkeypatch: pytest.MonkeyPatch, dra
         assert_reference_tokens(model, one, done.answer(one.id))
     assert engine.stats().mla_kernel == 1
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_the_engine_answers_from_quantised_keys(
+    monkeypatch: pytest.MonkeyPatch, kv_bits: KVBits
+) -> None:
+    without = run(tiny_engine(kv_bits=kv_bits), *_requests())
+    engine = tiny_engine(_with_kernel(monkeypatch), kv_bits=kv_bits)
+    done = run(engine, *_requests())
+    for one in _requests():
+        assert done.answer(one.id) == without.answer(one.id)
+    assert engine.stats().mla_kernel == 1
 
 
 @pytest.mark.parametrize("failing", [0, 9])

@@ -184,6 +184,12 @@ using std::max;
 using std::min;
 inline float exp(float x) { return std::exp(x); }
 inline float log(float x) { return std::log(x); }
+namespace precise {
+inline float exp2(float x) { return std::exp2(x); }
+inline float cos(float x) { return std::cos(x); }
+inline float sin(float x) { return std::sin(x); }
+inline float rsqrt(float x) { return 1 / std::sqrt(x); }
+}  // namespace precise
 
 enum class mem_flags { mem_threadgroup };
 inline void threadgroup_barrier(mem_flags) { shim::wait(shim::group); }

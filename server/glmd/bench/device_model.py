@@ -65,8 +65,8 @@ SPANS_DISPATCHES = 2
 PADDING_DISPATCHES = 8
 """Kernels that pad the pairs of `SORTED_ROWS` to `GROUPED_ROWS` rows to groups."""
 
-KERNEL_DISPATCHES = 35
-"""Kernels of a layer whose decode attention is `glmd.model.mla_kernel`, with up to 24 segments."""
+KERNEL_DISPATCHES = 28
+"""Kernels of a layer that uses `glmd.model.mla_kernel`, with up to 24 segments of 16 bits."""
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

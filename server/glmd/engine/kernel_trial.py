@@ -12,21 +12,24 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.positional_encoding import RoPE
 
 from glmd.engine.attention_metadata import AttentionMetadataBuilder, TreePath
 from glmd.errors import SettingsError
 from glmd.kv_cache.node import Node, PathNode
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
+from glmd.kv_cache.stored_keys import dequantize, store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend_group
 from glmd.model.batch import DecodeGroup
 from glmd.model.mla import MLAShape
-from glmd.model.mla_kernel import is_available, supports, unquantised
+from glmd.model.mla_kernel import is_available, prepare_rows, supports
 
 log = logging.getLogger("glmd.engine")
 
@@ -34,6 +37,10 @@ KernelSetting = Literal["auto", "on", "off"]
 
 TOLERANCES = {mx.bfloat16: 2.0**-7, mx.float16: 2.0**-9, mx.float32: 1e-4}
 """Largest error as a share of the largest value: two roundings to the dtype, or of sums."""
+
+ROPE_BASE, NORM_EPS = 1e6, 1e-6
+POSITIONS = (0, 1, 2, 63, 500, 1000)
+"""Rows of the trial of the rotation. At far positions float32 alone differs by more."""
 
 CALLS, REPEATS = 8, 5
 """Calls that depend on each other in one measurement, and measurements of which the median is
@@ -96,26 +103,35 @@ def kernel_is_used(setting: KernelSetting, shape: MLAShape, dtype: mx.Dtype) -> 
 def _find_problem(shape: MLAShape, dtype: mx.Dtype, *, timed: bool) -> str | None:
     if not is_available():
         return "there is no Apple GPU"
-    if shape.kv_bits != 16 or not supports(shape):
-        width = f"{shape.latent} + {shape.rope}"
-        return f"it is not made for latents of {width} values of {shape.kv_bits} bits"
+    if not supports(shape):
+        return f"it is not made for latents of {shape.latent} + {shape.rope} values"
     try:
-        for contexts in PROVED:
-            error = largest_error(shape, dtype, contexts)
-            if not error <= TOLERANCES[dtype]:
-                return f"its results are wrong by {error:.2g} ({contexts.name})"
-        for contexts in TIMED if timed else ():
-            kernel, reference = measure(shape, dtype, contexts)
-            log.info(
-                "MLA kernel: context=%r kernel_us=%.0f reference_us=%.0f",
-                contexts.name,
-                1e6 * kernel,
-                1e6 * reference,
-            )
-            if kernel > reference:
-                return f"it is slower ({contexts.name}: {kernel / reference:.2f} x)"
+        return _find_error(shape, dtype) or (_find_loss(shape, dtype) if timed else None)
     except Exception as error:  # whatever it is, the reference works
         return f"it fails: {type(error).__name__}: {str(error)[:500]}"
+
+
+def _find_error(shape: MLAShape, dtype: mx.Dtype) -> str | None:
+    trials = [("rotation", partial(rotation_error, shape, dtype))]
+    trials += [(each.name, partial(largest_error, shape, dtype, each)) for each in PROVED]
+    for name, trial in trials:
+        error = trial()
+        if not error <= TOLERANCES[dtype]:
+            return f"its results are wrong by {error:.2g} ({name})"
+    return None
+
+
+def _find_loss(shape: MLAShape, dtype: mx.Dtype) -> str | None:
+    for contexts in TIMED:
+        kernel, reference = measure(shape, dtype, contexts)
+        log.info(
+            "MLA kernel: context=%r kernel_us=%.0f reference_us=%.0f",
+            contexts.name,
+            1e6 * kernel,
+            1e6 * reference,
+        )
+        if kernel > reference:
+            return f"it is slower ({contexts.name}: {kernel / reference:.2f} x)"
     return None
 
 
@@ -124,6 +140,9 @@ class _Inputs:
     """A decode group with random contents."""
 
     q: mx.array
+    """[heads, rows, latent]"""
+    q_rope: mx.array
+    """[rows, heads, rope]"""
     paths: list[TreePath]
     tails: TailPool
     contexts: Contexts
@@ -137,28 +156,26 @@ class _Inputs:
             return mx.array(made).astype(dtype)
 
         def piece(length: int) -> PathNode[Segment]:
-            segment = Segment([values(length, shape.kv_width)])
+            segment = Segment([store(values(length, shape.kv_width), shape.kv_bits)])
             return PathNode(Node(np.zeros(length, np.int32), segment, None, 0), length)
 
         shared = [piece(contexts.shared)] if contexts.shared else []
         paths = [[*shared, *map(piece, contexts.own)] for _ in range(contexts.sequences)]
-        tails = TailPool(1, shape.kv_width, dtype)
+        tails = TailPool(1, shape.kv_width, dtype, shape.kv_bits)
         slots = mx.array([tails.allocate() for _ in paths], mx.int32)
         tails.reserve(contexts.tail + contexts.width)
         positions = mx.arange(contexts.tail + contexts.width)
         for slot in range(contexts.sequences):
-            rows = values(positions.shape[0], shape.kv_width)
+            rows = store(values(positions.shape[0], shape.kv_width), shape.kv_bits)
             tails.write(0, mx.broadcast_to(slots[slot], positions.shape), positions, rows)
         # Scores of about 2, as in a model.
-        q = values(
-            contexts.sequences * contexts.width,
-            shape.heads,
-            shape.kv_width,
-            scale=2 / shape.kv_width**0.5,
-        )
+        count, scale = contexts.sequences * contexts.width, 2 / shape.kv_width**0.5
+        q = values(shape.heads, count, shape.latent, scale=scale)
+        q_rope = values(count, shape.heads, shape.rope, scale=scale)
         segments = [part.node.kv for path in paths for part in path]
-        mx.eval(q, tails.arrays(), [segment.layers for segment in segments if segment is not None])
-        return cls(q, paths, tails, contexts)
+        held = [array for s in segments if s is not None for array in s.arrays().values()]
+        mx.eval(q, q_rope, tails.arrays(), held)
+        return cls(q, q_rope, paths, tails, contexts)
 
     def group(self, shape: MLAShape, *, kernel: bool) -> DecodeGroup:
         builder = AttentionMetadataBuilder(
@@ -179,7 +196,7 @@ def largest_error(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> float
     """The kernel's largest error, as a share of the largest result."""
     inputs = _Inputs.random(shape, dtype, contexts)
     group = inputs.group(shape, kernel=True)
-    out = attend_group(shape, 0, inputs.q, group, inputs.tails)
+    out = attend_group(shape, 0, inputs.q, inputs.q_rope, group, inputs.tails)
     mx.eval(out)
     with mx.stream(mx.cpu):
         expected = _reference(shape, inputs)
@@ -189,19 +206,49 @@ def largest_error(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> float
 
 
 def _reference(shape: MLAShape, inputs: _Inputs) -> mx.array:
-    """Attention of each row to its keys, in float32."""
+    """Attention of each row to its keys, in float32: [rows, heads, latent]."""
     outs: list[mx.array] = []
-    pool = unquantised(inputs.tails.view(0))
+    pool = dequantize(inputs.tails.view(0), mx.float32)
     for sequence, path in enumerate(inputs.paths):
         segments = [part.node.kv for part in path if part.node.kv is not None]
-        keys = [unquantised(segment.layers[0]) for segment in segments]
+        keys = [dequantize(segment.layers[0], mx.float32) for segment in segments]
         for row in range(inputs.contexts.width):
             tail = pool[sequence, : inputs.contexts.tail + row + 1]
-            seen = mx.concatenate([*keys, tail]).astype(mx.float32)
-            q = inputs.q[len(outs)].astype(mx.float32)
+            seen = mx.concatenate([*keys, tail])
+            parts = [inputs.q[:, len(outs)], inputs.q_rope[len(outs)]]
+            q = mx.concatenate(parts, axis=-1).astype(mx.float32)
             outs.append(mx.softmax(q @ seen.T, axis=-1) @ seen[:, : shape.latent])
             mx.eval(outs[-1])
     return mx.stack(outs)
+
+
+def rotation_error(shape: MLAShape, dtype: mx.Dtype) -> float:
+    """The largest error of `prepare_rows`, as a share of the largest result."""
+    rng = np.random.default_rng(0)
+
+    def values(*dims: int) -> mx.array:
+        return mx.array(rng.normal(0, 1, dims).astype(np.float32)).astype(dtype)
+
+    rope: Any = RoPE(shape.rope, traditional=True, base=ROPE_BASE)
+    positions = mx.array(POSITIONS, mx.int32)
+    q = values(len(POSITIONS), shape.heads, shape.nope + shape.rope)
+    compressed, weight = values(len(POSITIONS), shape.kv_width), values(shape.latent)
+    out = prepare_rows(shape, rope, q, compressed, weight, NORM_EPS, positions)
+    mx.eval(out)
+    with mx.stream(mx.cpu):
+        exact = compressed.astype(mx.float32)
+        latent = mx.fast.rms_norm(exact[:, : shape.latent], weight.astype(mx.float32), NORM_EPS)
+        heads = mx.concatenate(
+            [q[..., shape.nope :].astype(mx.float32), exact[:, None, shape.latent :]], axis=1
+        )
+        rotated = rope(heads[:, :, None], offset=positions).squeeze(2)
+        expected = rotated[:, :-1], mx.concatenate([latent, rotated[:, -1]], axis=-1)
+        errors = [
+            mx.abs(got.astype(mx.float32) - want).max() / mx.abs(want).max()
+            for got, want in zip(out, expected, strict=True)
+        ]
+        value: float = mx.stack(errors).max().item()  # type: ignore[assignment]
+        return value
 
 
 def measure(shape: MLAShape, dtype: mx.Dtype, contexts: Contexts) -> tuple[float, float]:
@@ -225,7 +272,6 @@ def _seconds(shape: MLAShape, inputs: _Inputs, group: DecodeGroup) -> float:
     start = time.perf_counter()
     q = inputs.q
     for _ in range(CALLS):
-        out = attend_group(shape, 0, q, group, inputs.tails)
-        q = mx.concatenate([out, inputs.q[..., shape.latent :]], axis=-1)
+        q = attend_group(shape, 0, q, inputs.q_rope, group, inputs.tails).swapaxes(0, 1)
     mx.eval(q)
     return (time.perf_counter() - start) / CALLS

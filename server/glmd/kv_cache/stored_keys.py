@@ -64,11 +64,12 @@ def store(vectors: mx.array, bits: int) -> StoredKeys:
     return QuantizedKeys(tuple(mx.quantize(vectors, group_size=group, bits=bits)), bits)
 
 
-def dequantize(keys: StoredKeys) -> mx.array:
-    """The vectors in the model's dtype."""
+def dequantize(keys: StoredKeys, dtype: mx.Dtype | None = None) -> mx.array:
+    """The vectors, computed in a dtype; None: in the model's."""
     if isinstance(keys, mx.array):
-        return keys
-    weights, scales, biases = keys.arrays
+        return keys if dtype is None else keys.astype(dtype)
+    weights, *others = keys.arrays
+    scales, biases = others if dtype is None else [array.astype(dtype) for array in others]
     return mx.dequantize(weights, scales, biases, **keys.options)
 
 

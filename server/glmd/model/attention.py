@@ -21,6 +21,7 @@ from glmd.model.mla import (
     Partial,
     Queries,
     absorb,
+    absorb_nope,
     attend_decode,
     concat,
     key_scores,
@@ -77,7 +78,7 @@ def attend(
     for group in batch.decode:
         queries, new = q.slice(group.start, group.end), kv[group.start : group.end]
         tails.write(layer, group.slots, group.tail_positions, new)
-        latents = attend_group(shape, layer, absorb(attn, queries), group, tails)
+        latents = attend_group(shape, layer, absorb_nope(attn, queries), queries.rope, group, tails)
         outs.append(unembed(attn, shape, latents))
     start = batch.decode[-1].end if batch.decode else 0
     for chunk in batch.chunks:
@@ -93,16 +94,27 @@ def attend(
 
 
 def attend_group(
-    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, tails: TailPool
+    shape: MLAShape,
+    layer: int,
+    q: mx.array,
+    q_rope: mx.array,
+    group: DecodeGroup,
+    tails: TailPool,
 ) -> mx.array:
-    """Attend from a decode group's absorbed queries [rows, heads, kv_width].
+    """Attend from a decode group's absorbed queries.
+
+    Args:
+        q: [heads, rows, latent].
+        q_rope: [rows, heads, rope], rotated.
 
     Returns:
         [rows, heads, latent]
     """
     if group.plan is not None:
-        return attend_items(shape, layer, q, group, group.plan, tails)
-    return attend_decode(shape, layer, q, group, tails)
+        out = attend_items(shape, layer, q, q_rope, group, group.plan, tails)
+        return out.swapaxes(0, 1)
+    joined = mx.concatenate([q.swapaxes(0, 1), q_rope], axis=-1)
+    return attend_decode(shape, layer, joined, group, tails)
 
 
 def _attend_absorbed(

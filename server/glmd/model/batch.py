@@ -204,6 +204,11 @@ class ForwardBatch:
     """The MTP layer's KV will be computed later, from the input of the last layer."""
 
     @property
+    def uses_kernel(self) -> bool:
+        """Whether decode groups attend in `glmd.model.mla_kernel`."""
+        return any(group.plan is not None for group in self.decode)
+
+    @property
     def logits_rows(self) -> list[int]:
         """Rows whose final hidden states are needed: decode rows, some of each chunk."""
         decoding = self.decode[-1].end if self.decode else 0

@@ -22,9 +22,11 @@ from glmd.model.mla import (
     MLAShape,
     Queries,
     cache_vectors,
+    project_q,
     project_qkv,
     scaled_query_norm,
 )
+from glmd.model.mla_kernel import prepare_rows, rotates
 from glmd.model.mlx_lm_layers import Glm4MoeLiteMoE, Model, ModelArgs
 from glmd.model.moe import COMPILED_ROWS, GatedMLP, MixtureOfExperts, groups_pairs
 
@@ -87,6 +89,10 @@ class DecoderBlock:
             q, kv = project_qkv(attn, shape, layer.input_layernorm(h), positions, query_norm)
             return q.nope, q.rope, kv
 
+        def pre_kernel(h: mx.array) -> tuple[mx.array, mx.array]:
+            x = layer.input_layernorm(h)
+            return project_q(attn, shape, x, query_norm), attn.kv_a_proj_with_mqa(x)
+
         def post_attention(h: mx.array, attended: mx.array) -> mx.array:
             h = h + attn.o_proj(attended)
             return h + run_mlp(layer.post_attention_layernorm(h))
@@ -97,6 +103,7 @@ class DecoderBlock:
         self._attn = attn
         self._compute_kv = compiled(compute_kv)
         self._pre_attention = compiled(pre_attention)
+        self._pre_kernel = compiled(pre_kernel)
         self._post_attention = compiled(post_attention)
 
     def forward(
@@ -112,10 +119,25 @@ class DecoderBlock:
         Returns:
             new hidden states [N, hidden]; cache vectors [N, kv_width].
         """
-        q_nope, q_rope, vectors = self._pre_attention(h, batch.positions)
+        q, vectors = self._project(shape, h, batch.positions, kernel=batch.uses_kernel)
         kv = store(vectors, shape.kv_bits)
-        attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
+        attended = attend(self._attn, shape, index, q, kv, batch, tails)
         return self._post_attention(h, attended), kv
+
+    def _project(
+        self, shape: MLAShape, h: mx.array, positions: mx.array, *, kernel: bool
+    ) -> tuple[Queries, mx.array]:
+        """Queries and cache vectors, as of `project_qkv`."""
+        attn = self._attn
+        if kernel and rotates(attn.rope, shape):
+            q, compressed = self._pre_kernel(h)
+            norm = attn.kv_a_layernorm
+            rope, kv = prepare_rows(
+                shape, attn.rope, q, compressed, norm.weight, norm.eps, positions
+            )
+            return Queries(q[..., : shape.nope], rope), kv
+        q_nope, q_rope, kv = self._pre_attention(h, positions)
+        return Queries(q_nope, q_rope), kv
 
     def forward_last(
         self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
@@ -133,8 +155,8 @@ class DecoderBlock:
             return h[:0], kv
         rows = mx.array(logits_rows)
         h = h[rows]
-        q_nope, q_rope, _ = self._pre_attention(h, batch.positions[rows])
-        attended = attend(self._attn, shape, index, Queries(q_nope, q_rope), kv, batch, tails)
+        q, _ = self._project(shape, h, batch.positions[rows], kernel=batch.uses_kernel)
+        attended = attend(self._attn, shape, index, q, kv, batch, tails)
         return self._post_attention(h, attended), kv
 
 

@@ -123,6 +123,20 @@ def scaled_query_norm(attn: Any) -> mx.array | None:
     return None if attn.q_lora_rank is None else attn.q_a_layernorm.weight * attn.scale
 
 
+def project_q(
+    attn: Any, shape: MLAShape, x: mx.array, query_norm: mx.array | None = None
+) -> mx.array:
+    """Compute the scaled queries of N rows, not rotated: [N, heads, nope + rope]."""
+    if attn.q_lora_rank is None:
+        q = attn.q_proj(x) * attn.scale
+    elif query_norm is None:
+        q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x))) * attn.scale
+    else:
+        q = attn.q_b_proj(mx.fast.rms_norm(attn.q_a_proj(x), query_norm, attn.q_a_layernorm.eps))
+    heads: mx.array = q.reshape(-1, shape.heads, shape.nope + shape.rope)
+    return heads
+
+
 def project_qkv(
     attn: Any,
     shape: MLAShape,
@@ -142,14 +156,7 @@ def project_qkv(
     Returns:
         queries; cache vectors [N, kv_width].
     """
-    rows = x.shape[0]
-    if attn.q_lora_rank is None:
-        q = attn.q_proj(x) * attn.scale
-    elif query_norm is None:
-        q = attn.q_b_proj(attn.q_a_layernorm(attn.q_a_proj(x))) * attn.scale
-    else:
-        q = attn.q_b_proj(mx.fast.rms_norm(attn.q_a_proj(x), query_norm, attn.q_a_layernorm.eps))
-    q = q.reshape(rows, shape.heads, shape.nope + shape.rope)
+    q = project_q(attn, shape, x, query_norm)
     q_nope, q_rope = mx.split(q, [shape.nope], axis=-1)
     latent, k_rope = _compress(attn, shape, x)
     # Queries and key are rotated together: an unfused rotation is twenty operations.
@@ -179,8 +186,13 @@ def _rotate(attn: Any, x: mx.array, positions: mx.array) -> mx.array:
 
 def absorb(attn: Any, q: Queries) -> mx.array:
     """Queries in the space of the cache: [rows, heads, kv_width]."""
-    latent = attn.embed_q(q.nope.swapaxes(0, 1)).swapaxes(0, 1)
-    return mx.concatenate([latent, q.rope], axis=-1)
+    return mx.concatenate([absorb_nope(attn, q).swapaxes(0, 1), q.rope], axis=-1)
+
+
+def absorb_nope(attn: Any, q: Queries) -> mx.array:
+    """The unrotated part of queries in the space of the latents: [heads, rows, latent]."""
+    latent: mx.array = attn.embed_q(q.nope.swapaxes(0, 1))
+    return latent
 
 
 def unembed(attn: Any, shape: MLAShape, out: mx.array) -> mx.array:

@@ -1,34 +1,37 @@
-"""Decode attention of MLA in a Metal kernel, and a kernel that combines results.
+"""Decode attention of MLA in Metal kernels.
 
-All pieces of a group's keys, in segments and tails, are divided into items: some keys of one piece,
-for the heads of a few rows. A threadgroup takes an item. Each of its simdgroups owns 64 columns of
-the latents and an equal part of the rotated columns, and reads its part of a key once: for the
-scores, whose parts are summed over the simdgroups, and for the values. The softmax is online, in
-float32. The second kernel combines the items of each row (as flash-decoding does).
-
-The source uses few of Metal's functions, so that the tests can compile the same text for a CPU.
+One kernel prepares the rows: it normalises the latents and rotates keys and queries. All pieces of
+a group's keys, in segments and tails, are divided into items: some keys of one piece, for the heads
+of a few rows. A threadgroup takes an item. Each of its simdgroups owns 64 columns of the latents
+and an equal part of the rotated columns, and reads its part of a key once: for the scores, whose
+parts are summed over the simdgroups, and for the values. The softmax is online, in float32. The
+last kernel combines the items of each row (as flash-decoding does).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.positional_encoding import RoPE
 
 from glmd.kv_cache.segment import Segment
-from glmd.kv_cache.stored_keys import StoredKeys
+from glmd.kv_cache.stored_keys import KVBits, arrays_of
 from glmd.kv_cache.tail_pool import TailPool
+from glmd.model import mla_metal
 from glmd.model.batch import DecodeGroup, KernelLaunch, KernelPlan, KVSpan
 from glmd.model.mla import MLAShape
 
-BUFFERS = (4, 24)
-"""Numbers of segments that a kernel is compiled for. Metal binds at most 31 buffers."""
+BUFFERS: dict[KVBits, tuple[int, int]] = {16: (4, 24), 8: (2, 7), 4: (2, 7)}
+"""Numbers of segments that a kernel is compiled for. Metal binds at most 31 buffers; a quantised
+segment has three."""
 
-LAUNCHES = (1, 4)
-"""Numbers of launches of a layer that the second kernel is compiled for."""
+LAUNCHES = (1, 4, 13)
+"""Numbers of launches of a layer that the last kernel is compiled for."""
 
 COLUMNS = 64
 """Columns of the latents that a simdgroup owns."""
@@ -47,196 +50,7 @@ TAIL = -1
 
 THREADGROUP_BYTES = 32 << 10
 REDUCE_THREADS = 128
-
-_TYPES = {mx.bfloat16: "bfloat16_t", mx.float16: "half", mx.float32: "float"}
-
-SPLIT = """
-const int lane = thread_index_in_simdgroup;
-const int part = simdgroup_index_in_threadgroup;
-// The lane's two places in a matrix of 8 x 8: row y, columns x and x + 1.
-const int y = ((lane / 4) & 4) + (lane / 2) % 4;
-const int x = ((lane / 4) & 2) * 2 + (lane % 2) * 2;
-
-const int index = threadgroup_position_in_grid.x;
-const device int* item = items + index * FIELDS;
-const device T* keys = tails;
-switch (item[0]) {
-    CASES
-    default: keys = tails + (long)item[5] * tails_shape[1] * WIDTH;
-}
-const int first_row = item[3];
-const int count = item[4] * HEADS;  // rows of heads
-int end = item[2];
-if (item[0] < 0) {
-    for (int row = 0; row < item[4]; row++) {
-        end = metal::max(end, int(tail_positions[first_row + row]) + 1);
-    }
-}
-
-// Running maximum and sum of the rows whose softmax this simdgroup computes.
-float top[OWN_ROWS], total[OWN_ROWS];
-int limit[OWN_ROWS];
-UNROLL for (int own = 0; own < OWN_ROWS; own++) {
-    const int row = own * PARTS + part;
-    top[own] = LOWEST;
-    total[own] = 0;
-    limit[own] = row < count ? end : 0;
-    if (item[0] < 0 && row < count) {
-        limit[own] = int(tail_positions[first_row + row / HEADS]) + 1;
-    }
-}
-
-int column[FRAGMENTS];  // the first of each fragment
-UNROLL for (int f = 0; f < FRAGMENTS; f++) {
-    column[f] = f < 8 ? part * 64 + f * 8 : LATENT + (part * (FRAGMENTS - 8) + f - 8) * 8;
-}
-T query[FRAGMENTS][ROW_TILES][2];  // transposed: dimension y, rows x and x + 1
-UNROLL for (int f = 0; f < FRAGMENTS; f++) {
-    UNROLL for (int r = 0; r < ROW_TILES; r++) {
-        UNROLL for (int e = 0; e < 2; e++) {
-            const int row = r * 8 + x + e;
-            const long place = ((long)first_row * HEADS + row) * WIDTH + column[f] + y;
-            query[f][r][e] = row < count ? q[place] : T(0.0f);
-        }
-    }
-}
-metal::simdgroup_matrix<float, 8, 8> sums[ROW_TILES][8];
-UNROLL for (int r = 0; r < ROW_TILES; r++) {
-    UNROLL for (int f = 0; f < 8; f++) {
-        sums[r][f].thread_elements()[0] = 0;
-        sums[r][f].thread_elements()[1] = 0;
-    }
-}
-
-threadgroup float scores[PARTS][PASS][8 * ROW_TILES];
-threadgroup float weights[8 * ROW_TILES][PASS];
-threadgroup float factors[8 * ROW_TILES];
-
-for (int start = item[1]; start < end; start += PASS) {
-    T latent[PASS / 8][FRAGMENTS][2];  // key y, dimensions x and x + 1
-    UNROLL for (int k = 0; k < PASS / 8; k++) {
-        const int key = start + k * 8 + y;
-        UNROLL for (int f = 0; f < FRAGMENTS; f++) {
-            const device T* source = keys + (long)key * WIDTH + column[f] + x;
-            latent[k][f][0] = key < end ? source[0] : T(0.0f);
-            latent[k][f][1] = key < end ? source[1] : T(0.0f);
-        }
-    }
-    UNROLL for (int k = 0; k < PASS / 8; k++) {
-        UNROLL for (int r = 0; r < ROW_TILES; r++) {
-            metal::simdgroup_matrix<float, 8, 8> score, a, b;
-            score.thread_elements()[0] = 0;
-            score.thread_elements()[1] = 0;
-            UNROLL for (int f = 0; f < FRAGMENTS; f++) {
-                UNROLL for (int e = 0; e < 2; e++) {
-                    a.thread_elements()[e] = float(latent[k][f][e]);
-                    b.thread_elements()[e] = float(query[f][r][e]);
-                }
-                metal::simdgroup_multiply_accumulate(score, a, b, score);
-            }
-            scores[part][k * 8 + y][r * 8 + x] = score.thread_elements()[0];
-            scores[part][k * 8 + y][r * 8 + x + 1] = score.thread_elements()[1];
-        }
-    }
-    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    UNROLL for (int own = 0; own < OWN_ROWS; own++) {
-        const int row = own * PARTS + part;
-        if (row < 8 * ROW_TILES) {
-            const bool seen = lane < PASS && start + lane < limit[own];
-            float score = LOWEST;
-            if (seen) {
-                score = 0;
-                for (int p = 0; p < PARTS; p++) {
-                    score += scores[p][lane][row];
-                }
-            }
-            const float largest = metal::max(top[own], metal::simd_max(score));
-            const float weight = seen ? metal::exp(score - largest) : 0.0f;
-            const float factor = metal::exp(top[own] - largest);
-            total[own] = total[own] * factor + metal::simd_sum(weight);
-            top[own] = largest;
-            if (lane < PASS) {
-                weights[row][lane] = weight;
-            }
-            if (lane == 0) {
-                factors[row] = factor;
-            }
-        }
-    }
-    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-    UNROLL for (int r = 0; r < ROW_TILES; r++) {
-        const float factor = factors[r * 8 + y];
-        UNROLL for (int f = 0; f < 8; f++) {
-            sums[r][f].thread_elements()[0] *= factor;
-            sums[r][f].thread_elements()[1] *= factor;
-        }
-        UNROLL for (int k = 0; k < PASS / 8; k++) {
-            metal::simdgroup_matrix<float, 8, 8> a, b;
-            a.thread_elements()[0] = weights[r * 8 + y][k * 8 + x];
-            a.thread_elements()[1] = weights[r * 8 + y][k * 8 + x + 1];
-            UNROLL for (int f = 0; f < 8; f++) {
-                b.thread_elements()[0] = float(latent[k][f][0]);
-                b.thread_elements()[1] = float(latent[k][f][1]);
-                metal::simdgroup_multiply_accumulate(sums[r][f], a, b, sums[r][f]);
-            }
-        }
-    }
-}
-
-metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-UNROLL for (int own = 0; own < OWN_ROWS; own++) {
-    const int row = own * PARTS + part;
-    if (row < 8 * ROW_TILES && lane == 0) {
-        const bool seen = total[own] > 0;
-        factors[row] = seen ? 1 / total[own] : 0.0f;
-        lse[index * 8 * ROW_TILES + row] = seen ? top[own] + metal::log(total[own]) : LOWEST;
-    }
-}
-metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-UNROLL for (int r = 0; r < ROW_TILES; r++) {
-    if (r * 8 + y < count) {
-        const float factor = factors[r * 8 + y];
-        UNROLL for (int f = 0; f < 8; f++) {
-            const long place = ((long)index * 8 * ROW_TILES + r * 8 + y) * LATENT + column[f] + x;
-            out[place] = sums[r][f].thread_elements()[0] * factor;
-            out[place + 1] = sums[r][f].thread_elements()[1] * factor;
-        }
-    }
-}
-"""
-"""Each threadgroup: attention of an item's rows to its keys, [8 * ROW_TILES, LATENT] in float32,
-and the logs of their softmax denominators."""
-
-REDUCE = """
-const int index = threadgroup_position_in_grid.x;
-const int row = index / HEADS, head = index % HEADS;
-const int start = offsets[row], end = offsets[row + 1];
-float top = LOWEST, total = 0;
-const device float* lse = lse0;
-const device float* out = out0;
-for (int i = start; i < end; i++) {
-    switch (entries[2 * i]) { CASES }
-    top = metal::max(top, float(lse[entries[2 * i + 1] + head]));
-}
-float sums[SHARE];
-UNROLL for (int s = 0; s < SHARE; s++) {
-    sums[s] = 0;
-}
-const int thread_index = thread_position_in_threadgroup.x;
-for (int i = start; i < end; i++) {
-    switch (entries[2 * i]) { CASES }
-    const long place = entries[2 * i + 1] + head;
-    const float weight = metal::exp(lse[place] - top);
-    total += weight;
-    UNROLL for (int s = 0; s < SHARE; s++) {
-        sums[s] += weight * out[place * LATENT + s * THREADS + thread_index];
-    }
-}
-UNROLL for (int s = 0; s < SHARE; s++) {
-    result[(long)index * LATENT + s * THREADS + thread_index] = T(sums[s] / total);
-}
-"""
-"""Each threadgroup: one head of one row, from all items of the row."""
+PROJECT_THREADS = 256
 
 
 def is_available() -> bool:
@@ -270,6 +84,7 @@ def plan_items(
     blocks = sum(len(span) * -(-(span.end - span.start) // item_rows) for span in spans)
     step = max(MIN_ITEM_KEYS, blocks // GROUPS)
     step = -(-step // KEYS_PER_PASS) * KEYS_PER_PASS
+    most = BUFFERS[shape.kv_bits][-1]
     segments: dict[int, tuple[int, Segment]] = {}
     items: list[list[list[int]]] = [[]]
     for sequence, slot in enumerate(slots):
@@ -279,7 +94,7 @@ def plan_items(
     for span in spans:
         for piece in span.slices:
             index, _ = segments.setdefault(id(piece.segment), (len(segments), piece.segment))
-            launch, buffer = divmod(index, BUFFERS[-1])
+            launch, buffer = divmod(index, most)
             if launch == len(items):
                 items.append([])
             for row in range(span.start, span.end, item_rows):
@@ -295,7 +110,6 @@ def plan_items(
             for i in range(rows):
                 entries[row + i].append((launch, index * stride + i * shape.heads))
     held = [segment for _, segment in segments.values()]
-    most = BUFFERS[-1]
     return KernelPlan(
         launches=tuple(
             KernelLaunch(
@@ -324,25 +138,88 @@ def _row_tiles(shape: MLAShape, item_rows: int) -> int:
     return -(-item_rows * shape.heads // 8)
 
 
-def attend_items(
-    shape: MLAShape, layer: int, q: mx.array, group: DecodeGroup, plan: KernelPlan, tails: TailPool
-) -> mx.array:
-    """Attend to all keys of a decode group: [rows, heads, latent].
+def rotates(rope: Any, shape: MLAShape) -> bool:
+    """Whether `prepare_rows` rotates as this module does."""
+    plain = isinstance(rope, RoPE) and rope.scale == 1
+    return plain and rope.dims == shape.rope and shape.rope % 2 == 0
+
+
+def prepare_rows(
+    shape: MLAShape,
+    rope: RoPE,
+    q: mx.array,
+    compressed: mx.array,
+    weight: mx.array,
+    eps: float,
+    positions: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Normalise the latents of N rows, and rotate their keys and queries, in one kernel.
 
     Args:
-        q: [rows, heads, kv_width].
+        q: [N, heads, nope + rope], scaled.
+        compressed: [N, kv_width], the latents and keys.
+        weight: of the latents' norm.
+        positions: [N] int32.
+
+    Returns:
+        rotated part of the queries, [N, heads, rope]; cache vectors [N, kv_width].
+    """
+    rows = q.shape[0]
+    kernel = _project_kernel(
+        shape.heads,
+        shape.latent,
+        shape.rope,
+        shape.nope + shape.rope,
+        q.dtype,
+        eps,
+        rope.base,
+        rope.traditional,
+    )
+    out: list[mx.array] = kernel(
+        inputs=[q, compressed, weight, positions],
+        grid=(rows * PROJECT_THREADS, 1, 1),
+        threadgroup=(PROJECT_THREADS, 1, 1),
+        output_shapes=[(rows, shape.heads, shape.rope), (rows, shape.kv_width)],
+        output_dtypes=[q.dtype, q.dtype],
+    )
+    return out[0], out[1]
+
+
+def attend_items(
+    shape: MLAShape,
+    layer: int,
+    q: mx.array,
+    q_rope: mx.array,
+    group: DecodeGroup,
+    plan: KernelPlan,
+    tails: TailPool,
+) -> mx.array:
+    """Attend to all keys of a decode group: [heads, rows, latent].
+
+    Args:
+        q: [heads, rows, latent], absorbed.
+        q_rope: [rows, heads, rope], rotated.
     """
     parts, tiles = shape.latent // COLUMNS, _row_tiles(shape, plan.item_rows)
-    pool = unquantised(tails.view(layer))
+    pool = arrays_of(tails.view(layer))
     results: list[list[mx.array]] = []
     for launch in plan.launches:
-        keys = [unquantised(segment.layers[layer]) for segment in launch.segments]
-        buffers = next(count for count in BUFFERS if count >= len(keys))
+        keys = [arrays_of(segment.layers[layer]) for segment in launch.segments]
+        buffers = next(count for count in BUFFERS[shape.kv_bits] if count >= len(keys))
         keys += [pool] * (buffers - len(keys))
         count = launch.items.shape[0]
+        kernel = _split_kernel(
+            shape.heads, shape.latent, shape.rope, q.dtype, shape.kv_bits, tiles, buffers
+        )
         results.append(
-            _split_kernel(shape.heads, shape.latent, shape.rope, q.dtype, tiles, buffers)(
-                inputs=[q, launch.items, pool, group.tail_positions, *keys],
+            kernel(
+                inputs=[
+                    q,
+                    q_rope,
+                    launch.items,
+                    group.tail_positions,
+                    *(array for arrays in [pool, *keys] for array in arrays),
+                ],
                 grid=(count * parts * 32, 1, 1),
                 threadgroup=(parts * 32, 1, 1),
                 output_shapes=[(count, 8 * tiles, shape.latent), (count, 8 * tiles)],
@@ -352,31 +229,57 @@ def attend_items(
     launches = next(count for count in LAUNCHES if count >= len(results))
     results += results[:1] * (launches - len(results))
     threads = min(REDUCE_THREADS, shape.latent)
-    rows = q.shape[0]
+    rows = q_rope.shape[0]
     out: list[mx.array] = _reduce_kernel(shape.heads, shape.latent, q.dtype, launches)(
         inputs=[plan.offsets, plan.entries, *(array for pair in results for array in pair)],
         grid=(rows * shape.heads * threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, shape.heads, shape.latent)],
+        output_shapes=[(shape.heads, rows, shape.latent)],
         output_dtypes=[q.dtype],
     )
     return out[0]
 
 
-def unquantised(keys: StoredKeys) -> mx.array:
-    """The same keys, which are not quantised."""
-    assert isinstance(keys, mx.array), "kv_bits is 16 where these kernels are used"
-    return keys
+@cache
+def _project_kernel(
+    heads: int,
+    latent: int,
+    rope: int,
+    query: int,
+    dtype: mx.Dtype,
+    eps: float,
+    base: float,
+    paired: bool,
+) -> Callable[..., list[mx.array]]:
+    constants: dict[str, str | int] = {
+        "HEADS": heads,
+        "LATENT": latent,
+        "ROPE": rope,
+        "WIDTH": latent + rope,
+        "QUERY": query,
+        "THREADS": PROJECT_THREADS,
+        "EPS": f"{eps:e}f",
+        "LOG2_BASE": f"{math.log2(base):.9e}f",
+        "PAIRED": int(paired),
+    }
+    return _kernel(
+        f"mla_project_{heads}_{latent}_{rope}_{query}",
+        ["q", "compressed", "weight", "positions"],
+        ["q_rope", "kv"],
+        mla_metal.PROJECT,
+        mla_metal.header(dtype, constants),
+    )
 
 
 @cache
 def _split_kernel(
-    heads: int, latent: int, rope: int, dtype: mx.Dtype, tiles: int, buffers: int
+    heads: int, latent: int, rope: int, dtype: mx.Dtype, bits: KVBits, tiles: int, buffers: int
 ) -> Callable[..., list[mx.array]]:
     parts = latent // COLUMNS
-    constants = {
+    constants: dict[str, str | int] = {
         "HEADS": heads,
         "LATENT": latent,
+        "ROPE": rope,
         "WIDTH": latent + rope,
         "PARTS": parts,
         "FRAGMENTS": 8 + rope // 8 // parts,
@@ -384,15 +287,17 @@ def _split_kernel(
         "OWN_ROWS": -(-8 * tiles // parts),
         "PASS": KEYS_PER_PASS,
         "FIELDS": ITEM_FIELDS,
+        **mla_metal.quantized(latent + rope, bits),
     }
-    names = [f"keys{i}" for i in range(buffers)]
-    cases = " ".join(f"case {i}: keys = {name}; break;" for i, name in enumerate(names))
+    arrays = ["keys"] if bits == 16 else ["words", "scales", "biases"]
+    tails = ["tails"] if bits == 16 else [f"tail_{name}" for name in arrays]
+    names = [f"{name}{i}" for i in range(buffers) for name in arrays]
     return _kernel(
-        f"mla_split_{heads}_{latent}_{rope}_{tiles}_{buffers}",
-        ["q", "items", "tails", "tail_positions", *names],
+        f"mla_split_{heads}_{latent}_{rope}_{bits}_{tiles}_{buffers}",
+        ["q", "q_rope", "items", "tail_positions", *tails, *names],
         ["out", "lse"],
-        SPLIT.replace("CASES", cases),
-        _header(dtype, constants),
+        mla_metal.split(buffers, bits),
+        mla_metal.header(dtype, constants),
     )
 
 
@@ -401,19 +306,24 @@ def _reduce_kernel(
     heads: int, latent: int, dtype: mx.Dtype, launches: int
 ) -> Callable[..., list[mx.array]]:
     threads = min(REDUCE_THREADS, latent)
-    constants = {"HEADS": heads, "LATENT": latent, "THREADS": threads, "SHARE": latent // threads}
-    cases = " ".join(f"case {i}: lse = lse{i}; out = out{i}; break;" for i in range(launches))
+    constants: dict[str, str | int] = {
+        "HEADS": heads,
+        "LATENT": latent,
+        "THREADS": threads,
+        "SHARE": latent // threads,
+    }
     return _kernel(
         f"mla_reduce_{heads}_{latent}_{launches}",
         ["offsets", "entries", *(f"{kind}{i}" for i in range(launches) for kind in ("out", "lse"))],
         ["result"],
-        REDUCE.replace("CASES", cases),
-        _header(dtype, constants),
+        mla_metal.reduce(launches),
+        mla_metal.header(dtype, constants),
     )
 
 
 def forget() -> None:
     """Forget all kernels, for other ones of `mx.fast.metal_kernel`."""
+    _project_kernel.cache_clear()
     _split_kernel.cache_clear()
     _reduce_kernel.cache_clear()
 
@@ -426,12 +336,3 @@ def _kernel(
         name=name, input_names=inputs, output_names=outputs, source=source, header=header
     )
     return kernel
-
-
-def _header(dtype: mx.Dtype, constants: dict[str, int]) -> str:
-    lines = ["#include <metal_stdlib>", "#include <metal_simdgroup_matrix>"]
-    lines += [f"#define {name} {value}" for name, value in constants.items()]
-    lines += ["#define LOWEST -1e30f", f"#define T {_TYPES[dtype]}"]
-    # Arrays that are indexed by loops are in registers only if the loops are unrolled.
-    lines += ['#define UNROLL _Pragma("clang loop unroll(full)")']
-    return "\n".join(lines) + "\n"
