@@ -403,7 +403,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def _unquote(details: str) -> str:
-    """Text in Open WebUI's block: a summary, then lines that begin with `> `, HTML-escaped."""
+    """Text in Open WebUI's block, quoted and HTML-escaped, after its summary."""
     head, closed, rest = details.partition(END_SUMMARY)
     body = rest if closed and head.lstrip().startswith(SUMMARY) else details
     lines = html.unescape(body.strip()).splitlines()

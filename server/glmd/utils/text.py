@@ -10,7 +10,7 @@ MAX_QUOTED = 100
 
 
 def quoted(text: str) -> str:
-    """Return `text` as a literal, cut: `repr` takes 0.3 s for 4 MiB, with the GIL held."""
+    """Return `text` as a literal, cut, as `repr` of 4 MiB holds the GIL for 0.3 s."""
     return repr(text) if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]!r}…"
 
 

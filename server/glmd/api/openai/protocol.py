@@ -57,7 +57,7 @@ class FunctionName(StrictModel):
 
 
 class FunctionToolChoice(StrictModel):
-    """The function to call, as in chat completions or, with `name` alone, as in Responses."""
+    """The function to call; `name` alone has the form of Responses."""
 
     type: Literal["function"]
     function: FunctionName | None = None

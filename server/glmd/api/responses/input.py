@@ -354,7 +354,7 @@ def _kind(item: Item) -> str:
 
 
 def full_name(namespace: object, name: str) -> str:
-    """Name of a function for the model: `mcp__files` and `read` are `mcp__files__read`."""
+    """Name of a function for the model, such as `mcp__files__read`."""
     return f"{namespace}__{name}" if namespace else name
 
 
@@ -398,7 +398,7 @@ class RequestTools:
 
 
 def read_tools(raw: Sequence[dict[str, Any]] | None) -> RequestTools:
-    """Functions and custom tools, alone or in namespaces, and a tool search of the client.
+    """Functions and custom tools, also in namespaces, and the client's tool search.
 
     Raises:
         InvalidRequest: a tool is malformed.
@@ -419,7 +419,7 @@ def read_tools(raw: Sequence[dict[str, Any]] | None) -> RequestTools:
 
 
 def shown_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as a response shows it: with all fields that OpenAI's schema requires, none null."""
+    """A tool in a response: with all fields that OpenAI's schema requires."""
     shown: dict[str, Any] = {}
     if tool.get("type") == "function":
         shown = {"description": None, "parameters": None, "strict": bool(tool.get("strict"))}

@@ -80,7 +80,10 @@ def _response_of(item: Item) -> str | None:
 
 
 def _resolve(item: Item, known: Mapping[str, Item]) -> Item:
-    """The item that `item` refers to; itself if it is no reference, or to nothing stored."""
+    """The item that `item` refers to.
+
+    The item itself if it is no reference, or refers to nothing stored.
+    """
     id = item.get("id")
     if item.get("type") != "item_reference" or not isinstance(id, str):
         return item
@@ -88,7 +91,7 @@ def _resolve(item: Item, known: Mapping[str, Item]) -> Item:
 
 
 def numbered_items(stored: StoredResponse) -> Iterator[tuple[str, Item]]:
-    """The input items of a response, those of earlier responses included, with their ids.
+    """The input items of a response and of earlier responses, with ids.
 
     An item that the client sent without an id has one that holds the response's.
     """

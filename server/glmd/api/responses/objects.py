@@ -22,7 +22,7 @@ from glmd.api.streaming import TokenUsage
 
 
 class SparseModel(BaseModel):
-    """Part of a response in which some fields are absent where there is nothing to say."""
+    """Part of a response in which some fields are absent instead of null."""
 
     absent: ClassVar[frozenset[str]] = frozenset()
     """Fields that OpenAI's schema does not allow to be null."""

@@ -214,7 +214,7 @@ class ResponsesRequest(RequestFields, OpenAINoOps):
         )
 
     def configured(self, items: InputItems) -> tuple[str | None, Mapping[str, Any] | None]:
-        """Reasoning effort and format of the answer, which items of the conversation may set."""
+        """Reasoning effort and format, which items of the conversation may set."""
         return items.configured(
             self.reasoning.effort if self.reasoning else None,
             self.text.format if self.text else None,

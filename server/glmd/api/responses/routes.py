@@ -125,7 +125,7 @@ async def count_input_tokens(
 async def find_referred(
     http: Request, body: ResponsesRequest, store: ResponseStore, owner: str
 ) -> dict[str, StoredResponse]:
-    """The owner's responses that a request continues or refers to, counted with its body.
+    """The owner's responses that a request refers to, counted with its body.
 
     Raises:
         RefusedBody: there is no room in memory for them.
@@ -151,7 +151,7 @@ def read_parts(
 
 @router.get("/v1/responses", include_in_schema=False)
 async def refuse_websocket(http: Request) -> Response:
-    """Refuse the WebSocket that Codex tries first, with the status on which it falls back."""
+    """Refuse the WebSocket that Codex tries first, so that it falls back to HTTP."""
     if "upgrade" in http.headers:
         message = "Responses are not served over WebSocket. Send POST /v1/responses."
         raise HTTPException(426, message, {"Upgrade": "HTTP/1.1"})
@@ -181,7 +181,7 @@ async def retrieve_response(
         bool | None, Query(description=NO_OP + " Events are not padded.")
     ] = None,
 ) -> Response:
-    """Retrieve a stored response, or take up the stream of a response in the background."""
+    """Retrieve a stored response, or resume the stream of a background response."""
     if starting_after is not None and not stream:
         raise invalid_field("starting_after", "needs stream to be true.")
     stored = await visible(store, id, access)
@@ -207,7 +207,7 @@ async def list_input_items(
     after: Annotated[str | None, Query(description="ID of the item before the page.")] = None,
     include: Include = None,
 ) -> InputItemList:
-    """List the input items of a stored response, with those of the responses that it continues."""
+    """List the input items of a stored response and of those that it continues."""
     return list_items(await visible(store, id, access), after=after, limit=limit, order=order)
 
 

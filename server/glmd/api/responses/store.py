@@ -1,4 +1,4 @@
-"""Stored responses, which later requests continue: with a size limit, in memory and on disk.
+"""Stored responses that later requests continue, in memory and on disk.
 
 A response in the background that streams has an `EventLog` beside it, in memory only.
 """

@@ -171,7 +171,10 @@ class ResponsesBuilder:
     # -- items ----------------------------------------------------------------------------
 
     def _new_id(self, kind: str) -> str:
-        """ID of a new item; it holds the response's ID, by which `ResponseStore` finds the item."""
+        """ID of a new item.
+
+        It holds the response's ID, by which `ResponseStore` finds the item.
+        """
         return f"{kind}_{self.response.id.removeprefix('resp_')}_{len(self.response.output)}"
 
     def _new_call(
