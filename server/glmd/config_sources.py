@@ -83,7 +83,8 @@ def load_with_origins(flags: Mapping[str, Any], config: Path | None = None) -> L
         first = error.errors(include_url=False)[0]
         name, *inner = (str(part) for part in first["loc"] if part != "[key]")
         where = ".".join([origins[name], *inner])
-        raise SettingsError(f"{where}: {first['msg']}.") from error
+        problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise SettingsError(f"{where}: {problem}.") from error
     if settings.profile is not None:
         reject_unknown(
             [settings.profile], settings.all_profiles, f"{origins['profile']}: ", "profile"

@@ -201,6 +201,7 @@ def test_a_server_says_that_it_serves_once_it_does(built: Outcomes) -> None:
                 break
         process.terminate()
     assert "temperature=1 (generation_config.json) top_p=0.95 (model card) top_k=0 (gen" in log
+    assert "Chat page: http" in log.splitlines()[0]
     assert log.index("Engine ready") < log.index("glmd serves temperature-variant at http")
 
 

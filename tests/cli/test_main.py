@@ -18,6 +18,7 @@ from glmd import __version__
 from glmd.api.sockets import listen
 from glmd.cli.main import OTHER_NAMES, app
 from glmd.config import Settings
+from glmd.config_sources import load
 from glmd.engine.config import EngineConfig
 from glmd.errors import SettingsError
 
@@ -97,8 +98,8 @@ def test_memory_may_be_a_share_of_this_machines() -> None:
     [("24", "24 means 24 bytes. Write 24GiB"), ("0%", "is not a share"), ("x%", "is not a share")],
 )
 def test_memory_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(memory_budget=text)
+    with pytest.raises(SettingsError, match=f"^--memory-budget: .*{message}"):
+        load({"memory_budget": text})
 
 
 def test_a_port_in_use_names_its_process() -> None:

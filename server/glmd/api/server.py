@@ -273,7 +273,6 @@ class Server(uvicorn.Server):
         """Log that the model is served once it is; exit if it cannot be."""
         engine = self._state.engine
         if await engine.wait_for("ready", "failed") == "ready":
-            log.info("Chat page: %s/ (or try: glmd chat)", self._url)
             log.info("glmd serves %s at %s/v1", self._state.model.id, self._url)
         await engine.wait_for("failed")
         self.should_exit = True

@@ -98,7 +98,7 @@ def serve(
 
     # Imported late, so that `glmd --help` and errors in the settings take no second.
     from glmd.api.auth import ApiKeyStore, default_store, require_key_on_public_bind
-    from glmd.api.sockets import listen, raise_file_limit
+    from glmd.api.sockets import base_url, listen, raise_file_limit
     from glmd.engine_client.process import EngineProcessConfig
 
     keys = ApiKeyStore.of(settings, default_store())
@@ -106,6 +106,8 @@ def serve(
     name, folder = find_model(settings)
     raise_file_limit()
     sockets = listen(settings.host, settings.port)  # before any weights are loaded
+    # The page and the chat wait for the model.
+    log.info("Chat page: %s/ (or try: glmd chat)", base_url(settings.host, sockets))
 
     def reload() -> Settings:
         if opened is not None:
