@@ -331,6 +331,18 @@ def test_the_requests_of_lm_eval_get_the_prompts_log_probabilities(
             assert logprob <= max(top.values())
 
 
+def test_lm_eval_generates_until_a_stop(http: httpx.Client) -> None:
+    """The body of its tasks `generate_until`, with prompts as token ids in a batch."""
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    body = {"model": "default", "prompt": prompts, "max_tokens": 24, "seed": 1234}
+    free = complete(http, **body)["choices"]
+    stop = free[0]["text"][4:6]
+    stopped = complete(http, **body, stop=[stop, "Question:", "<|endoftext|>"])["choices"]
+    assert [choice["index"] for choice in stopped] == [0, 1]
+    assert stopped[0]["finish_reason"] == "stop"
+    assert stopped[0]["text"] == free[0]["text"].partition(stop)[0]
+
+
 def test_a_prompt_alone_is_scored_without_an_answer(http: httpx.Client) -> None:
     body = {"prompt": "A lazy dog sleeps.", "echo": True, "max_tokens": 0}
     whole = complete(http, **body, logprobs=2, prompt_logprobs=1)
