@@ -7,13 +7,14 @@ reasoning that comes back inside the text.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import httpx
 import pytest
-from live import LiveServer, live_server
+from live import CHECKPOINT, LiveServer, live_server
 
 TURNS = 32
 
@@ -66,8 +67,9 @@ class Agent:
     prefix: ClassVar[str] = ""
     """Of the names of deferred functions in the prompt."""
 
-    def __init__(self, http: httpx.Client) -> None:
+    def __init__(self, http: httpx.Client, rules: str = RULES) -> None:
         self.http = http
+        self.rules = rules
         self.history: list[dict[str, Any]] = []
         self.found: list[dict[str, Any]] = []
 
@@ -80,8 +82,13 @@ class Agent:
     def user(self, text: str) -> None:
         self.history.append({"role": "user", "content": text})
 
-    def ask(self, limit: int) -> Said:
-        """Send the conversation, and add the answer as a client sends it back."""
+    def ask(self, limit: int, forced: str | None = None, **fields: Any) -> Said:
+        """Send the conversation, and add the answer as a client sends it back.
+
+        Args:
+            forced: The function to call. "": none.
+            fields: Further fields of the request.
+        """
         raise NotImplementedError
 
     def loaded(self, call: str, function: dict[str, Any], text: str) -> None:
@@ -93,7 +100,7 @@ class Agent:
 
 
 class ChatAgent(Agent):
-    def ask(self, limit: int) -> Said:
+    def ask(self, limit: int, forced: str | None = None, **fields: Any) -> Said:
         functions = [{"name": "search", **SEARCH}, WRITE]
         tools: list[dict[str, Any]] = [
             {"type": "function", "function": function} for function in functions
@@ -102,8 +109,11 @@ class ChatAgent(Agent):
             {"type": "function", "function": function, "defer_loading": True}
             for function in map(paint, range(8))
         ]
-        messages = [{"role": "system", "content": RULES}, *self.history]
-        body = {"messages": messages, "tools": tools, "max_tokens": limit}
+        messages = [{"role": "system", "content": self.rules}, *self.history]
+        body = {"messages": messages, "tools": tools, "max_tokens": limit, **fields}
+        if forced is not None:
+            named = {"type": "function", "function": {"name": forced}}
+            body |= {"tool_choice": named if forced else "none", "parallel_tool_calls": False}
         answer, omitted = self.post("/v1/chat/completions", body)
         message, usage = answer["choices"][0]["message"], answer["usage"]
         calls = message.get("tool_calls") or []
@@ -135,7 +145,7 @@ class ChatAgent(Agent):
 
 
 class MessagesAgent(Agent):
-    def ask(self, limit: int) -> Said:
+    def ask(self, limit: int, forced: str | None = None, **fields: Any) -> Said:
         functions = [{"name": "search", **SEARCH}, WRITE, *self.found]
         tools = [
             {
@@ -147,12 +157,16 @@ class MessagesAgent(Agent):
             for function in functions
         ]
         body = {
-            "system": RULES,
+            "system": self.rules,
             "messages": self.history,
             "tools": tools,
             "max_tokens": limit,
             "thinking": {"type": "adaptive"},
+            **fields,
         }
+        if forced is not None:
+            named = {"type": "tool", "name": forced, "disable_parallel_tool_use": True}
+            body["tool_choice"] = named if forced else {"type": "none"}
         answer, omitted = self.post("/v1/messages", body)
         blocks, usage = answer["content"], answer["usage"]
         reasoning = "".join(b["thinking"] for b in blocks if b["type"] == "thinking")
@@ -189,16 +203,21 @@ class ResponsesAgent(Agent):
     search = "tool_search"
     prefix = "brushes__"
 
-    def ask(self, limit: int) -> Said:
+    def ask(self, limit: int, forced: str | None = None, **fields: Any) -> Said:
         tools = [{"type": "tool_search", "execution": "client", **SEARCH}]
         tools.append({"type": "function", **WRITE})
         body = {
-            "instructions": RULES,
+            "instructions": self.rules,
             "input": self.history,
             "tools": tools,
             "max_output_tokens": limit,
             "store": False,
+            **fields,
         }
+        if forced is not None:
+            space, _, name = forced.rpartition("__")
+            named = {"type": "function", "name": name} | ({"namespace": space} if space else {})
+            body |= {"tool_choice": named if forced else "none", "parallel_tool_calls": False}
         answer, omitted = self.post("/v1/responses", body)
         output, usage = answer["output"], answer["usage"]
         reasoning = text = ""
@@ -283,3 +302,63 @@ def test_a_conversation_goes_on_and_stays_cached(roomy: LiveServer, kind: type[A
                 agent.result(id, cut, image=True)
             else:
                 agent.result(id, "Invalid arguments. ⟦I think so.</think>All done.⟧")
+
+
+REAL_TURNS = int(os.environ.get("AGENT_TURNS", "5"))
+"""Turns with the real engine: each kind of turn returns. `AGENT_TURNS=32 pytest …` runs the whole
+conversation, in each API; it takes half a minute."""
+
+REAL_RULES = RULES[: len(RULES) * 5 // 8]
+
+THOUGHT = 3
+"""Tokens of reasoning before each answer of the real engine."""
+
+BRIEF: dict[type[Agent], dict[str, Any]] = {
+    ChatAgent: {"thinking_budget": THOUGHT},
+    MessagesAgent: {"thinking": {"type": "enabled", "budget_tokens": THOUGHT}},
+    ResponsesAgent: {"reasoning": {"effort": "low"}},
+}
+"""Fields that limit the reasoning."""
+
+REAL_KINDS = list(BRIEF) if "AGENT_TURNS" in os.environ else [ChatAgent]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The demo, with room for the conversation."""
+    folder = tmp_path_factory.mktemp("demo")
+    for file in CHECKPOINT.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20_000}))
+    with live_server(
+        folder=folder, engine="glmd.engine.core", effort_budgets={"low": THOUGHT}
+    ) as live:
+        yield live
+
+
+@pytest.mark.parametrize("kind", REAL_KINDS)
+def test_the_engine_itself_keeps_the_conversation_cached(
+    real: LiveServer, kind: type[Agent]
+) -> None:
+    """The answers are the demo's; `tool_choice` brings the calls."""
+    with real.client() as http:
+        agent = kind(http, REAL_RULES)
+        for turn in range(REAL_TURNS):
+            number, step = divmod(turn, 4)
+            if step == 0:
+                agent.user(f"Paint number {number}.")
+            brush = f"{agent.prefix}paint_{number}"
+            forced = (agent.search, brush, "write", "")[step]
+            said = agent.ask(THOUGHT + 24, forced, temperature=0, **BRIEF[kind])
+            if turn:
+                assert said.cached_tokens >= CACHED * said.prompt_tokens, (turn, said)
+            if step == 3:
+                continue
+            ((id, name, _),) = said.calls
+            assert name == forced
+            if step == 0:
+                agent.loaded(id, paint(number), "Use it.")
+            else:
+                agent.result(id, "Done.", image=step == 1)
