@@ -94,11 +94,11 @@ def _read_counted(body: bytes, model: type[Model], parts: int, commas: int) -> M
     if parts > MAX_PARTS:
         message = f"The body has more than {MAX_PARTS:,} strings, arrays and objects."
         return ErrorInfo(413, "invalid_request_error", message)
-    if sum(map(body.count, (b"[", b"{"))) > 4 * MAX_PARTS or body.count(b",") > 4 * MAX_COMMAS:
-        message = "The texts of the body have too many brackets and commas, which may be JSON."
-        return ErrorInfo(413, "invalid_request_error", message)
     if commas > MAX_COMMAS:
         message = f"The body has more than {MAX_COMMAS:,} values."
+        return ErrorInfo(413, "invalid_request_error", message)
+    if sum(map(body.count, (b"[", b"{"))) > 4 * MAX_PARTS or body.count(b",") > 4 * MAX_COMMAS:
+        message = "The texts of the body have too many brackets and commas, which may be JSON."
         return ErrorInfo(413, "invalid_request_error", message)
     try:
         value = parse_json(body)
