@@ -82,6 +82,17 @@ def test_a_large_body_is_refused_like_a_small_one(
     ).replace(large.headers["request-id"], "")
 
 
+def test_free_memory_is_returned_after_a_large_body(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned = threading.Event()
+    monkeypatch.setattr(request_body, "return_free_memory", returned.set)
+    monkeypatch.setattr(request_body, "TRIM_SECONDS", 0.01)
+    large = {"x_padding": "x" * request_body.TRIM_BYTES}
+    assert http.post(CHAT, json=body_of(CHAT, "</think>Hi", **large)).status_code == 200
+    assert returned.wait(30)
+
+
 def test_unknown_values_are_not_kept() -> None:
     fields = {"prompt": "a", "user": ["x"] * 9, "odd": {"x": [1]}, "grammar": [], "no": 0}
     body = CompletionRequest.model_validate(fields)

@@ -10,7 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from glmd.utils.memory import RusageInfo, physical_footprint, process_memory_bytes
+from glmd.utils.memory import (
+    RusageInfo,
+    physical_footprint,
+    process_memory_bytes,
+    return_free_memory,
+)
 
 
 def test_written_memory_counts() -> None:
@@ -21,6 +26,17 @@ def test_written_memory_counts() -> None:
         for offset in range(0, size, mmap.PAGESIZE):
             block[offset] = 1
         assert process_memory_bytes() - before >= 0.9 * size
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only on glibc")
+def test_free_memory_between_blocks_in_use_is_returned() -> None:
+    blocks = [bytes(4000) for _ in range(16_000)]
+    kept = blocks[::1000]
+    del blocks
+    before = process_memory_bytes()
+    return_free_memory()
+    assert process_memory_bytes() < before - (32 << 20)
+    assert len(kept) == 16
 
 
 def test_a_missing_process_raises_no_such_process() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from email.message import Message as MimeHeaders
 from typing import Any
 
@@ -18,6 +19,7 @@ from glmd.api.context import client_id
 from glmd.api.errors import ErrorInfo, RefusedBody, error_response, overloaded
 from glmd.api.state import AppState
 from glmd.utils.fair_limiter import FairLimiter, Reservation
+from glmd.utils.memory import return_free_memory
 
 BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
@@ -30,6 +32,12 @@ INLINE_BYTES = 64 * 1024
 INLINE_EXPANSION = 16
 """Memory of such a body once it is parsed, in bytes for each of its bytes: as measured for empty
 arrays, and much more than for texts."""
+
+TRIM_BYTES = 1 << 20
+"""Memory of a request from which on free memory is returned to the system when it has ended."""
+
+TRIM_SECONDS = 1.0
+"""Delay until then, in which further requests end."""
 
 NO_MEMORY = overloaded("No memory left for request bodies. Try again later.")
 
@@ -46,12 +54,14 @@ class BodyLimitMiddleware:
         self._limit = limit
         self._timeout = timeout
         self._held_bytes = FairLimiter(MAX_BODIES * limit)
+        self._trims = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self._app(scope, receive, send)
             return
-        with self._held_bytes.share(client_id(scope)) as reservation:
+        share = self._held_bytes.share(client_id(scope))
+        with share as reservation, self._trim_after(reservation):
             scope["state"]["body_memory"] = reservation
             body: bytes | ErrorInfo | None = self._check_headers(Headers(scope=scope))
             if body is None:
@@ -66,6 +76,20 @@ class BodyLimitMiddleware:
                     return pending.pop() if pending else await receive()
 
                 await self._app(scope, replay, send)
+
+    @contextmanager
+    def _trim_after(self, reservation: Reservation) -> Iterator[None]:
+        """After the block return free memory to the system, if the request took much."""
+        try:
+            yield
+        finally:
+            if reservation.size > TRIM_BYTES and not self._trims:
+                self._trims = True
+                asyncio.get_running_loop().call_later(TRIM_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        self._trims = False
+        asyncio.get_running_loop().run_in_executor(None, return_free_memory)
 
     async def _read(self, receive: Receive, reservation: Reservation) -> bytes | ErrorInfo | None:
         """Return the body, or an error; None: the client has disconnected."""

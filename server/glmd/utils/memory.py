@@ -91,6 +91,15 @@ def return_large_blocks() -> None:
         library.mallopt(M_ARENA_MAX, ARENAS)
 
 
+def return_free_memory() -> None:
+    """Have the allocator return all free pages to the system.
+
+    Those between blocks in use stay with glibc otherwise. Takes 0.1 ms, or 10 ms for 50 MiB.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 EXIT_OUT_OF_MEMORY = 70
 
 
