@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import socket
 from collections.abc import Iterator
 from inspect import unwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from live import LiveServer
 from typer.testing import CliRunner, Result
 
 from glmd import __version__
@@ -107,3 +110,16 @@ def test_a_port_in_use_names_its_process() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"in use by .*\(process {os.getpid()}\)"):
             listen("127.0.0.1", port)
+
+
+def test_status_shows_a_server_that_no_service_started(
+    scripted: LiveServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GLMD_PORT", scripted.url.rpartition(":")[2])
+    done = run("status", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["status"], report["model"]) == ("ready", "test/tiny")
+    assert report["url"] == scripted.url
+    assert "test/tiny" in run("status").output

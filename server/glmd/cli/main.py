@@ -20,7 +20,7 @@ from glmd.cli.models import list_models, pull, remove
 from glmd.cli.recipe import app as recipe_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
-from glmd.cli.service import status
+from glmd.cli.service import server_status
 from glmd.errors import GlmdError
 
 OTHER_NAMES = {
@@ -55,7 +55,7 @@ for command in (serve, chat, pull, connect, convert, inspect, evaluate, doctor):
     app.command()(command)
 app.command("list")(list_models)
 app.command()(remove)
-app.command()(status)
+app.command("status")(server_status)
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(key_app, name="key")

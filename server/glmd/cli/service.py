@@ -11,10 +11,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from glmd.cli.daemon import ServerProcess, describe_exit, find_manager, wait_until_ready
+from glmd.cli.daemon import (
+    ServerProcess,
+    base_url,
+    describe_exit,
+    find_manager,
+    get_health,
+    wait_until_ready,
+)
 from glmd.cli.daemon.spec import ServiceManager, ServiceState, build_spec, require_installed
 from glmd.cli.serve import ConfigOption, HostOption, ModelArgument, PortOption
 from glmd.config_sources import load
+from glmd.errors import ServiceError
 from glmd.utils.logging import choose_format, configure, json_line_to_text
 
 app = typer.Typer(
@@ -118,11 +126,43 @@ def status(
 ) -> None:
     """Print the state of the service and its model; exit code 0 if it accepts requests.
 
+    Example: glmd service status --json
+    """
+    _print_report(_service_report(), as_json=as_json)
+
+
+def server_status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Print the state of the server and its model; exit code 0 if it accepts requests.
+
+    That of the service or, if it does not run, of a server at the address of the settings.
+
     Example: glmd status --json
     """
+    settings = load({}, config)
+    url = base_url(settings.host, settings.port)
+    health = get_health(url)
+    try:
+        report = _service_report()
+    except ServiceError:
+        if health is None:
+            raise
+        report = {"pid": None}
+    if report["pid"] is None and health is not None:
+        found = {name: health.get(name) for name in ("status", "model", "failure")}
+        report = {**found, "url": url, "engine_restarts": health.get("restarts"), "manager": None}
+    _print_report(report, as_json=as_json)
+
+
+def _service_report() -> dict[str, Any]:
     manager = find_manager()
     state = manager.state()
-    report = build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
+    return build_report(manager, state, ServerProcess.find(state.pid) if state.pid else None)
+
+
+def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
     typer.echo(json.dumps(report, indent=2) if as_json else _lines(report))
     if report["status"] not in ("ready", "unloaded"):
         raise typer.Exit(1)
@@ -190,11 +230,11 @@ def build_report(
 def _lines(report: dict[str, Any]) -> str:
     """Format the report as lines, which a narrow terminal does not truncate."""
     shown = dict(report)
-    if report["uptime"] is not None:
+    if report.get("uptime") is not None:
         shown["uptime"] = timedelta(seconds=int(report["uptime"]))
-    if report["memory"] is not None:
+    if report.get("memory") is not None:
         shown["memory"] = f"{report['memory'] / 2**30:.2f} GiB resident"
-    if report["last_exit"] is not None:
+    if report.get("last_exit") is not None:
         shown["last_exit"] = describe_exit(report["last_exit"])
     known = {name.replace("_", " "): value for name, value in shown.items() if value is not None}
     width = max(map(len, known))
