@@ -79,6 +79,19 @@ def test_only_the_files_with_the_layer_are_downloaded(
     assert weights(hub).isdisjoint(before)
 
 
+def test_a_source_among_lm_studios_models_is_not_downloaded(
+    hub: Hub, source: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".lmstudio" / "models" / REPO
+    folder.parent.mkdir(parents=True)
+    source.rename(folder)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (folder / name).touch()
+    assert "MTP layer added" in add(plain)
+    assert hub.served == []
+
+
 def test_a_source_of_one_file_is_downloaded_whole(hub: Hub, tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "in")
     hub.files = {file.name: file.read_bytes() for file in (tmp_path / "in").iterdir()}

@@ -144,13 +144,14 @@ def resolve_mtp(model: str, check: Callable[[ModelConfig], object]) -> Path:
     if Path(model).expanduser().exists():
         return resolve_model(model)
     _check_id(model)
-    found = _snapshot(model)
-    if found is not None:
+    for found in (_snapshot(model), lm_studio_folder(model)):
+        if found is None:
+            continue
         try:
             read_mtp_source(found, load_config(found))
             return found
         except CheckpointError as error:
-            log.debug("MTP layer not cached: repo=%s", model, exc_info=error)
+            log.debug("MTP layer not found: folder=%s", found, exc_info=error)
     _probe(model)
     config = load_config(_fetch_config(model))
     check(config)
