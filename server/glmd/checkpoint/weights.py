@@ -65,6 +65,15 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of `count` equal parts of a tensor along an axis."""
+
+    axis: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor(TensorSpec):
     """A tensor in a file, `nbytes` long from byte `offset`."""
 
@@ -72,6 +81,8 @@ class StoredTensor(TensorSpec):
     offset: int
     stored_as: str
     """The name in the file: that of all experts' tensor, if this is a part of it."""
+    part: Part | None = None
+    """`shape` is that of a part, and the tensor's bytes begin at `offset`; None: the whole."""
 
 
 # -- checkpoints ----------------------------------------------------------------------------

@@ -34,6 +34,14 @@ LATENT_NORM_EPS = 1e-6
 
 Result = TypeVar("Result")
 
+SumRanks = Callable[[mx.array], mx.array]
+"""Sums what each rank computed of an array. Ranks hold parts of the layers' weights."""
+
+
+def identity(x: mx.array) -> mx.array:
+    """The sum over a single rank."""
+    return x
+
 
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     """Compile a function of arrays with rows as first axis, for up to `COMPILED_ROWS` rows.
@@ -68,9 +76,10 @@ class DecoderBlock:
     Args:
         layer: mlx-lm's decoder layer. Its weights must not change afterwards.
         shape: dimensions of its attention.
+        sum_ranks: applied to the outputs of attention and MLP.
     """
 
-    def __init__(self, layer: Any, shape: MLAShape) -> None:
+    def __init__(self, layer: Any, shape: MLAShape, sum_ranks: SumRanks = identity) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         attn.kv_a_layernorm.eps = LATENT_NORM_EPS
         if attn.q_lora_rank is not None:
@@ -94,8 +103,8 @@ class DecoderBlock:
             return project_q(attn, shape, x, query_norm), attn.kv_a_proj_with_mqa(x)
 
         def post_attention(h: mx.array, attended: mx.array) -> mx.array:
-            h = h + attn.o_proj(attended)
-            return h + run_mlp(layer.post_attention_layernorm(h))
+            h = h + sum_ranks(attn.o_proj(attended))
+            return h + sum_ranks(run_mlp(layer.post_attention_layernorm(h)))
 
         def compute_kv(h: mx.array, positions: mx.array) -> mx.array:
             return cache_vectors(attn, shape, layer.input_layernorm(h), positions)
@@ -169,13 +178,13 @@ class Glm4MoeLiteModel:
         dtype: of activations and cached KV.
     """
 
-    def __init__(self, model: Model, dtype: mx.Dtype) -> None:
+    def __init__(self, model: Model, dtype: mx.Dtype, sum_ranks: SumRanks = identity) -> None:
         self.args: ModelArgs = model.args
         self.dtype = dtype
         shape = mla_shape(self.args)
         self.shape = replace(shape, fused=stores_no_scores(shape, dtype))
         self._model = model
-        self._blocks = [DecoderBlock(layer, self.shape) for layer in model.layers]
+        self._blocks = [DecoderBlock(layer, self.shape, sum_ranks) for layer in model.layers]
 
     def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
         """Run all layers over the rows of a step, and write decode rows' KV to their tails.

@@ -18,13 +18,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from glmd.checkpoint.config import QuantizedAs, load_config
 from glmd.checkpoint.layout import main_weights, mtp_prefix
+from glmd.checkpoint.shard import read_part, shard_weights
 from glmd.checkpoint.stored import StoredWeights, read_weights
 from glmd.checkpoint.weights import StoredTensor
 from glmd.errors import CheckpointError, SettingsError
 from glmd.kv_cache.stored_keys import arrays_of, vector_bytes
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
+from glmd.model.glm4_moe_lite import Glm4MoeLiteModel, SumRanks, identity
 from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Model, ModelArgs, SwitchLinear
 from glmd.model.mtp import MTPLayer, MTPWeights
@@ -57,8 +58,9 @@ class LoadedModel(Glm4MoeLiteModel):
         folder: Path,
         eos_token_ids: tuple[int, ...],
         bits_per_weight: float,
+        sum_ranks: SumRanks = identity,
     ) -> None:
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, sum_ranks)
         self.folder = folder
         self.eos_token_ids = eos_token_ids
         self.bits_per_weight = bits_per_weight
@@ -74,6 +76,7 @@ class LoadedModel(Glm4MoeLiteModel):
                 shape=self.shape,
                 embed_tokens=model.model.embed_tokens,
                 lm_head=model.lm_head,
+                sum_ranks=sum_ranks,
             )
 
     @property
@@ -134,6 +137,7 @@ def load_model(
     on_progress: Callable[[int, int], None],
     *,
     mtp: bool = True,
+    group: mx.distributed.Group | None = None,
 ) -> LoadedModel:
     """Load a checkpoint: MLX files (quantised or not) or the published BF16 layout.
 
@@ -141,12 +145,19 @@ def load_model(
         dtype: of activations, KV and unquantised weights; see `EngineConfig`.
         on_progress: called with (bytes loaded, total bytes) after each layer.
         mtp: load the MTP layer, if the checkpoint has one.
+        group: load this process's part of a model that is divided among the group's ranks; None:
+            load it whole.
 
     Raises:
         CheckpointError: no checkpoint of this family, or files are missing or damaged.
-        SettingsError: the device cannot run the checkpoint in this dtype.
+        SettingsError: the device cannot run the checkpoint in this dtype, or the model cannot be
+            divided by so many ranks.
     """
     stored = read_weights(folder, load_config(folder))
+    sum_ranks: SumRanks = identity
+    if group is not None:
+        stored = shard_weights(stored, group.rank(), group.size())
+        sum_ranks = partial(mx.distributed.all_sum, group=group)
     config = stored.config
     model = _load_main(stored)
     kind = choose_dtype(dtype)
@@ -176,6 +187,7 @@ def load_model(
         folder=folder,
         eos_token_ids=config.eos_token_ids,
         bits_per_weight=8 * sum(tensor.nbytes for tensor in stored.main.values()) / parameters,
+        sum_ranks=sum_ranks,
     )
 
 
@@ -300,14 +312,19 @@ def _drop_if_shared(arrays: dict[str, mx.array], path: str, main: Module) -> Non
 
 def read_arrays(tensors: Mapping[str, StoredTensor]) -> dict[str, mx.array]:
     """The arrays of the tensors, by their names in the files."""
-    wanted = {(tensor.file, tensor.stored_as) for tensor in tensors.values()}
+    whole = [tensor for tensor in tensors.values() if tensor.part is None]
+    parts = {name: tensor for name, tensor in tensors.items() if tensor.part is not None}
+    wanted = {(tensor.file, tensor.stored_as) for tensor in whole}
     arrays: dict[str, mx.array] = {}
-    for file in sorted({tensor.file for tensor in tensors.values()}):
+    for file in sorted({tensor.file for tensor in whole}):
         try:
             loaded = cast(dict[str, mx.array], mx.load(str(file)))
         except RuntimeError as error:
             raise CheckpointError(f"{file}: {error}", file=str(file)) from error
         arrays |= {name: array for name, array in loaded.items() if (file, name) in wanted}
+    for name, tensor in parts.items():
+        array = mx.array(read_part(tensor))
+        arrays[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
     return arrays
 
 

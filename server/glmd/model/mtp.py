@@ -18,7 +18,7 @@ from mlx.nn.layers.normalization import RMSNorm
 from glmd.kv_cache.stored_keys import StoredKeys, store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
-from glmd.model.glm4_moe_lite import DecoderBlock, compiled
+from glmd.model.glm4_moe_lite import DecoderBlock, SumRanks, compiled, identity
 from glmd.model.mla import MLAShape, cache_vectors
 from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
 
@@ -57,6 +57,7 @@ class MTPLayer:
         shape: dimensions of its attention.
         embed_tokens: the main model's embedding, used unless the layer has its own.
         lm_head: the main model's head, used unless the layer has its own.
+        sum_ranks: see `DecoderBlock`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class MTPLayer:
         shape: MLAShape,
         embed_tokens: Callable[[mx.array], mx.array],
         lm_head: Callable[[mx.array], mx.array],
+        sum_ranks: SumRanks = identity,
     ) -> None:
         self._weights = weights
         self._index = index
@@ -74,7 +76,7 @@ class MTPLayer:
         self._embed_tokens = weights.embed_tokens if "embed_tokens" in weights else embed_tokens
         head = weights.shared_head
         self._lm_head = head.head if "head" in head else lm_head
-        self._block = DecoderBlock(weights, shape)
+        self._block = DecoderBlock(weights, shape, sum_ranks)
         self._combine = compiled(self._combine_inputs)
         self._vectors = compiled(self._compute_vectors)
 
