@@ -309,6 +309,23 @@ class Settings(BaseSettings):
         description="ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5558, from which routers get"
         " events of `kv_events` that they missed. Default: none.",
     )
+    ranks: Annotated[int, Field(ge=1, le=8)] | Path = Field(
+        1,
+        description="Processes among which the model is divided: their number, all on this machine,"
+        " or a file of hosts as for mlx.launch. On the other hosts run `glmd rank`.",
+    )
+    rank_port: int = Field(
+        32322,
+        ge=1,
+        le=65535,
+        description="Port of the first host at which the other ranks report. Keep it and the links"
+        " of the ranks to machines that you trust: they have no keys.",
+    )
+    rank_timeout: float = Field(
+        10.0,
+        gt=1,
+        description="Restart all ranks when one has sent nothing for this time, in seconds.",
+    )
     hang_timeout: float = Field(
         120.0,
         ge=0,
@@ -424,6 +441,8 @@ class Settings(BaseSettings):
         folder = self.disk_cache_folder or platformdirs.user_cache_path("glmd") / "kv"
         folder = folder.expanduser().absolute()
         capacity = self.disk_cache
+        if capacity is None and self.ranks != 1:
+            capacity = ByteSize(0)  # The KV of ranks is not saved.
         if capacity is None:
             kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             capacity = ByteSize(min(MAX_DISK_CACHE, (free_bytes(folder) + kept) // 4))
@@ -444,4 +463,7 @@ class Settings(BaseSettings):
             "dtype": self.dtype,
             "kv_bits": self.kv_bits if self.kv_bits == "auto" else int(self.kv_bits),
             "mla_kernel": self.mla_kernel,
+            "ranks": self.ranks if isinstance(self.ranks, int) else str(self.ranks.absolute()),
+            "rank_port": self.rank_port,
+            "rank_timeout": self.rank_timeout,
         }

@@ -24,6 +24,10 @@ EXIT_REPORTED = 3
 """Exit code of an engine process that has sent `EngineFailed`."""
 
 
+EXIT_RANK_LOST = 4
+"""Exit code of an engine process that has lost one of its ranks."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request.
 
@@ -284,6 +288,18 @@ class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     disk_read_bytes: int = 0
     disk_written_bytes: int = 0
     """Since the folder was created, for the disk's wear."""
+    ranks: int = 1
+    """Processes among which the model is divided."""
+    rank_latency: float = 0.0
+    """Seconds of a sum over the ranks of one number, measured at the start."""
+    rank_bandwidth: float = 0.0
+    """Bytes per second of a sum of many, measured at the start."""
+    rank_sums: int = 0
+    """Sums over the ranks since the start."""
+    rank_sum_bytes: int = 0
+    """Bytes that each rank put into them."""
+    rank_sum_seconds: float = 0.0
+    """Their duration, estimated from latency and bandwidth."""
     step_seconds: float = 0.0
     """Moving average of a step's duration."""
     step_seconds_total: float = 0.0

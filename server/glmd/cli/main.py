@@ -17,6 +17,7 @@ from glmd.cli.doctor import doctor
 from glmd.cli.evaluate import evaluate
 from glmd.cli.keys import app as key_app
 from glmd.cli.models import list_models, pull, remove
+from glmd.cli.rank import rank
 from glmd.cli.recipe import app as recipe_app
 from glmd.cli.serve import serve
 from glmd.cli.service import app as service_app
@@ -51,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, pull, connect, convert, inspect, evaluate, doctor):
+for command in (serve, chat, pull, connect, convert, inspect, evaluate, doctor, rank):
     app.command()(command)
 app.command("list")(list_models)
 app.command()(remove)

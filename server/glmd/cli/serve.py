@@ -74,6 +74,7 @@ def serve(
     dtype: Annotated[str | None, flag("dtype")] = None,
     kv_bits: Annotated[str | None, flag("kv_bits")] = None,
     memory_budget: Annotated[str | None, flag("memory_budget")] = None,
+    ranks: Annotated[str | None, flag("ranks")] = None,
     log_file: Annotated[Path | None, flag("log_file")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
     config: ConfigOption = None,

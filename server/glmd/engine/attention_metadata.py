@@ -55,6 +55,15 @@ MAX_PADDING = 2
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutInputs:
+    """What metadata was built from; see `AttentionMetadataBuilder.layout`."""
+
+    paths: list[TreePath]
+    slots: list[int]
+    tail_starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """The part of a decode group that stays the same from step to step.
 
@@ -73,6 +82,7 @@ class AttentionMetadata:
     slot_order: SlotPermutation | None
     tail_starts: mx.array
     plan: KernelPlan | None
+    inputs: LayoutInputs
 
 
 class AttentionMetadataBuilder:
@@ -171,6 +181,7 @@ class AttentionMetadataBuilder:
             slot_order=slot_order(slots, self._tails.slots),
             tail_starts=mx.array([[start] for start in tail_starts], mx.int32),
             plan=plan,
+            inputs=LayoutInputs(paths, slots, tail_starts),
         )
 
     def decode_group(

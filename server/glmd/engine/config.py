@@ -48,6 +48,10 @@ class EngineConfig:
         disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
         kv_events: ZeroMQ endpoint at which cached blocks are published; None: nowhere.
         kv_events_replay: endpoint that sends missed events again; None: none does.
+        ranks: processes among which the model is divided: their number, all on this machine, or a
+            file of hosts; see `glmd.engine.ranks.hosts`.
+        rank_port: at which rank 0 waits for those of other hosts.
+        rank_timeout: seconds without a sign of a rank after which it counts as lost.
     """
 
     max_running: int = 32
@@ -66,6 +70,9 @@ class EngineConfig:
     disk_cache_folder: str | None = None
     kv_events: str | None = None
     kv_events_replay: str | None = None
+    ranks: int | str = 1
+    rank_port: int = 32322
+    rank_timeout: float = 10.0
 
     @property
     def width(self) -> int:
@@ -83,6 +90,10 @@ class EngineConfig:
                 raise SettingsError(f"{name} must be greater than 0, not {value}.")
         if self.disk_cache < 0:
             raise SettingsError(f"disk_cache must be at least 0, not {self.disk_cache}.")
+        if self.ranks != 1 and self.disk_cache:
+            raise SettingsError("disk_cache: not with ranks, whose KV is not saved. Set it to 0.")
+        if self.ranks != 1 and self.mla_kernel == "on":
+            raise SettingsError("mla_kernel: not with ranks. Set it to auto or off.")
         if self.disk_cache and self.disk_cache_folder is None:
             raise SettingsError("disk_cache needs disk_cache_folder. Name a folder for its files.")
         if self.kv_events is not None and not self.prefix_cache:

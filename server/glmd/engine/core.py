@@ -17,12 +17,15 @@ import mlx.core as mx
 from llguidance import LLMatcher
 
 from glmd.checkpoint.config import load_config
+from glmd.checkpoint.shard import shard_weights
 from glmd.checkpoint.stored import read_weights
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig, validate_request
 from glmd.engine.kernel_trial import kernel_is_used
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
+from glmd.engine.ranks.group import RankGroup
+from glmd.engine.ranks.lead import make_tails
 from glmd.engine.scheduler.disk_tier import DiskTier, open_disk_cache
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
@@ -34,7 +37,6 @@ from glmd.ipc import EngineRequest, EngineStats, ModelInfo, SequenceOutput, unpa
 from glmd.kv_cache.kv_events import KVEventPublisher
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
-from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import LoadedModel, load_model
 from glmd.utils.memory import process_memory_bytes
 
@@ -59,9 +61,12 @@ def load_engine(
         CheckpointError: the checkpoint cannot be served, or does not fit in memory. The latter is
             known before any weights are loaded.
     """
-    budget = config.memory_budget or memory.default_budget()
     parsed = load_config(folder)
     stored = read_weights(folder, parsed)
+    budget, ranks = config.memory_budget or memory.default_budget(), None
+    if config.ranks != 1:
+        ranks = RankGroup(config, stored, lambda: on_progress(0, 1))
+        budget, stored = ranks.budget, shard_weights(stored, 0, ranks.size)
     plan = memory.plan_checkpoint(stored, config, budget)
     for warning in stored.warnings:
         log.warning("%s", warning)
@@ -76,13 +81,22 @@ def load_engine(
     kv_events = KVEventPublisher.of(config.kv_events, config.kv_events_replay)
     memory.DeviceLimits.set(budget)
     try:
-        model = load_model(folder, config.dtype, on_progress, mtp=plan.config.mtp != 0)
-        engine = Engine(model, config, budget, structured_output, kv_events, mtp_left_out=left_out)
-        model.warm_up()
-        if kernel_is_used(config.mla_kernel, model.shape, model.dtype):
-            engine.use_kernel()
+        mtp = plan.config.mtp != 0
+        group = None if ranks is None else ranks.join(config.dtype, mtp=mtp)
+        model = load_model(folder, config.dtype, on_progress, mtp=mtp, group=group)
+        engine = Engine(
+            model, config, budget, structured_output, kv_events, ranks, mtp_left_out=left_out
+        )
+        if ranks is not None:
+            ranks.warm_up(model)
+        else:
+            model.warm_up()
+            if kernel_is_used(config.mla_kernel, model.shape, model.dtype):
+                engine.use_kernel()
     except BaseException:
         memory.DeviceLimits.restore()
+        if ranks is not None:
+            ranks.close()
         raise
     engine.release_limits = weakref.finalize(engine, memory.DeviceLimits.restore)
     return engine
@@ -95,6 +109,7 @@ class Engine:
         memory_budget: bytes for weights, KV and working memory.
         structured_output: started before the model was loaded, to save time; None: started here.
         kv_events: bound before the model was loaded, to fail early; None: bound here if configured.
+        ranks: the other ranks, if `model` is one of several parts; None: it is whole.
         mtp_left_out: the checkpoint has an MTP layer that was not loaded, as memory is short.
 
     Attributes:
@@ -113,6 +128,7 @@ class Engine:
         memory_budget: int,
         structured_output: StructuredOutputManager | None = None,
         kv_events: KVEventPublisher | None = None,
+        ranks: RankGroup | None = None,
         *,
         mtp_left_out: bool = False,
     ) -> None:
@@ -159,16 +175,11 @@ class Engine:
             publisher.start(paired_keys=self.info.has_mtp)
         self._kv_events = publisher
         tree.observer = publisher
+        self._ranks = ranks
         self.scheduler = Scheduler(
             self.config,
             tree,
-            TailPool(
-                model.kv_layers,
-                model.shape.kv_width,
-                model.dtype,
-                plan.kv_bits,
-                deferred_width=model.args.hidden_size if self._defers else None,
-            ),
+            make_tails(model, model.args.hidden_size if self._defers else None, ranks),
             kv_budget=plan.kv,
             kv_bytes_per_token=token_bytes,
             disk=self._disk,
@@ -180,7 +191,7 @@ class Engine:
         self._structured_output = structured_output or StructuredOutputManager(
             model.folder, self.info.vocab_size, self.info.eos_token_ids
         )
-        self._runner = ModelRunner(model, self.scheduler, self._structured_output)
+        self._runner = ModelRunner(model, self.scheduler, self._structured_output, ranks)
         self._oom_recovery = OOMRecovery(
             self.scheduler, least_kv=(self.info.max_context + memory.TAIL_ROOM) * token_bytes
         )
@@ -290,6 +301,7 @@ class Engine:
             progress = self._step()
         except Exception as error:
             self._recover(error)
+        self._runner.end_step()
         outputs, self._outputs = self._outputs, []
         if self._disk is not None:
             self._disk.save(idle=not self._requests and self.pending_step is None)
@@ -332,6 +344,8 @@ class Engine:
             Exception: `error`, unless it is about memory, or the MLA kernel was in use and may be
                 to blame. The engine can go on nevertheless.
         """
+        if self._ranks is not None:
+            raise error  # The other ranks may wait for this one in a collective.
         previous, self.pending_step = self.pending_step, None
         self._runner.reset()
         refused = is_out_of_memory(error)
@@ -437,6 +451,8 @@ class Engine:
             self.scheduler.tree.observer = None
             self._kv_events.close()
         self.scheduler.tree.clear()
+        if self._ranks is not None:
+            self._ranks.close()
         mx.clear_cache()
         self.release_limits()
 
@@ -474,6 +490,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             evicted_tokens=tree.evicted_tokens,
             **({} if self._disk is None else self._disk.stats()),
+            **self._runner.rank_stats(),
             step_seconds=self._step_seconds,
             step_seconds_total=self._step_seconds_total,
         )

@@ -8,19 +8,26 @@ need not wait before launching.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
+from glmd.engine.attention_metadata import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    build_levels,
+)
 from glmd.engine.config import MAX_WIDTH
+from glmd.engine.executor import Executor
+from glmd.engine.ranks.group import RankGroup
+from glmd.engine.ranks.lead import LeadExecutor
 from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
 from glmd.engine.sequence import Sequence
 from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.spec_decode.proposer import MTPProposer
 from glmd.engine.step import PendingStep, PromptScores, SequenceRows, StepRows
 from glmd.engine.structured_output import MaskRequest, StructuredOutputManager
-from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.stored_keys import StoredKeys, arrays_of
 from glmd.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from glmd.model.loader import LoadedModel
@@ -42,7 +49,12 @@ class ModelRunner:
         model: LoadedModel,
         scheduler: Scheduler,
         structured_output: StructuredOutputManager,
+        ranks: RankGroup | None = None,
     ) -> None:
+        """
+        Args:
+            ranks: the other ranks; None: there are none.
+        """
         self.num_prompt_tokens_computed = 0
         self._model = model
         self._scheduler = scheduler
@@ -52,9 +64,16 @@ class ModelRunner:
         self._metadata_builder = AttentionMetadataBuilder(
             self._tree, self._tails, model.shape, model.dtype
         )
+        self._executor = (
+            Executor(model, self._tails, self._metadata_builder)
+            if ranks is None
+            else LeadExecutor(model, self._tails, self._metadata_builder, ranks)
+        )
         self._proposer: MTPProposer | None = None
         if model.mtp is not None:
-            self._proposer = MTPProposer(model, model.mtp, scheduler, self._metadata_builder)
+            self._proposer = MTPProposer(
+                model, model.mtp, scheduler, self._metadata_builder, self._executor
+            )
 
     @property
     def kernel(self) -> bool:
@@ -69,6 +88,14 @@ class ModelRunner:
         """Use the kernel no more; returns whether it was used."""
         used, self.kernel = self.kernel, False
         return used
+
+    def rank_stats(self) -> dict[str, Any]:
+        """Fields of `EngineStats` about ranks."""
+        return self._executor.stats()
+
+    def end_step(self) -> None:
+        """Pass on what was done to KV since the last launch, if there are other ranks."""
+        self._executor.end_step()
 
     def reset(self) -> None:
         """Release what is kept from step to step."""
@@ -91,8 +118,8 @@ class ModelRunner:
             proposer = None
         if proposer is not None:
             proposer.catch_up(output.decode, plan)
-        rows, batch = self._prepare_batch(output, previous)
-        hidden, caches = self._model.forward(batch, self._tails)
+        rows, batch, layouts = self._prepare_batch(output, previous)
+        hidden, caches = self._executor.forward(batch, layouts)
         step = self._sample(rows, batch, hidden, previous)
         step.prompt_scores = self._score_prompts(rows, hidden)
         if proposer is not None:
@@ -125,8 +152,8 @@ class ModelRunner:
 
     def _prepare_batch(
         self, output: SchedulerOutput, previous: PendingStep | None
-    ) -> tuple[StepRows, ForwardBatch]:
-        """The table of the step's rows, and the model's input.
+    ) -> tuple[StepRows, ForwardBatch, list[AttentionMetadata]]:
+        """The table of the step's rows, the model's input, and the layouts of its decode groups.
 
         Sequences with drafts form one decode group, the others a second one.
         """
@@ -134,6 +161,7 @@ class ModelRunner:
         tokens: list[mx.array] = []
         positions: list[mx.array] = []
         groups: list[DecodeGroup] = []
+        layouts: list[AttentionMetadata] = []
         chunks: list[PrefillChunk] = []
         for members, width in self._decode_groups(output.decode, previous):
             metadata = self._metadata_builder.build(members, width)
@@ -142,6 +170,7 @@ class ModelRunner:
             groups.append(
                 self._metadata_builder.decode_group(metadata, rows.num_rows, group_positions)
             )
+            layouts.append(metadata)
             rows.add_decode(sequences, width)
             tokens.append(group_tokens.flatten())
             positions.append(group_positions.flatten())
@@ -156,7 +185,7 @@ class ModelRunner:
         batch = ForwardBatch(
             mx.concatenate(tokens), mx.concatenate(positions), groups, chunks, deferred
         )
-        return rows, batch
+        return rows, batch, layouts
 
     def _decode_groups(
         self, decode: list[Sequence], previous: PendingStep | None
@@ -375,8 +404,7 @@ class ModelRunner:
                 start, sequence.num_computed_tokens
             )
             keys = sequence.cache_keys(start, sequence.num_cached_tokens)
-            deferred = self._tails.deferred
-            kv = Segment.copy_of(caches, chunk.start, chunk.start + len(keys), deferred=deferred)
+            kv = self._executor.seal(caches, chunk.start, chunk.start + len(keys))
             assert sequence.lease is not None
             self._tree.insert(sequence.lease, keys, kv, defer=not chunk.num_sampled)
             if sequence.num_cached_tokens < sequence.num_computed_tokens:
@@ -386,10 +414,8 @@ class ModelRunner:
         for chunk in begun:
             self._scheduler.allocate_slot(chunk.sequence)
         self._tails.ensure(MAX_WIDTH)
-        slots = mx.array([chunk.sequence.slot for chunk in begun])
-        last_rows = mx.array([chunk.end - 1 for chunk in begun])
-        for layer, vectors in enumerate(caches):
-            self._tails.write(layer, slots, mx.zeros_like(slots), vectors[last_rows])
+        last_rows = [chunk.end - 1 for chunk in begun]
+        self._executor.begin_tails(caches, last_rows, [chunk.sequence.slot for chunk in begun])
 
 
 def _last_known_tokens(sequences: list[Sequence]) -> mx.array:

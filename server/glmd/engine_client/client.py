@@ -27,6 +27,7 @@ from glmd.engine_client.output_collector import OutputCollector, output_error
 from glmd.engine_client.process import EngineProcess, EngineProcessConfig
 from glmd.errors import EngineUnavailable, GlmdError
 from glmd.ipc import (
+    EXIT_RANK_LOST,
     EXIT_REPORTED,
     AbortRequest,
     EngineFailed,
@@ -486,6 +487,8 @@ def describe_model(model: ModelInfo) -> str:
 
 def describe_exit_code(code: int) -> str:
     """Return `exit code 1`, or `signal SIGKILL` for a negative code."""
+    if code == EXIT_RANK_LOST:
+        return "it lost one of its ranks; see the log"
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -38,6 +38,17 @@ class Segment:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def num_caught_up(self) -> int:
+        """Number of tokens in `caught_up`."""
+        return sum(part.shape[0] for part in self.caught_up)
+
+    def completed(self) -> Segment:
+        """This deferred segment with the KV in `caught_up`, which is of all its tokens."""
+        last = mx.concatenate(self.caught_up)
+        mx.async_eval(last)
+        return Segment([*self.layers[:-1], last])
+
     def arrays(self) -> dict[str, mx.array]:
         """The segment's arrays by name, [tokens, …] each; inverted by `from_arrays`."""
         names = [str(index) for index in range(len(self.layers))]

@@ -91,7 +91,7 @@ class TailPool:
         if not self._free:
             grown = self._slots_for(self.slots + 1)
             self._free = list(range(self.slots, grown))
-            self._resize(grown, self.capacity)
+            self.resize(grown, self.capacity)
         slot = heapq.heappop(self._free)
         self._used.add(slot)
         return slot
@@ -110,7 +110,7 @@ class TailPool:
         if needed <= self.slots // 2:
             self._free = [free for free in self._free if free < needed]
             heapq.heapify(self._free)
-            self._resize(needed, self.capacity)
+            self.resize(needed, self.capacity)
 
     def move_down(self, slot: int) -> int:
         """Move a tail to the lowest free slot if that is lower; return the tail's slot."""
@@ -126,7 +126,7 @@ class TailPool:
         """Resize the slots to hold `tokens` tokens, rounded up."""
         capacity = _capacity_for(tokens)
         if capacity != self.capacity:
-            self._resize(self.slots, capacity)
+            self.resize(self.slots, capacity)
 
     def ensure(self, tokens: int) -> None:
         """Grow the slots to hold at least `tokens` tokens."""
@@ -173,7 +173,8 @@ class TailPool:
         """Round a number of slots up to a power of two, and from 8 to a multiple of 8."""
         return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
-    def _resize(self, slots: int, capacity: int) -> None:
+    def resize(self, slots: int, capacity: int) -> None:
+        """Change the pool's size. The tails in use must fit."""
         if not self._pools:
             self._pools = [
                 zeros((slots, capacity, width), self._dtype, self._bits) for width in self._widths

@@ -7,14 +7,15 @@ import numpy as np
 
 from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
 from glmd.engine.config import MAX_WIDTH
+from glmd.engine.executor import Executor
 from glmd.engine.scheduler.scheduler import Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.engine.spec_decode.controller import DraftPlan
 from glmd.engine.step import PendingStep, StepRows
 from glmd.kv_cache.node import Lease, Node
 from glmd.kv_cache.segment import Segment
-from glmd.kv_cache.stored_keys import StoredKeys, dequantize
-from glmd.model.batch import ForwardBatch, PrefillChunk
+from glmd.kv_cache.stored_keys import StoredKeys
+from glmd.model.batch import ForwardBatch
 from glmd.model.glm4_moe_lite import Glm4MoeLiteModel
 from glmd.model.mtp import MTPLayer
 from glmd.model.sampler import SamplingRow, sample
@@ -32,6 +33,7 @@ class MTPProposer:
         layer: MTPLayer,
         scheduler: Scheduler,
         metadata_builder: AttentionMetadataBuilder,
+        executor: Executor,
     ) -> None:
         self._model = model
         self._layer = layer
@@ -39,6 +41,7 @@ class MTPProposer:
         self._tree = scheduler.tree
         self._tails = scheduler.tails
         self._metadata_builder = metadata_builder
+        self._executor = executor
         self._complete: set[Lease[Segment]] = set()
         """Leases of decoding sequences whose prefix has no deferred segments."""
 
@@ -82,31 +85,20 @@ class MTPProposer:
         assert segment is not None
         if not segment.deferred:
             return 0  # Caught up for another sequence.
-        start = sum(part.shape[0] for part in segment.caught_up)
+        start = segment.num_caught_up
         rows = min(limit, len(node) - start)
-        expanded = rows >= self._model.shape.break_even_rows
         end = start + rows
         before = Lease(node, start)
         if not start:
             assert node.parent is not None
             before = Lease(node.parent, node.offset)
         levels = build_levels([self._tree.path(before)], rows)
-        chunk = PrefillChunk(0, rows, [span for level in levels for span in level], expanded, rows)
+        spans = [span for level in levels for span in level]
         # A key is a pair of a token and its successor.
         successors = mx.array((node.keys[start:end] & 0xFFFFFFFF).astype(np.int32))
-        positions = mx.arange(node.start + start, node.start + end, dtype=mx.int32)
-        batch = ForwardBatch(successors, positions, [], [chunk])
-        # KV is deferred only where it is not quantised.
-        inputs = dequantize(segment.layers[-1])[start:end]
-        hidden = self._model.forward_deferred(inputs, batch, self._tails)
-        kv = self._layer.compute_kv(successors, hidden, batch, self._tails)
-        segment.caught_up.append(dequantize(kv))
+        self._executor.catch_up(segment, successors, node.start + start, spans)
         if end == len(node):
-            last = mx.concatenate(segment.caught_up)
-            self._tree.replace(node, Segment([*segment.layers[:-1], last]))
-            mx.async_eval(last)
-        else:
-            mx.async_eval(segment.caught_up[-1])
+            self._tree.replace(node, segment.completed())
         return rows
 
     # -- KV and drafts ------------------------------------------------------------------------
@@ -124,7 +116,7 @@ class MTPProposer:
             cache vectors [N, kv_width].
         """
         successors = self._successors(rows, sampled)
-        return self._layer.compute_kv(successors, hidden, batch, self._tails)
+        return self._executor.compute_kv(successors, hidden, batch)
 
     @staticmethod
     def _successors(rows: StepRows, sampled: mx.array | None) -> mx.array:
@@ -189,17 +181,14 @@ class MTPProposer:
         first = mx.array([sampled[i].end - sampled[i].num_sampled for i in order])
         index = mx.array(order)
         last = first + step.counts[index] - 1
-        h, positions, tokens = hidden[last], batch.positions[last], step.last[index]
         sampling = [SamplingRow(sequences[i].draft_sampling, 0, None) for i in metadata.order]
-        drafts = []
-        for _ in range(count):
-            # The KV that this writes to the tails is there already for the last confirmed row, and
-            # is overwritten behind it when those positions are confirmed.
-            group = self._metadata_builder.decode_group(metadata, 0, positions[:, None])
-            h = self._layer.forward(
-                tokens, h, ForwardBatch(tokens, positions, [group], []), self._tails
-            )
-            tokens = sample(self._layer.logits(h), sampling, positions + 2).tokens
-            positions = positions + 1
-            drafts.append(tokens)
+        drafts = self._executor.draft(
+            metadata,
+            last,
+            step.last[index],
+            batch.positions[last],
+            hidden,
+            count,
+            lambda h, positions: sample(self._layer.logits(h), sampling, positions).tokens,
+        )
         return mx.stack(drafts, axis=1)[mx.array(np.argsort(metadata.order).astype(np.int32))]
