@@ -18,7 +18,9 @@ from glmd.bench.device_model import (
     EXPERTS_BYTES,
     KV_TOKEN_BYTES,
     LAYERS,
+    LINKS,
     WEIGHT_BYTES,
+    Ranks,
     StepCost,
     computed_rows,
     expert_bytes,
@@ -119,3 +121,30 @@ def test_an_invalid_device_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(SettingsError, match="--device"):
         load_device(file)
+
+
+def test_ranks_divide_what_they_read_and_pay_for_their_sums() -> None:
+    step = StepCost(rows=1, kv_tokens=0, dispatches=BASE_DISPATCHES)
+    fast = Ranks(2, LINKS["thunderbolt"])
+    sums = 95 * 30e-6 + 94 * 4096 / 6e9
+    read = (0.5e9 + (step.nbytes - 0.5e9) / 2) / 430e9
+    dispatches = LAYERS * BASE_DISPATCHES * 1.5e-6
+    assert step.seconds(MAX, fast) == pytest.approx(read + dispatches + sums, rel=0.001)
+    assert step.seconds(MAX, Ranks(2, LINKS["10gbe"])) > 3 * step.seconds(MAX)
+    prompt = StepCost(rows=2048, kv_tokens=2048, dispatches=BASE_DISPATCHES)
+    assert prompt.seconds(MAX, fast) < 0.65 * prompt.seconds(MAX)
+
+
+def test_the_command_compares_ranks_with_one_mac(tmp_path: Path) -> None:
+    device, link, out = (tmp_path / name for name in ("mac.json", "link.json", "rows.json"))
+    device.write_text('{"name": "M2 Ultra", "bandwidth_gb": 640, "row_ms": 0.9, "memory_gib": 144}')
+    link.write_text('{"name": "40 Gb Ethernet", "latency_us": 100, "bandwidth_gb": 4}')
+    command = ["bench", "simulate", "--device", str(device), "--json", str(out)]
+    done = CliRunner().invoke(app, [*command, "--ranks", "2", "--link", str(link)])
+    assert done.exit_code == 0, done.output
+    assert "40 Gb Ethernet" in done.output
+    alone, group = json.loads(out.read_text())
+    assert (alone["ranks"], group["ranks"]) == (1, 2)
+    assert group["kv_tokens"] > alone["kv_tokens"]
+    for wrong in (["--ranks", "3", "--link", "10gbe"], ["--ranks", "2"], ["--link", "10gbe"]):
+        assert CliRunner().invoke(app, [*command, *wrong]).exit_code != 0

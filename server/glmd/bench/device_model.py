@@ -100,6 +100,76 @@ DEVICES = (
 """Macs with 48, 64, 96 and 64 GB. Time per row from reported prefill speeds of 30B-A3B models."""
 
 
+class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The connection between the machines of a group of ranks.
+
+    Attributes:
+        latency_us: duration of a small sum over two ranks, in µs.
+        bandwidth_gb: of one direction, in GB/s.
+    """
+
+    name: str
+    latency_us: float
+    bandwidth_gb: float
+
+    def __post_init__(self) -> None:
+        for field in ("latency_us", "bandwidth_gb"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}: must be greater than 0")
+
+
+LINKS = {
+    "thunderbolt": Link(name="Thunderbolt 5, RDMA", latency_us=30, bandwidth_gb=6),
+    "10gbe": Link(name="10 Gb Ethernet", latency_us=300, bandwidth_gb=1.2),
+}
+
+WHOLE_BYTES = 0.50e9
+"""Part of `DENSE_BYTES` that each rank reads whole: head, latent projections, routers."""
+
+WHOLE_WEIGHT_BYTES = 0.83e9
+"""Part of `WEIGHT_BYTES` that each rank holds whole: these and the embedding."""
+
+WHOLE_SHARE = 0.04
+"""Share of a row's operations that each rank does whole: 2.8 of 68.9 million per layer."""
+
+SUM_BYTES = 2048 * 2
+"""Bytes of a row's hidden state, of which each layer has two sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Equal devices that serve one model together."""
+
+    count: int
+    link: Link
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights on each rank."""
+        return int(WHOLE_WEIGHT_BYTES + (WEIGHT_BYTES - WHOLE_WEIGHT_BYTES) / self.count)
+
+    def sum_seconds(self, rows: int) -> float:
+        """Duration of a step's sums over a ring of ranks."""
+        hops = self.count - 1
+        transfer = 2 * hops / self.count * rows * SUM_BYTES / (self.link.bandwidth_gb * 1e9)
+        sums = 2 * LAYERS + 1  # One more shares tokens and positions.
+        return sums * hops * self.link.latency_us * 1e-6 + 2 * LAYERS * transfer
+
+
+def load_link(name: str) -> Link:
+    """Find a link by its name, or read one from a JSON file with the fields of `Link`.
+
+    Raises:
+        SettingsError: the file cannot be read or is no link.
+    """
+    if name in LINKS:
+        return LINKS[name]
+    try:
+        return msgspec.json.decode(Path(name).read_bytes(), type=Link)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SettingsError(f"--link: {name}: {error} Known links: {', '.join(LINKS)}.") from error
+
+
 def load_device(file: Path) -> Device:
     """Read a device from a JSON file with the fields of `Device`.
 
@@ -149,14 +219,25 @@ class StepCost:
     @property
     def nbytes(self) -> float:
         """Bytes read, and bytes of KV written by copies."""
-        kv = (self.kv_tokens + 2 * self.copied_tokens) * KV_TOKEN_BYTES
-        return DENSE_BYTES + expert_bytes(self.rows) + kv
+        return WHOLE_BYTES + self._divided_bytes + self._kv_bytes
 
-    def seconds(self, device: Device) -> float:
-        """Duration on a device."""
-        reading = self.nbytes / (device.bandwidth_gb * 1e9)
-        computing = computed_rows(self.rows) * device.row_ms * 1e-3
-        return max(reading, computing) + LAYERS * self.dispatches * device.dispatch_us * 1e-6
+    @property
+    def _divided_bytes(self) -> float:
+        """Bytes read of weights that ranks divide among them."""
+        return DENSE_BYTES - WHOLE_BYTES + expert_bytes(self.rows)
+
+    @property
+    def _kv_bytes(self) -> float:
+        return (self.kv_tokens + 2 * self.copied_tokens) * KV_TOKEN_BYTES
+
+    def seconds(self, device: Device, ranks: Ranks | None = None) -> float:
+        """Duration on a device, or on each of several ranks."""
+        count = 1 if ranks is None else ranks.count
+        read = WHOLE_BYTES + self._divided_bytes / count + self._kv_bytes
+        rows = computed_rows(self.rows) * (WHOLE_SHARE + (1 - WHOLE_SHARE) / count)
+        busy = max(read / (device.bandwidth_gb * 1e9), rows * device.row_ms * 1e-3)
+        dispatching = LAYERS * self.dispatches * device.dispatch_us * 1e-6
+        return busy + dispatching + (0.0 if ranks is None else ranks.sum_seconds(self.rows))
 
 
 def step_cost(batch: ForwardBatch, tail_tokens: int) -> StepCost:

@@ -19,6 +19,7 @@ import mlx.core as mx
 from glmd.bench.device_model import (
     WEIGHT_BYTES,
     Device,
+    Ranks,
     StepCost,
     model_args,
     step_cost,
@@ -119,6 +120,7 @@ class Simulation:
     Args:
         config: the engine's; None: the defaults, without MTP.
         mla_kernel: whether decode attention is `glmd.model.mla_kernel`.
+        ranks: of which `device` is one; None: it is alone.
 
     Attributes:
         clock: virtual seconds.
@@ -126,15 +128,24 @@ class Simulation:
     """
 
     def __init__(
-        self, device: Device, config: EngineConfig | None = None, *, mla_kernel: bool = False
+        self,
+        device: Device,
+        config: EngineConfig | None = None,
+        *,
+        mla_kernel: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         args = model_args()
+        weights = WEIGHT_BYTES
+        if ranks is not None:
+            weights = ranks.weight_bytes
+            args.num_attention_heads //= ranks.count
         plan = plan_memory(
             Path("GLM-4.7-Flash"),
             args,
             config or EngineConfig(mtp=0),
             int(device.memory_gib * 2**30),
-            weights=WEIGHT_BYTES,
+            weights=weights,
             mtp_weights=0,
             item=ITEM_BYTES,
         )
@@ -156,7 +167,7 @@ class Simulation:
             max_context=min(args.max_position_embeddings, kv_tokens - TAIL_ROOM),
             eos_token_ids=(),
             has_mtp=False,
-            weight_bytes=WEIGHT_BYTES,
+            weight_bytes=weights,
             kv_bytes_per_token=plan.token_bytes,
             kv_bits=plan.kv_bits,
             bits_per_weight=0.0,
@@ -172,6 +183,7 @@ class Simulation:
             kv_bytes_per_token=1,
         )
         self._device = device
+        self._ranks = ranks
         self._model = SimulatedModel(shape)
         # No request has a grammar.
         self._runner = ModelRunner(self._model, self.scheduler, cast(StructuredOutputManager, None))
@@ -234,7 +246,8 @@ class Simulation:
         """Compute when a launched step ends. The device runs steps one after another."""
         tree = self.scheduler.tree
         copied, self._copied_tokens = tree.copied_tokens - self._copied_tokens, tree.copied_tokens
-        seconds = replace(self._model.cost, copied_tokens=copied).seconds(self._device)
+        cost = replace(self._model.cost, copied_tokens=copied)
+        seconds = cost.seconds(self._device, self._ranks)
         self._device_free_at = max(self._device_free_at, self.clock) + seconds
         leases = [s.lease for s in self.scheduler.running if s.lease is not None]
         self.steps.append(

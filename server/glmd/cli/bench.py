@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -179,6 +180,16 @@ def simulate(
         bool, typer.Option("--mla-kernel", help="Decode attention by the MLA kernel.")
     ] = False,
     model: Model = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Divide the model among so many such Macs, with --link.")
+    ] = 1,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="Link between ranks: thunderbolt, 10gbe, or a JSON file, for example"
+            ' {"name": "40 Gb Ethernet", "latency_us": 100, "bandwidth_gb": 4}.'
+        ),
+    ] = None,
     only: Only = "",
     json_file: Json = None,
 ) -> None:
@@ -187,12 +198,19 @@ def simulate(
     Example: glmd bench simulate --json steps.json
     """
     from glmd.bench import report
-    from glmd.bench.device_model import DEVICES, load_device
-    from glmd.bench.simulate import simulate, simulation_table
+    from glmd.bench.device_model import DEVICES, Ranks, load_device, load_link
+    from glmd.bench.ranks import RanksRow, ranks_table, simulate_ranks
+    from glmd.bench.simulate import SimulationRow, simulate, simulation_table
     from glmd.errors import SettingsError
 
     if calibrate is not None and device is not None:
         raise SettingsError("--device: is measured by --calibrate. Leave one of both out.")
+    if (ranks > 1) != (link is not None):
+        raise SettingsError("--ranks, --link: give both, or none.")
+    if ranks not in (1, 2, 4):
+        raise SettingsError(f"--ranks: GLM-4.7-Flash cannot be divided among {ranks}. Use 2 or 4.")
+    if ranks > 1 and (only or mla_kernel or calibrate is not None):
+        raise SettingsError("--ranks: has no scenarios and measures nothing. Leave the rest out.")
     if model is not None and calibrate is None:
         raise SettingsError("--model: only --calibrate runs a model. Add --calibrate FILE.")
     if calibrate is not None:
@@ -204,9 +222,15 @@ def simulate(
         typer.echo(calibrate.read_text(encoding="utf-8"), nl=False)
         return
     devices = DEVICES if device is None else (load_device(device),)
+    rows: Sequence[SimulationRow | RanksRow]
     with report.progress() as on_progress:
-        rows = simulate(devices, on_progress, only=only, mla_kernel=mla_kernel)
-    report.console().print(simulation_table(rows))
+        if link is not None:
+            rows = compared = simulate_ranks(devices, Ranks(ranks, load_link(link)), on_progress)
+            table = ranks_table(compared)
+        else:
+            rows = simulated = simulate(devices, on_progress, only=only, mla_kernel=mla_kernel)
+            table = simulation_table(simulated)
+    report.console().print(table)
     if json_file is not None:
         text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)
         json_file.write_text(text + "\n", encoding="utf-8")
