@@ -27,7 +27,7 @@ from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
 from glmd.engine.ranks.group import RankGroup
 from glmd.engine.ranks.lead import make_tails
 from glmd.engine.scheduler.disk_tier import DiskTier, open_disk_cache
-from glmd.engine.scheduler.scheduler import Scheduler, SchedulerOutput
+from glmd.engine.scheduler.scheduler import Scheduler
 from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
 from glmd.engine.spec_decode.controller import DraftController
 from glmd.engine.step import PendingStep
@@ -330,7 +330,7 @@ class Engine:
         if self.pending_step is not None:
             self._read(self.pending_step)
         self.pending_step = launched
-        return _progress(scheduled)
+        return scheduled.progress()
 
     def _recover(self, error: Exception) -> None:
         """Drop all KV, and start over with the tokens known by then.
@@ -494,13 +494,3 @@ class Engine:
             step_seconds=self._step_seconds,
             step_seconds_total=self._step_seconds_total,
         )
-
-
-def _progress(scheduled: SchedulerOutput) -> list[SequenceOutput]:
-    """Outputs that report admissions and, where requested, the progress of prompts."""
-    admitted = [s.output(admitted=True, cache_match=s.cache_match) for s in scheduled.admitted]
-    return admitted + [
-        s.output(computed_tokens=min(s.num_computed_tokens, s.prompt_length))
-        for s, _ in scheduled.chunks
-        if s.request.prompt_progress and s.status is not SequenceStatus.FINISHED
-    ]

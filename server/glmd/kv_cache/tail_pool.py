@@ -117,10 +117,14 @@ class TailPool:
         if not self._free or self._free[0] > slot:
             return slot
         lowest = self.allocate()
-        for array in self.arrays():
-            array[lowest] = array[slot]
+        self.copy_slot(slot, lowest)
         self.release(slot)
         return lowest
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a tail to another slot."""
+        for array in self.arrays():
+            array[target] = array[source]
 
     def reserve(self, tokens: int) -> None:
         """Resize the slots to hold `tokens` tokens, rounded up."""

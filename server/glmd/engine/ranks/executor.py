@@ -61,7 +61,7 @@ class RankExecutor(Executor):
         return list(mx.split(self.share(mx.concatenate(list(columns))), len(columns)))
 
     def digest(self, step: int) -> int | None:
-        """Digest of the KV that a step computed, once it is computed; None: it is not kept.
+        """Digest of the KV that a step computed and of tails; None: it is not kept.
 
         Sums over ranks are equal to the bit on all of them, and so is what follows from them.
         """
@@ -74,6 +74,9 @@ class RankExecutor(Executor):
         hidden, caches = super().forward(batch, layouts)
         last = arrays_of(caches[-1])[0]
         digest = last.view(mx.uint32).sum()
+        if self.tails.slots:
+            # KV that differs would change the sums, but on all ranks.
+            digest = digest + arrays_of(self.tails.view(0))[0].view(mx.uint32).sum()
         self.steps += 1
         self._digests[self.steps] = digest
         self._digests.pop(self.steps - KEPT_DIGESTS, None)

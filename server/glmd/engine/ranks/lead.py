@@ -94,6 +94,10 @@ class LeadTails(TailPool):
         self._ranks.record(plan.CopyTail(number, slot, tokens))
         return LeadSegment(super().copy_out(slot, tokens), self._ranks, number)
 
+    def copy_slot(self, source: int, target: int) -> None:
+        self._ranks.record(plan.CopySlot(source, target))
+        super().copy_slot(source, target)
+
     def shift(self, slot: int, start: int, count: int) -> None:
         self._ranks.record(plan.ShiftTail(slot, start, count))
         super().shift(slot, start, count)

@@ -115,6 +115,13 @@ class ShiftTail(Message, frozen=True, tag="shift"):
     count: int
 
 
+class CopySlot(Message, frozen=True, tag="copy_slot"):
+    """`TailPool.copy_slot`"""
+
+    source: int
+    target: int
+
+
 class CopyTail(Message, frozen=True, tag="copy"):
     """`TailPool.copy_out` into a new segment."""
 
@@ -228,8 +235,8 @@ class CatchUp(Message, frozen=True, tag="catch_up"):
 
 
 Operation = (
-    Setup | WarmUp | ResizeTails | ResetTails | DeferTails | ShiftTail | CopyTail | Seal
-    | BeginTails | Slice | Concat | Complete | Drop | Forward | ComputeKV | Draft | CatchUp
+    Setup | WarmUp | ResizeTails | ResetTails | DeferTails | ShiftTail | CopySlot | CopyTail
+    | Seal | BeginTails | Slice | Concat | Complete | Drop | Forward | ComputeKV | Draft | CatchUp
 )  # fmt: skip
 
 

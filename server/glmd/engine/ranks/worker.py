@@ -81,6 +81,7 @@ class Replay:
             plan.ResetTails: lambda _: self.tails.reset(),
             plan.DeferTails: lambda op: self.tails.set_deferred(op.deferred),
             plan.ShiftTail: lambda op: self.tails.shift(op.slot, op.start, op.count),
+            plan.CopySlot: lambda op: self.tails.copy_slot(op.source, op.target),
             plan.CopyTail: self._copy_tail,
             plan.Seal: self._seal,
             plan.BeginTails: self._begin_tails,

@@ -24,7 +24,7 @@ from glmd.engine.scheduler.prefill_budget import (
     VirtualTokenCounter,
 )
 from glmd.engine.sequence import NO_SLOT, Sequence, SequenceStatus
-from glmd.ipc import CacheMatch
+from glmd.ipc import CacheMatch, SequenceOutput
 from glmd.kv_cache.prefix_tree import PrefixTree
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.tail_pool import TAIL_TOKENS, TailPool
@@ -57,6 +57,15 @@ class SchedulerOutput:
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.chunks)
+
+    def progress(self) -> list[SequenceOutput]:
+        """Outputs that report admissions and, where requested, the progress of prompts."""
+        admitted = [s.output(admitted=True, cache_match=s.cache_match) for s in self.admitted]
+        return admitted + [
+            s.output(computed_tokens=min(s.num_computed_tokens, s.prompt_length))
+            for s, _ in self.chunks
+            if s.request.prompt_progress and s.status is not SequenceStatus.FINISHED
+        ]
 
 
 class Scheduler:
