@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import httpx
 import psutil
 import pytest
 import sse
-from live import LiveServer, live_server
+from live import LiveServer, live_server, serving
 
 from glmd.ipc import EngineStats
 
@@ -126,25 +125,6 @@ def test_the_engine_killed_mid_stream_is_an_error_event_and_the_next_request_wor
 
 
 # -- the command ----------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`glmd serve`: its process and the URL that it prints."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "glmd", "serve", *arguments, "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        line = next(line for line in process.stderr if "http://" in line)
-        url = json.loads(line)["message"].split()[-1]
-        yield process, url.removesuffix("/v1")
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 def wait_until_ready(url: str) -> None:

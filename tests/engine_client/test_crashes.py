@@ -5,16 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import httpx
 import psutil
 import pytest
 import sse
-from live import LiveServer, live_server
+from live import LiveServer, live_server, serving
 
 from glmd.checkpoint.hub import DEMO
 from glmd.engine_client import client as engine_client
@@ -191,29 +188,6 @@ def test_a_quarantined_request_is_rejected_in_every_apis_shape(
 # -- the command ----------------------------------------------------------------------------
 
 
-@contextmanager
-def serving(*arguments: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `glmd serve` with temporary files in `folder`; yield the process and the URL."""
-    # MLX keeps there what it compiles for a CPU, which takes half a minute.
-    compiled = Path(tempfile.gettempdir()) / "mlx"
-    compiled.mkdir(exist_ok=True)
-    (folder / "mlx").symlink_to(compiled)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "glmd", "serve", *arguments, "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(folder), "GLMD_DRAIN_TIMEOUT": str(TIMEOUT)},
-    )
-    assert process.stderr is not None
-    try:
-        found = (re.search(r"http://[^/ ]+:\d+", line) for line in process.stderr)
-        yield process, next(match.group() for match in found if match)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
 def wait_until_ready(http: httpx.Client) -> None:
     deadline = time.monotonic() + TIMEOUT
     while http.get("/health").status_code != 200:
@@ -225,7 +199,7 @@ def test_a_server_killed_during_a_stream_leaves_no_processes_and_folders(
     tmp_path: Path,
 ) -> None:
     with (
-        serving(str(DEMO), folder=tmp_path) as (process, url),
+        serving(str(DEMO), folder=tmp_path, GLMD_DRAIN_TIMEOUT=str(TIMEOUT)) as (process, url),
         httpx.Client(base_url=url, timeout=TIMEOUT) as http,
     ):
         wait_until_ready(http)
@@ -252,7 +226,10 @@ def test_sigterm_lets_a_stream_complete_and_exits_with_0(
     random_checkpoint: Path, tmp_path: Path
 ) -> None:
     with (
-        serving(str(random_checkpoint), folder=tmp_path) as (process, url),
+        serving(str(random_checkpoint), folder=tmp_path, GLMD_DRAIN_TIMEOUT=str(TIMEOUT)) as (
+            process,
+            url,
+        ),
         httpx.Client(base_url=url, timeout=TIMEOUT) as http,
     ):
         wait_until_ready(http)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -96,3 +101,34 @@ def live_server(
         thread.join(30)
         assert not thread.is_alive()
     assert not app.invalid, f"{len(app.invalid)} of OpenAI's: " + "\n".join(app.invalid[:10])
+
+
+@contextmanager
+def serving(
+    *arguments: str, folder: Path | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `glmd serve`; yields the process and the URL that its log begins with.
+
+    Args:
+        folder: for temporary files; None: where they usually are.
+    """
+    if folder is not None:
+        # MLX keeps there what it compiles for a CPU, which takes half a minute.
+        compiled = Path(tempfile.gettempdir()) / "mlx"
+        compiled.mkdir(exist_ok=True)
+        (folder / "mlx").symlink_to(compiled)
+        environment["TMPDIR"] = str(folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glmd", "serve", *arguments, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stderr is not None
+    try:
+        found = (re.search(r"http://[^/ ]+:\d+", line) for line in process.stderr)
+        yield process, next(match.group() for match in found if match)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
