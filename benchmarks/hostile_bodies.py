@@ -427,7 +427,7 @@ class Server:
             text = self._log.read_text() if self._log.exists() else ""
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", text):
                 port = int(found[1])
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200:
                     return port
             time.sleep(0.2)
         raise SystemExit(self._log.read_text())

@@ -37,7 +37,7 @@ TRIM_BYTES = 1 << 20
 """Memory of a request from which on free memory is returned to the system when it has ended."""
 
 TRIM_SECONDS = 1.0
-"""Delay until then, in which further requests end."""
+"""Delay until then, in which the connection lets go of the request."""
 
 NO_MEMORY = overloaded("No memory left for request bodies. Try again later.")
 
@@ -54,7 +54,6 @@ class BodyLimitMiddleware:
         self._limit = limit
         self._timeout = timeout
         self._held_bytes = FairLimiter(MAX_BODIES * limit)
-        self._trims = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
@@ -77,19 +76,16 @@ class BodyLimitMiddleware:
 
                 await self._app(scope, replay, send)
 
+    @staticmethod
     @contextmanager
-    def _trim_after(self, reservation: Reservation) -> Iterator[None]:
+    def _trim_after(reservation: Reservation) -> Iterator[None]:
         """After the block return free memory to the system, if the request took much."""
         try:
             yield
         finally:
-            if reservation.size > TRIM_BYTES and not self._trims:
-                self._trims = True
-                asyncio.get_running_loop().call_later(TRIM_SECONDS, self._trim)
-
-    def _trim(self) -> None:
-        self._trims = False
-        asyncio.get_running_loop().run_in_executor(None, return_free_memory)
+            if reservation.size > TRIM_BYTES:
+                loop = asyncio.get_running_loop()
+                loop.call_later(TRIM_SECONDS, loop.run_in_executor, None, return_free_memory)
 
     async def _read(self, receive: Receive, reservation: Reservation) -> bytes | ErrorInfo | None:
         """Return the body, or an error; None: the client has disconnected."""

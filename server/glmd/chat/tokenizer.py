@@ -26,8 +26,8 @@ from glmd.utils.lru import LRUCache
 MIN_CACHED_CHARS = 256
 """Characters of the shortest text whose ids are cached. BPE takes 0.6 s for a million characters, a
 look-up 0.2 ms."""
-CACHE_BYTES = 16 << 20
-"""Memory of cached ids: about twenty full contexts."""
+CACHE_BYTES = 8 << 20
+"""Memory of cached ids: about ten full contexts, or fifty conversations of an agent."""
 
 STEP_CHARS = 1 << 16
 """Characters of a text that are encoded at a time: at most 0.2 s."""
