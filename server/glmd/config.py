@@ -309,7 +309,7 @@ class Settings(BaseSettings):
         description="ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5558, from which routers get"
         " events of `kv_events` that they missed. Default: none.",
     )
-    ranks: Annotated[int, Field(ge=1, le=8)] | Path = Field(
+    ranks: int | Path = Field(
         1,
         description="Processes among which the model is divided: their number, all on this machine,"
         " or a file of hosts as for mlx.launch. On the other hosts run `glmd rank`.",

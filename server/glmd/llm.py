@@ -45,7 +45,7 @@ from glmd.checkpoint.hub import DEMO, resolve_model
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
 from glmd.engine_client.output_collector import output_error
-from glmd.errors import InvalidRequest
+from glmd.errors import InvalidRequest, SettingsError
 from glmd.ipc import EngineRequest, SamplingParams, SequenceOutput, pack_tokens
 from glmd.utils.text import did_you_mean
 
@@ -171,6 +171,7 @@ class LLM:
     Raises:
         ModelNotFound: no such folder or repository exists.
         CheckpointError: the checkpoint is damaged or unsupported.
+        SettingsError: a setting is invalid, or not for this class.
 
     Attributes:
         engine: the engine, for its `info` and `stats()`.
@@ -180,6 +181,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **config: Any) -> None:
+        if config.get("ranks", 1) != 1:
+            raise SettingsError("ranks: only `glmd serve` has ranks, whose loss ends the process.")
         folder = DEMO if model is None else resolve_model(str(model))
         self.tokenizer = Tokenizer.load(folder)
         self.template = ChatTemplate.load(folder, self.tokenizer.controls)

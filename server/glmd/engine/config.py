@@ -80,9 +80,9 @@ class EngineConfig:
         return 2 if self.mtp == "auto" else 1 + self.mtp
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_step_tokens", "max_slowdown"):
+        for name in ("max_running", "max_step_tokens", "max_slowdown", "ranks"):
             value = getattr(self, name)
-            if value is not None and not value >= 1:
+            if value is not None and not isinstance(value, str) and not value >= 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}.")
         for name in ("min_stream_rate", "max_gap"):
             value = getattr(self, name)

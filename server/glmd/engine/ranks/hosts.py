@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import msgspec
 from glmd.errors import SettingsError
 
 LOCAL = "127.0.0.1"
+
+JOIN_TIMEOUT = 30
+"""Seconds for all ranks to join, which takes one."""
 
 RDMADevices = list[str | list[str] | None]
 """A host's devices towards each host."""
@@ -83,9 +87,20 @@ def free_address(ip: str) -> str:
 def join(rank: int, addresses: list[str], rdma: list[RDMADevices] | None) -> mx.distributed.Group:
     """Join the collectives of all ranks, which wait for one another.
 
+    MLX waits for ever where a rank has died since, and lets no thread of this process run (0.32).
+    So a signal ends the process.
+
     Args:
         addresses: of all ranks, `ip:port`.
     """
+    signal.alarm(JOIN_TIMEOUT)
+    try:
+        return _join(rank, addresses, rdma)
+    finally:
+        signal.alarm(0)
+
+
+def _join(rank: int, addresses: list[str], rdma: list[RDMADevices] | None) -> mx.distributed.Group:
     content = [[address] for address in addresses] if rdma is None else rdma
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(content, file)
