@@ -141,6 +141,15 @@ def test_a_model_beyond_the_budget_is_a_problem(random_checkpoint: Path) -> None
     assert_problem(finding, "GiB of weights, memory budget", "iogpu.wired_limit_mb")
 
 
+def test_ranks_divide_the_model_or_are_a_problem(random_checkpoint: Path) -> None:
+    whole = doctor.check_model(str(random_checkpoint), GIB)
+    finding = doctor.check_model(str(random_checkpoint), 2 * GIB, {"ranks": 2})
+    assert finding.verdict == whole.verdict
+    assert "on each of 2 ranks, room for" in finding.found
+    finding = doctor.check_model(str(random_checkpoint), GIB, {"ranks": 3})
+    assert_problem(finding, "among 3 ranks. Use 2 or 4", "leave it out")
+
+
 def test_a_damaged_file_is_named(tmp_path: Path, random_checkpoint: Path) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()

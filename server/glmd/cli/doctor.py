@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import psutil
 import typer
@@ -31,6 +31,10 @@ from glmd.errors import CheckpointError, ServiceError, SettingsError
 from glmd.utils.files import free_bytes
 from glmd.utils.mlx_environment import engine_environment, find_openblas
 from glmd.utils.text import gib
+
+if TYPE_CHECKING:
+    from glmd.checkpoint.config import ModelConfig
+    from glmd.checkpoint.stored import StoredWeights
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -331,16 +335,29 @@ def check_model(
             )  # fmt: skip
         advice = f"The first start downloads it. Download it now: glmd pull {name}"
         return found("warning", text, advice)
+    ranks = engine.get("ranks", 1)
     try:
         config = load_config(folder)
         stored = inspect(folder).stored
         if stored is None:
             raise CheckpointError(f"{folder}: no model*.safetensors")
         TemplateProcess.load(folder, Tokenizer.load(folder).controls).close()
-    except CheckpointError as error:
-        return found("problem", error.message, "Download or convert the model again.")
-    weights = stored.main_bytes + stored.mtp_bytes
-    text = f"{name or 'bundled demo'}, {gib(weights)} GiB of weights"
+        part, count = part_of_rank(folder, config, ranks) if ranks != 1 else (None, 1)
+    except (CheckpointError, SettingsError) as error:
+        remedy = "Download or convert the model again."
+        if isinstance(error, SettingsError):
+            remedy = "Change the setting, or leave it out."
+        return found("problem", error.message, remedy)
+    main_bytes, mtp_bytes = stored.main_bytes, stored.mtp_bytes
+    text = f"{name or 'bundled demo'}, {gib(main_bytes + mtp_bytes)} GiB of weights"
+    if part is not None:
+        config = part.config
+        main_bytes, mtp_bytes = (
+            sum(tensor.nbytes for tensor in tensors.values()) for tensors in (part.main, part.mtp)
+        )
+        text += f", {gib(main_bytes + mtp_bytes)} GiB on each of {count} ranks"
+        if isinstance(ranks, int) and budget is not None:
+            budget //= count  # All are on this machine.
     notes = " ".join(filter(None, (*stored.warnings, stored.no_drafts))) or None
     verdict: Verdict = "warning" if stored.warnings else "ok"
     if budget is None:
@@ -351,7 +368,7 @@ def check_model(
     try:
         plan = plan_memory(
             folder, config, EngineConfig(**engine), budget,
-            weights=stored.main_bytes, mtp_weights=stored.mtp_bytes, item=ITEM_BYTES,
+            weights=main_bytes, mtp_weights=mtp_bytes, item=ITEM_BYTES,
         )  # fmt: skip
     except CheckpointError:
         return found(
@@ -361,6 +378,23 @@ def check_model(
         )  # fmt: skip
     room = f"room for at most {plan.kv_tokens:,} tokens of KV cache in {plan.kv_bits} bit"
     return found(verdict, f"{text}, {room}", notes)
+
+
+def part_of_rank(folder: Path, config: ModelConfig, ranks: int | str) -> tuple[StoredWeights, int]:
+    """Return one rank's part of a checkpoint, and the number of ranks.
+
+    Args:
+        ranks: see `EngineConfig`.
+
+    Raises:
+        SettingsError: there is no such file of hosts, or the checkpoint cannot be divided.
+    """
+    from glmd.checkpoint.shard import shard_weights
+    from glmd.checkpoint.stored import read_weights
+    from glmd.engine.ranks.hosts import Hosts
+
+    count = len(Hosts.of(ranks))
+    return shard_weights(read_weights(folder, config), 0, count), count
 
 
 def local_folder(name: str) -> Path | None:

@@ -42,6 +42,10 @@ VERSION = f"glmd {version('glmd')}, MLX {version('mlx')}"
 ANNOUNCE_INTERVAL = 10.0
 """Seconds between two log lines that name the ranks that are missing."""
 
+PLAN_TIMEOUT = 60.0
+"""Seconds after which a rank that lives but launches no plan counts as lost: longer than a step,
+and shorter than `hang_timeout` of the server."""
+
 STOP_TIMEOUT = 5.0
 """Seconds that local ranks have to exit."""
 
@@ -50,12 +54,20 @@ M = TypeVar("M", bound=plan.Message)
 
 @dataclass(slots=True)
 class _Rank:
-    """Another rank, as rank 0 sees it."""
+    """Another rank, as rank 0 sees it.
+
+    Attributes:
+        inbox: messages of the start.
+        sent, acknowledged: numbers of the latest plans.
+        waits_since: when the latest acknowledgement came, or the first plan after it was sent.
+    """
 
     link: Link
     hello: plan.Hello
     inbox: queue.SimpleQueue[plan.FromRank] = field(default_factory=queue.SimpleQueue)
+    sent: int = 0
     acknowledged: int = 0
+    waits_since: float = 0.0
 
 
 class RankGroup:
@@ -235,6 +247,9 @@ class RankGroup:
         step = 0 if digest is None else digest_step
         message = plan.Plan(next(self._plans), operations, step, digest or 0)
         for rank in self._ranks.values():
+            if rank.acknowledged == rank.sent:
+                rank.waits_since = time.monotonic()
+            rank.sent = message.number
             self._send(rank, message)
 
     def _send(self, rank: _Rank, message: plan.FromLead) -> None:
@@ -249,8 +264,11 @@ class RankGroup:
         message = plan.decode_from_rank(data)
         match message:
             case plan.Heartbeat():
-                pass
+                waited = time.monotonic() - rank.waits_since
+                if rank.acknowledged < rank.sent and waited > PLAN_TIMEOUT:
+                    self._end(f"rank {rank.hello.rank}: no plan was executed for {waited:.0f} s")
             case plan.Acknowledge(number):
+                rank.waits_since = time.monotonic()
                 rank.acknowledged = number
             case plan.Failed(reason) if self._started:
                 self._end(f"rank {rank.hello.rank}: {reason}")
