@@ -14,7 +14,7 @@ PROMPTS = [np.random.default_rng(i).integers(3, 500, 150 + 40 * i).tolist() for 
 
 def _asked(index: int) -> EngineRequest:
     return request(
-        str(index), PROMPTS[index], max_tokens=150, ignore_eos=True, temperature=2.0, seed=index
+        str(index), PROMPTS[index], max_tokens=100, ignore_eos=True, temperature=2.0, seed=index
     )
 
 
@@ -33,21 +33,20 @@ def test_batch_cache_preemption_and_drafts_change_no_answer(kv_bits: KVBits) -> 
     model = tiny_model(max_position_embeddings=700, num_nextn_predict_layers=1)
     expected = _alone(kv_bits)
     asked = [_asked(i) for i in range(len(PROMPTS))]
-    for mtp in (0, 2):
-        for kv_tokens in (700 + 256, 10_000):
-            engine = tiny_engine(
-                model, kv_bits=kv_bits, mtp=mtp, kv_tokens=kv_tokens, max_step_tokens=100
-            )
-            for _ in range(2):
-                running = run(engine, *asked)
-                assert [running.answer(one.id).tokens for one in asked] == expected
-            stats = engine.stats()
-            if kv_tokens < 1000:
-                assert stats.preemptions
-            else:
-                assert stats.prompt_tokens_cached
-            assert bool(stats.drafted) == bool(mtp)
-            assert_idle(engine)
+    for mtp, kv_tokens in ((0, 700 + 256), (2, 700 + 256), (2, 10_000)):
+        engine = tiny_engine(
+            model, kv_bits=kv_bits, mtp=mtp, kv_tokens=kv_tokens, max_step_tokens=100
+        )
+        for _ in range(2):
+            running = run(engine, *asked)
+            assert [running.answer(one.id).tokens for one in asked] == expected
+        stats = engine.stats()
+        if kv_tokens < 1000:
+            assert stats.preemptions
+        else:
+            assert stats.prompt_tokens_cached
+        assert bool(stats.drafted) == bool(mtp)
+        assert_idle(engine)
 
 
 @pytest.mark.parametrize("kv_bits", [8, 4])

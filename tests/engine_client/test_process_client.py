@@ -418,7 +418,7 @@ async def test_an_engine_with_a_request_is_not_unloaded(tmp_path: Path) -> None:
         async with aclosing(it.generate(request(1, max_tokens=10**9))) as outputs:
             await anext(outputs)
             await asyncio.sleep(0.5)
-            assert it.state == "ready"
+            assert it.state != "unloaded"
             await anext(outputs)
         assert await it.wait_for("unloaded") == "unloaded"
 
