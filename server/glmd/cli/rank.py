@@ -26,6 +26,7 @@ def rank(
     ranks: Annotated[str | None, flag("ranks")] = None,
     rank_port: Annotated[int | None, flag("rank_port")] = None,
     rank_timeout: Annotated[float | None, flag("rank_timeout")] = None,
+    memory_budget: Annotated[str | None, flag("memory_budget")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
     config: ConfigOption = None,
 ) -> None:
@@ -49,6 +50,8 @@ def rank(
         sys.executable, "-P", "-m", "glmd.engine.ranks.worker",
         f"--lead={hosts.ips[0]}:{settings.rank_port}", f"--rank={number}", f"--model={folder}",
         f"--timeout={settings.rank_timeout}", f"--log-level={settings.log_level}",
+        f"--ip={hosts.ips[number]}",
+        *([f"--budget={settings.memory_budget:d}"] if settings.memory_budget else []),
     ]  # fmt: skip
     budget, rows = settings.memory_budget, settings.max_step_tokens
     environment = engine_environment(budget, rows or MAX_STEP_TOKENS)  # As the server's engine.

@@ -46,8 +46,8 @@ PLAN_TIMEOUT = 60.0
 """Seconds after which a rank that lives but launches no plan counts as lost: longer than a step,
 and shorter than `hang_timeout` of the server."""
 
-STOP_TIMEOUT = 5.0
-"""Seconds that local ranks have to exit."""
+STOP_TIMEOUT = 2.0
+"""Seconds that local ranks have to exit, of the three that the engine has."""
 
 M = TypeVar("M", bound=plan.Message)
 
@@ -308,7 +308,7 @@ class RankGroup:
             child.wait()
 
 
-PROBES, PROBE_BYTES = 8, 4 << 20
+PROBES, PROBE_BYTES = 8, 1 << 20
 """Sums of one number, and bytes of a large one, to measure a link with."""
 
 

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from glmd.engine.ranks.plan import Heartbeat, Message, encode
 
 HEARTBEAT_INTERVAL = 1.0
@@ -98,7 +100,7 @@ def start_reader(
                 on_message(link.receive())
         except TimeoutError:
             on_lost("it did not answer in time")
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
             on_lost(str(error))
 
     threading.Thread(target=run, name="rank reader", daemon=True).start()

@@ -252,8 +252,13 @@ def connect(lead: str, timeout: float) -> Link:
             time.sleep(RETRY_INTERVAL)
 
 
-def work(link: Link, rank: int, folder: Path) -> None:
-    """Take part in one group, until rank 0 sends `Stop`."""
+def work(link: Link, rank: int, folder: Path, ip: str | None, budget: int | None) -> None:
+    """Take part in one group, until rank 0 sends `Stop`.
+
+    Args:
+        ip: address for the ring of collectives; None: that of the link.
+        budget: bytes of memory that the rank may use; None: from the device.
+    """
     inbox: queue.SimpleQueue[plan.FromLead] = queue.SimpleQueue()
 
     stopping = False
@@ -270,8 +275,9 @@ def work(link: Link, rank: int, folder: Path) -> None:
             log.warning("Rank 0 lost: rank=%d reason=%s", rank, why)
             os._exit(1)  # The main thread may wait in a collective for ever.
 
-    address = free_address(link.local_address)
-    link.send(plan.Hello(rank, VERSION, memory.device_name(), memory.default_budget(), address))
+    address = free_address(ip or link.local_address)
+    budget = budget or memory.default_budget()
+    link.send(plan.Hello(rank, VERSION, memory.device_name(), budget, address))
     start_reader(link, receive, lost)
     start_heartbeat([link])
     start = inbox.get()
@@ -304,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lead", required=True, help="ip:port at which rank 0 listens")
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--ip", help="address for the ring of collectives")
+    parser.add_argument("--budget", type=int, help="bytes of memory that the rank may use")
     parser.add_argument("--timeout", required=True, type=float, help="seconds of silence")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
@@ -312,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(options.log_level, options.log_format)
     link = connect(options.lead, options.timeout)
     try:
-        work(link, options.rank, options.model)
+        work(link, options.rank, options.model, options.ip, options.budget)
     except Exception as error:
         message = (
             error.message if isinstance(error, GlmdError) else f"{type(error).__name__}: {error}"
