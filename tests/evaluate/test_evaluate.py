@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from glmd.evaluate import layer_pass, run
 from glmd.evaluate.corpus import CORPUS, Sample, TokenSet, read_corpus, tokenize
 from glmd.evaluate.run import Candidate, Pass, evaluate
 from glmd.evaluate.scores import mean_and_error
+from glmd.kv_cache.stored_keys import KVBits
 from glmd.model.mla import SCORE_BYTES
 
 DEMO = ROOT / "demo" / "glm-4.7-flash-demo"
@@ -63,9 +65,10 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def plain_logits(folder: Path, text: TokenSet) -> np.ndarray[Any, Any]:
+def plain_logits(folder: Path, text: TokenSet, kv_bits: KVBits = 16) -> np.ndarray[Any, Any]:
     """Log-probabilities of the plain forward pass, [tokens, vocabulary]."""
     model = load(folder)
+    model.use_shape(replace(model.shape, kv_bits=kv_bits))
     parts = [
         one_shot_logits(model, text.tokens[start:end], expanded=end - start > 100)
         for start, end in zip(text.starts[:-1], text.starts[1:], strict=True)
@@ -74,16 +77,17 @@ def plain_logits(folder: Path, text: TokenSet) -> np.ndarray[Any, Any]:
     return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "mlx", "quantized"])
+@pytest.mark.parametrize("layout", ["huggingface", "mlx", "quantized", "kv 4"])
 def test_streaming_equals_the_plain_forward_pass(
     layout: str, text: TokenSet, quantized: Path, tmp_path: Path
 ) -> None:
-    folder = {"huggingface": DEMO, "mlx": tmp_path / "mlx", "quantized": quantized}[layout]
+    folder = {"mlx": tmp_path / "mlx", "quantized": quantized}.get(layout, DEMO)
+    kv_bits: KVBits = 4 if layout == "kv 4" else 16
     if layout == "mlx":
         convert(DEMO, folder, find_recipe("bf16"))
-    one = Pass(Candidate("demo", folder), text, mx.float32, tmp_path / "work", rows=100)
-    scores = one.run(silent)
-    expected = plain_logits(folder, text)
+    candidate = Candidate("demo", folder, kv_bits)
+    scores = Pass(candidate, text, mx.float32, tmp_path / "work", rows=100).run(silent)
+    expected = plain_logits(folder, text, kv_bits)
     nll = -expected[text.scored, text.successors[text.scored]]
     np.testing.assert_allclose(scores.nll, nll, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(scores.top, expected[text.scored].argmax(-1))
@@ -199,10 +203,13 @@ def test_rows_name_llama_perplexitys_statistics(
 ) -> None:
     rows = evaluate(
         [Candidate("4", quantized)], Candidate("demo", DEMO), text,
-        work=tmp_path, on_progress=silent, contexts=(0, 50),
+        work=tmp_path, on_progress=silent, contexts=(0, 50), kv_bits=(4,),
     )  # fmt: skip
     whole = [row for row in rows if "domains" in row]
-    reference, floor, model = whole
+    reference, floor, reference_kv, model, model_kv = whole
+    assert [row["kv_bits"] for row in whole] == [16, 16, 4, 16, 4]
+    assert [row["model"] for row in whole[2:]] == ["demo, 4-bit KV", "4", "4, 4-bit KV"]
+    assert 0 < reference_kv["mean_kl"] < model["mean_kl"] < model_kv["mean_kl"]
     assert list(model)[:9] == [
         "model", "bits_per_weight", "mean_kl", "kl_99", "same_top", "ppl", "ppl_ratio",
         "expert_overlap", "tokens",

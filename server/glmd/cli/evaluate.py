@@ -24,6 +24,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from glmd.evaluate.run import Candidate
     from glmd.evaluate.run import Progress as OnProgress
+    from glmd.kv_cache.stored_keys import KVBits
 
 Text = Annotated[
     list[Path] | None,
@@ -75,6 +76,15 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    kv_bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--kv-bits",
+            help="Add rows of all models and the reference with their KV in so many bits."
+            " Example: --kv-bits 8 --kv-bits 4",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers to this file.")
     ] = None,
@@ -97,6 +107,9 @@ def evaluate(
     from glmd.evaluate.corpus import read_corpus, read_files, tokenize
     from glmd.evaluate.run import evaluate as run
 
+    quantized: dict[int, KVBits] = {8: 8, 4: 4}
+    if not set(kv_bits or ()) <= set(quantized):
+        raise typer.BadParameter("--kv-bits: must be 8 or 4. Rows without it have 16.")
     reference = find_candidate(against) if against is not None else None
     candidates = [find_candidate(model) for model in models]
     samples = read_files(text) if text else read_corpus("test")
@@ -111,6 +124,7 @@ def evaluate(
             on_progress=on_progress,
             noise_floor=not no_noise_floor,
             contexts=contexts or (),
+            kv_bits=[quantized[bits] for bits in kv_bits or ()],
         )
     console = Console()
     console.width = max(console.width, 120)

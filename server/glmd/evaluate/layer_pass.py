@@ -26,6 +26,7 @@ from glmd.checkpoint.layout import mtp_prefix
 from glmd.checkpoint.stored import read_weights
 from glmd.errors import CheckpointError
 from glmd.evaluate.corpus import Batch, TokenSet
+from glmd.kv_cache.stored_keys import store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend
 from glmd.model.batch import ForwardBatch, PrefillChunk
@@ -75,7 +76,8 @@ class PlainLayer:
         """[rows, hidden] → [rows, hidden]"""
         layer, attn = self._layer, self._layer.self_attn
         queries, kv = project_qkv(attn, self._shape, layer.input_layernorm(h), batch.positions)
-        h = h + attn.o_proj(attend(attn, self._shape, 0, queries, kv, batch, tails))
+        keys = store(kv, self._shape.kv_bits)
+        h = h + attn.o_proj(attend(attn, self._shape, 0, queries, keys, batch, tails))
         x = layer.post_attention_layernorm(h)
         sparse = isinstance(layer.mlp, Glm4MoeLiteMoE)
         return h + (self._moe(layer.mlp, x) if sparse else layer.mlp(x))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -36,8 +36,10 @@ from glmd.evaluate.layer_pass import (
     forward_batch,
 )
 from glmd.evaluate.scores import LayerScores, TokenScores, compare_layers, row
+from glmd.kv_cache.stored_keys import KVBits
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.loader import choose_dtype
+from glmd.model.mla import MLAShape
 from glmd.model.mtp import MTPLayer, MTPWeights
 from glmd.utils.files import atomic_write, check_room
 
@@ -57,10 +59,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to evaluate: the name that the user gave, and its folder."""
+    """A checkpoint to evaluate: the name that the user gave, its folder, and the bits of its KV."""
 
     name: str
     folder: Path
+    kv_bits: KVBits = 16
 
 
 class Pass:
@@ -86,13 +89,16 @@ class Pass:
     ) -> None:
         self.name = candidate.name
         self.reader = LayerReader(candidate.folder, dtype)
+        self.kv_bits = candidate.kv_bits
+        self._shape = replace(self.reader.shape, kv_bits=candidate.kv_bits)
         self.text = text
         self._dtype = dtype
         self._rows = rows
         self._mtp = mtp
         self._reference = reference
         against = None if reference is None else reference.folder.name
-        settings = [_VERSION, str(dtype), rows, mtp, TOP_K, text.digest, against]
+        kv = candidate.kv_bits
+        settings = [_VERSION, str(dtype), rows, mtp, kv, TOP_K, text.digest, against]
         self.folder: Path = work / _key(candidate.folder, settings)
         config = self.reader.config
         self.dense = min(config.first_k_dense_replace, config.num_hidden_layers)
@@ -143,7 +149,7 @@ class Pass:
         config = self.reader.config
         layers = config.num_hidden_layers
         check_room(self.folder / "h", 2 * len(self.text) * config.hidden_size * self._dtype.size)
-        runner = LayerRunner(self.text, self.reader.shape, self._dtype, self._rows)
+        runner = LayerRunner(self.text, self._shape, self._dtype, self._rows)
         hidden = [
             Activations(self.folder / f"h{i}.bin", len(self.text), config.hidden_size, self._dtype)
             for i in range(2)
@@ -204,7 +210,7 @@ class Pass:
     ) -> TokenScores:
         reader, text, reference = self.reader, self.text, self._reference
         norm, head = reader.norm(), reader.head()
-        drafts = _Drafts(reader, head, text, self._dtype) if self._mtp else None
+        drafts = _Drafts(reader, head, text, self._shape, self._dtype) if self._mtp else None
         if drafts is not None and drafts.weights is None:
             drafts = None
         kept = KeptLogits(self if reference is None else reference)
@@ -296,19 +302,21 @@ class _Drafts:
         weights: None: the checkpoint has no MTP layer.
     """
 
-    def __init__(self, reader: LayerReader, head: Any, text: TokenSet, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, reader: LayerReader, head: Any, text: TokenSet, shape: MLAShape, dtype: mx.Dtype
+    ) -> None:
         self.weights: MTPWeights | None = reader.mtp()
         if self.weights is None:
             return
         own = "embed_tokens" in self.weights
         self._text = text
-        self._shape = reader.shape
+        self._shape = shape
         self._dtype = dtype
-        self._tails = TailPool(1, reader.shape.kv_width, dtype)
+        self._tails = TailPool(1, shape.kv_width, dtype)
         self._layer = MTPLayer(
             self.weights,
             index=0,
-            shape=reader.shape,
+            shape=shape,
             embed_tokens=self.weights.embed_tokens if own else reader.embedding(),
             lm_head=head,
         )
@@ -371,6 +379,7 @@ def evaluate(
     dtype: mx.Dtype | None = None,
     noise_floor: bool = True,
     contexts: Sequence[int] = (),
+    kv_bits: Sequence[KVBits] = (),
 ) -> list[dict[str, Any]]:
     """Evaluate checkpoints, against a reference if there is one.
 
@@ -381,6 +390,8 @@ def evaluate(
             other batches.
         contexts: for each, further rows of the tokens with at least so many tokens before them,
             up to the next.
+        kv_bits: for each, a further row of each model, and of the reference, with its KV in so
+            many bits.
 
     Returns:
         a row of the table for the reference, the noise floor and each candidate.
@@ -392,7 +403,7 @@ def evaluate(
     kind = dtype or choose_dtype("auto")
     rows: list[dict[str, Any]] = []
     if reference is None:
-        for candidate in candidates:
+        for candidate in _with_kv_bits(candidates, kv_bits):
             one = Pass(candidate, text, kind, work)
             scores = one.run(on_progress)
             rows += _rows(candidate.name, one, scores, None, (), contexts)
@@ -412,7 +423,10 @@ def evaluate(
     rows += _rows(f"{reference.name} (reference)", base, same, expected, layers, contexts)
     passes = [
         (candidate.name, Pass(candidate, text, kind, work, reference=base))
-        for candidate in candidates
+        for candidate in [
+            *_with_kv_bits([reference], kv_bits)[1:],
+            *_with_kv_bits(candidates, kv_bits),
+        ]
     ]
     if noise_floor:
         other = mx.bfloat16 if kind == mx.float32 else mx.float32
@@ -428,6 +442,18 @@ def evaluate(
     return rows
 
 
+def _with_kv_bits(candidates: Sequence[Candidate], kv_bits: Sequence[KVBits]) -> list[Candidate]:
+    """Each candidate, followed by itself with its KV in each number of bits."""
+    return [
+        each
+        for one in candidates
+        for each in (
+            one,
+            *(replace(one, name=f"{one.name}, {n}-bit KV", kv_bits=n) for n in kv_bits),
+        )
+    ]
+
+
 def _rows(
     name: str,
     one: Pass,
@@ -437,7 +463,8 @@ def _rows(
     contexts: Sequence[int],
 ) -> list[dict[str, Any]]:
     sizes: dict[str, Any] = {"bits_per_weight": one.bits_per_weight, "nbytes": one.nbytes}
-    rows = [row(name, scores, reference, one.text, layers=layers, **sizes)]
+    kv = {"kv_bits": one.kv_bits}
+    rows = [row(name, scores, reference, one.text, layers=layers, **sizes) | kv]
     positions = one.text.positions[one.text.scored]
     bounds = [*sorted(contexts), len(one.text) + 1]
     for start, end in pairwise(bounds):
@@ -445,7 +472,7 @@ def _rows(
         if chosen.any():
             label = f"{name}, context from {start}"
             part = row(label, scores, reference, one.text, chosen=chosen, **sizes)
-            rows.append(part | {"context": start})
+            rows.append(part | kv | {"context": start})
     return rows
 
 
