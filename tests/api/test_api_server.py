@@ -35,6 +35,7 @@ def test_livez_and_health_are_200_when_ready(http: httpx.Client) -> None:
     assert health.json() == {
         "status": "ready",
         "model": "test/tiny",
+        "kv_bits": 16,
         "loading": None,
         "failure": None,
         "restarts": health.json()["restarts"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from live import live_server
@@ -32,3 +33,23 @@ def test_the_restarted_engine_is_no_failure() -> None:
         assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).is_success
         health = http.get("/health").json()
         assert (health["restarts"], health["failure"]) == (0, None)
+
+
+def test_the_restarted_engine_finds_the_conversation_on_disk(tmp_path: Path) -> None:
+    config = {"disk_cache": 1 << 26, "disk_cache_folder": str(tmp_path), "kv_bits": 8}
+    with (
+        live_server(engine="glmd.engine.core", config=config, idle_unload=0.005) as live,
+        live.client() as http,
+    ):
+        body = {"prompt": "A conversation of many words. " * 20, "max_tokens": 20, "temperature": 0}
+        answers = []
+        for _ in range(2):
+            answers.append(http.post("/v1/completions", json=body).json())
+            live.wait_for("unloaded")
+        first, second = answers
+        assert first["choices"][0]["text"] == second["choices"][0]["text"]
+        usage = second["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+        assert http.get("/v1/models").json()["data"][0]["kv_bits"] == 8
+        assert http.get("/glmd/status").json()["model"]["kv_bits"] == 8
+        assert http.get("/health").json()["kv_bits"] == 8

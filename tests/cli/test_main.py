@@ -120,6 +120,6 @@ def test_status_shows_a_server_that_no_service_started(
     done = run("status", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert (report["status"], report["model"]) == ("ready", "test/tiny")
+    assert (report["status"], report["model"], report["kv_bits"]) == ("ready", "test/tiny", 16)
     assert report["url"] == scripted.url
     assert "test/tiny" in run("status").output

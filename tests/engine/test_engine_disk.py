@@ -29,6 +29,7 @@ from glmd.engine.scheduler.disk_tier import DiskTier
 from glmd.errors import SettingsError
 from glmd.kv_cache.disk_cache import HostArrays
 from glmd.kv_cache.disk_file import StoredSegment
+from glmd.kv_cache.stored_keys import QuantizedKeys
 from glmd.model.loader import LoadedModel
 
 LONG = np.random.default_rng(0).integers(0, 500, 1200).tolist()
@@ -71,6 +72,28 @@ def test_a_restarted_engine_computes_only_what_is_new(tmp_path: Path, model: Loa
     layers = model.args.num_hidden_layers
     assert stats.disk_read_bytes >= (len(LONG) - 1) * layers * layer_bytes
     second.close()
+
+
+def test_quantised_segments_are_restored_to_their_own_bits(tmp_path: Path) -> None:
+    model = tiny_model(num_nextn_predict_layers=1)
+    asked = request("a", LONG, max_tokens=20, ignore_eos=True, temperature=2.0, seed=1)
+    first = disk_engine(tmp_path, model, kv_bits=8)
+    answer = run(first, asked).answer("a")
+    first.close()
+    written = tier(first).cache.written_bytes
+    assert written < 1.2 * (len(LONG) + 20) * first.info.kv_bytes_per_token
+    second = disk_engine(tmp_path, model, kv_bits=8)
+    again = run(second, asked).answer("a")
+    assert (again.tokens, again.cached_tokens) == (answer.tokens, len(LONG) - 1)
+    assert second.stats().prompt_tokens_computed == 1
+    for node in second.scheduler.tree.nodes():
+        assert node.kv is not None
+        assert all(isinstance(layer, QuantizedKeys) for layer in node.kv.layers)
+    assert_idle(second)
+    second.close()
+    third = disk_engine(tmp_path, model, kv_bits=16)
+    assert run(third, asked).answer("a").cached_tokens == 0
+    third.close()
 
 
 def test_the_files_of_an_engine_that_died_when_idle_are_complete(tmp_path: Path) -> None:

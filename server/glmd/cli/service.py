@@ -151,7 +151,7 @@ def server_status(
             raise
         report = {"pid": None}
     if report["pid"] is None and health is not None:
-        found = {name: health.get(name) for name in ("status", "model", "failure")}
+        found = {name: health.get(name) for name in ("status", "model", "kv_bits", "failure")}
         report = {**found, "url": url, "engine_restarts": health.get("restarts"), "manager": None}
     _print_report(report, as_json=as_json)
 
@@ -213,6 +213,7 @@ def build_report(
     return {
         "status": status,
         "model": health.get("model"),
+        "kv_bits": health.get("kv_bits"),
         "url": server.url if server else None,
         "port": int(server.url.rpartition(":")[2]) if server and server.url else None,
         "pid": state.pid,

@@ -30,6 +30,7 @@ class Loading(BaseModel):
 class Health(BaseModel):
     status: Condition
     model: str
+    kv_bits: int | None = Field(None, description="Bits of a cached value, once known.")
     loading: Loading | None = Field(None, description="Bytes of weights loaded, until ready.")
     failure: str | None = Field(None, description="Why the engine is not running.")
     restarts: int = Field(description="Number of engine restarts.")
@@ -50,6 +51,7 @@ async def health(response: Response, state: StateDep) -> Health:
     return Health(
         status=state.engine.condition,
         model=state.model.id,
+        kv_bits=state.engine.info.kv_bits if state.engine.info else None,
         loading=Loading.of(state),
         failure=state.engine.failure,
         restarts=state.engine.restarts,

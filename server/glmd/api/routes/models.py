@@ -44,6 +44,7 @@ class Model(BaseModel):
     )
     max_model_len: int | None = Field(description="`context_length` under vLLM's name.")
     max_input_tokens: int | None = Field(description="`context_length` under Anthropic's name.")
+    kv_bits: int | None = Field(description="Bits of a cached value: the setting, or its choice.")
     meta: ModelMeta | None = Field(description="Null until the engine is ready.")
     has_mtp: bool | None = Field(description="Whether multi-token prediction drafts tokens.")
     bits_per_weight: float | None
@@ -115,6 +116,7 @@ def describe_model(state: AppState, profile: str | None = None) -> Model:
         context_length=context,
         max_model_len=context,
         max_input_tokens=context,
+        kv_bits=info.kv_bits if info else None,
         meta=ModelMeta(n_ctx=info.max_context, n_vocab=info.vocab_size, size=info.weight_bytes)
         if info
         else None,
