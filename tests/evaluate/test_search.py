@@ -61,15 +61,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def found(source: Path) -> Found:
-    size = inspect(source, "mixed-8-5").main.nbytes
+def search_recipe(source: Path, out: str, recipe: str) -> Found:
+    """Search a recipe of the size of a named one."""
+    size = inspect(source, recipe).main.nbytes
     tokens = np.random.default_rng(3).integers(0, 256, 400).astype(np.int32)
     text = TokenSet(tokens, np.arange(0, 401, 50), ("random",) * 8)
     return search(
-        source, source.parent / "recipe.json", text, source.parent / "work",
+        source, source.parent / out, text, source.parent / "work",
         nbytes=size, dtype=mx.float32, on_progress=lambda name, done, total: None,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(source: Path) -> Found:
+    return search_recipe(source, "recipe.json", "mixed-8-5")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,16 @@ def test_recipe_names_every_component_with_all_options(found: Found) -> None:
     }  # fmt: skip
     assert all(option["kl"] > 0 for option in head["options"])
     assert any(path.startswith("model.layers.2.") for path in read["modules"]), "no MTP layer"
+
+
+def test_sensitivities_are_measured_once(
+    source: Path, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an interrupted search that goes on, and for further sizes."""
+    monkeypatch.delattr("glmd.evaluate.search.measure")
+    again = search_recipe(source, "again.json", "mixed-8-5")
+    assert again.measured == found.measured
+    assert again.components == found.components
 
 
 def test_inspect_tells_the_planned_and_the_stored_bytes(

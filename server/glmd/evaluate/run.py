@@ -99,7 +99,7 @@ class Pass:
         against = None if reference is None else reference.folder.name
         kv = candidate.kv_bits
         settings = [_VERSION, str(dtype), rows, mtp, kv, TOP_K, text.digest, against]
-        self.folder: Path = work / _key(candidate.folder, settings)
+        self.folder: Path = work / pass_key(candidate.folder, settings)
         config = self.reader.config
         self.dense = min(config.first_k_dense_replace, config.num_hidden_layers)
         count = min(RESIDUAL_TOKENS, len(text))
@@ -489,7 +489,7 @@ def _check_comparable(candidate: Candidate, base: Pass) -> None:
             )
 
 
-def _key(folder: Path, settings: list[Any]) -> str:
+def pass_key(folder: Path, settings: list[Any]) -> str:
     """Identifies a pass by its settings and the checkpoint's files."""
     files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

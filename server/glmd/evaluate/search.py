@@ -24,6 +24,7 @@ from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
 from glmd.evaluate.layer_pass import Activations, LayerReader
+from glmd.evaluate.run import pass_key
 from glmd.evaluate.sensitivity import (
     Group,
     Sensitivities,
@@ -31,6 +32,7 @@ from glmd.evaluate.sensitivity import (
     groups_of,
     measure,
     options_of,
+    read_sensitivities,
     run_variants,
 )
 from glmd.utils.files import atomic_write
@@ -96,6 +98,7 @@ def search(
         folder: the BF16 checkpoint.
         out: the recipe's file; `out` with the suffix `.importance.safetensors` is written too.
         text: for calibration.
+        work: sensitivities are kept in a folder in it, for further sizes and after an interrupt.
         nbytes: size of the main model; None: from `bits`.
         bits: bits per weight of the main model; None: from `nbytes`.
 
@@ -111,11 +114,15 @@ def search(
         raise SettingsError(
             f"--bytes: no recipe takes {gib(budget)} GiB; the smallest takes {gib(smallest)} GiB."
         )
+    work = work / pass_key(folder, ["search", str(dtype), bands, text.digest])
     work.mkdir(parents=True, exist_ok=True)
-    measured = measure(
-        reader, text, work, bands=bands,
-        on_progress=lambda done, of: on_progress("Sensitivities", done, of),
-    )  # fmt: skip
+    measured = read_sensitivities(work, reader, bands)
+    if measured is None:
+        measured = measure(
+            reader, text, work, bands=bands,
+            on_progress=lambda done, of: on_progress("Sensitivities", done, of),
+        )  # fmt: skip
+        measured.save(work)
     candidates = {
         "power law": _solve(measured, whole.nbytes, budget, measured.exponent),
         "quadratic": _solve(measured, whole.nbytes, budget, 1.0),

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from math import exp, log
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 
 from glmd.checkpoint.config import QuantizedAs
@@ -41,6 +42,10 @@ from glmd.evaluate.layer_pass import (
     LayerReader,
     LayerRunner,
 )
+from glmd.utils.files import atomic_write
+
+NUMBERS, IMPORTANCE = "sensitivities.json", "importance.safetensors"
+"""Files of kept sensitivities; the first is written last."""
 
 PROBES = (QuantizedAs(bits=4, group_size=32), QuantizedAs(bits=8, group_size=32))
 """Quantisations of the two probes of a component."""
@@ -83,6 +88,11 @@ class Group:
     kl: tuple[float, float] = (0.0, 0.0)
 
 
+class _Numbers(msgspec.Struct):
+    kl: list[tuple[float, float]]
+    errors: dict[str, list[tuple[QuantizedAs, float]]]
+
+
 @dataclass
 class Sensitivities:
     """Result of `measure`.
@@ -96,6 +106,13 @@ class Sensitivities:
     groups: list[Group]
     errors: dict[str, dict[QuantizedAs, float]]
     importance: dict[str, mx.array]
+
+    def save(self, folder: Path) -> None:
+        """Keep the result for `read_sensitivities`."""
+        mx.save_safetensors(str(folder / IMPORTANCE), self.importance)
+        errors = {path: list(each.items()) for path, each in self.errors.items()}
+        numbers = _Numbers([group.kl for group in self.groups], errors)
+        atomic_write(folder / NUMBERS, msgspec.json.encode(numbers))
 
     @property
     def exponent(self) -> float:
@@ -122,9 +139,23 @@ class Sensitivities:
         return sum(self.errors[weight.path][option] for weight in group.weights)
 
 
+def read_sensitivities(folder: Path, reader: LayerReader, bands: int) -> Sensitivities | None:
+    """Read the result of `measure` that `Sensitivities.save` kept; None: there is none."""
+    if not (folder / NUMBERS).exists():
+        return None
+    kept = msgspec.json.decode((folder / NUMBERS).read_bytes(), type=_Numbers)
+    groups = groups_of(reader, bands)
+    for group, kl in zip(groups, kept.kl, strict=True):
+        group.kl = kl
+    errors = {path: dict(each) for path, each in kept.errors.items()}
+    importance = cast(Arrays, mx.load(str(folder / IMPORTANCE)))
+    return Sensitivities(groups, errors, importance)
+
+
 def groups_of(reader: LayerReader, bands: int) -> list[Group]:
-    """Components of the main model; those of layers in `bands` bands of equal length."""
+    """Components of the main model; those of layers in up to `bands` bands of equal length."""
     layers = reader.layers
+    bands = min(bands, layers)
     groups: dict[tuple[str, int], Group] = {}
     for weight in main_weights(reader.config):
         if not weight.is_matrix or not options_of(weight):
@@ -404,7 +435,7 @@ def measure(
             f"{reader.folder} is quantised. Search recipes on the BF16 checkpoint.",
             file=str(reader.folder),
         )
-    groups = groups_of(reader, min(bands, reader.layers))
+    groups = groups_of(reader, bands)
     shape = (len(text), reader.config.hidden_size, reader.dtype)
     probes = [
         Variant(
