@@ -26,6 +26,8 @@ from glmd.evaluate.corpus import TokenSet
 from glmd.evaluate.layer_pass import Activations, LayerReader
 from glmd.evaluate.run import pass_key
 from glmd.evaluate.sensitivity import (
+    OPTIONS,
+    PROBES,
     Group,
     Sensitivities,
     Variant,
@@ -114,7 +116,8 @@ def search(
         raise SettingsError(
             f"--bytes: no recipe takes {gib(budget)} GiB; the smallest takes {gib(smallest)} GiB."
         )
-    work = work / pass_key(folder, ["search", str(dtype), bands, text.digest])
+    options = repr((PROBES, OPTIONS))
+    work = work / pass_key(folder, ["search", str(dtype), bands, options, text.digest])
     work.mkdir(parents=True, exist_ok=True)
     measured = read_sensitivities(work, reader, bands)
     if measured is None:
