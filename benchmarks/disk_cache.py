@@ -3,8 +3,9 @@
     python benchmarks/disk_cache.py [--tokens 20000] [--streams 4] [--conversations 100x4000]
 
 In one run: the first token of a conversation after a restart beside that of computing it; gaps of
-streams with and without a restore beside them; and conversations in turn under memory for a tenth
-of them, with the tokens computed, the bytes written and the most KV beside the least possible.
+streams alone, beside a prompt whose KV is in memory, and beside one that is restored; and
+conversations in turn under memory for a tenth of them, with the tokens computed, the bytes written
+and the most KV beside the least possible.
 """
 
 from __future__ import annotations
@@ -61,14 +62,14 @@ def first_token(engine: Engine, id: str, prompt: list[int]) -> float:
     return first
 
 
-def gaps(engine: Engine, streams: int, restored: list[int] | None, steps: int) -> list[float]:
-    """Seconds of the steps of `streams` streams, with a prompt from disk among them or without."""
+def gaps(engine: Engine, streams: int, prompt: list[int] | None, steps: int) -> list[float]:
+    """Seconds of the steps of `streams` streams, with a cached prompt among them or without."""
     for number in range(streams):
         submit(engine, f"stream {number}", tokens(100 + number, 64), 10_000)
     for _ in range(20):
         engine.step()
-    if restored is not None:
-        submit(engine, "restored", restored, 1)
+    if prompt is not None:
+        submit(engine, "prompt", prompt, 1)
     measured = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -76,7 +77,7 @@ def gaps(engine: Engine, streams: int, restored: list[int] | None, steps: int) -
         measured.append(time.perf_counter() - began)
     for number in range(streams):
         engine.cancel(f"stream {number}")
-    engine.cancel("restored")
+    engine.cancel("prompt")
     while engine.has_work:
         engine.step()
     return measured
@@ -99,24 +100,25 @@ def measure_restart(folder: Path, cache: Path, length: int) -> None:
 
 
 def measure_streams(folder: Path, cache: Path, length: int, streams: int) -> None:
-    """Both sides alternate, each in engines of its own, and each time read from disk."""
-    steps = 150
-    without: list[float] = []
-    beside: list[float] = []
+    """All sides alternate, each in engines of its own, and each time read from disk."""
+    found: dict[str, list[float]] = {"alone": [], "in memory": [], "restored": []}
+    prompt = tokens(1, length)
     for _ in range(3):
-        for prompt, found in ((None, without), (tokens(1, length), beside)):
+        for side, seconds in found.items():
             engine = start(folder, cache)
-            found.extend(gaps(engine, streams, prompt, steps))
+            if side == "in memory":
+                first_token(engine, "before", prompt)
+            seconds.extend(gaps(engine, streams, None if side == "alone" else prompt, 150))
             restored = engine.stats().disk_restored_tokens
-            assert prompt is None or restored >= length - 1, restored
+            assert side == "alone" or restored >= length - 1, restored
             engine.close()
-    p99 = [float(np.quantile(found, 0.99)) for found in (without, beside)]
-    print(
-        f"gaps of {streams} streams beside a restore of {length} tokens: median"
-        f" {1e3 * median(without):.1f} and {1e3 * median(beside):.1f} ms, p99 {1e3 * p99[0]:.1f}"
-        f" and {1e3 * p99[1]:.1f} ms, ratio {p99[1] / p99[0]:.2f}",
-        flush=True,
-    )
+    p99 = {side: float(np.quantile(seconds, 0.99)) for side, seconds in found.items()}
+    print(f"gaps of {streams} streams beside a prompt of {length} tokens, median and p99:")
+    for side, seconds in found.items():
+        middle, high, ratio = median(seconds), p99[side], p99[side] / p99["alone"]
+        print(
+            f"  {side}: {1e3 * middle:.1f} and {1e3 * high:.1f} ms, ratio {ratio:.2f}", flush=True
+        )
 
 
 def measure_conversations(folder: Path, cache: Path, count: int, length: int) -> None:
