@@ -13,7 +13,7 @@ HOST := 127.0.0.1
 PORT := 8000
 MODEL := demo
 ARGS :=
-WORKERS := 2
+WORKERS := 3
 NODE_CLIENTS := tests/clients
 INSTALL := $(if $(shell command -v uv 2>/dev/null),\
 	uv pip install --python $(BIN)/python,\
