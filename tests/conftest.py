@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # No server of a test writes into the user's folders.
 _disk_cache = tempfile.TemporaryDirectory(prefix="glmd-disk-")
 os.environ["GLMD_DISK_CACHE_FOLDER"] = _disk_cache.name
+
+# Shells ignore it in what they start in the background, and that is inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the duration of an example depends mostly on the machine.
 settings.register_profile("glmd", deadline=None)

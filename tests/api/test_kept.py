@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from _pytest.logging import LogCaptureHandler
 from engines import request, run, tiny_engine, tiny_model
 from grammars import TAGS
 from live import live_server
@@ -51,6 +52,7 @@ def containers() -> Sizes:
     bounded |= {id(o._entries) for o in objects if type(o) is LRUCache}
     # The loop removes cancelled timers when they are the half of a hundred.
     bounded |= {id(o._scheduled) for o in objects if issubclass(type(o), BaseEventLoop)}
+    bounded |= {id(o.records) for o in objects if type(o) is LogCaptureHandler}  # pytest's
     # What holds only numbers or text is known to its owner alone.
     found = {id(o): (len(o), o) for o in gc.get_referents(*objects) if type(o) in CONTAINERS}
     return {

@@ -80,9 +80,15 @@ def test_a_stored_response_is_its_keys_own(live: dict[str, httpx.Client]) -> Non
         assert message == unknown.json()["error"]["message"].replace("resp_0", stored["id"])
     for stranger in (bob, boss):  # An admin sees all, and continues its own.
         assert respond(stranger, "x", previous_response_id=stored["id"]).status_code == 400
-        assert stranger.post(RESPONSES, json={"input": reference}).status_code == 400
+        # Like any item that is not stored: refused as the newest, left out of history.
+        newest = stranger.post(RESPONSES, json={"input": reference[:1]})
+        assert newest.status_code == 400
+        history = stranger.post(RESPONSES, json={"input": reference})
+        assert history.headers["x-glmd-omitted"] == "input[0]=item_reference"
     assert respond(alice, "x", previous_response_id=stored["id"]).status_code == 200
-    assert alice.post(RESPONSES, json={"input": reference}).status_code == 200
+    own = alice.post(RESPONSES, json={"input": reference})
+    assert own.status_code == 200
+    assert "x-glmd-omitted" not in own.headers
     assert alice.get(path).json() == boss.get(path).json() == stored
     assert boss.delete(path).status_code == 200
     assert alice.get(path).status_code == 404

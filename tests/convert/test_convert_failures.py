@@ -272,8 +272,6 @@ def _run(
     source: Path, out: Path, *, kill_after: int = 0, by: int = 0, limit: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     def prepare() -> None:
-        # Shells ignore it in what they start in the background, and that is inherited.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
