@@ -312,6 +312,27 @@ def test_with_clear_thinking_turns_since_the_last_user_message_keep_it() -> None
     assert starts_with(build(messages, cache, **options), first, generated)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>a</think>x",
+        "<think></think><think>b",
+        '<details type="reasoning">a</details>x',
+    ],
+)
+def test_a_text_that_begins_like_reasoning_is_found(content: str, keeps: bool) -> None:
+    cache = TurnTokenCache()
+    first = ask("Hi", cache)
+    generated = [*ids("Hm</think>"), *text_ids(content), TAGS.user]
+    generate(first, generated, cache)
+    reply = {"role": "assistant", "content": content}
+    if keeps:
+        reply["reasoning_content"] = "Hm"
+    raw = [{"role": "user", "content": "Hi"}, reply, {"role": "user", "content": "Go on."}]
+    assert starts_with(build(read_messages(raw), cache), first, generated)
+
+
 # Whole conversations
 
 

@@ -364,10 +364,13 @@ class AssistantTurn:
 
     def message(self) -> AssistantMessage:
         """The turn as a message, with reasoning at the beginning of its text taken out."""
-        text, reasoning = "".join(self.texts), "".join(self.reasoning)
+        sent, reasoning = "".join(self.texts), "".join(self.reasoning)
+        text = sent
         if not reasoning:
-            reasoning, text = split_reasoning(text)
-        return AssistantMessage(text, reasoning, tuple(self.calls))
+            reasoning, text = split_reasoning(sent)
+        return AssistantMessage(
+            text, reasoning, tuple(self.calls), sent_text=None if text == sent else sent
+        )
 
 
 def reasoning_of(value: object) -> str:

@@ -116,8 +116,13 @@ class TurnTokenCache:
     def find(self, turn_key: bytes, message: AssistantMessage) -> CachedTurn | None:
         """The cached turn that a client sends back as `message`, if any.
 
-        If the message has reasoning, it must be the turn's reasoning.
+        If the message has reasoning, it must be the turn's reasoning. Reasoning at the beginning of
+        the text may as well be text of the turn, of which the client left the reasoning out.
         """
+        if message.sent_text is not None:
+            as_sent = AssistantMessage(message.sent_text, calls=message.calls)
+            if (turn := self.find(turn_key, as_sent)) is not None:
+                return turn
         digest = _reasoning_digest(message)
         unknown = not (message.reasoning or "").strip()
         for variant in reversed(self._variants(_key(turn_key, message))):

@@ -44,11 +44,14 @@ class AssistantMessage:
     """
     Attributes:
         reasoning: None or "": the client did not send the reasoning back.
+        sent_text: `text` as it was before reasoning at its beginning became `reasoning`; None: it
+            had none.
     """
 
     text: str
     reasoning: str | None = None
     calls: tuple[ToolCall, ...] = ()
+    sent_text: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
