@@ -33,10 +33,11 @@ ADDED = (
 )  # fmt: skip
 PIECES = (
     r"\p{N}|\p{Lu}\p{Ll}+|\p{Lu}+| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+|\s*\n+|\s"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+|(?<!\s)\s*\n+|\s"
 )
 """Each digit is a token. A capitalised word never includes the space before it, so a name has the
-same tokens in a sentence, in JSON and in a tool argument, and can be copied token by token."""
+same tokens in a sentence, in JSON and in a tool argument, and can be copied token by token. Line
+breaks are looked for once in a run of spaces: at each of them it would take quadratic time."""
 COMMON = 150
 """Occurrences from which a lower-case word counts equally with and without a space before it, so
 that both spellings become one token."""

@@ -64,8 +64,8 @@ class SoakServer:
         self._folder = folder
         self._config = folder / "config.toml"
         self._config.touch()
-        # MLX's compiler on CPUs keeps its results in TMPDIR. Compiled anew beside other programs,
-        # they would take longer than an engine may be silent.
+        # MLX's compiler on CPUs keeps its results in TMPDIR. Beside other programs, compiling takes
+        # longer than an engine may be silent.
         compiled = Path(tempfile.gettempdir()) / "mlx"
         compiled.mkdir(exist_ok=True)
         (folder / "mlx").symlink_to(compiled)

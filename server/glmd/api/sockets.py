@@ -1,6 +1,7 @@
 """Listening sockets and the limit of open files.
 
-FastAPI is not imported, because that takes a second."""
+Imports no FastAPI, which takes a second.
+"""
 
 from __future__ import annotations
 

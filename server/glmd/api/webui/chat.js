@@ -136,7 +136,7 @@ export class Chat {
     this.#show();
   }
 
-  /** Ask anew, in a branch of its own. */
+  /** Ask again, in a branch of its own. */
   #again(message, parent) {
     if (this.#now || !optionsHold()) return;
     this.input.focus();

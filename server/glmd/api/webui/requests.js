@@ -44,7 +44,7 @@ class Rows {
 }
 
 export class Requests {
-  /** @param {() => void} refresh asks for the state anew. */
+  /** @param {() => void} refresh asks for the state again. */
   constructor(refresh) {
     this.refresh = refresh;
     this.running = new Rows(byId("running"), (request) => this.#row(request));
