@@ -24,7 +24,8 @@ from glmd.convert.recipes import find_recipe
 from glmd.errors import CheckpointError
 from glmd.evaluate import layer_pass, run
 from glmd.evaluate.corpus import CORPUS, Sample, TokenSet, read_corpus, tokenize
-from glmd.evaluate.run import Candidate, Pass, evaluate
+from glmd.evaluate.model_pass import Candidate, Pass
+from glmd.evaluate.run import evaluate
 from glmd.evaluate.scores import mean_and_error
 from glmd.kv_cache.stored_keys import KVBits
 from glmd.model.mla import SCORE_BYTES

@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from glmd.evaluate.run import Candidate
-    from glmd.evaluate.run import Progress as OnProgress
+    from glmd.evaluate.model_pass import Candidate
+    from glmd.evaluate.model_pass import Progress as OnProgress
     from glmd.kv_cache.stored_keys import KVBits
 
 Text = Annotated[
@@ -137,7 +137,7 @@ def evaluate(
 def find_candidate(model: str) -> Candidate:
     """The folder of a model named on the command line; `demo` is the bundled demo."""
     from glmd.checkpoint.hub import DEMO, resolve_model
-    from glmd.evaluate.run import Candidate
+    from glmd.evaluate.model_pass import Candidate
 
     return Candidate(model, DEMO if model == "demo" else resolve_model(model))
 

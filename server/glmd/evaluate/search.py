@@ -24,7 +24,7 @@ from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
 from glmd.evaluate.layer_pass import Activations, LayerReader
-from glmd.evaluate.run import pass_key
+from glmd.evaluate.model_pass import pass_key
 from glmd.evaluate.sensitivity import (
     OPTIONS,
     PROBES,
