@@ -22,7 +22,7 @@ from glmd.cli.evaluate import evaluate as command
 from glmd.convert.convert import convert
 from glmd.convert.recipes import find_recipe
 from glmd.errors import CheckpointError
-from glmd.evaluate import layer_pass, run
+from glmd.evaluate import layer_pass, model_pass
 from glmd.evaluate.corpus import CORPUS, Sample, TokenSet, read_corpus, tokenize
 from glmd.evaluate.model_pass import Candidate, Pass
 from glmd.evaluate.run import evaluate
@@ -100,7 +100,7 @@ def test_streaming_equals_the_plain_forward_pass(
 def test_kl_is_exact_within_its_bound(
     kept: int, text: TokenSet, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "TOP_K", kept)
+    monkeypatch.setattr(model_pass, "TOP_K", kept)
     base = Pass(Candidate("demo", DEMO), text, mx.float32, tmp_path)
     base.run(silent)
     scores = Pass(Candidate("4", quantized), text, mx.float32, tmp_path, reference=base).run(silent)

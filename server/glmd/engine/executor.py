@@ -7,6 +7,7 @@ What is to be done is decided elsewhere, by scheduler, tree and sampler. With se
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,27 @@ from glmd.model.loader import LoadedModel
 
 Choose = Callable[[mx.array, mx.array], mx.array]
 """Chooses tokens [rows] int32 behind hidden states [rows, hidden] for positions [rows]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInputs:
+    """Rows of the step behind which tokens are drafted.
+
+    Attributes:
+        layout: one row of each sequence.
+        last: [sequences] int32, the row of each one's last confirmed token, in the layout's order.
+        tokens: [sequences] int32, behind these rows.
+        positions: [sequences] int32, of these rows.
+        hidden: [N, hidden], of the main model.
+        count: drafts of each sequence.
+    """
+
+    layout: AttentionMetadata
+    last: mx.array
+    tokens: mx.array
+    positions: mx.array
+    hidden: mx.array
+    count: int
 
 
 class Executor:
@@ -53,32 +75,15 @@ class Executor:
         assert self._model.mtp is not None
         return self._model.mtp.compute_kv(successors, hidden, batch, self.tails)
 
-    def draft(
-        self,
-        layout: AttentionMetadata,
-        last: mx.array,
-        tokens: mx.array,
-        positions: mx.array,
-        hidden: mx.array,
-        count: int,
-        choose: Choose,
-    ) -> list[mx.array]:
-        """Draft `count` tokens behind rows of the step; each [sequences] int32.
-
-        Args:
-            layout: one row of each sequence.
-            last: [sequences] int32, the row of each one's last confirmed token, in the layout's
-                order.
-            tokens: [sequences] int32, behind these rows.
-            positions: [sequences] int32, of these rows.
-            hidden: [N, hidden], of the main model.
-        """
+    def draft(self, inputs: DraftInputs, choose: Choose) -> list[mx.array]:
+        """Draft tokens behind rows of the step; each [sequences] int32."""
         assert self._model.mtp is not None
-        h, drafts = hidden[last], []
-        for _ in range(count):
+        tokens, positions = inputs.tokens, inputs.positions
+        h, drafts = inputs.hidden[inputs.last], []
+        for _ in range(inputs.count):
             # The KV that this writes to the tails is there already for the last confirmed row, and
             # is overwritten behind it when those positions are confirmed.
-            group = self._builder.decode_group(layout, 0, positions[:, None])
+            group = self._builder.decode_group(inputs.layout, 0, positions[:, None])
             batch = ForwardBatch(tokens, positions, [group], [])
             h = self._model.mtp.forward(tokens, h, batch, self.tails)
             tokens = choose(h, positions + 2)

@@ -7,11 +7,13 @@ before.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
 from glmd.engine.attention_metadata import AttentionMetadata, AttentionMetadataBuilder
-from glmd.engine.executor import Choose, Executor
+from glmd.engine.executor import Choose, DraftInputs, Executor
 from glmd.kv_cache.stored_keys import StoredKeys, arrays_of
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch
@@ -90,18 +92,9 @@ class RankExecutor(Executor):
     def compute_kv(self, successors: mx.array, hidden: mx.array, batch: ForwardBatch) -> StoredKeys:
         return super().compute_kv(self.share(successors), hidden, batch)
 
-    def draft(
-        self,
-        layout: AttentionMetadata,
-        last: mx.array,
-        tokens: mx.array,
-        positions: mx.array,
-        hidden: mx.array,
-        count: int,
-        choose: Choose,
-    ) -> list[mx.array]:
-        last, tokens, positions = self.share_rows(last, tokens, positions)
-        left = count
+    def draft(self, inputs: DraftInputs, choose: Choose) -> list[mx.array]:
+        last, tokens, positions = self.share_rows(inputs.last, inputs.tokens, inputs.positions)
+        left = inputs.count
 
         def choose_and_share(h: mx.array, behind: mx.array) -> mx.array:
             nonlocal left
@@ -111,7 +104,8 @@ class RankExecutor(Executor):
             chosen = choose(h, behind)
             return self.share(chosen) if left else chosen
 
-        return super().draft(layout, last, tokens, positions, hidden, count, choose_and_share)
+        shared = replace(inputs, last=last, tokens=tokens, positions=positions)
+        return super().draft(shared, choose_and_share)
 
     def _submit(self, results: list[mx.array], *others: mx.array) -> None:
         """Start what ends with the latest collective."""

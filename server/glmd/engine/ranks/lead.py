@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from glmd.engine.attention_metadata import AttentionMetadata, AttentionMetadataBuilder
-from glmd.engine.executor import Choose
+from glmd.engine.executor import Choose, DraftInputs
 from glmd.engine.ranks import plan
 from glmd.engine.ranks.executor import RankExecutor
 from glmd.engine.ranks.group import RankGroup
@@ -152,19 +152,10 @@ class LeadExecutor(RankExecutor):
         self._ranks.flush()
         return super().compute_kv(successors, hidden, batch)
 
-    def draft(
-        self,
-        layout: AttentionMetadata,
-        last: mx.array,
-        tokens: mx.array,
-        positions: mx.array,
-        hidden: mx.array,
-        count: int,
-        choose: Choose,
-    ) -> list[mx.array]:
-        self._ranks.record(plan.Draft(_layout(layout), count))
+    def draft(self, inputs: DraftInputs, choose: Choose) -> list[mx.array]:
+        self._ranks.record(plan.Draft(_layout(inputs.layout), inputs.count))
         self._ranks.flush()
-        return super().draft(layout, last, tokens, positions, hidden, count, choose)
+        return super().draft(inputs, choose)
 
     def catch_up(
         self, segment: Segment, successors: mx.array, position: int, spans: list[KVSpan]

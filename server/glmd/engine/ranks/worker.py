@@ -29,6 +29,7 @@ from glmd.checkpoint.shard import digest_weights
 from glmd.checkpoint.stored import read_weights
 from glmd.engine import memory
 from glmd.engine.attention_metadata import AttentionMetadata, AttentionMetadataBuilder
+from glmd.engine.executor import DraftInputs
 from glmd.engine.ranks import plan
 from glmd.engine.ranks.executor import RankExecutor
 from glmd.engine.ranks.group import VERSION, measure_link
@@ -192,9 +193,8 @@ class Replay:
     def _draft(self, draft: plan.Draft) -> None:
         layout = self._layout(draft.layout, {})
         empty = mx.zeros(len(draft.layout.slots), mx.int32)
-        self.executor.draft(
-            layout, empty, empty, empty, self._hidden, draft.count, lambda h, positions: empty
-        )
+        inputs = DraftInputs(layout, empty, empty, empty, self._hidden, draft.count)
+        self.executor.draft(inputs, lambda h, positions: empty)
         mx.async_eval(*self.tails.arrays())
 
     def _catch_up(self, behind: plan.CatchUp) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from glmd.engine.attention_metadata import AttentionMetadataBuilder, build_levels
 from glmd.engine.config import MAX_WIDTH
-from glmd.engine.executor import Executor
+from glmd.engine.executor import DraftInputs, Executor
 from glmd.engine.scheduler.scheduler import Scheduler
 from glmd.engine.sequence import Sequence
 from glmd.engine.spec_decode.controller import DraftPlan
@@ -183,12 +183,7 @@ class MTPProposer:
         last = first + step.counts[index] - 1
         sampling = [SamplingRow(sequences[i].draft_sampling, 0, None) for i in metadata.order]
         drafts = self._executor.draft(
-            metadata,
-            last,
-            step.last[index],
-            batch.positions[last],
-            hidden,
-            count,
+            DraftInputs(metadata, last, step.last[index], batch.positions[last], hidden, count),
             lambda h, positions: sample(self._layer.logits(h), sampling, positions).tokens,
         )
         return mx.stack(drafts, axis=1)[mx.array(np.argsort(metadata.order).astype(np.int32))]
