@@ -6,14 +6,14 @@ document.addEventListener("securitypolicyviolation", (event) => {
   checks.violations.push(`${event.violatedDirective}: ${event.blockedURI}`);
 });
 
-/** Note which parts of an answer are to be seen, in their order. */
+/** Note which parts of an answer are written, in their order. Reasoning that comes in one frame with
+ * the answer is folded away at once. */
 checks.watch = () => {
   const parts = { reasoning: ".reasoning .prose", content: ".answer .content" };
   new MutationObserver(() => {
     for (const [name, place] of Object.entries(parts)) {
-      const element = document.querySelector(place);
-      const shown = element?.textContent && element.checkVisibility();
-      if (shown && !checks.seen.includes(name)) checks.seen.push(name);
+      const written = document.querySelector(place)?.textContent;
+      if (written && !checks.seen.includes(name)) checks.seen.push(name);
     }
   }).observe(document.body, { childList: true, characterData: true, subtree: true });
 };

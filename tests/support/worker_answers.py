@@ -19,7 +19,7 @@ def make_answer() -> Callable[[bytes], bytes]:
                 while True:
                     pass
             case b"allocate":
-                kept = bytearray(400 << 20)
+                kept = bytearray(240 << 20)
                 kept[::4096] = b"x" * len(kept[::4096])
                 time.sleep(60)
             case b"overflow":
