@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from engines import request, run, tiny_engine, tiny_model
+from engines import TINY, load, request, run, tiny_engine
+
+from glmd.bench.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture
@@ -28,8 +31,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_growing_contexts_and_tails_are_not_traced_again(traced: list[str]) -> None:
-    model = tiny_model(max_position_embeddings=700)
+def test_growing_contexts_and_tails_are_not_traced_again(traced: list[str], tmp_path: Path) -> None:
+    # Loaded here: the layers of a model that tests share may be compiled already.
+    write_random_checkpoint(tmp_path, dtype="F32", **TINY | {"max_position_embeddings": 700})
+    model = load(tmp_path)
     engine = tiny_engine(model)
     layers, rows = model.args.num_hidden_layers, 3
 
