@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +19,7 @@ from engines import TINY, load, one_shot_logits
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model as load_mlx_model
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
@@ -24,8 +30,10 @@ from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect
 from glmd.convert.recipes import Recipe, RecipeFile, find_recipe
 from glmd.errors import SettingsError
+from glmd.evaluate import variants
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.layer_pass import Activations
 from glmd.evaluate.search import REFINED, Found, search
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 48).astype(np.int32)
@@ -61,20 +69,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def search_recipe(source: Path, out: str, recipe: str) -> Found:
-    """Search a recipe of the size of a named one."""
-    size = inspect(source, recipe).main.nbytes
+def search_recipe(source: Path, out: str, work: str = "work") -> Found:
+    """Search a recipe of the size of `mixed-8-5`, in two batches per layer."""
+    size = inspect(source, "mixed-8-5").main.nbytes
     tokens = np.random.default_rng(3).integers(0, 256, 400).astype(np.int32)
     text = TokenSet(tokens, np.arange(0, 401, 50), ("random",) * 8)
-    return search(
-        source, source.parent / out, text, source.parent / "work",
-        nbytes=size, dtype=mx.float32, on_progress=lambda name, done, total: None,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "ROWS", 200)
+        return search(
+            source, source.parent / out, text, source.parent / work,
+            nbytes=size, dtype=mx.float32, on_progress=lambda name, done, total: None,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def found(source: Path) -> Found:
-    return search_recipe(source, "recipe.json", "mixed-8-5")
+def counted(source: Path) -> tuple[Found, int]:
+    """A search, and its number of steps."""
+    steps = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        before_steps(lambda: next(steps), patch)
+        return search_recipe(source, "recipe.json"), next(steps)
+
+
+@pytest.fixture(scope="module")
+def found(counted: tuple[Found, int]) -> Found:
+    return counted[0]
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +134,79 @@ def test_recipe_names_every_component_with_all_options(found: Found) -> None:
 def test_sensitivities_are_measured_once(
     source: Path, found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For an interrupted search that goes on, and for further sizes."""
+    """For further sizes, too."""
     monkeypatch.delattr("glmd.evaluate.search.measure")
-    again = search_recipe(source, "again.json", "mixed-8-5")
+    again = search_recipe(source, "again.json")
     assert again.measured == found.measured
     assert again.components == found.components
+
+
+def before_steps(observe: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+    """Call `observe` before each batch of a layer, or file of results, is written."""
+    for owner, name in ((Activations, "write"), (variants, "atomic_write")):
+        original = getattr(owner, name)
+
+        def observed(*args: Any, original: Any = original) -> None:
+            observe()
+            original(*args)
+
+        patch.setattr(owner, name, observed)
+
+
+def importance(found: Found) -> dict[str, Any]:
+    return dict(load_file(found.file.with_suffix(".importance.safetensors")))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pytest
+from test_search import before_steps, search_recipe
+
+left = int(sys.argv[2])
+
+def kill():
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+before_steps(kill, pytest.MonkeyPatch())
+search_recipe(Path(sys.argv[1]), "killed.json", "killed")
+"""
+
+
+def test_a_search_that_is_killed_continues_and_finds_the_same(
+    source: Path, counted: tuple[Found, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, uninterrupted = counted
+    steps = left = 0
+
+    def count() -> None:
+        nonlocal steps, left
+        if left == 0:
+            raise KeyboardInterrupt
+        steps, left = steps + 1, left - 1
+
+    killed = uninterrupted // 3 | 1
+    run = [sys.executable, "-c", KILLED, str(source), str(killed)]
+    assert subprocess.run(run, cwd=Path(__file__).parent, check=False).returncode == -9
+    before_steps(count, monkeypatch)
+    interrupts = 0
+    while True:
+        left = uninterrupted // 4
+        try:
+            again = search_recipe(source, "again.json", "killed")
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert again == replace(found, file=again.file)
+    assert again.file.read_text().replace("again", "recipe") == found.file.read_text()
+    np.testing.assert_equal(importance(again), importance(found))
+    # The batches of the interrupted layer of one model are repeated.
+    assert interrupts >= 2
+    assert uninterrupted <= killed + steps <= uninterrupted + 2 * (interrupts + 1)
+    assert not list((source.parent / "killed").rglob("*.bin"))
 
 
 def test_inspect_tells_the_planned_and_the_stored_bytes(

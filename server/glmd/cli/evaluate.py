@@ -100,7 +100,7 @@ def evaluate(
     """Measure the quality of checkpoints against a reference.
 
     All tokens run through one layer at a time, so models of any size are measured in less than
-    8 GB of memory. An interrupted command goes on where it stopped.
+    8 GB of memory. An interrupted command resumes.
 
     Example: glmd evaluate ./GLM-4.7-Flash-8-5 --against zai-org/GLM-4.7-Flash --json quality.json
     """

@@ -60,6 +60,8 @@ def search(
 ) -> None:
     """Find the bits of each matrix with the least KL divergence at a given size.
 
+    An interrupted search resumes.
+
     Then: glmd convert REF OUT --recipe recipe.json
 
     Example: glmd recipe search zai-org/GLM-4.7-Flash --bytes 18GiB

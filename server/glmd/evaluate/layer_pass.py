@@ -240,6 +240,9 @@ class Activations:
     def flush(self) -> None:
         self._map.flush()
 
+    def rename(self, file: Path) -> None:
+        self.file = self.file.rename(file)
+
     def delete(self) -> None:
         del self._map
         self.file.unlink(missing_ok=True)

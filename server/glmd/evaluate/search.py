@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +25,19 @@ from glmd.convert.recipes import (
 from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
-from glmd.evaluate.layer_pass import Activations, LayerReader
+from glmd.evaluate.layer_pass import LayerReader
 from glmd.evaluate.model_pass import pass_key
 from glmd.evaluate.sensitivity import (
     OPTIONS,
     PROBES,
     Group,
     Sensitivities,
-    Variant,
     groups_of,
     measure,
     options_of,
     read_sensitivities,
-    run_variants,
 )
+from glmd.evaluate.variants import VariantsRun
 from glmd.utils.files import atomic_write
 from glmd.utils.text import gib
 
@@ -100,7 +101,8 @@ def search(
         folder: the BF16 checkpoint.
         out: the recipe's file; `out` with the suffix `.importance.safetensors` is written too.
         text: for calibration.
-        work: sensitivities are kept in a folder in it, for further sizes and after an interrupt.
+        work: sensitivities are kept in a folder in it, for further sizes; so is all that an
+            interrupted search has measured.
         nbytes: size of the main model; None: from `bits`.
         bits: bits per weight of the main model; None: from `nbytes`.
 
@@ -122,17 +124,21 @@ def search(
     measured = read_sensitivities(work, reader, bands)
     if measured is None:
         measured = measure(
-            reader, text, work, bands=bands,
+            reader, text, work / "sensitivities", bands=bands,
             on_progress=lambda done, of: on_progress("Sensitivities", done, of),
         )  # fmt: skip
         measured.save(work)
+    shutil.rmtree(work / "sensitivities", ignore_errors=True)
     candidates = {
         "power law": _solve(measured, whole.nbytes, budget, measured.exponent),
         "quadratic": _solve(measured, whole.nbytes, budget, 1.0),
         **_fixed(reader, measured, budget),
     }
+    modules_of = {name: each.modules for name, each in candidates.items()}
+    key = hashlib.sha256(msgspec.json.encode(modules_of)).hexdigest()[:16]
+    verification = work / f"verification-{key}"
     kl = _verify(
-        reader, text, work, {name: each.modules for name, each in candidates.items()}, measured,
+        reader, text, verification, modules_of, measured,
         lambda done, of: on_progress("Verification", done, of),
     )  # fmt: skip
     best = min(candidates, key=lambda name: kl[name + REFINED])
@@ -164,6 +170,7 @@ def search(
         },
     )
     atomic_write(out, msgspec.json.format(msgspec.json.encode(content), indent=2))
+    shutil.rmtree(verification)
     return Found(out, size, bits_per_weight, predicted, bound, kl, components)
 
 
@@ -227,21 +234,13 @@ def _verify(
     on_progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """Measure the KL of whole models, with scales of `mx.quantize` and refined."""
-    shape = (len(text), reader.config.hidden_size, reader.dtype)
-    variants = [
-        Variant(
-            name + REFINED if refined else name,
-            how,
-            refined=refined,
-            activations=Activations(work / f"variant{i}-{refined}.bin", *shape),
-        )
-        for i, (name, how) in enumerate(candidates.items())
+    variants = {
+        name + REFINED if refined else name: (how, refined)
+        for name, how in candidates.items()
         for refined in (False, True)
-    ]
-    run_variants(reader, text, variants, work, on_progress, importance=measured.importance)
-    for variant in variants:
-        variant.delete()
-    return {variant.name: variant.kl / len(text) for variant in variants}
+    }
+    run = VariantsRun(reader, text, work, list(variants.values()), importance=measured.importance)
+    return dict(zip(variants, run.run(on_progress), strict=True))
 
 
 def _explain(

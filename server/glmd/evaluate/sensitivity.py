@@ -17,31 +17,22 @@ KL ** (1 / exponent). (Adding up KL itself would overrate small errors: with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import exp, log
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import msgspec
-import numpy as np
 
 from glmd.checkpoint.config import QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights
-from glmd.convert.refine import dequantize, quantize
-from glmd.convert.weights import bounded_cache
 from glmd.errors import CheckpointError
 from glmd.evaluate.corpus import TokenSet
-from glmd.evaluate.layer_pass import (
-    CACHE_BYTES,
-    LOGITS_ROWS,
-    Activations,
-    Arrays,
-    LayerReader,
-    LayerRunner,
-)
+from glmd.evaluate.layer_pass import Arrays, LayerReader
+from glmd.evaluate.variants import VariantsRun
 from glmd.utils.files import atomic_write
 
 NUMBERS, IMPORTANCE = "sensitivities.json", "importance.safetensors"
@@ -53,9 +44,6 @@ PROBES = (QuantizedAs(bits=4, group_size=32), QuantizedAs(bits=8, group_size=32)
 EXPONENTS = (0.25, 1.25)
 """Least and greatest exponent of KL over squared error: 0.5 where only flips of routers count, 1
 without flips, less where KL saturates. Others are noise."""
-
-PRIOR_TOKENS = 16
-"""Tokens of average input that each expert's importance begins with."""
 
 OPTIONS: tuple[QuantizedAs, ...] = (
     *(
@@ -191,226 +179,7 @@ def _layer_of(weight: Weight) -> int | None:
     return int(parts[2]) if parts[1:2] == ["layers"] else None
 
 
-# -- importance -----------------------------------------------------------------------------
-
-
-class _InputTap:
-    """A matrix's module that sums up the squares of its inputs."""
-
-    def __init__(self, module: Any, experts: int | None) -> None:
-        self.module = module
-        self._experts = experts
-        self.total: mx.array | None = None
-        self.count: mx.array | float = 0.0
-
-    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        if self._experts is None:
-            # [..., columns], or [heads, rows, columns] of a matrix per head.
-            square = mx.square(x.astype(mx.float32))
-            headed = self.module.weight.ndim == 3
-            total = square.sum(-2) if headed else square.reshape(-1, x.shape[-1]).sum(0)
-            count: mx.array | float = square.size / total.size
-        else:
-            chosen = args[0].flatten()
-            square = mx.square(x.astype(mx.float32)).squeeze(-2)
-            square = mx.broadcast_to(square, (*args[0].shape, x.shape[-1]))
-            one_hot = (chosen[None] == mx.arange(self._experts)[:, None]).astype(mx.float32)
-            total = one_hot @ square.reshape(-1, x.shape[-1])
-            count = one_hot.sum(-1, keepdims=True)
-        self.total = total if self.total is None else self.total + total
-        self.count = self.count + count
-        mx.eval(self.total, self.count)
-        out: mx.array = self.module(x, *args, **options)
-        return out
-
-    @property
-    def importance(self) -> mx.array:
-        """Sums of squares, [columns], or [stack, columns]."""
-        assert self.total is not None
-        if self._experts is None:
-            return self.total
-        average = self.total.sum(0) / mx.maximum(mx.array(self.count).sum(), 1)
-        return self.total + PRIOR_TOKENS * average
-
-
-def _install(module: Any, path: str, experts: int | None) -> _InputTap:
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    tap = _InputTap(getattr(module, name), experts)
-    setattr(module, name, tap)
-    return tap
-
-
 # -- measuring ------------------------------------------------------------------------------
-
-
-class Variant:
-    """The model with some matrices quantised, run beside the reference.
-
-    Attributes:
-        how: quantisation by module path.
-        kl: sum of the tokens' KL, after the pass.
-    """
-
-    def __init__(
-        self, name: str, how: Mapping[str, QuantizedAs], *, refined: bool, activations: Activations
-    ) -> None:
-        self.name = name
-        self.how = how
-        self.refined = refined
-        self.kl = 0.0
-        self._activations = activations
-        self._started = False
-
-    def arrays(self, arrays: Arrays, importance: Mapping[str, mx.array]) -> Arrays | None:
-        """A part's arrays with those of the variant; None: the variant has none of them."""
-        changed = {}
-        for name, array in arrays.items():
-            path = name.removesuffix(".weight")
-            how = self.how.get(path)
-            if how is not None:
-                weights = importance.get(path) if self.refined else None
-                changed[name] = dequantize(quantize(array, how, weights), how)
-        return {**arrays, **changed} if changed else None
-
-    def embed(self, runner: LayerRunner, embedding: Any) -> None:
-        runner.embed(embedding, self._activations)
-        self._started = True
-
-    def run(self, runner: LayerRunner, layer: Any, base: Activations, *, changed: bool) -> None:
-        if not changed and not self._started:
-            return
-        runner.run(layer, self._activations if self._started else base, self._activations)
-        self._started = True
-
-    def delete(self) -> None:
-        """Delete the file of hidden states."""
-        self._activations.delete()
-
-    def hidden(self, base: Activations, start: int, end: int) -> mx.array:
-        return (self._activations if self._started else base).read(start, end)
-
-
-def run_variants(
-    reader: LayerReader,
-    text: TokenSet,
-    variants: Iterable[Variant],
-    work: Path,
-    on_progress: Callable[[int, int], None],
-    *,
-    importance: dict[str, mx.array],
-    observe: Callable[[Weight, mx.array], None] | None = None,
-) -> None:
-    """Run reference and variants through the model, and add up the variants' KL.
-
-    Args:
-        importance: filled for each layer, unless it is there.
-        observe: called with each matrix of the reference once its importance is known.
-    """
-    variants = list(variants)
-    runner = LayerRunner(text, reader.shape, reader.dtype, rows=512, absorbed=True)
-    shape = (len(text), reader.config.hidden_size, reader.dtype)
-    base = [Activations(work / f"base{i}.bin", *shape) for i in range(2)]
-    weights: dict[int | None, list[Weight]] = {}
-    for weight in main_weights(reader.config):
-        if weight.is_matrix:
-            weights.setdefault(_layer_of(weight), []).append(weight)
-    steps = reader.layers + 2
-    with bounded_cache(CACHE_BYTES):
-        arrays = reader.read("model.embed_tokens.")
-        runner.embed(reader.embedding(arrays), base[0])
-        counts = np.bincount(text.tokens, minlength=reader.config.vocab_size)
-        used = mx.array(counts.astype(np.float32))[:, None]
-        embedding = arrays["model.embed_tokens.weight"]
-        importance.setdefault("model.embed_tokens", mx.ones(embedding.shape[-1]))
-        for variant in variants:
-            changed = variant.arrays(arrays, importance)
-            if changed is not None:
-                variant.embed(runner, reader.embedding(changed))
-        if observe is not None:
-            present = mx.where(used > 0, embedding, 0)
-            observe(weights[None][0], present)
-        on_progress(1, steps)
-        for index in range(reader.layers):
-            before, after = base[index % 2], base[(index + 1) % 2]
-            prefix = f"model.layers.{index}"
-            arrays = reader.read(prefix + ".")
-            mx.eval(arrays)
-            layer = reader.layer(index, arrays)
-            taps = {
-                weight.path: _install(
-                    layer,
-                    weight.path.removeprefix(prefix + "."),
-                    reader.config.n_routed_experts
-                    if weight.component is Component.ROUTED_EXPERTS
-                    else None,
-                )
-                for weight in weights[index]
-                if weight.path not in importance
-            }
-            runner.run(layer, before, after)
-            importance |= {path: tap.importance for path, tap in taps.items()}
-            if observe is not None:
-                for weight in weights[index]:
-                    observe(weight, arrays[weight.name])
-            del layer, taps
-            plain: Any = None
-            for variant in variants:
-                changed = variant.arrays(arrays, importance)
-                if changed is None and plain is None:
-                    plain = reader.layer(index, arrays)
-                module = plain
-                if changed is not None:
-                    module = reader.layer(index, changed)
-                variant.run(runner, module, before, changed=changed is not None)
-            mx.clear_cache()
-            on_progress(index + 2, steps)
-        _compare(reader, text, variants, base[reader.layers % 2], importance, observe, weights)
-    for activations in base:
-        activations.delete()
-    on_progress(steps, steps)
-
-
-def _compare(
-    reader: LayerReader,
-    text: TokenSet,
-    variants: list[Variant],
-    base: Activations,
-    importance: dict[str, mx.array],
-    observe: Callable[[Weight, mx.array], None] | None,
-    weights: Mapping[int | None, list[Weight]],
-) -> None:
-    """Run norm and head, and add up the KL of all rows."""
-    norm = reader.norm()
-    arrays = reader.read("lm_head.")
-    head = reader.head(arrays)
-    spans = [
-        (start, min(start + LOGITS_ROWS, len(text))) for start in range(0, len(text), LOGITS_ROWS)
-    ]
-    if "lm_head" not in importance:
-        tap = _InputTap(head, None)
-        for start, end in spans:
-            tap(norm(base.read(start, end)))
-        importance["lm_head"] = tap.importance
-    if observe is not None:
-        observe(weights[None][-1], arrays["lm_head.weight"])
-    own = {}
-    for variant in variants:
-        changed = variant.arrays(arrays, importance)
-        if changed is not None:
-            own[variant.name] = reader.head(changed)
-    for start, end in spans:
-        p = _log_softmax(head(norm(base.read(start, end))))
-        for variant in variants:
-            rows = norm(variant.hidden(base, start, end))
-            q = _log_softmax(own.get(variant.name, head)(rows))
-            variant.kl += float((mx.exp(p) * (p - q)).sum())
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def measure(
@@ -425,10 +194,12 @@ def measure(
 
     Args:
         reader: of an unquantised checkpoint.
+        work: folder of this measurement, which continues where it was interrupted. The caller
+            deletes it.
         bands: layers of a component are probed in so many parts.
 
     Raises:
-        CheckpointError: the checkpoint is quantised.
+        CheckpointError: the checkpoint is quantised, or there is too little room on the disk.
     """
     if reader.config.quantization is not None:
         raise CheckpointError(
@@ -436,41 +207,16 @@ def measure(
             file=str(reader.folder),
         )
     groups = groups_of(reader, bands)
-    shape = (len(text), reader.config.hidden_size, reader.dtype)
     probes = [
-        Variant(
-            f"{group.component} {group.layers} {probe.bits}",
-            dict.fromkeys((weight.path for weight in group.weights), probe),
-            refined=False,
-            activations=Activations(work / f"probe{i}-{probe.bits}.bin", *shape),
-        )
-        for i, group in enumerate(groups)
+        (dict.fromkeys((weight.path for weight in group.weights), probe), False)
+        for group in groups
         for probe in PROBES
     ]
-    importance: dict[str, mx.array] = {}
-    errors: dict[str, dict[QuantizedAs, float]] = {}
-    probed = {weight.path for group in groups for weight in group.weights}
-
-    def observe(weight: Weight, array: mx.array) -> None:
-        if weight.path in probed:
-            options = {*options_of(weight), *PROBES}
-            found = importance[weight.path]
-            errors[weight.path] = {how: _error(array, how, found) for how in options}
-
-    run_variants(reader, text, probes, work, on_progress, importance=importance, observe=observe)
-    for group, coarse, fine in zip(groups, probes[::2], probes[1::2], strict=True):
-        group.kl = (coarse.kl / len(text), fine.kl / len(text))
-    for probe in probes:
-        probe.delete()
-    return Sensitivities(groups, errors, importance)
-
-
-def _error(array: mx.array, how: QuantizedAs, importance: mx.array) -> float:
-    """Σ importance · (w − ŵ)² with the scales of `mx.quantize`."""
-    total = 0.0
-    stack = array.reshape(-1, *array.shape[-2:])
-    weights = mx.broadcast_to(importance[..., None, :], (stack.shape[0], 1, stack.shape[-1]))
-    for matrix, weight in zip(stack, weights, strict=True):
-        difference = dequantize(quantize(matrix, how), how) - matrix.astype(mx.float32)
-        total += float((weight * mx.square(difference)).sum())
-    return total
+    options = {
+        weight.path: (*options_of(weight), *PROBES) for group in groups for weight in group.weights
+    }
+    run = VariantsRun(reader, text, work, probes, options=options)
+    kl = run.run(on_progress)
+    for group, coarse, fine in zip(groups, kl[::2], kl[1::2], strict=True):
+        group.kl = (coarse, fine)
+    return Sensitivities(groups, run.errors, run.importance)
