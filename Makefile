@@ -29,16 +29,17 @@ help:
 serve: setup
 	$(BIN)/glmd serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-# WORKERS processes share the test files; much of the time the suite waits for processes that it starts.
+# WORKERS processes share the test files, in their order: by number of tests, long files of few tests would be last.
+# Much of the time, the suite waits for processes that it starts.
 test: setup-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Tests without an engine or a server, in under a minute.
 test-unit: setup-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m unit $(ARGS)
 
 coverage: setup-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-report=xml $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=xml $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
