@@ -271,6 +271,11 @@ class Settings(BaseSettings):
         description="Decode attention in a Metal kernel of glmd's own; auto uses it if a trial at"
         " load finds it right and not slower than MLX's, on does not compare times.",
     )
+    experts_kernel: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="The same for the routed experts of up to 63 rows. auto uses the kernel for"
+        " those numbers of rows for which it is not slower.",
+    )
     memory_budget: Memory | None = Field(
         None,
         ge=1,
@@ -463,6 +468,7 @@ class Settings(BaseSettings):
             "dtype": self.dtype,
             "kv_bits": self.kv_bits if self.kv_bits == "auto" else int(self.kv_bits),
             "mla_kernel": self.mla_kernel,
+            "experts_kernel": self.experts_kernel,
             "ranks": self.ranks if isinstance(self.ranks, int) else str(self.ranks.absolute()),
             "rank_port": self.rank_port,
             "rank_timeout": self.rank_timeout,

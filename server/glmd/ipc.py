@@ -260,6 +260,8 @@ class EngineStats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """Steps that failed because the device was out of memory."""
     mla_kernel: int = 0
     """1: decode steps use `glmd.model.mla_kernel`; 0: they do not."""
+    experts_kernel: int = 0
+    """1: steps of some numbers of rows use `glmd.model.experts_kernel`; 0: none does."""
     steps: int = 0
     rows: int = 0
     """Token rows of all steps: decode, verify and prefill rows."""

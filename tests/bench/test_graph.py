@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,9 @@ BUDGETS = {
 MLA_KERNEL_BUDGETS = {"batch 1,": (28, 28), "batch 8,": (28, 36)}
 """With the MLA kernel, whatever the number of pieces."""
 
+BOTH_KERNELS_BUDGET = 22
+"""With the experts' kernels, too, whatever the number of rows."""
+
 
 @cache
 def _rows() -> dict[tuple[str, int], GraphRow]:
@@ -53,6 +57,7 @@ def test_a_layer_launches_no_more_kernels_than_its_budget(workload: str, drafts:
 def test_with_the_mla_kernel_pieces_cost_no_kernels(workload: str, drafts: int) -> None:
     (budget,) = (b[drafts] for batch, b in MLA_KERNEL_BUDGETS.items() if workload.startswith(batch))
     assert _rows()[workload, drafts].with_mla_kernel <= budget
+    assert _rows()[workload, drafts].with_both <= BOTH_KERNELS_BUDGET
 
 
 def test_one_sequence_takes_no_more_kernels_than_in_mlx_lm() -> None:
@@ -73,9 +78,10 @@ def test_the_device_model_counts_about_as_many_kernels(streams: int, shared: int
     simulation = start_streams(streams, shared=shared, own=own, output=150)
     with gpu_kernels():
         counter = LayerCounter()
-        for used in (False, True):
-            cost = step_cost(decode_batch(simulation, 1, mla_kernel=used), 0)
-            counted = counter.glmd(simulation, 1, mla_kernel=used)
+        for mla, experts in itertools.product((False, True), repeat=2):
+            batch = decode_batch(simulation, 1, mla_kernel=mla)
+            cost = step_cost(batch, 0, experts_kernel=experts)
+            counted = counter.glmd(simulation, 1, mla_kernel=mla, experts_kernel=experts)
             assert cost.dispatches == pytest.approx(counted, rel=0.1)
 
 

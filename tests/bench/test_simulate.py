@@ -68,6 +68,10 @@ def test_rows_read_experts_one_by_one_only_where_padding_to_groups_does_not_pay(
     assert expert_bytes(64) == pytest.approx(EXPERTS_BYTES, rel=0.02)
     assert computed_rows(15) == 15
     assert 16 < computed_rows(16) < computed_rows(63) < computed_rows(64) == 64
+    for rows in (8, 15, 16, 63):
+        unused = (60 / 64) ** rows
+        assert expert_bytes(rows, kernel=True) == pytest.approx((1 - unused) * EXPERTS_BYTES)
+        assert computed_rows(rows, kernel=True) == rows
     for device in DEVICES:
         for rows in range(SORTED_ROWS, 64):
             step = StepCost(rows, kv_tokens=0, dispatches=BASE_DISPATCHES)

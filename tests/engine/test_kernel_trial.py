@@ -173,7 +173,7 @@ def test_a_step_that_fails_in_the_kernel_is_repeated_without_it(
     assert calls == failing + 1
     assert engine.stats().mla_kernel == 0
     assert engine.stats().out_of_memory == 0
-    assert "Step failed: MLA kernel off, KV dropped" in caplog.text
+    assert "Step failed: Metal kernels off, KV dropped" in caplog.text
     assert_idle(engine)
 
 

@@ -48,7 +48,11 @@ def test_ranks_answer_as_the_whole_model(scenario: tuple[str, ...], tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("config", "named"),
-    [({"disk_cache": 1 << 30}, "disk_cache"), ({"mla_kernel": "on"}, "mla_kernel")],
+    [
+        ({"disk_cache": 1 << 30}, "disk_cache"),
+        ({"mla_kernel": "on"}, "mla_kernel"),
+        ({"experts_kernel": "on"}, "experts_kernel"),
+    ],
 )
 def test_what_ranks_cannot_do_is_refused(config: dict[str, object], named: str) -> None:
     with pytest.raises(SettingsError, match=f"^{named}: not with ranks"):

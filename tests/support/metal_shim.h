@@ -184,6 +184,7 @@ using std::max;
 using std::min;
 inline float exp(float x) { return std::exp(x); }
 inline float log(float x) { return std::log(x); }
+inline float abs(float x) { return std::fabs(x); }
 namespace precise {
 inline float exp2(float x) { return std::exp2(x); }
 inline float cos(float x) { return std::cos(x); }
@@ -211,6 +212,9 @@ inline float simd_max(float value) {
     }
     return most;
 }
+
+// Of numbers that are exact in float32.
+inline int simd_min(int value) { return int(-simd_max(-float(value))); }
 
 // The lane's two elements of a matrix: in row y, columns x and x + 1.
 template <typename U, int rows, int columns>

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from engines import fresh_folder
 
-from glmd.engine import kernel_trial
-from glmd.model import mla_kernel
+from glmd.engine import experts_trial, kernel_trial
+from glmd.model import experts_kernel, mla_kernel
 
 COMPILER = shutil.which("g++")
 
@@ -29,7 +29,7 @@ _TYPES = {
 }
 
 ATTRIBUTES = {
-    "threadgroup_position_in_grid": "uint3{group, 0, 0}",
+    "threadgroup_position_in_grid": "uint3{shim_group, 0, 0}",
     "thread_position_in_threadgroup": "uint3{uint(shim::current), 0, 0}",
     "simdgroup_index_in_threadgroup": "uint(shim::current / 32)",
     "thread_index_in_simdgroup": "uint(shim::current % 32)",
@@ -51,8 +51,10 @@ def run_kernels_here(monkeypatch: pytest.MonkeyPatch, *, order: int = 1) -> None
     if COMPILER is None:
         pytest.skip("needs g++")
     monkeypatch.setattr(mx.fast, "metal_kernel", partial(ShimKernel, order=order))
-    monkeypatch.setattr(kernel_trial, "is_available", lambda: True)
+    for trial in (kernel_trial, experts_trial):
+        monkeypatch.setattr(trial, "is_available", lambda: True)
     mla_kernel.forget()
+    experts_kernel.forget()
 
 
 @dataclass
@@ -101,7 +103,8 @@ class ShimKernel:
         assert len(names) <= 31, "Metal binds at most 31 buffers"
         lines = ['#include "metal_shim.h"', self.header]
         lines.append(
-            'extern "C" void run(void** buffers, int** shapes, uint groups, int threads, int order)'
+            'extern "C" void run(void** buffers, int** shapes, uint shim_groups, int shim_threads,'
+            " int shim_order)"
         )
         lines.append("{")
         for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -109,14 +112,14 @@ class ShimKernel:
             lines.append(f"{qualifier}{_TYPES[kind]}* {name} = ({_TYPES[kind]}*)buffers[{i}];")
             if f"{name}_shape" in self.source:
                 lines.append(f"const int* {name}_shape = shapes[{i}];")
-        lines.append("shim::step = order;")
-        lines.append("for (uint group = 0; group < groups; group++) shim::run_group([=] {")
+        lines.append("shim::step = shim_order;")
+        lines.append("for (uint g = 0; g < shim_groups; g++) shim::run_group([=, shim_group = g] {")
         lines += [
             f"const auto {name} = {value};"
             for name, value in ATTRIBUTES.items()
             if name in self.source
         ]
-        lines += [self.source, "}, threads); }"]
+        lines += [self.source, "}, shim_threads); }"]
         text = "\n".join(lines)
         if text in _compiled:
             return _compiled[text]

@@ -6,7 +6,8 @@ predictions of speed.
 
 Sizes are of the `mixed-8-5` recipe (`glmd inspect`). Expert reads follow MLX 0.32's `gather_qmm`,
 which groups rows by expert from `GROUPED_ROWS` rows on and multiplies row by row below, and
-`glmd.model.moe`, which pads to that number from `SORTED_ROWS` rows on.
+`glmd.model.moe`, which pads to that number from `SORTED_ROWS` rows on. The kernels of
+`glmd.model.experts_kernel` read each expert once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlx_lm.models.glm4_moe_lite import ModelArgs
 
 from glmd.errors import SettingsError
 from glmd.model.batch import ForwardBatch, KernelLaunch, KVSpan, PaddedSpans, SpanLevel
+from glmd.model.experts_kernel import ROWS
 from glmd.model.moe import GROUPED_PAIRS, SORTED_ROWS
 
 LAYERS = 47
@@ -64,6 +66,9 @@ SPANS_DISPATCHES = 2
 
 PADDING_DISPATCHES = 8
 """Kernels that pad the pairs of `SORTED_ROWS` to `GROUPED_ROWS` rows to groups."""
+
+EXPERTS_KERNEL_DISPATCHES = -6
+"""Kernels that a layer saves by `glmd.model.experts_kernel`, with fewer than `SORTED_ROWS` rows."""
 
 KERNEL_DISPATCHES = 28
 """Kernels of a layer that uses `glmd.model.mla_kernel`, with up to 24 segments of 16 bits."""
@@ -187,17 +192,26 @@ def model_args() -> ModelArgs:
     return ModelArgs()
 
 
-def expert_bytes(rows: int) -> float:
-    """Bytes of routed experts that a step of `rows` rows reads."""
-    if UNGROUPED_ROWS <= rows < SORTED_ROWS:
+def expert_bytes(rows: int, *, kernel: bool = False) -> float:
+    """Bytes of routed experts that a step of `rows` rows reads.
+
+    Args:
+        kernel: with `glmd.model.experts_kernel`.
+    """
+    if UNGROUPED_ROWS <= rows < SORTED_ROWS and not kernel:
         return EXPERTS_BYTES * rows * EXPERTS_PER_ROW / EXPERTS
     unused = (1 - EXPERTS_PER_ROW / EXPERTS) ** rows
     return EXPERTS_BYTES * (1 - unused)
 
 
-def computed_rows(rows: int) -> float:
-    """Rows that a step of `rows` rows computes, with the padding of pairs as a part of a row."""
-    padding = GROUPED_ROWS - rows if SORTED_ROWS <= rows < GROUPED_ROWS else 0
+def computed_rows(rows: int, *, kernel: bool = False) -> float:
+    """Rows that a step of `rows` rows computes, with the padding of pairs as a part of a row.
+
+    Args:
+        kernel: with `glmd.model.experts_kernel`, which pads nothing.
+    """
+    pads = SORTED_ROWS <= rows < GROUPED_ROWS and not kernel
+    padding = GROUPED_ROWS - rows if pads else 0
     return rows + EXPERT_SHARE * padding
 
 
@@ -209,12 +223,14 @@ class StepCost:
         kv_tokens: tokens of KV read in each layer. A token read by two products counts twice.
         dispatches: kernels per layer.
         copied_tokens: tokens of KV copied to merge segments, each read and written.
+        experts_kernel: whether experts run in `glmd.model.experts_kernel`.
     """
 
     rows: int
     kv_tokens: int
     dispatches: int
     copied_tokens: int = 0
+    experts_kernel: bool = False
 
     @property
     def nbytes(self) -> float:
@@ -224,7 +240,8 @@ class StepCost:
     @property
     def _divided_bytes(self) -> float:
         """Bytes read of weights that ranks divide among them."""
-        return DENSE_BYTES - WHOLE_BYTES + expert_bytes(self.rows)
+        experts = expert_bytes(self.rows, kernel=self.experts_kernel)
+        return DENSE_BYTES - WHOLE_BYTES + experts
 
     @property
     def _kv_bytes(self) -> float:
@@ -234,17 +251,19 @@ class StepCost:
         """Duration on a device, or on each of several ranks."""
         count = 1 if ranks is None else ranks.count
         read = WHOLE_BYTES + self._divided_bytes / count + self._kv_bytes
-        rows = computed_rows(self.rows) * (WHOLE_SHARE + (1 - WHOLE_SHARE) / count)
+        computed = computed_rows(self.rows, kernel=self.experts_kernel)
+        rows = computed * (WHOLE_SHARE + (1 - WHOLE_SHARE) / count)
         busy = max(read / (device.bandwidth_gb * 1e9), rows * device.row_ms * 1e-3)
         dispatching = LAYERS * self.dispatches * device.dispatch_us * 1e-6
         return busy + dispatching + (0.0 if ranks is None else ranks.sum_seconds(self.rows))
 
 
-def step_cost(batch: ForwardBatch, tail_tokens: int) -> StepCost:
+def step_cost(batch: ForwardBatch, tail_tokens: int, *, experts_kernel: bool = False) -> StepCost:
     """Count what a step does.
 
     Args:
         tail_tokens: tokens in all slots of the tail pool.
+        experts_kernel: whether experts run in `glmd.model.experts_kernel` where they can.
     """
     dispatches, kv_tokens = BASE_DISPATCHES, 0
     for group in batch.decode:
@@ -262,9 +281,12 @@ def step_cost(batch: ForwardBatch, tail_tokens: int) -> StepCost:
     if batch.decode and batch.chunks:
         dispatches += SPAN_DISPATCHES + SPANS_DISPATCHES
     rows = batch.tokens.shape[0]
-    if SORTED_ROWS <= rows < GROUPED_ROWS:
+    fused = experts_kernel and rows <= ROWS[-1]
+    if fused:
+        dispatches += EXPERTS_KERNEL_DISPATCHES
+    elif SORTED_ROWS <= rows < GROUPED_ROWS:
         dispatches += PADDING_DISPATCHES
-    return StepCost(rows, kv_tokens, dispatches)
+    return StepCost(rows, kv_tokens, dispatches, experts_kernel=fused)
 
 
 def _level_dispatches(level: SpanLevel) -> int:

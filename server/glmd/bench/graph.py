@@ -32,7 +32,7 @@ from glmd.engine.attention_metadata import AttentionMetadataBuilder
 from glmd.kv_cache.segment import Segment
 from glmd.kv_cache.stored_keys import arrays_of
 from glmd.kv_cache.tail_pool import TailPool
-from glmd.model import mla_kernel
+from glmd.model import experts_kernel, mla_kernel
 from glmd.model.batch import (
     DecodeGroup,
     ForwardBatch,
@@ -40,6 +40,7 @@ from glmd.model.batch import (
     KVSpan,
     SpanLevel,
 )
+from glmd.model.experts_kernel import ROWS
 from glmd.model.glm4_moe_lite import DecoderBlock
 from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Glm4MoeLiteDecoderLayer, ModelArgs
@@ -114,11 +115,13 @@ def gpu_kernels() -> Iterator[None]:
     fast.rms_norm = fast.rope = one_kernel
     fast.metal_kernel = make_kernel
     mla_kernel.forget()
+    experts_kernel.forget()
     try:
         yield
     finally:
         fast.rms_norm, fast.rope, fast.metal_kernel = norm, rope, metal_kernel
         mla_kernel.forget()
+        experts_kernel.forget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ class GraphRow:
         drafts: tokens verified per sequence.
         kernels: with MLX's operations only.
         with_mla_kernel: with `glmd.model.mla_kernel`.
+        with_both: and with `glmd.model.experts_kernel`.
         mlx_lm: of mlx-lm with as many sequences, each with its own copy of all keys; None: mlx-lm
             has no such step.
     """
@@ -137,6 +141,7 @@ class GraphRow:
     drafts: int
     kernels: int
     with_mla_kernel: int
+    with_both: int
     mlx_lm: int | None
 
 
@@ -164,8 +169,13 @@ class LayerCounter:
         quantize(layer, group_size=64, bits=8, class_predicate=_quantised)
         return layer
 
-    def glmd(self, simulation: Simulation, width: int, *, mla_kernel: bool) -> int:
+    def glmd(
+        self, simulation: Simulation, width: int, *, mla_kernel: bool, experts_kernel: bool = False
+    ) -> int:
         """Kernels of a step of all running sequences, with `width` rows each."""
+        assert self._block.fused_experts is not None
+        rows = range(1, ROWS[-1] + 1) if experts_kernel else ()
+        self._block.fused_rows = frozenset(rows)
         batch = decode_batch(simulation, width, mla_kernel=mla_kernel)
         tails = TailPool(1, simulation.shape.kv_width, DTYPE)
         for _ in range(simulation.scheduler.tails.slots):
@@ -334,6 +344,9 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
                             width - 1,
                             kernels=counter.glmd(simulation, width, mla_kernel=False),
                             with_mla_kernel=counter.glmd(simulation, width, mla_kernel=True),
+                            with_both=counter.glmd(
+                                simulation, width, mla_kernel=True, experts_kernel=True
+                            ),
                             mlx_lm=mlx_lm if width == 1 else None,
                         )
                     )
@@ -343,15 +356,18 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
             if only not in name:
                 continue
             on_progress(name)
-            counts: dict[tuple[int, bool], list[int]] = {
-                (width, used): [] for width in widths for used in (False, True)
+            counts: dict[tuple[int, int], list[int]] = {
+                (width, used): [] for width in widths for used in range(3)
             }
 
             def count_widths(
-                simulation: Simulation, counts: dict[tuple[int, bool], list[int]] = counts
+                simulation: Simulation, counts: dict[tuple[int, int], list[int]] = counts
             ) -> None:
                 for (width, used), found in counts.items():
-                    found.append(counter.glmd(simulation, width, mla_kernel=used))
+                    count = counter.glmd(
+                        simulation, width, mla_kernel=used > 0, experts_kernel=used > 1
+                    )
+                    found.append(count)
 
             forked_turns(turns, count_widths)
             for width in widths:
@@ -359,8 +375,9 @@ def count_layers(on_progress: Callable[[str], None], *, only: str = "") -> list[
                     GraphRow(
                         name,
                         width - 1,
-                        kernels=max(counts[width, False]),
-                        with_mla_kernel=max(counts[width, True]),
+                        kernels=max(counts[width, 0]),
+                        with_mla_kernel=max(counts[width, 1]),
+                        with_both=max(counts[width, 2]),
                         mlx_lm=single if width == 1 else None,
                     )
                 )
@@ -372,12 +389,13 @@ def kernels_table(rows: list[GraphRow]) -> Table:
     table = make_table(
         "Kernels per layer and step",
         ("workload",),
-        ("glmd", "one draft", "MLA kernel", "MLA kernel, one draft", "mlx-lm"),
+        ("glmd", "one draft", "MLA kernel", "one draft", "and experts", "one draft", "mlx-lm"),
     )
     plain = [row for row in rows if not row.drafts]
     drafting = {row.workload: row for row in rows if row.drafts}
     for row in plain:
         drafted = drafting[row.workload]
-        counts = (row.kernels, drafted.kernels, row.with_mla_kernel, drafted.with_mla_kernel)
+        pairs = [(each.kernels, each.with_mla_kernel, each.with_both) for each in (row, drafted)]
+        counts = [count for pair in zip(*pairs, strict=True) for count in pair]
         table.add_row(row.workload, *map(str, counts), str(row.mlx_lm))
     return table

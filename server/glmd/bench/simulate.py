@@ -232,6 +232,7 @@ def simulate(
     only: str = "",
     config: EngineConfig | None = None,
     mla_kernel: bool = False,
+    experts_kernel: bool = False,
 ) -> list[SimulationRow]:
     """Run all scenarios on each device.
 
@@ -239,13 +240,16 @@ def simulate(
         only: run only scenarios whose name contains this text.
         config: the engine's; None: the defaults, without MTP.
         mla_kernel: whether decode attention is `glmd.model.mla_kernel`.
+        experts_kernel: whether experts of few rows run in `glmd.model.experts_kernel`.
 
     Raises:
         CheckpointError: the model does not fit in a device's memory.
     """
     rows: list[SimulationRow] = []
     for device in devices:
-        new = partial(Simulation, device, config, mla_kernel=mla_kernel)
+        new = partial(
+            Simulation, device, config, mla_kernel=mla_kernel, experts_kernel=experts_kernel
+        )
 
         def wanted(name: str, device: Device = device) -> bool:
             if only not in name:

@@ -56,7 +56,8 @@ class SimulatedModel(LoadedModel):
         cost: of the last step.
     """
 
-    def __init__(self, shape: MLAShape) -> None:
+    def __init__(self, shape: MLAShape, *, experts_kernel: bool) -> None:
+        self._experts_kernel = experts_kernel
         self.args = model_args()
         self.shape = shape
         self.dtype = mx.bfloat16
@@ -64,7 +65,9 @@ class SimulatedModel(LoadedModel):
         self.cost = StepCost(0, 0, 0)
 
     def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
-        self.cost = step_cost(batch, tails.slots * tails.capacity)
+        self.cost = step_cost(
+            batch, tails.slots * tails.capacity, experts_kernel=self._experts_kernel
+        )
         hidden = mx.zeros((len(batch.logits_rows), 1))
         return hidden, [mx.zeros((batch.tokens.shape[0], 1), mx.uint8)]
 
@@ -120,6 +123,7 @@ class Simulation:
     Args:
         config: the engine's; None: the defaults, without MTP.
         mla_kernel: whether decode attention is `glmd.model.mla_kernel`.
+        experts_kernel: whether experts of few rows run in `glmd.model.experts_kernel`.
         ranks: of which `device` is one; None: it is alone.
 
     Attributes:
@@ -133,6 +137,7 @@ class Simulation:
         config: EngineConfig | None = None,
         *,
         mla_kernel: bool = False,
+        experts_kernel: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         args = model_args()
@@ -184,7 +189,7 @@ class Simulation:
         )
         self._device = device
         self._ranks = ranks
-        self._model = SimulatedModel(shape)
+        self._model = SimulatedModel(shape, experts_kernel=experts_kernel)
         # No request has a grammar.
         self._runner = ModelRunner(self._model, self.scheduler, cast(StructuredOutputManager, None))
         self._streams: dict[Sequence, Stream] = {}

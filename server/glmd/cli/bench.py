@@ -179,6 +179,9 @@ def simulate(
     mla_kernel: Annotated[
         bool, typer.Option("--mla-kernel", help="Decode attention by the MLA kernel.")
     ] = False,
+    experts_kernel: Annotated[
+        bool, typer.Option("--experts-kernel", help="Experts of up to 63 rows by their kernels.")
+    ] = False,
     model: Model = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Divide the model among so many such Macs, with --link.")
@@ -209,7 +212,7 @@ def simulate(
         raise SettingsError("--ranks, --link: give both, or none.")
     if ranks not in (1, 2, 4):
         raise SettingsError(f"--ranks: GLM-4.7-Flash cannot be divided among {ranks}. Use 2 or 4.")
-    if ranks > 1 and (only or mla_kernel or calibrate is not None):
+    if ranks > 1 and (only or mla_kernel or experts_kernel or calibrate is not None):
         raise SettingsError("--ranks: has no scenarios and measures nothing. Leave the rest out.")
     if model is not None and calibrate is None:
         raise SettingsError("--model: only --calibrate runs a model. Add --calibrate FILE.")
@@ -228,7 +231,13 @@ def simulate(
             rows = compared = simulate_ranks(devices, Ranks(ranks, load_link(link)), on_progress)
             table = ranks_table(compared)
         else:
-            rows = simulated = simulate(devices, on_progress, only=only, mla_kernel=mla_kernel)
+            rows = simulated = simulate(
+                devices,
+                on_progress,
+                only=only,
+                mla_kernel=mla_kernel,
+                experts_kernel=experts_kernel,
+            )
             table = simulation_table(simulated)
     report.console().print(table)
     if json_file is not None:

@@ -43,6 +43,8 @@ class EngineConfig:
         kv_bits: bits of a cached value; 16: in `dtype`. "auto": 16 if 65,536 tokens fit, else 8.
         mla_kernel: "auto": decode with `glmd.model.mla_kernel` where a trial at load finds it right
             and not slower. "on": without comparing times; it must run. "off": never.
+        experts_kernel: the same for `glmd.model.experts_kernel`, decided by itself for several
+            bands of numbers of rows.
         prefix_cache: share KV between requests and keep it after they end.
         disk_cache: most bytes of KV in files, from which prefixes are restored; 0: none.
         disk_cache_folder: of these files, one engine at a time; required with `disk_cache`.
@@ -65,6 +67,7 @@ class EngineConfig:
     mtp: Literal["auto", 0, 1, 2, 3] = "auto"
     kv_bits: Literal["auto", 16, 8, 4] = "auto"
     mla_kernel: Literal["auto", "on", "off"] = "auto"
+    experts_kernel: Literal["auto", "on", "off"] = "auto"
     prefix_cache: bool = True
     disk_cache: int = 0
     disk_cache_folder: str | None = None
@@ -92,8 +95,9 @@ class EngineConfig:
             raise SettingsError(f"disk_cache must be at least 0, not {self.disk_cache}.")
         if self.ranks != 1 and self.disk_cache:
             raise SettingsError("disk_cache: not with ranks, whose KV is not saved. Set it to 0.")
-        if self.ranks != 1 and self.mla_kernel == "on":
-            raise SettingsError("mla_kernel: not with ranks. Set it to auto or off.")
+        for name in ("mla_kernel", "experts_kernel"):
+            if self.ranks != 1 and getattr(self, name) == "on":
+                raise SettingsError(f"{name}: not with ranks. Set it to auto or off.")
         if self.disk_cache and self.disk_cache_folder is None:
             raise SettingsError("disk_cache needs disk_cache_folder. Name a folder for its files.")
         if self.kv_events is not None and not self.prefix_cache:

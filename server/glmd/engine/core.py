@@ -21,6 +21,7 @@ from glmd.checkpoint.shard import shard_weights
 from glmd.checkpoint.stored import read_weights
 from glmd.engine import memory
 from glmd.engine.config import EngineConfig, validate_request
+from glmd.engine.experts_trial import find_fused_rows
 from glmd.engine.kernel_trial import kernel_is_used
 from glmd.engine.model_runner import ModelRunner
 from glmd.engine.oom_recovery import OOMRecovery, is_out_of_memory
@@ -93,6 +94,7 @@ def load_engine(
             model.warm_up()
             if kernel_is_used(config.mla_kernel, model.shape, model.dtype):
                 engine.use_kernel()
+            model.use_fused_experts(find_fused_rows(config.experts_kernel, model))
     except BaseException:
         memory.DeviceLimits.restore()
         if ranks is not None:
@@ -294,7 +296,7 @@ class Engine:
         """Launch the next step, then read the one before; returns its outputs.
 
         After a step that ran out of memory, the next call tries a smaller one; after another error
-        while the MLA kernel is in use, one without it.
+        while glmd's Metal kernels are in use, one without them.
         """
         progress: list[SequenceOutput] = []
         try:
@@ -341,8 +343,8 @@ class Engine:
         since noise depends on the position alone.
 
         Raises:
-            Exception: `error`, unless it is about memory, or the MLA kernel was in use and may be
-                to blame. The engine can go on nevertheless.
+            Exception: `error`, unless it is about memory, or a Metal kernel of glmd was in use
+                and may be to blame. The engine can go on nevertheless.
         """
         if self._ranks is not None:
             raise error  # The other ranks may wait for this one in a collective.
@@ -359,9 +361,9 @@ class Engine:
         self._finish_ended()
         mx.clear_cache()
         if not refused:
-            if not self._runner.stop_kernel():
+            if not self._runner.stop_kernels():
                 raise error
-            log.error("Step failed: MLA kernel off, KV dropped", exc_info=error)
+            log.error("Step failed: Metal kernels off, KV dropped", exc_info=error)
         for sequence in dropped:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -477,6 +479,7 @@ class Engine:
             footprint_bytes=process_memory_bytes(),
             out_of_memory=self._oom_recovery.failures,
             mla_kernel=int(self._runner.kernel),
+            experts_kernel=int(bool(self._runner.fused_rows)),
             steps=self._steps,
             rows=self._rows,
             prompt_tokens_computed=self._runner.num_prompt_tokens_computed,

@@ -84,9 +84,16 @@ class ModelRunner:
     def kernel(self, used: bool) -> None:
         self._metadata_builder.kernel = used
 
-    def stop_kernel(self) -> bool:
-        """Use the kernel no more; returns whether it was used."""
-        used, self.kernel = self.kernel, False
+    @property
+    def fused_rows(self) -> frozenset[int]:
+        """Numbers of rows for which experts run in `glmd.model.experts_kernel`."""
+        return self._model.fused_rows
+
+    def stop_kernels(self) -> bool:
+        """Use glmd's kernels no more; returns whether any was used."""
+        used = self.kernel or bool(self.fused_rows)
+        self.kernel = False
+        self._model.use_fused_experts(frozenset())
         return used
 
     def rank_stats(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from glmd.kv_cache.stored_keys import StoredKeys, store
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.attention import attend, stores_no_scores
 from glmd.model.batch import ForwardBatch
+from glmd.model.experts_kernel import FusedExperts
 from glmd.model.mla import (
     MLAShape,
     Queries,
@@ -77,6 +78,11 @@ class DecoderBlock:
         layer: mlx-lm's decoder layer. Its weights must not change afterwards.
         shape: dimensions of its attention.
         sum_ranks: applied to the outputs of attention and MLP.
+
+    Attributes:
+        fused_experts: the layer's experts for `glmd.model.experts_kernel`; None: it has none, or
+            only for MLX's operations.
+        fused_rows: numbers of rows for which these kernels are used. They sum no ranks.
     """
 
     def __init__(self, layer: Any, shape: MLAShape, sum_ranks: SumRanks = identity) -> None:
@@ -85,8 +91,11 @@ class DecoderBlock:
         if attn.q_lora_rank is not None:
             attn.q_a_layernorm.eps = LATENT_NORM_EPS
         run_mlp: Callable[[mx.array], mx.array]
+        self.fused_experts: FusedExperts | None = None
+        self.fused_rows: frozenset[int] = frozenset()
         if isinstance(mlp, Glm4MoeLiteMoE):
-            run_mlp = MixtureOfExperts(mlp, pad_pairs=groups_pairs())
+            run_mlp = moe = MixtureOfExperts(mlp, pad_pairs=groups_pairs())
+            self.fused_experts = FusedExperts.of(moe)
         else:
             run_mlp = GatedMLP(mlp)
 
@@ -106,6 +115,12 @@ class DecoderBlock:
             h = h + sum_ranks(attn.o_proj(attended))
             return h + sum_ranks(run_mlp(layer.post_attention_layernorm(h)))
 
+        def pre_experts(h: mx.array, attended: mx.array) -> tuple[mx.array, ...]:
+            assert self.fused_experts is not None
+            h = h + attn.o_proj(attended)
+            x = layer.post_attention_layernorm(h)
+            return h, x, *self.fused_experts.prepare(x)
+
         def compute_kv(h: mx.array, positions: mx.array) -> mx.array:
             return cache_vectors(attn, shape, layer.input_layernorm(h), positions)
 
@@ -114,6 +129,7 @@ class DecoderBlock:
         self._pre_attention = compiled(pre_attention)
         self._pre_kernel = compiled(pre_kernel)
         self._post_attention = compiled(post_attention)
+        self._pre_experts = compiled(pre_experts)
 
     def forward(
         self, shape: MLAShape, index: int, h: mx.array, batch: ForwardBatch, tails: TailPool
@@ -131,7 +147,21 @@ class DecoderBlock:
         q, vectors = self._project(shape, h, batch.positions, kernel=batch.uses_kernel)
         kv = store(vectors, shape.kv_bits)
         attended = attend(self._attn, shape, index, q, kv, batch, tails)
-        return self._post_attention(h, attended), kv
+        return self.post_attention(h, attended), kv
+
+    def post_attention(self, h: mx.array, attended: mx.array) -> mx.array:
+        """The layer from its attention's heads on.
+
+        Args:
+            h: [N, hidden], the layer's input.
+            attended: [N, heads x value].
+
+        Returns:
+            new hidden states [N, hidden].
+        """
+        if self.fused_experts is not None and h.shape[0] in self.fused_rows:
+            return self.fused_experts(*self._pre_experts(h, attended))
+        return self._post_attention(h, attended)
 
     def _project(
         self, shape: MLAShape, h: mx.array, positions: mx.array, *, kernel: bool
@@ -166,7 +196,7 @@ class DecoderBlock:
         h = h[rows]
         q, _ = self._project(shape, h, batch.positions[rows], kernel=batch.uses_kernel)
         attended = attend(self._attn, shape, index, q, kv, batch, tails)
-        return self._post_attention(h, attended), kv
+        return self.post_attention(h, attended), kv
 
 
 class Glm4MoeLiteModel:
@@ -176,6 +206,7 @@ class Glm4MoeLiteModel:
         args: mlx-lm's model arguments.
         shape: dimensions and memory limits of the attention.
         dtype: of activations and cached KV.
+        blocks: all layers.
     """
 
     def __init__(self, model: Model, dtype: mx.Dtype, sum_ranks: SumRanks = identity) -> None:
@@ -184,7 +215,7 @@ class Glm4MoeLiteModel:
         shape = mla_shape(self.args)
         self.shape = replace(shape, fused=stores_no_scores(shape, dtype))
         self._model = model
-        self._blocks = [DecoderBlock(layer, self.shape, sum_ranks) for layer in model.layers]
+        self.blocks = [DecoderBlock(layer, self.shape, sum_ranks) for layer in model.layers]
 
     def forward(self, batch: ForwardBatch, tails: TailPool) -> tuple[mx.array, list[StoredKeys]]:
         """Run all layers over the rows of a step, and write decode rows' KV to their tails.
@@ -197,7 +228,7 @@ class Glm4MoeLiteModel:
         inner = self._model.model
         h = inner.embed_tokens(batch.tokens)  # [N, hidden]
         caches = []
-        *others, last = self._blocks
+        *others, last = self.blocks
         for index, block in enumerate(others):
             h, kv = block.forward(self.shape, index, h, batch, tails)
             caches.append(kv)
@@ -220,8 +251,8 @@ class Glm4MoeLiteModel:
         Returns:
             hidden states after the final norm, [N, hidden].
         """
-        last = len(self._blocks) - 1
-        out, _ = self._blocks[last].forward(self.shape, last, h, batch, tails)
+        last = len(self.blocks) - 1
+        out, _ = self.blocks[last].forward(self.shape, last, h, batch, tails)
         normed: mx.array = self._model.model.norm(out)
         return normed
 

@@ -25,7 +25,7 @@ from glmd.errors import CheckpointError, SettingsError
 from glmd.kv_cache.stored_keys import arrays_of, vector_bytes
 from glmd.kv_cache.tail_pool import TailPool
 from glmd.model.batch import ForwardBatch, PrefillChunk
-from glmd.model.glm4_moe_lite import Glm4MoeLiteModel, SumRanks, identity
+from glmd.model.glm4_moe_lite import DecoderBlock, Glm4MoeLiteModel, SumRanks, identity
 from glmd.model.mla import MLAShape
 from glmd.model.mlx_lm_layers import Model, ModelArgs, SwitchLinear
 from glmd.model.mtp import MTPLayer, MTPWeights
@@ -47,6 +47,7 @@ class LoadedModel(Glm4MoeLiteModel):
         eos_token_ids: ids that end a sequence.
         bits_per_weight: of the main model's files.
         weight_bytes, mtp_weight_bytes: bytes in memory of all weights, and of the MTP layer's.
+        fused_rows: numbers of rows for which experts run in `glmd.model.experts_kernel`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LoadedModel(Glm4MoeLiteModel):
         self.bits_per_weight = bits_per_weight
         self.weight_bytes = _nbytes(model)
         self.mtp_weight_bytes = 0
+        self.fused_rows: frozenset[int] = frozenset()
         self.mtp: MTPLayer | None = None
         if mtp is not None:
             self.mtp_weight_bytes = _nbytes(mtp)
@@ -94,6 +96,20 @@ class LoadedModel(Glm4MoeLiteModel):
         self.shape = shape
         if self.mtp is not None:
             self.mtp.shape = shape
+
+    @property
+    def all_blocks(self) -> list[DecoderBlock]:
+        """All layers, including the MTP layer."""
+        return self.blocks if self.mtp is None else [*self.blocks, self.mtp.block]
+
+    def use_fused_experts(self, rows: frozenset[int]) -> None:
+        """Run experts in `glmd.model.experts_kernel` for these numbers of rows.
+
+        Other numbers, and layers that the kernels are not made for, run MLX's operations.
+        """
+        self.fused_rows = rows
+        for block in self.all_blocks:
+            block.fused_rows = rows
 
     def warm_up(self) -> None:
         """Compile kernels before the first request, by running one row and two rows.

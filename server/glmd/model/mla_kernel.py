@@ -262,7 +262,7 @@ def _project_kernel(
         "LOG2_BASE": f"{math.log2(base):.9e}f",
         "PAIRED": int(paired),
     }
-    return _kernel(
+    return make_kernel(
         f"mla_project_{heads}_{latent}_{rope}_{query}",
         ["q", "compressed", "weight", "positions"],
         ["q_rope", "kv"],
@@ -292,7 +292,7 @@ def _split_kernel(
     arrays = ["keys"] if bits == 16 else ["words", "scales", "biases"]
     tails = ["tails"] if bits == 16 else [f"tail_{name}" for name in arrays]
     names = [f"{name}{i}" for i in range(buffers) for name in arrays]
-    return _kernel(
+    return make_kernel(
         f"mla_split_{heads}_{latent}_{rope}_{bits}_{tiles}_{buffers}",
         ["q", "q_rope", "items", "tail_positions", *tails, *names],
         ["out", "lse"],
@@ -312,7 +312,7 @@ def _reduce_kernel(
         "THREADS": threads,
         "SHARE": latent // threads,
     }
-    return _kernel(
+    return make_kernel(
         f"mla_reduce_{heads}_{latent}_{launches}",
         ["offsets", "entries", *(f"{kind}{i}" for i in range(launches) for kind in ("out", "lse"))],
         ["result"],
@@ -328,9 +328,10 @@ def forget() -> None:
     _reduce_kernel.cache_clear()
 
 
-def _kernel(
+def make_kernel(
     name: str, inputs: list[str], outputs: list[str], source: str, header: str
 ) -> Callable[..., list[mx.array]]:
+    """A kernel of `mx.fast.metal_kernel`."""
     fast: Any = mx.fast
     kernel: Callable[..., list[mx.array]] = fast.metal_kernel(
         name=name, input_names=inputs, output_names=outputs, source=source, header=header

@@ -121,21 +121,28 @@ class MixtureOfExperts:
     Args:
         mlp: mlx-lm's `Glm4MoeLiteMoE`. Its weights must not change afterwards.
         pad_pairs: see `groups_pairs`.
+
+    Attributes:
+        gate: the router, mlx-lm's.
+        scale: factor of the experts' weights.
+        gate_up: gate and up projection of the routed experts, as one if they are quantised alike.
+        down: their down projection.
+        shared: the shared expert.
     """
 
     def __init__(self, mlp: Any, *, pad_pairs: bool) -> None:
-        self._gate = mlp.gate
-        self._scale: float = mlp.gate.routed_scaling_factor
-        self._shared = GatedMLP(mlp.shared_experts)
+        self.gate = mlp.gate
+        self.scale: float = mlp.gate.routed_scaling_factor
+        self.shared = GatedMLP(mlp.shared_experts)
         switch = mlp.switch_mlp
         fused = fuse(switch.gate_proj, switch.up_proj)
-        self._gate_up = (
+        self.gate_up = (
             [Projection.of(switch.gate_proj), Projection.of(switch.up_proj)]
             if fused is None
             else [fused]
         )
-        self._down = Projection.of(switch.down_proj)
-        pads = pad_pairs and self._down.scales is not None
+        self.down = Projection.of(switch.down_proj)
+        pads = pad_pairs and self.down.scales is not None
         self._least_pairs: int = GROUPED_PAIRS * switch.down_proj.num_experts if pads else 0
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -154,15 +161,20 @@ class MixtureOfExperts:
             routed = sum(parts[1:], parts[0])
         else:
             routed = (y * weights[..., None]).sum(axis=-2)
-        return (routed * self._scale).astype(x.dtype) + self._shared(x)
+        return (routed * self.scale).astype(x.dtype) + self.shared(x)
+
+    def logits(self, x: mx.array) -> mx.array:
+        """Of the router, in float32: [N, experts]."""
+        logits: mx.array = x.astype(mx.float32) @ self.gate.weight.T
+        return logits
 
     def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts of each row, and their weights in float32, both [N, experts per token].
 
-        The weights are still to be multiplied by `self._scale`.
+        The weights are still to be multiplied by `self.scale`.
         """
-        gate = self._gate
-        logits = x.astype(mx.float32) @ gate.weight.T
+        gate = self.gate
+        logits = self.logits(x)
         bias, count = gate.e_score_correction_bias, gate.top_k
         if gate.n_group > 1 or not gate.norm_topk_prob:
             found: tuple[mx.array, mx.array] = group_expert_select(
@@ -199,11 +211,11 @@ class MixtureOfExperts:
             rows, experts: [pairs]. `rows` None: pair i has row i, and `experts` ascends.
         """
         x, grouped = x[:, None], rows is None
-        outputs = [p.gather(x, rows, experts, grouped=grouped) for p in self._gate_up]
+        outputs = [p.gather(x, rows, experts, grouped=grouped) for p in self.gate_up]
         gate, up = outputs if len(outputs) == 2 else mx.split(outputs[0], 2, axis=-1)
         # Indices that are not given would be computed by a kernel each time.
         own = None if grouped else mx.array(np.arange(experts.size, dtype=np.uint32))
-        return self._down.gather(silu(gate) * up, own, experts, grouped=grouped)
+        return self.down.gather(silu(gate) * up, own, experts, grouped=grouped)
 
 
 class GatedMLP:

@@ -58,6 +58,9 @@ class MTPLayer:
         embed_tokens: the main model's embedding, used unless the layer has its own.
         lm_head: the main model's head, used unless the layer has its own.
         sum_ranks: see `DecoderBlock`.
+
+    Attributes:
+        block: the decoder layer.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class MTPLayer:
         self._embed_tokens = weights.embed_tokens if "embed_tokens" in weights else embed_tokens
         head = weights.shared_head
         self._lm_head = head.head if "head" in head else lm_head
-        self._block = DecoderBlock(weights, shape, sum_ranks)
+        self.block = DecoderBlock(weights, shape, sum_ranks)
         self._combine = compiled(self._combine_inputs)
         self._vectors = compiled(self._compute_vectors)
 
@@ -111,7 +114,7 @@ class MTPLayer:
             hidden states after the shared head's norm, [N, hidden].
         """
         x = self._combine(successors, hidden)
-        h, _ = self._block.forward(self.shape, self._index, x, batch, tails)
+        h, _ = self.block.forward(self.shape, self._index, x, batch, tails)
         normed: mx.array = self._weights.shared_head.norm(h)
         return normed
 
