@@ -10,8 +10,10 @@ from glmd.engine.spec_decode.controller import (
     FIRST_TRIAL,
     HOLD_STEPS,
     PROBED,
+    SCREEN_SHARE,
     DraftController,
     DraftPlan,
+    VerifiedDrafts,
 )
 
 
@@ -34,13 +36,13 @@ def run(
         # Drafts of one step are verified in the next.
         verified = min(sequences, before.sequences or sequences) * before.drafts
         made = min(sequences, plan.sequences or sequences) * plan.drafts
-        accepted = sum(random.random() < acceptance for _ in range(verified))
+        share = acceptance / 2 if before.with_gaps else acceptance
+        accepted = sum(random.random() < share for _ in range(verified))
         seconds = (1 + (cost - 1) * verified / sequences) * random.uniform(0.8, 1.3)
         kind = verified // sequences if made == verified in (0, sequences) else None
-        drafted = 0 if before.with_gaps else verified
-        controller.observe(
-            sequences, kind, drafted, accepted if drafted else 0, None if prefill else seconds
-        )
+        drafts = VerifiedDrafts()
+        drafts.add(verified, accepted, with_gaps=before.with_gaps)
+        controller.observe(sequences, kind, drafts, None if prefill else seconds)
         plans.append(plan)
         before = plan
     return plans
@@ -86,6 +88,25 @@ def test_a_probe_of_a_large_batch_is_made_by_few_sequences() -> None:
     controller = DraftController("auto")
     plans = run(controller, FIRST_TRIAL + 100, cost=2.0, acceptance=0.02, sequences=32)
     assert {plan.sequences for plan in plans if plan.drafts} == {PROBED}
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_deferred_kv_is_computed_only_where_drafts_without_it_are_accepted(sequences: int) -> None:
+    controller = DraftController("auto")
+    plans = run(controller, FIRST_TRIAL + 100, cost=2.0, acceptance=0.0, sequences=sequences)
+    drafting = [plan for plan in plans if plan.drafts]
+    assert all(plan.with_gaps for plan in drafting)
+    # A step launched before the last draft was verified may draft once more.
+    screened = sum(min(sequences, plan.sequences or sequences) for plan in drafting)
+    assert screened < 1 / SCREEN_SHARE + 2 * PROBED
+    plans = run(controller, 2 * HOLD_STEPS, cost=1.2, acceptance=0.9, sequences=sequences)
+    assert any(plan.drafts and not plan.with_gaps for plan in plans)
+
+
+def test_deferred_kv_is_not_computed_where_even_accepted_drafts_would_not_pay() -> None:
+    controller = DraftController("auto")
+    plans = run(controller, FIRST_TRIAL + 100, cost=3.0, acceptance=1.0, sequences=8)
+    assert all(plan.with_gaps for plan in plans if plan.drafts)
 
 
 def test_accepted_drafts_that_do_not_pay_are_tried_more_and_more_rarely() -> None:
@@ -143,7 +164,7 @@ def test_a_fixed_setting_is_kept(drafts: int) -> None:
     controller = DraftController(drafts)  # type: ignore[arg-type]
     for _ in range(200):
         assert controller.choose(1) == DraftPlan(drafts)
-        controller.observe(1, drafts, drafts, 0, 1.0)
+        controller.observe(1, drafts, VerifiedDrafts(drafts), 1.0)
 
 
 def test_steps_with_prefill_count_for_acceptance_but_not_for_durations() -> None:

@@ -71,6 +71,8 @@ SHORT_STAGES: dict[str, Any] = {
     "HOLD_STEPS": 5,
     "NUM_SAMPLES": 2,
     "PROBE_DRAFTS": 3,
+    "SCREEN_STEPS": 1,
+    "SCREEN_ACCEPTED": 0,
     "SETTLE_STEPS": 2,
     "STAGE_LIMIT": 6,
 }

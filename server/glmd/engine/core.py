@@ -30,7 +30,7 @@ from glmd.engine.ranks.lead import make_tails
 from glmd.engine.scheduler.disk_tier import DiskTier, open_disk_cache
 from glmd.engine.scheduler.scheduler import Scheduler
 from glmd.engine.sequence import Sequence, SequenceStatus, make_sequences
-from glmd.engine.spec_decode.controller import DraftController
+from glmd.engine.spec_decode.controller import DraftController, VerifiedDrafts
 from glmd.engine.step import PendingStep
 from glmd.engine.structured_output import StructuredOutputManager
 from glmd.errors import GlmdError, InvalidRequest
@@ -389,7 +389,7 @@ class Engine:
         for scores in step.prompt_scores:
             if scores.sequence.status is not SequenceStatus.FINISHED:
                 self._outputs.append(scores.sequence.output(prompt_logprobs=[scores.read()]))
-        drafted, accepted = self._read_tokens(step, confirmed)
+        verified = self._read_tokens(step, confirmed)
         # Drafts verified and drafts made, of each sequence.
         kinds = {each.num_sampled - 1 for each in rows.decode}
         made = 0 if step.drafts is None else step.drafts.shape[1]
@@ -397,27 +397,22 @@ class Engine:
         self._draft_controller.observe(
             len(rows.decode),
             kinds.pop() if len(kinds) == 1 else None,
-            drafted,
-            accepted,
+            verified,
             seconds if not rows.prefill else None,
         )
         self.scheduler.prefill_budget.observe(len(rows.decode), rows.num_prefill_rows, seconds)
 
-    def _read_tokens(self, step: PendingStep, confirmed: list[list[int]]) -> tuple[int, int]:
+    def _read_tokens(self, step: PendingStep, confirmed: list[list[int]]) -> VerifiedDrafts:
         """Append confirmed tokens to their sequences.
 
         The statistics count as accepted only drafts up to the end of their sequence.
-
-        Returns:
-            drafts made without gaps in the MTP layer's KV; how many of them were accepted.
         """
-        drafted = accepted = 0
+        verified = VerifiedDrafts()
         for rows, tokens in zip(step.rows.sampled, confirmed, strict=True):
             sequence, count = rows.sequence, len(tokens)
             sequence.num_inflight_tokens -= rows.num_sampled
-            if sequence not in step.verified_with_gaps:
-                drafted += rows.num_sampled - 1
-                accepted += count - 1
+            gaps = sequence in step.verified_with_gaps
+            verified.add(rows.num_sampled - 1, count - 1, with_gaps=gaps)
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if sequence.status is SequenceStatus.RUNNING:
@@ -434,7 +429,7 @@ class Engine:
             if output.finish_reason is not None:
                 self._ended.append(sequence)
         self._finish_ended()
-        return drafted, accepted
+        return verified
 
     def _finish_ended(self) -> None:
         """Free the sequences that have ended. If MLX raises, the next call goes on."""

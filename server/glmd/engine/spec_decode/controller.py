@@ -4,9 +4,11 @@ A step that verifies a draft per sequence takes longer than one without: much lo
 compute (a CPU, a large batch), hardly longer where reading the weights dominates. Its gain is the
 accepted drafts. While drafts do not pay, the MTP layer does nothing, so that nothing is lost.
 
-After a while drafts are tried again. First a few sequences draft, until the share of accepted
-drafts is known. If that could pay, all draft for a few steps, whose durations are compared with
-those before and behind them.
+After a while drafts are tried again. First a few sequences draft although the MTP layer's KV is
+deferred, which costs little: if almost none is accepted, or the steps take so long that even
+accepted drafts would not pay, nothing more is tried. Otherwise their KV is computed, and they draft
+until the share of accepted drafts is known. If that could pay, all draft for a few steps, whose
+durations are compared with those before and behind them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,22 @@ HOLD_STEPS, MAX_HOLD_STEPS = 600, 16 * 600
 PROBED = 4
 """Most sequences that draft while the share of accepted drafts is measured."""
 
+SCREEN_SHARE, SCREEN_ACCEPTED = 1 / 6, 2
+"""Share accepted of drafts without the layer's KV of the context below which a screen ends, and the
+number that it must reach. Where the layer drafts well, about two of five are accepted: one screen
+in twenty is wrong."""
+
+SCREEN_STEPS = 4
+"""Steps that verify drafts in a screen at least, for their duration."""
+
+LEAST_SHARE = 0.5
+"""Drafts per sequence of a screen from which the duration with a draft for each is concluded. With
+fewer, their small difference would be multiplied with that between any two steps."""
+
+SCREEN_COST = 0.75
+"""Part of the additional duration of a screen's steps that a probe expects: few were timed, and in
+a large batch the first drafts cost most."""
+
 PROBE_DRAFTS = 16
 """Drafts after which that share is known well enough to measure durations or to give up."""
 
@@ -34,7 +52,7 @@ NUM_SAMPLES = 9
 the machine's other load changes from second to second. Medians are compared."""
 
 STAGE_LIMIT = 128
-"""Steps of a probe or a trial after which it is given up."""
+"""Steps of a stage after which it is given up."""
 
 SETTLE_STEPS = 8
 """Steps in which the batch size must stay another before its decision counts."""
@@ -51,10 +69,6 @@ HOPELESS = 0.1
 REMEMBERED = 1 / 8
 """Share of the known acceptance kept when drafts are tried again: the present text may be easier to
 guess."""
-
-COST_REMEMBERED = 0.8
-"""Share of the known additional duration of a step with drafts that each probe expects. It may have
-been measured in a bad moment, or at longer contexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +87,34 @@ class DraftPlan:
     with_gaps: bool = False
 
 
+@dataclass(slots=True)
+class VerifiedDrafts:
+    """Drafts that a step verified.
+
+    Attributes:
+        drafts: made with the MTP layer's KV of the whole context.
+        accepted: of them.
+        with_gaps, accepted_with_gaps: made without a part of it, and of them accepted.
+    """
+
+    drafts: int = 0
+    accepted: int = 0
+    with_gaps: int = 0
+    accepted_with_gaps: int = 0
+
+    def add(self, drafts: int, accepted: int, *, with_gaps: bool) -> None:
+        """Count a sequence's drafts."""
+        if with_gaps:
+            self.with_gaps += drafts
+            self.accepted_with_gaps += accepted
+        else:
+            self.drafts += drafts
+            self.accepted += accepted
+
+
 class _Stage(Enum):
     HOLD = auto()  # the decision is used
+    SCREEN = auto()  # a few sequences draft without KV of their context
     PROBE = auto()  # a few sequences draft
     TRIAL = auto()  # the other kind of step is timed
     CHECK = auto()  # the present kind is timed again
@@ -89,8 +129,12 @@ class _Choice:
         drafts: the decision, 0 or 1.
         hold_steps: for how many steps the last decision was made.
         gain: speed with a draft over speed without, last measured; None: never.
-        cost: expected duration of a step with a draft over one without; None: never measured.
+        cost: expected duration of a step with a draft per sequence over one without; None: never
+            measured.
         stage_steps: steps in the stage so far.
+        screened, passed: drafts of the screen so far, and accepted ones.
+        screen_steps: steps that verified them.
+        screen_seconds: durations of those without prefill, and their drafts per sequence.
         probed: drafts of the probe so far.
         samples: samples in `seconds` from which on the stage ends.
         seconds: latest durations, by drafts.
@@ -103,6 +147,10 @@ class _Choice:
     cost: float | None = None
     stage: _Stage = _Stage.HOLD
     stage_steps: int = 0
+    screened: int = 0
+    passed: int = 0
+    screen_steps: int = 0
+    screen_seconds: list[tuple[float, float]] = field(default_factory=list)
     probed: int = 0
     samples: int = 0
     seconds: dict[int, deque[float]] = field(
@@ -110,7 +158,9 @@ class _Choice:
     )
 
     def enter(self, stage: _Stage) -> None:
-        self.stage, self.stage_steps, self.probed = stage, 0, 0
+        self.stage, self.stage_steps = stage, 0
+        self.screened = self.passed = self.screen_steps = self.probed = 0
+        self.screen_seconds.clear()
 
 
 class DraftController:
@@ -173,6 +223,12 @@ class DraftController:
         choice.stage_steps += 1
         if choice.stage_steps > STAGE_LIMIT:
             self._hold(choice, choice.drafts)
+        if choice.stage is _Stage.SCREEN:
+            known = choice.screen_steps >= SCREEN_STEPS
+            refused = choice.passed < int(choice.screened * SCREEN_SHARE)
+            if not refused and not (known and choice.passed >= SCREEN_ACCEPTED):
+                return DraftPlan(1, sequences=PROBED, with_gaps=True)
+            self._end_screen(choice, refused=refused)
         if choice.stage is _Stage.PROBE:
             if choice.probed < PROBE_DRAFTS and self.acceptance >= HOPELESS:
                 return DraftPlan(1, sequences=PROBED)
@@ -199,16 +255,28 @@ class DraftController:
             self._hold(choice, 0)
         if self._steps < choice.holds_until:
             return DraftPlan(choice.drafts)
-        choice.enter(_Stage.TRIAL if choice.drafts else _Stage.PROBE)
+        choice.enter(_Stage.TRIAL if choice.drafts else _Stage.SCREEN)
         choice.seconds[1 - choice.drafts].clear()
         if not choice.drafts:
             self._drafted *= REMEMBERED
             self._accepted *= REMEMBERED
         return None
 
+    def _end_screen(self, choice: _Choice, *, refused: bool) -> None:
+        if choice.screen_seconds and choice.seconds[0]:
+            without = median(choice.seconds[0])
+            more = median(
+                (took / without - 1) / max(share, LEAST_SHARE)
+                for took, share in choice.screen_seconds
+            )
+            choice.cost = 1 + SCREEN_COST * max(0.0, more)
+        # If all drafts were accepted, a step would give two tokens per sequence.
+        if refused or (choice.cost or 1.0) > 2:
+            self._hold(choice, 0)
+        else:
+            choice.enter(_Stage.PROBE)
+
     def _end_probe(self, choice: _Choice) -> None:
-        if choice.cost is not None:
-            choice.cost = 1 + COST_REMEMBERED * (choice.cost - 1)
         if self._may_pay(choice.cost or 1.0):
             choice.enter(_Stage.TRIAL)
         else:
@@ -226,23 +294,34 @@ class DraftController:
         choice.enter(_Stage.HOLD)
 
     def observe(
-        self, sequences: int, kind: int | None, drafted: int, accepted: int, seconds: float | None
+        self,
+        sequences: int,
+        kind: int | None,
+        verified: VerifiedDrafts,
+        seconds: float | None,
     ) -> None:
         """Learn from a step.
 
         Args:
             sequences: that decoded.
             kind: drafts per sequence, both verified and made; None: not the same for all.
-            drafted: drafts verified, but for those made with gaps.
-            accepted: of them.
+            verified: drafts verified by the step.
             seconds: duration; None if the step had prefill, too.
         """
         choice = self._choices.get(_bucket(sequences))
-        if drafted:
-            self._drafted = DECAY * self._drafted + drafted
-            self._accepted = DECAY * self._accepted + accepted
-            if choice is not None:
-                choice.probed += drafted
+        if verified.drafts:
+            self._drafted = DECAY * self._drafted + verified.drafts
+            self._accepted = DECAY * self._accepted + verified.accepted
+        if choice is not None:
+            choice.probed += verified.drafts
+            # A context without gaps passes or fails as well.
+            drafts = verified.drafts + verified.with_gaps
+            choice.screened += drafts
+            choice.passed += verified.accepted + verified.accepted_with_gaps
+            if choice.stage is _Stage.SCREEN and drafts:
+                choice.screen_steps += 1
+                if seconds is not None:
+                    choice.screen_seconds.append((seconds, drafts / sequences))
         # Steps overlap: the first of its kind is timed with a part of the other kind.
         steady, self._last_observed = kind == self._last_observed, kind
         if choice is None or seconds is None or not steady or kind is None or not sequences:
