@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
-import sse
 from paths import ROOT
 
 TIMEOUT = 300.0
@@ -52,7 +50,6 @@ class Shell:
             "GLMD_PORT": port,
             "GLMD_MTP": "off",
             "GLMD_RANK_PORT": free_port(),
-            "GLMD_RANK_TIMEOUT": "5",
         }
 
     def start(self, command: str) -> None:
@@ -68,64 +65,35 @@ class Shell:
 
         self._stack.callback(end)
 
-    def wait_for(self, restarts: int) -> dict[str, Any]:
-        """Wait until the engine is ready for the time after `restarts`; returns its status."""
+    def wait_until_ready(self) -> None:
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                engine: dict[str, Any] = self.http.get("/glmd/status").json()["engine"]
-                if (engine["state"], engine["restarts"]) == ("ready", restarts):
-                    return engine
+                if self.http.get("/health").status_code == 200:
+                    return
             except httpx.TransportError:
                 pass
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    def rank_1(self, restarts: int) -> psutil.Process:
-        """The process of the only local rank besides the engine."""
-        (found,) = psutil.Process(self.wait_for(restarts)["pid"]).children()
-        return found
-
     def answer(self) -> str:
-        response = self.http.post("/v1/completions", json=completion(3))
+        body = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        response = self.http.post("/v1/completions", json=body)
         text: str = response.json()["choices"][0]["text"]
         return text
 
 
-def completion(max_tokens: int, **fields: Any) -> dict[str, Any]:
-    body = {"prompt": "abc", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    return body | fields
-
-
-def test_commands_serve_with_two_ranks_and_replace_lost_ones(
-    random_checkpoint: Path, tmp_path: Path
-) -> None:
-    """A rank that is killed while it answers, one that is stopped, and one on another host."""
+def test_commands_serve_with_two_ranks(random_checkpoint: Path, tmp_path: Path) -> None:
+    """On one machine, and with one rank on another host."""
     simulate, local, rank, hosts = (block.strip() for block in COMMANDS)
     assert simulate.startswith("glmd bench simulate --ranks")
     with ExitStack() as stack:
         shell = Shell(tmp_path, random_checkpoint, stack)
         shell.start(local)
-        lost = shell.rank_1(0)
-        before = shell.answer()
-        assert before
-        body = completion(3000, stream=True)
-        with shell.http.stream("POST", "/v1/completions", json=body) as response:
-            chunks = response.iter_raw()
-            received = next(chunks)
-            lost.kill()
-            received += b"".join(chunks)
-        events = sse.read(received)
-        assert not events.done
-        assert events.chunks[-1]["error"]["code"] == "engine_unavailable"
-        stopped = shell.rank_1(1)
-        assert shell.answer() == before
-        metrics = shell.http.get("/metrics").text
-        assert "glmd_rank_sums_total" in metrics
-        stopped.suspend()
-        shell.wait_for(2)
-        assert not stopped.is_running()
-        assert shell.answer() == before
+        shell.wait_until_ready()
+        answer = shell.answer()
+        assert answer
+        assert "glmd_rank_sums_total" in shell.http.get("/metrics").text
     for host in HOSTS:
         host["ips"] = ["127.0.0.1"]
     (tmp_path / "hosts.json").write_text(json.dumps(HOSTS))
@@ -133,5 +101,5 @@ def test_commands_serve_with_two_ranks_and_replace_lost_ones(
         shell = Shell(tmp_path, random_checkpoint, stack)
         shell.start(rank)
         shell.start(hosts)
-        shell.wait_for(0)
-        assert shell.answer() == before
+        shell.wait_until_ready()
+        assert shell.answer() == answer

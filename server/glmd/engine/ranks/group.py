@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import mlx.core as mx
 import msgspec
@@ -57,14 +57,14 @@ class _Rank:
     """Another rank, as rank 0 sees it.
 
     Attributes:
-        inbox: messages of the start.
+        inbox: messages of the start; a string: why the connection ended.
         sent, acknowledged: numbers of the latest plans.
         waits_since: when the latest acknowledgement came, or the first plan after it was sent.
     """
 
     link: Link
     hello: plan.Hello
-    inbox: queue.SimpleQueue[plan.FromRank] = field(default_factory=queue.SimpleQueue)
+    inbox: queue.SimpleQueue[plan.FromRank | str] = field(default_factory=queue.SimpleQueue)
     sent: int = 0
     acknowledged: int = 0
     waits_since: float = 0.0
@@ -138,8 +138,11 @@ class RankGroup:
         announced = time.monotonic()
         while missing := set(range(1, len(self._hosts))) - set(self._ranks):
             on_wait()
-            if any(child.poll() is not None for child in self._children):
-                raise SettingsError("ranks: a rank did not start. See the log.")
+            for child in self._children:
+                if (code := child.poll()) is not None:
+                    if code < 0:
+                        self._end(f"a rank was ended by signal {-code}")
+                    raise SettingsError("ranks: a rank did not start. See the log.")
             if time.monotonic() - announced > ANNOUNCE_INTERVAL:
                 announced = time.monotonic()
                 log.info("Waiting for ranks: missing=%s", sorted(missing))
@@ -182,6 +185,8 @@ class RankGroup:
             SettingsError: the rank reports that it cannot take part.
         """
         message = self._ranks[number].inbox.get()
+        if isinstance(message, str):
+            self._end(f"rank {number}: {message}")
         if isinstance(message, plan.Failed):
             raise SettingsError(f"ranks: rank {number}: {message.message}")
         assert isinstance(message, kind)
@@ -277,11 +282,11 @@ class RankGroup:
 
     def _lost(self, rank: _Rank, why: str) -> None:
         if not self._started:
-            rank.inbox.put(plan.Failed(why))
+            rank.inbox.put(why)  # After what it may have said.
         elif not self._closed:
             self._end(f"rank {rank.hello.rank}: {why}")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str) -> NoReturn:
         """End all ranks and this process, whose main thread may wait in a collective for ever."""
         with self._ending:
             log.error("Rank lost, ending all ranks: %s", reason)
