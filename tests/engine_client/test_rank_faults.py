@@ -104,7 +104,7 @@ def chat(text: str, tokens: int, **fields: Any) -> dict[str, Any]:
 def is_joined(rank: psutil.Process) -> bool:
     """Whether a rank has its three connections: two of the ring, and that of plans."""
     found = rank.net_connections("tcp")
-    return sum(each.status == psutil.CONN_ESTABLISHED for each in found) == 3
+    return bool(sum(each.status == psutil.CONN_ESTABLISHED for each in found) == 3)
 
 
 def has_ended(process: psutil.Process) -> bool:
