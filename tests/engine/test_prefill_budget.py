@@ -256,6 +256,7 @@ def test_the_former_setting_still_limits_steps(caplog: pytest.LogCaptureFixture)
 )
 @example(10.0, 0.25, 64, [(1, 0, 0.01), (0, 8, 0.0)], 1)  # a clock too coarse for the step
 @example(10.0, 0.25, 64, [(1, 0, 0.0), (0, 8, 0.0)], 1)
+@example(75.0, 2.0, 1, [(0, 1, 0.0), (1, 0, 0.0), (1, 1, 4.0)], 1)  # 300 tokens earn that row
 def test_budgets_are_within_the_step_and_prompts_progress(
     rate: float, gap: float, max_rows: int, steps: list[tuple[int, int, float]], decode: int
 ) -> None:
@@ -263,9 +264,12 @@ def test_budgets_are_within_the_step_and_prompts_progress(
     for decoding, prefill_rows, seconds in steps:
         budget.observe(decoding, prefill_rows, seconds)
     budgets = []
-    for _ in range(300):
+    # A chunk is believed to take some times the gap at most, and tokens ahead of the rate earn it.
+    for _ in range(300 + int(4 * gap * rate)):
         budgets.append(budget.prefill_budget(decode, 1))
         budget.observe(decode, 0, 1e-4)
         assert 0 <= budgets[-1] <= max(max_rows - decode, SMALLEST_CHUNK)
+        if len(budgets) >= 300 and max(budgets) > 0:
+            break
     if min(rate, 10 * gap) > 1:
         assert max(budgets) > 0

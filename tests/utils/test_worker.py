@@ -28,7 +28,7 @@ QUIET_POLLS = 40
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     folders = (Path(worker_answers.__file__).parent, Path(glmd.__file__).parent.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
-    found = Worker("worker_answers:make_answer", seconds=0.3, setup=b"setup")
+    found = Worker("worker_answers:make_answer", seconds=1.0, setup=b"setup")
     yield found
     found.close()
 
