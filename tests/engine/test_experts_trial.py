@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from engines import (
     TINY,
-    Run,
     assert_idle,
     assert_reference_tokens,
     fresh_folder,
     load,
     one_shot_logits,
-    request,
     run,
     tiny_engine,
     tiny_model,
 )
+from kernel_kit import assert_repeated_without_kernels, kernel_requests
 from metal_shim import run_kernels_here
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.convert.convert import convert
 from glmd.convert.recipes import RECIPES
-from glmd.engine import experts_trial
+from glmd.engine import experts_trial, kernel_trial
 from glmd.engine.experts_trial import ALL_ROWS, BANDS, find_fused_rows, measure
 from glmd.errors import SettingsError
-from glmd.ipc import EngineRequest
 from glmd.model import experts_kernel, experts_metal
 from glmd.model.loader import LoadedModel
 
@@ -128,7 +125,7 @@ def test_unquantised_experts_use_the_reference(caplog: pytest.LogCaptureFixture)
 def test_they_are_off_where_there_is_no_gpu(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_trial, "is_available", lambda: False)
+    monkeypatch.setattr(kernel_trial, "is_available", lambda: False)
     assert not find_fused_rows("auto", model)
     with pytest.raises(SettingsError, match=r"there is no Apple GPU\. Use auto"):
         find_fused_rows("on", model)
@@ -152,18 +149,10 @@ def test_logits_are_those_of_the_reference(model: LoadedModel, rows: int) -> Non
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def _requests() -> list[EngineRequest]:
-    prompt = np.random.default_rng(0).integers(1, 60, 90)
-    return [
-        request(f"r{i}", [*prompt[: 30 * i], 7, i + 1], max_tokens=12, ignore_eos=True)
-        for i in range(4)
-    ]
-
-
 def test_the_engine_answers_with_the_kernels(model: LoadedModel) -> None:
     model.use_fused_experts(ALL_ROWS)
     engine = tiny_engine(model, mtp=1)
-    asked = _requests()
+    asked = kernel_requests()
     done = run(engine, *asked)
     for one in asked:
         assert_reference_tokens(model, one, done.answer(one.id))
@@ -180,29 +169,9 @@ def test_a_step_that_fails_in_a_kernel_is_repeated_without_them(
 ) -> None:
     model.use_fused_experts(ALL_ROWS)
     engine = tiny_engine(model, mtp=0)
-    made = experts_kernel._kernels
-    calls = 0
-
-    def kernels(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > failing:
-            raise RuntimeError("[metal::Device] Unable to build a kernel.")
-        return made(*arguments)
-
-    monkeypatch.setattr(experts_kernel, "_kernels", kernels)
-    asked = _requests()
-    done = Run(engine)
-    done.submit(*asked)
-    done.finish()
-    for one in asked:
-        assert done.answer(one.id).finish == "length"
-        assert_reference_tokens(model, one, done.answer(one.id))
-    assert calls == failing + 1
-    assert engine.stats().experts_kernel == 0
-    assert engine.stats().out_of_memory == 0
-    assert "Step failed: Metal kernels off, KV dropped" in caplog.text
-    assert_idle(engine)
+    assert_repeated_without_kernels(
+        monkeypatch, caplog, model, engine, experts_kernel, "_kernels", failing
+    )
 
 
 def test_more_rows_are_left_to_grouped_products(

@@ -7,16 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from engines import Run, assert_idle, assert_reference_tokens, request, run, tiny_engine, tiny_model
+from engines import assert_idle, assert_reference_tokens, run, tiny_engine, tiny_model
+from kernel_kit import assert_repeated_without_kernels, kernel_requests
 from metal_shim import run_kernels_here
 
 from glmd.engine import kernel_trial
 from glmd.engine.kernel_trial import Contexts, kernel_is_used
 from glmd.engine.model_runner import ModelRunner
 from glmd.errors import SettingsError
-from glmd.ipc import EngineRequest
 from glmd.kv_cache.stored_keys import KVBits
 from glmd.model import mla_kernel, mla_metal
 from glmd.model.loader import LoadedModel
@@ -114,19 +113,11 @@ def _with_kernel(monkeypatch: pytest.MonkeyPatch, **config: Any) -> LoadedModel:
     return model
 
 
-def _requests() -> list[EngineRequest]:
-    prompt = np.random.default_rng(0).integers(1, 60, 90)
-    return [
-        request(f"r{i}", [*prompt[: 30 * i], 7, i + 1], max_tokens=12, ignore_eos=True)
-        for i in range(4)
-    ]
-
-
 @pytest.mark.parametrize("drafts", [0, 1])
 def test_the_engine_answers_with_the_kernel(monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
     model = _with_kernel(monkeypatch, num_nextn_predict_layers=drafts)
     engine = tiny_engine(model, mtp=drafts)
-    asked = _requests()
+    asked = kernel_requests()
     done = run(engine, *asked)
     for one in asked:
         assert_reference_tokens(model, one, done.answer(one.id))
@@ -138,10 +129,10 @@ def test_the_engine_answers_with_the_kernel(monkeypatch: pytest.MonkeyPatch, dra
 def test_the_engine_answers_from_quantised_keys(
     monkeypatch: pytest.MonkeyPatch, kv_bits: KVBits
 ) -> None:
-    without = run(tiny_engine(kv_bits=kv_bits), *_requests())
+    without = run(tiny_engine(kv_bits=kv_bits), *kernel_requests())
     engine = tiny_engine(_with_kernel(monkeypatch), kv_bits=kv_bits)
-    done = run(engine, *_requests())
-    for one in _requests():
+    done = run(engine, *kernel_requests())
+    for one in kernel_requests():
         assert done.answer(one.id) == without.answer(one.id)
     assert engine.stats().mla_kernel == 1
 
@@ -152,29 +143,9 @@ def test_a_step_that_fails_in_the_kernel_is_repeated_without_it(
 ) -> None:
     model = _with_kernel(monkeypatch)
     engine = tiny_engine(model)
-    made = mla_kernel._reduce_kernel
-    calls = 0
-
-    def reduce_kernel(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > failing:
-            raise RuntimeError("[metal::Device] Unable to build a kernel.")
-        return made(*arguments)
-
-    monkeypatch.setattr(mla_kernel, "_reduce_kernel", reduce_kernel)
-    asked = _requests()
-    done = Run(engine)
-    done.submit(*asked)
-    done.finish()
-    for one in asked:
-        assert done.answer(one.id).finish == "length"
-        assert_reference_tokens(model, one, done.answer(one.id))
-    assert calls == failing + 1
-    assert engine.stats().mla_kernel == 0
-    assert engine.stats().out_of_memory == 0
-    assert "Step failed: Metal kernels off, KV dropped" in caplog.text
-    assert_idle(engine)
+    assert_repeated_without_kernels(
+        monkeypatch, caplog, model, engine, mla_kernel, "_reduce_kernel", failing
+    )
 
 
 def test_other_errors_still_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,4 +156,4 @@ def test_other_errors_still_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ModelRunner, "execute", fail)
     with pytest.raises(RuntimeError, match="no kernel is to blame"):
-        run(engine, *_requests())
+        run(engine, *kernel_requests())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from engines import fresh_folder
 
-from glmd.engine import experts_trial, kernel_trial
+from glmd.engine import kernel_trial
 from glmd.model import experts_kernel, mla_kernel
 
 COMPILER = shutil.which("g++")
@@ -51,8 +51,7 @@ def run_kernels_here(monkeypatch: pytest.MonkeyPatch, *, order: int = 1) -> None
     if COMPILER is None:
         pytest.skip("needs g++")
     monkeypatch.setattr(mx.fast, "metal_kernel", partial(ShimKernel, order=order))
-    for trial in (kernel_trial, experts_trial):
-        monkeypatch.setattr(trial, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_trial, "is_available", lambda: True)
     mla_kernel.forget()
     experts_kernel.forget()
 

@@ -16,12 +16,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from glmd.engine.kernel_trial import REPEATS, TOLERANCES, KernelSetting
-from glmd.errors import SettingsError
+from glmd.engine.kernel_trial import REPEATS, TOLERANCES, KernelSetting, passes_trial
 from glmd.model.experts_kernel import ROWS, FusedExperts, run_experts
 from glmd.model.glm4_moe_lite import DecoderBlock
 from glmd.model.loader import LoadedModel
-from glmd.model.mla_kernel import is_available
 from glmd.model.moe import Projection, silu
 
 log = logging.getLogger("glmd.engine")
@@ -46,24 +44,20 @@ def find_fused_rows(setting: KernelSetting, model: LoadedModel) -> frozenset[int
         SettingsError: the setting is on, and the kernels do not run here or compute another
             result.
     """
-    if setting == "off" or (setting == "auto" and not is_available()):
-        return frozenset()
-    rows, problem = ALL_ROWS, None
-    try:
+    rows = ALL_ROWS
+
+    def find_problem() -> str | None:
+        nonlocal rows
         problem = _find_problem(model)
         if problem is None and setting == "auto":
             rows = _find_gains(model)
             problem = None if rows else "it is slower"
-    except Exception as error:  # whatever it is, the reference works
-        problem = f"it fails: {type(error).__name__}: {str(error)[:500]}"
-    mx.clear_cache()
-    if problem is None:
-        log.info("Experts kernel on: layers=%d rows=%s", len(_fused(model)), _bands(rows))
-        return rows
-    if setting == "on":
-        raise SettingsError(f"experts_kernel: on, but {problem}. Use auto or off.")
-    log.warning("Experts kernel off: %s", problem)
-    return frozenset()
+        return problem
+
+    if not passes_trial("Experts kernel", setting, find_problem):
+        return frozenset()
+    log.info("Experts kernel on: layers=%d rows=%s", len(_fused(model)), _bands(rows))
+    return rows
 
 
 def _bands(rows: frozenset[int]) -> str:
@@ -77,8 +71,6 @@ def _fused(model: LoadedModel) -> list[DecoderBlock]:
 
 
 def _find_problem(model: LoadedModel) -> str | None:
-    if not is_available():
-        return "there is no Apple GPU"
     blocks = _fused(model)
     if not blocks:
         return "it is not made for these weights"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -87,28 +87,46 @@ def kernel_is_used(setting: KernelSetting, shape: MLAShape, dtype: mx.Dtype) -> 
         SettingsError: the setting is on, and the kernel does not run here or computes another
             result.
     """
+    used = passes_trial(
+        "MLA kernel", setting, lambda: _find_problem(shape, dtype, timed=setting == "auto")
+    )
+    if used:
+        log.info("MLA kernel on")
+    return used
+
+
+def passes_trial(
+    kernel: str, setting: KernelSetting, find_problem: Callable[[], str | None]
+) -> bool:
+    """Whether nothing speaks against a kernel. Writes to the log what does.
+
+    Args:
+        kernel: its name in messages; in lower case and with `_`, that of its setting.
+        find_problem: returns what speaks against the kernel. Not called without an Apple GPU.
+
+    Raises:
+        SettingsError: the setting is on, and something does.
+    """
     if setting == "off" or (setting == "auto" and not is_available()):
         return False
-    problem = _find_problem(shape, dtype, timed=setting == "auto")
+    try:
+        problem = find_problem() if is_available() else "there is no Apple GPU"
+    except Exception as error:  # whatever it is, the reference works
+        problem = f"it fails: {type(error).__name__}: {str(error)[:500]}"
     mx.clear_cache()
     if problem is None:
-        log.info("MLA kernel on")
         return True
     if setting == "on":
-        raise SettingsError(f"mla_kernel: on, but {problem}. Use auto or off.")
-    log.warning("MLA kernel off: %s", problem)
+        name = kernel.lower().replace(" ", "_")
+        raise SettingsError(f"{name}: on, but {problem}. Use auto or off.")
+    log.warning("%s off: %s", kernel, problem)
     return False
 
 
 def _find_problem(shape: MLAShape, dtype: mx.Dtype, *, timed: bool) -> str | None:
-    if not is_available():
-        return "there is no Apple GPU"
     if not supports(shape):
         return f"it is not made for latents of {shape.latent} + {shape.rope} values"
-    try:
-        return _find_error(shape, dtype) or (_find_loss(shape, dtype) if timed else None)
-    except Exception as error:  # whatever it is, the reference works
-        return f"it fails: {type(error).__name__}: {str(error)[:500]}"
+    return _find_error(shape, dtype) or (_find_loss(shape, dtype) if timed else None)
 
 
 def _find_error(shape: MLAShape, dtype: mx.Dtype) -> str | None:

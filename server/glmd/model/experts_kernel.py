@@ -62,6 +62,7 @@ class FusedExperts:
     """The experts of one layer, by the kernels.
 
     Attributes:
+        moe: the layer's router, weights and shared expert.
         shape: the kernels' dimensions.
     """
 
@@ -75,16 +76,12 @@ class FusedExperts:
         gate = moe.gate
         if len(moe.gate_up) != 1 or gate.n_group > 1 or not gate.norm_topk_prob:
             return None
-        projections = [moe.gate_up[0], moe.down]
-        found = [_affine(projection) for projection in projections]
-        if None in found:
+        gate_up, down = _affine(moe.gate_up[0]), _affine(moe.down)
+        if gate_up is None or down is None:
             return None
         experts, hidden, _ = moe.down.weight.shape
-        quantized = [one for one in found if one is not None]
         middle = moe.gate_up[0].weight.shape[1] // 2
-        shape = ExpertsShape(
-            experts, gate.top_k, hidden, middle, moe.scale, quantized[0], quantized[1]
-        )
+        shape = ExpertsShape(experts, gate.top_k, hidden, middle, moe.scale, gate_up, down)
         return cls(moe, shape) if _supports(shape) else None
 
     def prepare(self, x: mx.array) -> tuple[mx.array, mx.array]:
