@@ -23,13 +23,19 @@ trap 'trap - INT TERM EXIT; [ -z "$children" ] || kill $children 2>/dev/null; wa
 workers=
 number=1
 while [ "$number" -le "$replicas" ]; do
+	workers="$workers http://127.0.0.1:$((8000 + number))"
+	number=$((number + 1))
+done
+
+number=1
+while [ "$number" -le "$replicas" ]; do
 	# Each replica has a disk cache of its own, as one server at a time uses a folder.
 	GLMD_DISK_CACHE_FOLDER="$folder/$number" \
 	GLMD_KV_EVENTS="tcp://127.0.0.1:$((5700 + number))" \
 	GLMD_KV_EVENTS_REPLAY="tcp://127.0.0.1:$((5800 + number))" \
+	GLMD_PEERS="$(echo "$workers" | tr " " ,)" \
 		"${GLMD:-glmd}" serve --port $((8000 + number)) "$@" &
 	children="$children $!"
-	workers="$workers http://127.0.0.1:$((8000 + number))"
 	number=$((number + 1))
 done
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 import psutil
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -99,7 +101,19 @@ def split_budgets(value: object) -> object:
     return {**EFFORT_BUDGETS, **value} if isinstance(value, dict) else value
 
 
+def read_base_url(value: str) -> str:
+    """Read the base URL of a server, without a slash at the end."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ValueError("write a URL such as http://mac-2.local:8000")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError("write the URL without a path")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
+BaseUrl = Annotated[str, AfterValidator(read_base_url)]
+BaseUrls = Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(split_commas)]
 Budget = Annotated[int, Field(ge=0)]
 
 
@@ -373,6 +387,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory, and size on disk, of the stored responses of /v1/responses, such as"
         " 256MiB; 0 stores none.",
+    )
+
+    peers: BaseUrls = Field(
+        (),
+        description="Base URLs of other servers with the same model and keys, such as"
+        " http://mac-2.local:8000. A stored response that is not found here is asked for there,"
+        " with the client's key.",
     )
 
     # Sampling; None: the checkpoint's generation_config.json, else the model card's

@@ -26,6 +26,14 @@ from replica_router import Lost, Replica, Router
 WORDS = ["river", "stone", "lamp", "paper", "green", "seven", "window", "table", "garden", "music"]
 
 
+def is_ready(replica: Replica) -> bool:
+    """What a router's health check finds."""
+    try:
+        return replica.http.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @dataclass
 class Started:
     process: subprocess.Popen[bytes]
@@ -35,11 +43,8 @@ class Started:
         """Wait until it is ready."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            try:
-                if self.replica.http.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            if is_ready(self.replica):
+                return
             time.sleep(0.2)
         raise AssertionError("not ready")
 
@@ -149,6 +154,7 @@ def test_replicas_behind_a_router(tmp_path: Path) -> None:
         check_computed(router, [first, second])
         check_killed(router, [first, second])
         check_added(router, third)
+        check_drained(router, third)
 
 
 def check_computed(router: Router, servers: list[Started]) -> None:
@@ -230,6 +236,34 @@ def check_added(router: Router, added: Started) -> None:
         )
     assert {by for _, _, by in done} == set(router.replicas)
     assert added.computed() > before
+
+
+def check_drained(router: Router, drained: Started) -> None:
+    """A replica that is told to stop finishes its answers; new requests go elsewhere."""
+    began = threading.Semaphore(0)
+    texts: list[str] = []
+
+    def ask() -> None:
+        with drained.replica.http.stream(
+            "POST", "/v1/chat/completions", json=chat(opening(400, 30), 300) | {"stream": True}
+        ) as response:
+            for line in response.iter_lines():
+                texts.append(line)
+                began.release()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert began.acquire(timeout=30)
+    drained.process.terminate()
+    while is_ready(drained.replica):
+        time.sleep(0.01)
+    for number in range(401, 404):
+        _, count, by = read(router, chat(opening(number, 30)))
+        assert count == 12
+        assert by is not drained.replica
+    thread.join(120)
+    assert "data: [DONE]" in texts, texts[-3:]
+    assert drained.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])

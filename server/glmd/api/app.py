@@ -34,6 +34,7 @@ from glmd.api.openai.protocol import ChatCompletionChunk, TextCompletion
 from glmd.api.request_body import BodyLimitMiddleware
 from glmd.api.responses import routes as responses
 from glmd.api.responses.objects import ResponseStreamEvent
+from glmd.api.responses.peers import Peers
 from glmd.api.responses.store import ResponseStore
 from glmd.api.retries import RetryMiddleware
 from glmd.api.routes import clients, health, metrics, models, status, tokenize
@@ -70,6 +71,7 @@ def create_app(state: AppState) -> FastAPI:
             yield
         finally:
             await app.state.responses.close()
+            await app.state.peers.close()
             await state.close()
             await sleep_blocker.close()
             if tracing is not None:
@@ -112,6 +114,7 @@ def create_app(state: AppState) -> FastAPI:
     app.state.glmd = state
     app.state.metrics = meter
     app.state.responses = ResponseStore(settings.response_store, state.disk_file)
+    app.state.peers = Peers(lambda: state.settings.peers)
     add_exception_handlers(app)
     for module in ROUTERS:
         app.include_router(module.router)

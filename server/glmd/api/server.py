@@ -50,7 +50,7 @@ RELOADABLE = frozenset(
         "aliases", "keep_alive", "drain_timeout", "enable_thinking", "clear_thinking",
         "effort_budgets", "reasoning_alias", "temperature", "top_p", "top_k", "min_p",
         "max_tokens", "profile", "profiles", "log_level", "slow_request", "queue_timeout",
-        "first_token_timeout", "request_timeout", "prevent_sleep",
+        "first_token_timeout", "request_timeout", "prevent_sleep", "peers",
     }
 )  # fmt: skip
 """Settings that take effect on reload: each request reads them, or they can be passed on. The other

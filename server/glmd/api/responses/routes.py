@@ -16,7 +16,7 @@ from glmd.api.auth import Access
 from glmd.api.context import AccessDep, ContextDep
 from glmd.api.errors import RefusedBody, log_unhandled, to_error
 from glmd.api.generation_request import NO_OP, Defaults, GenerationRequest, omitted_header
-from glmd.api.request_body import NO_MEMORY, JsonRoute
+from glmd.api.request_body import NO_MEMORY
 from glmd.api.responses.input import InputItems, RequestTools, read_tools
 from glmd.api.responses.input_items import Order, list_items, read_input, referred_ids
 from glmd.api.responses.objects import (
@@ -27,8 +27,15 @@ from glmd.api.responses.objects import (
     ResponseObject,
     TextOptions,
 )
+from glmd.api.responses.peers import PeerRoute, get_peers
 from glmd.api.responses.protocol import AllowedToolsChoice, ResponsesRequest, ToolChoiceName
-from glmd.api.responses.store import EventLog, ResponseStore, StoredResponse, get_store
+from glmd.api.responses.store import (
+    EventLog,
+    ResponseNotStored,
+    ResponseStore,
+    StoredResponse,
+    get_store,
+)
 from glmd.api.responses.stream import ResponsesBuilder
 from glmd.api.serving import Frames, count_prompt_tokens, follow_stream, json_response, serve
 from glmd.api.state import StateDep
@@ -37,7 +44,7 @@ from glmd.chat.types import Conversation
 from glmd.errors import InvalidRequest, invalid_field
 from glmd.utils.fair_limiter import Reservation
 
-router = APIRouter(tags=["Responses"], route_class=JsonRoute)
+router = APIRouter(tags=["Responses"], route_class=PeerRoute)
 
 Include = Annotated[
     list[str] | None,
@@ -127,10 +134,15 @@ async def find_referred(
 ) -> dict[str, StoredResponse]:
     """The owner's responses that a request refers to, counted with its body.
 
+    Those that are not stored here may be stored by a peer.
+
     Raises:
         RefusedBody: there is no room in memory for them.
     """
-    found = await store.find(referred_ids(body.new_input, body.previous_response_id))
+    ids = set(referred_ids(body.new_input, body.previous_response_id))
+    found = await store.find(ids)
+    if missing := ids - found.keys():
+        found |= await get_peers(http).find(missing, http)
     own = {id: stored for id, stored in found.items() if stored.owner == owner}
     memory: Reservation = http.state.body_memory
     if not memory.grow(sum(stored.nbytes for stored in own.values())):
@@ -195,6 +207,13 @@ async def retrieve_response(
         )
     frames = stored.events.follow(0 if starting_after is None else starting_after + 1)
     return await follow_stream(state, frames)
+
+
+@router.get("/v1/responses/{id}/conversation", include_in_schema=False)
+async def send_conversation(id: str, store: GivenStore, access: AccessDep) -> Response:
+    """Send a stored response with its conversation to a peer."""
+    stored = await visible(store, id, access)
+    return Response(await asyncio.to_thread(stored.encode), media_type="application/json")
 
 
 @router.get("/v1/responses/{id}/input_items")
@@ -299,11 +318,11 @@ async def visible(store: ResponseStore, id: str, access: Access) -> StoredRespon
     """The stored response, if the request may see it.
 
     Raises:
-        HTTPException: 404.
+        ResponseNotStored: it is not, or the request may not.
     """
     stored = (await store.find([id])).get(id)
     if stored is None or not access.may_see(stored.owner):
-        raise HTTPException(404, f"Response {id!r} is not stored, or not any more.")
+        raise ResponseNotStored(id)
     return stored
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from starlette.exceptions import HTTPException
 
 from glmd.api.responses.input import InputItems, Item
 from glmd.api.responses.objects import ErrorEvent, ResponseObject
@@ -30,6 +31,14 @@ LOST_EVENTS = (
     "The events of this response are not stored any more, for lack of memory. Retrieve the response"
     " without stream."
 )
+
+
+class ResponseNotStored(HTTPException):
+    """No response with this id is stored here, or none that the client may see."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(404, f"Response {id!r} is not stored, or not any more.")
+        self.id = id
 
 
 class EventLog:
