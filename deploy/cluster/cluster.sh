@@ -1,5 +1,5 @@
 #!/bin/sh
-# Start glmd replicas on this machine and vllm-router in front of them, until Ctrl-C.
+# Start glmd replicas on this machine and smg, a router, in front of them, until Ctrl-C.
 #
 #     deploy/cluster/cluster.sh [REPLICAS] [glmd serve options]
 #
@@ -39,9 +39,9 @@ while [ "$number" -le "$replicas" ]; do
 	number=$((number + 1))
 done
 
-# cache_aware needs no setting for the model. A health check each second finds a dead replica soon.
+# Needs `pip install smg`. A health check each second finds a dead replica soon.
 # shellcheck disable=SC2086
-"${VLLM_ROUTER:-vllm-router}" --host 127.0.0.1 --port 8000 --worker-urls $workers \
+"${SMG:-smg}" launch --host 127.0.0.1 --port 8000 --worker-urls $workers \
 	--policy cache_aware --balance-abs-threshold 8 --health-check-interval-secs 1 \
 	--retry-max-retries 3 &
 children="$children $!"

@@ -166,7 +166,7 @@ def test_router_and_cluster_agree() -> None:
     assert router["Label"] == "local.glmd.router"
     script = (DEPLOY / "cluster" / "cluster.sh").read_text()
     flags = [each for each in router["ProgramArguments"] if each.startswith("--")]
-    assert set(re.findall(r"--[\w-]+", script.partition("vllm-router}")[2])) == set(flags)
+    assert set(re.findall(r"--[\w-]+", script.partition("smg}")[2])) == set(flags)
     subprocess.run(["sh", "-n", str(DEPLOY / "cluster" / "cluster.sh")], check=True)
     for name in re.findall(r"GLMD_([A-Z_]+)=", script):
         assert name.lower() in Settings.model_fields
