@@ -205,7 +205,7 @@ class DocumentedRouter(Router):
             workers = self._http.get("/workers").json()["workers"]
         except httpx.TransportError:
             return False
-        return sum(worker["is_healthy"] for worker in workers) == count
+        return count == sum(bool(worker["is_healthy"]) for worker in workers)
 
     def stream(self, body: dict[str, Any]) -> Iterator[tuple[Replica, str]]:
         """The lines of a streamed answer. Who sent them is not known."""
