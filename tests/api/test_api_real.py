@@ -268,10 +268,9 @@ def complete(http: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_the_requests_of_lm_eval_get_the_prompts_log_probabilities(
+def test_a_prompts_log_probabilities_are_those_of_continuing_it(
     http: httpx.Client, as_ids: bool
 ) -> None:
-    """`lm-eval --model local-completions` sums `token_logprobs[context:-1]`."""
     contexts = ["What is two?", "A lazy dog"]
 
     def tokens(text: str) -> list[int]:
@@ -309,18 +308,6 @@ def test_the_requests_of_lm_eval_get_the_prompts_log_probabilities(
             assert max(top.values()) == pytest.approx(best, abs=1e-3)
             assert logprob in top.values()
             assert logprob <= max(top.values())
-
-
-def test_lm_eval_generates_until_a_stop(http: httpx.Client) -> None:
-    """The body of its tasks `generate_until`, with prompts as token ids in a batch."""
-    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
-    body = {"model": "default", "prompt": prompts, "max_tokens": 24, "seed": 1234}
-    free = complete(http, **body)["choices"]
-    stop = free[0]["text"][4:6]
-    stopped = complete(http, **body, stop=[stop, "Question:", "<|endoftext|>"])["choices"]
-    assert [choice["index"] for choice in stopped] == [0, 1]
-    assert stopped[0]["finish_reason"] == "stop"
-    assert stopped[0]["text"] == free[0]["text"].partition(stop)[0]
 
 
 def test_a_prompt_alone_is_scored_without_an_answer(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Long conversations with a tool through the official clients, on the demo checkpoint.
+"""Clients on the demo checkpoint: long conversations with a tool, and tasks of lm-eval.
 
 No client sends a turn back as the model wrote it, but every turn computes only the new tokens: the
 user's or the tool's text, and the tags around it.
@@ -7,7 +7,13 @@ user's or the tool's text, and the tags around it.
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,6 +23,7 @@ from anthropic.types import ToolParam
 from live import LiveServer, live_server
 from openai.types.chat import ChatCompletionFunctionToolParam
 from openai.types.responses import FunctionToolParam
+from paths import ROOT
 
 from glmd.checkpoint.hub import DEMO
 
@@ -149,3 +156,112 @@ def test_messages(demo: LiveServer, thinking_returns: bool) -> None:
             tool_result = {"type": "tool_result", "tool_use_id": call.id, "content": result(turn)}
             messages.append({"role": "assistant", "content": content})
             messages.append({"role": "user", "content": [tool_result]})
+
+
+# -- lm-eval ------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "quality.md").read_text()
+
+ANIMALS = [
+    ("Which animal barks?", ["a fish", "a dog", "a bird of prey"]),
+    ("Which animal swims?", ["a cat", "a fish"]),
+    ("Which one flies?", ["an eagle", "a mouse", "the old horse"]),
+]
+CAPITALS = ["What is the capital of France?", "Where is Rome?", "What is two and two?"]
+
+
+# Its command without the index of its own tasks, which takes ten seconds.
+LM_EVAL = """
+import functools
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+def lm_eval(live: LiveServer, tasks: list[str], folder: Path) -> dict[str, Any]:
+    """Run the command of docs/quality.md in a folder of tasks, without a network.
+
+    Returns:
+        the metrics of each task, and under "samples" each task's samples.
+    """
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (make setup-clients)")
+    written = re.search(r"^(lm-eval --model local-completions [^`]+)", PAGE, re.MULTILINE)
+    assert written is not None
+    command = written[1].replace("hellaswag,gsm8k", ",".join(tasks)).replace("FOLDER", str(DEMO))
+    command = command.replace("http://127.0.0.1:8000", live.url).replace("=32768", "=4096")
+    _, *arguments = shlex.split(command.replace("\\\n", " "))
+    arguments += ["--include_path", ".", "--output_path", "out", "--log_samples"]
+    alone = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "USE_TORCH": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", LM_EVAL, *arguments], cwd=folder, env={**os.environ, **alone, "HF_HOME": str(folder / "hf")},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (results,) = folder.glob("out/**/results_*.json")
+    found: dict[str, Any] = json.loads(results.read_text())["results"]
+    found["samples"] = {}
+    for task in tasks:
+        (samples,) = folder.glob(f"out/**/samples_{task}_*.jsonl")
+        found["samples"][task] = [json.loads(line) for line in samples.read_text().splitlines()]
+    return found
+
+
+def test_lm_eval_scores_tasks_of_ones_own(demo: LiveServer, tmp_path: Path) -> None:
+    """With the log-probabilities and answers that `/v1/completions` gives when asked directly."""
+    for task in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL):
+        name = task.split()[1]
+        (tmp_path / f"{name}.yaml").write_text(task)
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    with demo.client() as http:
+
+        def tokens(text: str) -> list[int]:
+            found: list[int] = http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+            return found
+
+        def complete(**body: Any) -> dict[str, Any]:
+            answer = http.post("/v1/completions", json={"temperature": 0, **body})
+            assert answer.status_code == 200, answer.text
+            choice: dict[str, Any] = answer.json()["choices"][0]
+            return choice
+
+        def log_likelihood(context: str, text: str) -> float:
+            whole = tokens(context + text)
+            echo = complete(prompt=whole, echo=True, logprobs=0, max_tokens=0)
+            return float(sum(echo["logprobs"]["token_logprobs"][len(tokens(context)) :]))
+
+        expected = [
+            [log_likelihood(f"Question: {question}\nAnswer:", f" {choice}") for choice in choices]
+            for question, choices in ANIMALS
+        ]
+        best = [max(range(len(each)), key=each.__getitem__) for each in expected]
+        answers = [
+            complete(prompt=tokens(f"Question: {text}\nAnswer:"), stop=["\n"], max_tokens=16)[
+                "text"
+            ]
+            for text in CAPITALS
+        ]
+    # Two of three are right.
+    best[2] = (best[2] + 1) % 3
+    write(
+        "animals",
+        [
+            {"question": question, "choices": choices, "answer": answer}
+            for (question, choices), answer in zip(ANIMALS, best, strict=True)
+        ],
+    )
+    given = [answer.strip() for answer in answers]
+    pairs = zip(CAPITALS, [*given[:2], given[2] + "!"], strict=True)
+    write("capitals", [{"question": question, "answer": answer} for question, answer in pairs])
+
+    found = lm_eval(demo, ["animals", "capitals"], tmp_path)
+    samples = found["samples"]
+    assert found["animals"]["acc,none"] == pytest.approx(2 / 3)
+    for sample, own in zip(samples["animals"], expected, strict=True):
+        assert [float(each[0]) for each in sample["filtered_resps"]] == pytest.approx(own, abs=1e-3)
+    assert found["capitals"]["exact_match,strip"] == pytest.approx(2 / 3)
+    assert [sample["resps"][0][0] for sample in samples["capitals"]] == answers
