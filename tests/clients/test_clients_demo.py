@@ -193,9 +193,9 @@ def lm_eval(live: LiveServer, tasks: list[str], folder: Path) -> dict[str, Any]:
     command = command.replace("http://127.0.0.1:8000", live.url).replace("=32768", "=4096")
     _, *arguments = shlex.split(command.replace("\\\n", " "))
     arguments += ["--include_path", ".", "--output_path", "out", "--log_samples"]
-    alone = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "USE_TORCH": "0"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", LM_EVAL, *arguments], cwd=folder, env={**os.environ, **alone, "HF_HOME": str(folder / "hf")},
+        [sys.executable, "-c", LM_EVAL, *arguments], cwd=folder, env={**os.environ, **offline},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
