@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from typer.testing import CliRunner
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import ModelConfig, load_config
+from glmd.checkpoint.layout import main_weights
 from glmd.cli.evaluate import evaluate as command
 from glmd.convert.convert import convert
 from glmd.convert.recipes import find_recipe
 from glmd.errors import CheckpointError
-from glmd.evaluate import layer_pass, model_pass
+from glmd.evaluate import drafts, layer_pass, model_pass, sensitivity, variants
 from glmd.evaluate.corpus import CORPUS, Sample, TokenSet, read_corpus, tokenize
+from glmd.evaluate.layer_pass import LayerReader
 from glmd.evaluate.model_pass import Candidate, Pass
 from glmd.evaluate.run import evaluate
 from glmd.evaluate.scores import mean_and_error
@@ -168,12 +173,53 @@ def memory_bound(config: ModelConfig, itemsize: int, longest: int, *, mtp: bool 
     layer += hidden * (config.q_lora_rank + config.kv_lora_rank + heads * config.v_head_dim)
     layer += heads * head * (config.q_lora_rank + config.kv_lora_rank)
     vocabulary = config.vocab_size * hidden
-    rows = max(layer_pass.BATCH_ROWS, longest)
-    per_row = 8 * hidden + config.num_experts_per_tok * (3 * hidden + 4 * width) + 4 * heads * head
-    working = rows * per_row * 4 + 4 * SCORE_BYTES + layer_pass.CACHE_BYTES
-    logits = 8 * layer_pass.LOGITS_ROWS * config.vocab_size * 4
-    last = (3 * vocabulary + layer if mtp else vocabulary) * itemsize + logits
+    last = (3 * vocabulary + layer if mtp else vocabulary) * itemsize + logits_bytes(config)
+    working = working_bytes(config, max(layer_pass.BATCH_ROWS, longest))
     return working + max(layer * itemsize, last)
+
+
+def working_bytes(config: ModelConfig, rows: int) -> int:
+    """Bytes of a layer's intermediate results."""
+    heads, width = config.num_attention_heads, config.moe_intermediate_size
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    hidden = config.hidden_size
+    per_row = 8 * hidden + config.num_experts_per_tok * (3 * hidden + 4 * width) + 4 * heads * head
+    return rows * per_row * 4 + 4 * SCORE_BYTES + layer_pass.CACHE_BYTES
+
+
+def logits_bytes(config: ModelConfig) -> int:
+    return 8 * layer_pass.LOGITS_ROWS * config.vocab_size * 4
+
+
+def search_bound(config: ModelConfig, itemsize: int, longest: int) -> int:
+    """Bound of MLX's memory in bytes during a search.
+
+    A layer is there as stored, in float32 as quantised, and as modules; of the head, so are those
+    of the six whole models that are measured together. Stacking holds one projection of the
+    experts twice.
+    """
+    stages: dict[str, int] = {}
+    for weight in main_weights(config):
+        stage = ".".join(weight.path.split(".")[:3])
+        stages[stage] = stages.get(stage, 0) + prod(weight.shape)
+    projection = config.n_routed_experts * config.hidden_size * config.moe_intermediate_size
+    layer = max(stages.values()) * (2 + 4 + itemsize) + projection * 2
+    head = config.vocab_size * config.hidden_size * (2 + 4 + 7 * itemsize) + logits_bytes(config)
+    working = working_bytes(config, max(variants.ROWS, longest))
+    return max(layer + working, head + layer_pass.CACHE_BYTES)
+
+
+def peak_memory(step: Callable[[], object]) -> int:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    step()
+    return mx.get_peak_memory() - before
+
+
+def tokens_of(count: int, sample: int) -> TokenSet:
+    tokens = np.random.default_rng(0).integers(0, 256, count).astype(np.int32)
+    return TokenSet(tokens, np.arange(0, count + 1, sample), ("a",) * (count // sample))
 
 
 def test_memory_does_not_depend_on_layers_or_tokens(tmp_path: Path) -> None:
@@ -182,21 +228,40 @@ def test_memory_does_not_depend_on_layers_or_tokens(tmp_path: Path) -> None:
     for name, layers, count in (("few", 2, 1500), ("many", 6, 3000)):
         folder = tmp_path / name
         parsed = write_random_checkpoint(folder, **config | {"num_hidden_layers": layers})
-        tokens = np.random.default_rng(0).integers(0, 256, count).astype(np.int32)
-        text = TokenSet(tokens, np.arange(0, count + 1, 100), ("a",) * (count // 100))
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        Pass(Candidate(name, folder), text, mx.float32, tmp_path / "work").run(silent)
-        peaks.append(mx.get_peak_memory() - before)
+        one = Pass(Candidate(name, folder), tokens_of(count, 100), mx.float32, tmp_path / "work")
+        peaks.append(peak_memory(partial(one.run, silent)))
         assert peaks[-1] < memory_bound(parsed, 4, 100)
     assert peaks[1] < 1.2 * peaks[0]
 
 
-def test_published_model_is_evaluated_in_8_gb() -> None:
+def test_memory_of_a_search_does_not_depend_on_layers_or_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its first step, which runs all components."""
+    monkeypatch.setattr(sensitivity, "OPTIONS", sensitivity.PROBES)
+    for module, name in ((variants, "ROWS"), (drafts, "BATCH_ROWS")):
+        monkeypatch.setattr(module, name, 40)
+    config = TINY | {"n_routed_experts": 4, "moe_intermediate_size": 512}
+    config |= {"num_nextn_predict_layers": 1}
+    peaks = []
+    for name, layers, count in (("few", 2, 40), ("many", 6, 80)):
+        folder = tmp_path / name
+        parsed = write_random_checkpoint(folder, **config | {"num_hidden_layers": layers})
+        reader = LayerReader(folder, mx.float32)
+        step = partial(
+            sensitivity.measure, reader, tokens_of(count, 20), tmp_path / f"work {name}",
+            bands=1, on_progress=lambda done, total: None,
+        )  # fmt: skip
+        peaks.append(peak_memory(step))
+        assert peaks[-1] < search_bound(parsed, 4, 100)
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_published_model_is_evaluated_and_searched_in_8_gb() -> None:
     config = load_config(TESTS / "fixtures" / "glm-4.7-flash")
     assert memory_bound(config, 2, 4096) < 8e9
     assert memory_bound(config, 4, 4096, mtp=False) < 8e9  # the noise floor
+    assert search_bound(config, 2, 1024) < 8e9
 
 
 def test_rows_name_llama_perplexitys_statistics(

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,27 @@ from typer.testing import CliRunner
 
 from glmd.bench.random_checkpoint import write_random_checkpoint
 from glmd.checkpoint.config import QuantizedAs
+from glmd.cli.main import app
 from glmd.cli.recipe import read_bytes
 from glmd.cli.recipe import search as command
 from glmd.convert.convert import convert
 from glmd.convert.inspect import inspect
-from glmd.convert.recipes import Recipe, RecipeFile, find_recipe
-from glmd.errors import SettingsError
-from glmd.evaluate import variants
+from glmd.convert.recipes import (
+    DraftOption,
+    Recipe,
+    RecipeFile,
+    SearchResult,
+    find_recipe,
+    name_bits,
+)
+from glmd.errors import CheckpointError, SettingsError
+from glmd.evaluate import drafts, variants
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.drafts import choose_option
 from glmd.evaluate.layer_pass import Activations
-from glmd.evaluate.search import REFINED, Found, search
+from glmd.evaluate.model_pass import Candidate, Pass
+from glmd.evaluate.search import REFINED, search
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 48).astype(np.int32)
 
@@ -69,17 +79,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def calibration_text() -> TokenSet:
+    tokens = np.random.default_rng(3).integers(0, 256, 400).astype(np.int32)
+    return TokenSet(tokens, np.arange(0, 401, 50), ("random",) * 8)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A searched recipe's file, and how it was found."""
+
+    file: Path
+    result: SearchResult
+
+
 def search_recipe(source: Path, out: str, work: str = "work") -> Found:
     """Search a recipe of the size of `mixed-8-5`, in two batches per layer."""
     size = inspect(source, "mixed-8-5").main.nbytes
-    tokens = np.random.default_rng(3).integers(0, 256, 400).astype(np.int32)
-    text = TokenSet(tokens, np.arange(0, 401, 50), ("random",) * 8)
+    text = calibration_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "ROWS", 200)
-        return search(
-            source, source.parent / out, text, source.parent / work,
+        file = source.parent / out
+        result = search(
+            source, file, text, source.parent / work,
             nbytes=size, dtype=mx.float32, on_progress=lambda name, done, total: None,
         )  # fmt: skip
+    return Found(file, result)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +129,13 @@ def converted(source: Path, found: Found) -> Path:
 
 def test_search_keeps_to_the_size_and_beats_the_fixed_recipe(source: Path, found: Found) -> None:
     budget = inspect(source, "mixed-8-5").main.nbytes
-    assert 0.97 * budget < found.nbytes <= budget
-    kl = found.measured
+    assert 0.97 * budget < found.result.nbytes <= budget
+    kl = found.result.measured_kl
     plain = {"mixed-8-5", "power law", "quadratic"}
     assert set(kl) == plain | {name + REFINED for name in plain}
     assert all(kl[name + REFINED] < kl[name] for name in plain)
     assert min(kl.values()) < kl["mixed-8-5"]
-    content = json.loads(found.file.read_text())
-    assert kl[content["search"]["allocation"] + REFINED] == min(kl.values())
+    assert kl[found.result.allocation + REFINED] == min(kl.values())
 
 
 def test_recipe_names_every_component_with_all_options(found: Found) -> None:
@@ -128,7 +151,15 @@ def test_recipe_names_every_component_with_all_options(found: Found) -> None:
         (2, "affine"), (8, "affine"), (4, "mxfp4"), (4, "nvfp4")
     }  # fmt: skip
     assert all(option["kl"] > 0 for option in head["options"])
-    assert any(path.startswith("model.layers.2.") for path in read["modules"]), "no MTP layer"
+
+
+def test_gate_and_up_projection_are_quantised_alike(found: Found) -> None:
+    """So that the engine multiplies with both at once."""
+    modules = find_recipe(str(found.file)).modules
+    assert modules is not None
+    gates = [path for path in modules if path.endswith("gate_proj")]
+    assert len(gates) == 5
+    assert all(modules[path.replace("gate_proj", "up_proj")] == modules[path] for path in gates)
 
 
 def test_sensitivities_are_measured_once(
@@ -137,13 +168,14 @@ def test_sensitivities_are_measured_once(
     """For further sizes, too."""
     monkeypatch.delattr("glmd.evaluate.search.measure")
     again = search_recipe(source, "again.json")
-    assert again.measured == found.measured
-    assert again.components == found.components
+    assert again.result == found.result
 
 
 def before_steps(observe: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
     """Call `observe` before each batch of a layer, or file of results, is written."""
-    for owner, name in ((Activations, "write"), (variants, "atomic_write")):
+    for owner, name in (
+        (Activations, "write"), (variants, "atomic_write"), (drafts, "atomic_write"),
+    ):  # fmt: skip
         original = getattr(owner, name)
 
         def observed(*args: Any, original: Any = original) -> None:
@@ -214,9 +246,97 @@ def test_inspect_tells_the_planned_and_the_stored_bytes(
 ) -> None:
     planned, stored = inspect(source, str(found.file)), inspect(converted)
     assert planned.main == stored.main
-    assert planned.main.nbytes == found.nbytes
+    assert planned.main.nbytes == found.result.nbytes
     assert stored.stored is not None
     assert stored.stored.main_bytes == stored.stored.main_planned
+
+
+def test_inspect_explains_the_bits_of_a_searched_recipe(
+    source: Path, found: Found, converted: Path
+) -> None:
+    """Of the recipe's file, and of a checkpoint converted with it by its config.json alone."""
+    table = json.loads((converted / "config.json").read_text())["quantization"]
+    result = found.result
+    explained = {
+        "recipe": (str(source), "--recipe", str(found.file)),
+        "converted": (str(converted / "config.json"),),
+    }
+    for arguments in explained.values():
+        done = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        for each in result.components:
+            layers = "" if each.layers is None else "–".join(map(str, dict.fromkeys(each.layers)))
+            row = (each.component, layers, each.bits, f"{each.parameters:,}")
+            at_4 = "" if each.kl_at_4_bits is None else f"{each.kl_at_4_bits:.6f}"
+            cost = (f"{each.bits_per_weight:.2f}", at_4, f"{each.kl:.6f}")
+            assert " ".join(filter(None, (*row, *cost))) in lines
+        kept = f"{result.allocation}{REFINED} (kept): mean KL"
+        assert f"{kept} {min(result.measured_kl.values()):.5f} on 400 tokens" in lines
+        assert result.mtp is not None
+        experts = f"MTP layer: routed experts {name_bits(result.mtp.chosen)}, others 8 bits."
+        assert f"{experts} {result.mtp.chosen.acceptance:.2%} of its drafts" in done.stdout
+    # The bits are those of the converted file's own table.
+    for each in result.components:
+        if each.component == "routed experts: down":
+            assert each.layers == (1, 1)
+            stored = table.get("model.layers.1.mlp.switch_mlp.down_proj", table)
+            assert name_bits(QuantizedAs(stored["bits"], stored["group_size"])) == each.bits
+    explanation = inspect(converted).search
+    assert explanation == result.summary
+    assert inspect(source, "mixed-8-5").search is None
+
+
+def test_a_damaged_explanation_is_named(converted: Path, tmp_path: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    config["glmd"]["search"]["tokens"] = "many"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"glmd\.search: Expected `int`"):
+        inspect(tmp_path)
+
+
+def test_drafts_are_measured_as_by_an_evaluation(
+    source: Path, found: Found, tmp_path: Path
+) -> None:
+    """The search quantises the MTP layer alone, `glmd convert` with the recipe `bf16` beside it."""
+    measured = found.result.mtp
+    assert measured is not None
+    worst = next(o for o in measured.options if (o.bits, o.group_size) == (2, 32))
+    modules = {
+        path: worst.quantized if ".switch_mlp." in path else how
+        for path, how in find_recipe(str(found.file)).modules.items()  # type: ignore[union-attr]
+        if path.startswith("model.layers.2.")
+    }
+    convert(source, tmp_path / "two", Recipe("two", modules=modules))
+    text = calibration_text()
+    scores = [
+        Pass(Candidate("mtp", folder), text, mx.float32, tmp_path).run(lambda *_: None)
+        for folder in (source, tmp_path / "two")
+    ]
+    before, after = (float(np.mean(each.accepted)) for each in scores)  # type: ignore[arg-type]
+    assert measured.reference == pytest.approx(before, abs=1e-5)
+    assert worst.acceptance == pytest.approx(after, abs=1e-4)
+    assert worst.loss == pytest.approx(before - after, abs=1e-4)
+    assert worst.nbytes == inspect(tmp_path / "two").mtp.nbytes  # type: ignore[union-attr]
+    kl = {(o.bits, o.group_size): o.kl for o in measured.options if o.mode == "affine"}
+    assert kl[2, 32] > kl[4, 32] > kl[8, 32] > 0
+
+
+def test_the_mtp_layer_gets_the_fewest_bytes_with_equal_acceptance(found: Found) -> None:
+    def option(bits: Any, loss: float) -> DraftOption:
+        return DraftOption(bits, nbytes=bits, kl=0.1, acceptance=0.5, loss=loss, loss_error=0.02)
+
+    assert choose_option([option(4, 0.03), option(5, 0.01), option(8, 0.0)]) == option(5, 0.01)
+    assert choose_option([option(4, 0.05), option(8, 0.03)]) == option(8, 0.03)
+    assert choose_option([]) is None
+    measured = found.result.mtp
+    assert measured is not None
+    assert measured.chosen == choose_option(measured.options)
+    modules = find_recipe(str(found.file)).modules
+    assert modules is not None
+    experts = {how for path, how in modules.items() if path.startswith("model.layers.2.mlp.switch")}
+    assert experts == {measured.chosen.quantized}
+    assert modules["model.layers.2.eh_proj"] == QuantizedAs(bits=8)
 
 
 def test_plain_mlx_lm_loads_the_result_with_the_same_logits(converted: Path) -> None:
@@ -251,14 +371,14 @@ def test_floating_point_modes_convert_and_load(
 def test_too_small_sizes_are_refused_before_anything_is_measured(
     source: Path, tmp_path: Path
 ) -> None:
-    app = typer.Typer()
-    app.command()(command)
+    alone = typer.Typer()
+    alone.command()(command)
     arguments = ["--bytes", "10kB", "--work", str(tmp_path), "--out", str(tmp_path / "r.json")]
     corpus = tmp_path / "text.txt"
     corpus.write_text("Some text. " * 20)
     with pytest.raises(SettingsError, match="the smallest takes"):
         CliRunner().invoke(
-            app, [str(source), *arguments, "--text", str(corpus)], catch_exceptions=False
+            alone, [str(source), *arguments, "--text", str(corpus)], catch_exceptions=False
         )
 
 

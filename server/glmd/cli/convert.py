@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from glmd.cli.recipe import explain
 from glmd.convert.inspect import Inspection
 from glmd.convert.inspect import inspect as run
 from glmd.convert.recipes import DEFAULT_RECIPE, RECIPES, Line, find_recipe, total
@@ -180,11 +182,15 @@ def inspect(
         typer.echo(_describe_fit(result))
         return
     console = Console()
-    console.width = max(console.width, 80)  # the width of the table of the full model
+    # The widths of the tables of the full model.
+    console.width = max(console.width, 80 if found.search is None else 100)
     by = f"by {found.recipe}" if found.recipe else "as stored"
     console.print(_table(f"{model}, {by}", found))
     for sentence in _comparison(found):
         console.print(sentence, soft_wrap=True, highlight=False)
+    if found.search is not None:
+        console.print("\nBits by measured KL (docs/quality.md):", highlight=False)
+        explain(found.search, console)
 
 
 def _fit(path: Path, found: Inspection, memory: int, kv_bits: str) -> dict[str, Any]:
@@ -317,4 +323,5 @@ def _for_machines(model: str, found: Inspection) -> dict[str, Any]:
         "mtp": line(found.mtp),
         "mtp_vocabulary": line(found.mtp_vocabulary),
         "stored": dataclasses.asdict(found.stored) if found.stored else None,
+        "search": msgspec.to_builtins(found.search),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from glmd.cli.evaluate import Work, find_candidate, progress_bar, work_folder
+from glmd.convert.recipes import SearchResult, name_bits
 from glmd.utils.text import gib
-
-if TYPE_CHECKING:
-    from glmd.evaluate.search import Found
 
 app = typer.Typer(help="Search quantisation recipes. See docs/quality.md.", no_args_is_help=True)
 
@@ -74,13 +72,14 @@ def search(
     from glmd.evaluate.search import search as run
     from glmd.model.loader import choose_dtype
 
+    out = out.expanduser()
     folder = find_candidate(reference).folder
     samples = read_files(text) if text else read_corpus("calibration")
     encoded = tokenize(samples, folder, context=context, limit=tokens)
     with progress_bar() as on_progress:
         found = run(
             folder,
-            out.expanduser(),
+            out,
             encoded,
             (work or work_folder()) / "search",
             nbytes=size,
@@ -91,12 +90,9 @@ def search(
         )
     console = Console()
     console.width = max(console.width, 100)
-    console.print(components_table(found))
-    for name, kl in found.measured.items():
-        console.print(f"{name}: mean KL {kl:.5f} on {len(encoded):,} tokens", highlight=False)
+    explain(found, console)
     console.print(
-        f"{found.file}: {gib(found.nbytes)} GiB, {found.bits_per_weight:.3f} bits per weight."
-        f" Predicted KL {found.predicted:.5f}, no less than {found.bound:.5f} at this size.",
+        f"{out}: {gib(found.nbytes)} GiB, {found.bits_per_weight:.3f} bits per weight.",
         highlight=False,
         soft_wrap=True,
     )
@@ -111,27 +107,35 @@ def read_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def components_table(found: Found) -> Table:
-    """Bits and predicted KL of each component."""
+def explain(found: SearchResult, console: Console) -> None:
+    """Print why a searched recipe has its bits: what each component costs."""
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for name in ("Component", "Layers", "Bits"):
-        table.add_column(name)
-    for name in ("Parameters", "Bits per weight", "KL at 4 bits", "KL"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=name != "Bits")
+    for name in ("Parameters", "Bits per\nweight", "KL at\n4 bits", "KL"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in found.components:
-        layers = line["layers"]
-        at_4 = [
-            option["kl"]
-            for option in line["options"]
-            if (option["bits"], option["group_size"]) == (4, 64)
-        ]
         table.add_row(
-            line["component"],
-            "" if layers is None else f"{layers[0]}–{layers[1]}",
-            line["bits"],
-            f"{line['parameters']:,}",
-            f"{line['bits_per_weight']:.2f}",
-            f"{at_4[0]:.6f}" if at_4 else "",
-            f"{line['kl']:.6f}",
+            line.component,
+            "" if line.layers is None else "–".join(map(str, dict.fromkeys(line.layers))),
+            line.bits,
+            f"{line.parameters:,}",
+            f"{line.bits_per_weight:.2f}",
+            "" if line.kl_at_4_bits is None else f"{line.kl_at_4_bits:.6f}",
+            f"{line.kl:.6f}",
         )
-    return table
+    console.print(table)
+    for name, kl in found.measured_kl.items():
+        kept = " (kept)" if name == f"{found.allocation}, refined" else ""
+        console.print(f"{name}{kept}: mean KL {kl:.5f} on {found.tokens:,} tokens", highlight=False)
+    sentences = [
+        f"Predicted KL {found.predicted_kl:.5f}, no less than {found.bound:.5f} at this size."
+    ]
+    if found.mtp is not None:
+        chosen = found.mtp.chosen
+        sentences.append(
+            f"MTP layer: routed experts {name_bits(chosen)}, others 8 bits."
+            f" {chosen.acceptance:.2%} of its drafts are accepted, {found.mtp.reference:.2%} of"
+            f" the unquantised layer's (lower by {chosen.loss:.2%} ± {chosen.loss_error:.2%})."
+        )
+    console.print("\n".join(sentences), highlight=False, soft_wrap=True)

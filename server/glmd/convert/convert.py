@@ -190,6 +190,8 @@ class Source:
         glmd: dict[str, Any] = {"recipe": recipe.name}
         if plan.mtp:
             glmd["mtp"] = self.describe_mtp(plan)
+        if recipe.search is not None:
+            glmd["search"] = msgspec.to_builtins(recipe.search.summary)
         raw["glmd"] = glmd
         if recipe.default is not None:
             table: dict[str, Any] = msgspec.to_builtins(recipe.default)

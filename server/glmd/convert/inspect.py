@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmd.checkpoint.config import RECOMMENDED, load_config
+import msgspec
+
+from glmd.checkpoint.config import RECOMMENDED, load_config, read_json_object
 from glmd.checkpoint.stored import StoredWeights, read_weights
 from glmd.convert.recipes import (
     DEFAULT_RECIPE,
@@ -17,13 +19,14 @@ from glmd.convert.recipes import (
     Plan,
     PlannedWeight,
     Recipe,
+    SearchResult,
     find_recipe,
     lines,
     plan_recipe,
     plan_stored,
     total,
 )
-from glmd.errors import SettingsError
+from glmd.errors import CheckpointError, SettingsError
 from glmd.utils.text import gb, gib
 
 
@@ -66,6 +69,7 @@ class Inspection:
         mtp_vocabulary: the layer's embedding and head, stored only if they differ from the main
             model's; None: included in `mtp`.
         stored: None: only a config.json was given.
+        search: how the recipe was found; None: not by a search.
     """
 
     recipe: str | None
@@ -74,6 +78,7 @@ class Inspection:
     mtp: Line | None
     mtp_vocabulary: Line | None
     stored: Stored | None
+    search: SearchResult | None
 
 
 def inspect(path: Path, recipe: str | None = None) -> Inspection:
@@ -94,18 +99,32 @@ def inspect(path: Path, recipe: str | None = None) -> Inspection:
     if config.quantization is not None:
         if recipe is not None:
             raise SettingsError(f"{path} is quantised already, so --recipe cannot be used.")
-        return _tabulate(None, plan_stored(config, weights), None, stored)
+        return _tabulate(None, plan_stored(config, weights), None, stored, _read_search(path))
     chosen = find_recipe(recipe or DEFAULT_RECIPE)
     has_mtp = stored.mtp_bytes > 0 if stored else config.num_nextn_predict_layers > 0
     plan = plan_recipe(config, chosen, mtp=has_mtp)
     own = plan_recipe(config, chosen, mtp=has_mtp, own_embedding=True, own_head=True)
     vocabulary = [planned for planned in own.mtp if planned not in plan.mtp]
     extra = total(vocabulary, "MTP vocabulary") if vocabulary else None
-    return _tabulate(chosen.name, plan, extra, stored)
+    return _tabulate(chosen.name, plan, extra, stored, chosen.search)
+
+
+def _read_search(path: Path) -> SearchResult | None:
+    """How the recipe of a converted checkpoint was found, as its config.json says."""
+    file = path / "config.json" if path.is_dir() else path
+    described = read_json_object(file).get("glmd") or {}
+    try:
+        return msgspec.convert(described.get("search"), SearchResult | None)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{file}: glmd.search: {error}.", file=str(file)) from None
 
 
 def _tabulate(
-    recipe: str | None, plan: Plan, vocabulary: Line | None, stored: Stored | None
+    recipe: str | None,
+    plan: Plan,
+    vocabulary: Line | None,
+    stored: Stored | None,
+    search: SearchResult | None,
 ) -> Inspection:
     return Inspection(
         recipe=recipe,
@@ -114,6 +133,7 @@ def _tabulate(
         mtp=total(plan.mtp, "MTP layer") if plan.mtp else None,
         mtp_vocabulary=vocabulary,
         stored=stored,
+        search=search,
     )
 
 

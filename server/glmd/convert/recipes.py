@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -43,6 +43,7 @@ class Recipe:
         modules: quantisation by module path, in place of the above; others are unquantised.
         importance: safetensors file of input importances by module path, for `refine`. None:
             scales and biases are those of `mx.quantize`.
+        search: how `modules` were found; None: not by a search.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     others: Bits | None = None
     modules: Mapping[str, QuantizedAs] | None = None
     importance: Path | None = None
+    search: SearchResult | None = None
 
     def quantization(self, weight: Weight) -> QuantizedAs | None:
         """Quantisation of a weight; None: unquantised.
@@ -94,19 +96,113 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT_RECIPE = "mixed-8-5"
 
 
+class MeasuredOption(QuantizedAs, frozen=True, kw_only=True):
+    """A component in one option: mean KL of the model with only this component quantised."""
+
+    kl: float
+
+    @property
+    def quantized(self) -> QuantizedAs:
+        """The option alone."""
+        return QuantizedAs(self.bits, self.group_size, self.mode)
+
+
+class DraftOption(MeasuredOption, frozen=True, kw_only=True):
+    """The MTP layer with its routed experts in one option.
+
+    Attributes:
+        nbytes: of the layer.
+        kl: mean KL of its drafts from those of the unquantised layer.
+        acceptance: probability that a draft is accepted at temperature 1.
+        loss, loss_error: how much lower it is than the unquantised layer's on the same tokens, and
+            the standard error.
+    """
+
+    nbytes: int = msgspec.field(name="bytes")
+    acceptance: float
+    loss: float
+    loss_error: float
+
+
+class SearchedComponent(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Bits and sensitivity of one component.
+
+    Attributes:
+        layers: the first and the last; None: embedding or head.
+        bits: as of `PlannedWeight.bits`.
+        kl: predicted share in the model's mean KL.
+        kl_at_4_bits: the same at 4 bits in groups of 64; None: that does not fit the shape.
+        options: empty in a converted checkpoint.
+    """
+
+    component: str
+    layers: tuple[int, int] | None
+    parameters: int
+    bits: str
+    bits_per_weight: float
+    kl: float
+    kl_at_4_bits: float | None = None
+    options: list[MeasuredOption] = []
+
+
+class SearchedDrafts(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Bits and sensitivity of the MTP layer.
+
+    Attributes:
+        chosen: option of the routed experts.
+        reference: acceptance of the unquantised layer's drafts.
+        options: empty in a converted checkpoint.
+    """
+
+    chosen: DraftOption
+    reference: float
+    options: list[DraftOption] = []
+
+
+class SearchResult(msgspec.Struct, kw_only=True):
+    """How a recipe was found; see docs/quality.md.
+
+    Attributes:
+        nbytes: of the main model.
+        tokens: of the calibration text.
+        allocation: name of the best allocation.
+        predicted_kl: by the components' sensitivities.
+        bound: no allocation of the size has a smaller prediction.
+        measured_kl: mean KL of the whole on the calibration text, by name of the allocation.
+        mtp: None: there is no MTP layer, or its acceptance was not measured.
+    """
+
+    bits_per_weight: float
+    nbytes: int = msgspec.field(name="bytes")
+    tokens: int
+    allocation: str
+    predicted_kl: float
+    bound: float
+    measured_kl: dict[str, float]
+    components: list[SearchedComponent]
+    mtp: SearchedDrafts | None = None
+
+    @property
+    def summary(self) -> SearchResult:
+        """This without the options that were not chosen."""
+        components = [msgspec.structs.replace(each, options=[]) for each in self.components]
+        mtp = self.mtp and msgspec.structs.replace(self.mtp, options=[])
+        return msgspec.structs.replace(self, components=components, mtp=mtp)
+
+
 class RecipeFile(msgspec.Struct, kw_only=True):
     """A recipe as `glmd recipe search` writes it.
 
     Attributes:
         modules: quantisation by module path, of the MTP layer's too.
         importance: name of a safetensors file in the same folder; see `Recipe`.
-        search: how the recipe was found; see docs/quality.md.
+        search: None: the recipe was not searched.
     """
 
     name: str
     modules: dict[str, QuantizedAs]
     importance: str | None = None
-    search: dict[str, Any] = {}
+    search: SearchResult | None = None
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -126,7 +222,7 @@ def read_recipe(file: Path) -> Recipe:
     importance = None if read.importance is None else file.parent / read.importance
     if importance is not None and not importance.is_file():
         raise SettingsError(f"--recipe: {file} needs {importance}, which is missing.")
-    return Recipe(read.name, modules=read.modules, importance=importance)
+    return Recipe(read.name, modules=read.modules, importance=importance, search=read.search)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -173,11 +269,15 @@ class PlannedWeight:
     def bits(self) -> str:
         """Such as "8", "5/32" (groups of 32 instead of 64), "mxfp4", "bf16" or "f32"."""
         if self.quantized is not None:
-            how = self.quantized
-            if how.mode != "affine":
-                return how.mode
-            return f"{how.bits}" if how.group_size == GROUP_SIZE else f"{how.bits}/{how.group_size}"
+            return name_bits(self.quantized)
         return "f32" if self.weight.keeps_float32 else "bf16"
+
+
+def name_bits(how: QuantizedAs) -> str:
+    """Such as "8", "5/32" (groups of 32 instead of 64), or "mxfp4"."""
+    if how.mode != "affine":
+        return how.mode
+    return f"{how.bits}" if how.group_size == GROUP_SIZE else f"{how.bits}/{how.group_size}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from glmd.checkpoint.layout import main_weights
 from glmd.convert.weights import bounded_cache
 from glmd.evaluate.corpus import Batch, TokenSet
+from glmd.evaluate.drafts import Drafts, acceptance, log_softmax
 from glmd.evaluate.layer_pass import (
     BATCH_ROWS,
     CACHE_BYTES,
@@ -31,13 +32,9 @@ from glmd.evaluate.layer_pass import (
     Activations,
     LayerReader,
     LayerRunner,
-    forward_batch,
 )
 from glmd.evaluate.scores import TokenScores
 from glmd.kv_cache.stored_keys import KVBits
-from glmd.kv_cache.tail_pool import TailPool
-from glmd.model.mla import MLAShape
-from glmd.model.mtp import MTPLayer, MTPWeights
 from glmd.utils.files import atomic_write, check_room
 
 TOP_K = 2048
@@ -207,28 +204,27 @@ class Pass:
     ) -> TokenScores:
         reader, text, reference = self.reader, self.text, self._reference
         norm, head = reader.norm(), reader.head()
-        drafts = _Drafts(reader, head, text, self._shape, self._dtype) if self._mtp else None
-        if drafts is not None and drafts.weights is None:
-            drafts = None
+        with_drafts = self._mtp and reader.stored.mtp
+        drafts = Drafts(reader, head, text, self._shape) if with_drafts else None
         kept = KeptLogits(self if reference is None else reference)
         columns: dict[str, list[npt.NDArray[Any]]] = {}
         for batch in runner.batches:
             final = norm(hidden.read(batch.start, batch.end))
-            drafted = drafts.hidden(batch, final) if drafts is not None else None
+            states = drafts.hidden(batch, final) if drafts is not None else None
             for start in range(batch.start, batch.end, LOGITS_ROWS):
                 end = min(start + LOGITS_ROWS, batch.end)
                 # One row more, as drafts are compared with the main model's next row.
                 ahead = min(end + 1, batch.end)
-                logits = _log_softmax(head(final[start - batch.start : ahead - batch.start]))
+                logits = log_softmax(head(final[start - batch.start : ahead - batch.start]))
                 span = slice(start, end)
                 found = _next_tokens(logits[: end - start], text.successors[span])
                 if reference is None:
                     kept.keep(span, logits[: end - start])
                 else:
                     found |= kept.compare(span, logits[: end - start])
-                if drafts is not None and drafted is not None:
-                    rows = drafted[start - batch.start : end - batch.start]
-                    found["accepted"] = drafts.acceptance(rows, logits)
+                if drafts is not None and states is not None:
+                    rows = states[start - batch.start : end - batch.start]
+                    found["accepted"] = acceptance(log_softmax(drafts.head(rows)), logits)
                 for name, values in found.items():
                     columns.setdefault(name, []).append(values)
             on_progress(self.name, (reader.layers + 1) * len(text) + batch.end, total)
@@ -290,66 +286,6 @@ class KeptLogits:
             "kl": np.asarray(mx.maximum(kl, 0)).astype(np.float64),
             "kl_bound": np.asarray(bound).astype(np.float64),
         }
-
-
-class _Drafts:
-    """The MTP layer, run over whole samples.
-
-    Attributes:
-        weights: None: the checkpoint has no MTP layer.
-    """
-
-    def __init__(
-        self, reader: LayerReader, head: Any, text: TokenSet, shape: MLAShape, dtype: mx.Dtype
-    ) -> None:
-        self.weights: MTPWeights | None = reader.mtp()
-        if self.weights is None:
-            return
-        own = "embed_tokens" in self.weights
-        self._text = text
-        self._shape = shape
-        self._dtype = dtype
-        self._tails = TailPool(1, shape.kv_width, dtype)
-        self._layer = MTPLayer(
-            self.weights,
-            index=0,
-            shape=shape,
-            embed_tokens=self.weights.embed_tokens if own else reader.embedding(),
-            lm_head=head,
-        )
-
-    def hidden(self, batch: Batch, final: mx.array) -> mx.array:
-        """The layer's output before its head, [rows, hidden].
-
-        Args:
-            final: [rows, hidden], the main model's hidden states after its norm.
-        """
-        rows = forward_batch(self._text, batch, self._shape)
-        successors = mx.array(self._text.successors[batch.start : batch.end])
-        out = self._layer.forward(successors, final, rows, self._tails)
-        mx.eval(out)
-        return out
-
-    def acceptance(self, rows: mx.array, logits: mx.array) -> npt.NDArray[np.float64]:
-        """Probability that each draft is accepted, NaN for a row without a next one.
-
-        Args:
-            rows: [n, hidden], of `hidden`.
-            logits: [n or n + 1, vocabulary], the main model's log-probabilities of these rows and
-                the next.
-        """
-        count = min(rows.shape[0], logits.shape[0] - 1)
-        out = np.full(rows.shape[0], np.nan)
-        if count > 0:
-            drafts = _log_softmax(self._layer.logits(rows[:count]))
-            shared = mx.exp(mx.minimum(drafts, logits[1 : count + 1])).sum(-1)
-            out[:count] = np.asarray(shared)
-        return out
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _next_tokens(

@@ -7,17 +7,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import msgspec
 
 from glmd.checkpoint.config import QuantizedAs
-from glmd.checkpoint.layout import mtp_weights
+from glmd.checkpoint.layout import Weight
 from glmd.convert.recipes import (
     RECIPES,
+    MeasuredOption,
     PlannedWeight,
     RecipeFile,
+    SearchedComponent,
+    SearchedDrafts,
+    SearchResult,
     find_recipe,
     plan_recipe,
     total,
@@ -25,6 +28,7 @@ from glmd.convert.recipes import (
 from glmd.errors import SettingsError
 from glmd.evaluate.allocation import Option, allocate
 from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.drafts import choose_option, mtp_modules
 from glmd.evaluate.layer_pass import LayerReader
 from glmd.evaluate.model_pass import pass_key
 from glmd.evaluate.sensitivity import (
@@ -41,33 +45,8 @@ from glmd.evaluate.variants import VariantsRun
 from glmd.utils.files import atomic_write
 from glmd.utils.text import gib
 
-BASELINE = "mixed-8-5"
-"""Recipe whose bits the MTP layer gets: drafts are verified, so
-its bits cost acceptance and no quality."""
-
 REFINED = ", refined"
-"""Suffix of names in `Found.measured`."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A searched recipe.
-
-    Attributes:
-        file: the recipe's JSON file, written.
-        nbytes: of the main model.
-        predicted: KL by the components' sensitivities.
-        bound: no allocation of the size has a smaller prediction.
-        measured: KL of the whole on the calibration text, by name of the allocation.
-    """
-
-    file: Path
-    nbytes: int
-    bits_per_weight: float
-    predicted: float
-    bound: float
-    measured: dict[str, float]
-    components: list[dict[str, Any]]
+"""Suffix of names in `SearchResult.measured_kl`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +58,9 @@ class _Candidate:
     predicted: float
     bound: float = 0.0
 
+
+_VERSION = "search 1"
+"""Changed when sensitivities of earlier searches cannot be used."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,7 +76,7 @@ def search(
     bands: int = 8,
     dtype: mx.Dtype,
     on_progress: Progress,
-) -> Found:
+) -> SearchResult:
     """Search a recipe and write it, with importances for refinement.
 
     Args:
@@ -119,7 +101,7 @@ def search(
             f"--bytes: no recipe takes {gib(budget)} GiB; the smallest takes {gib(smallest)} GiB."
         )
     options = repr((PROBES, OPTIONS))
-    work = work / pass_key(folder, ["search", str(dtype), bands, options, text.digest])
+    work = work / pass_key(folder, [_VERSION, str(dtype), bands, options, text.digest])
     work.mkdir(parents=True, exist_ok=True)
     measured = read_sensitivities(work, reader, bands)
     if measured is None:
@@ -142,36 +124,35 @@ def search(
         lambda done, of: on_progress("Verification", done, of),
     )  # fmt: skip
     best = min(candidates, key=lambda name: kl[name + REFINED])
-    modules, size = candidates[best].modules, candidates[best].nbytes
-    predicted, bound = candidates[best].predicted, candidates["power law"].bound
-    components = [_explain(group, measured, modules) for group in measured.groups]
+    chosen = candidates[best]
     importance = out.with_name(f"{out.stem}.importance.safetensors")
     mx.save_safetensors(str(importance), measured.importance)
-    bits_per_weight = 8 * size / whole.parameters
-    baseline = find_recipe(BASELINE)
-    layer = {
-        weight.path: how
-        for weight in mtp_weights(reader.config)
-        if reader.stored.mtp and (how := baseline.quantization(weight)) is not None
-    }
+    drafts = choose_option(measured.drafts)
+    mtp = None
+    if drafts is not None:
+        unquantised = drafts.acceptance + drafts.loss
+        mtp = SearchedDrafts(chosen=drafts, reference=unquantised, options=measured.drafts)
+    result = SearchResult(
+        bits_per_weight=8 * chosen.nbytes / whole.parameters,
+        nbytes=chosen.nbytes,
+        tokens=len(text),
+        allocation=best,
+        predicted_kl=chosen.predicted,
+        bound=candidates["power law"].bound,
+        measured_kl=kl,
+        components=[_explain(group, measured, chosen.modules) for group in measured.groups],
+        mtp=mtp,
+    )
+    layer = mtp_modules(reader.config, drafts and drafts.quantized) if reader.stored.mtp else {}
     content = RecipeFile(
         name=out.stem,
-        modules=modules | layer,
+        modules=chosen.modules | layer,
         importance=importance.name,
-        search={
-            "bits_per_weight": bits_per_weight,
-            "bytes": size,
-            "tokens": len(text),
-            "allocation": best,
-            "predicted_kl": predicted,
-            "bound": bound,
-            "measured_kl": kl,
-            "components": components,
-        },
+        search=result,
     )
     atomic_write(out, msgspec.json.format(msgspec.json.encode(content), indent=2))
     shutil.rmtree(verification)
-    return Found(out, size, bits_per_weight, predicted, bound, kl, components)
+    return result
 
 
 def _smallest(reader: LayerReader, unquantized: int) -> int:
@@ -185,23 +166,35 @@ def _smallest(reader: LayerReader, unquantized: int) -> int:
 
 
 def _solve(measured: Sensitivities, unquantized: int, budget: int, exponent: float) -> _Candidate:
-    """Choose each matrix's quantisation."""
-    pairs = [(group, weight) for group in measured.groups for weight in group.weights]
-    choices = [options_of(weight) for _, weight in pairs]
-    items = [
+    """Choose each matrix's quantisation.
+
+    Gate and up projection get the same: only then does the engine multiply with both at once.
+    """
+    items: dict[str, list[tuple[Group, Weight]]] = {}
+    for group in measured.groups:
+        for weight in group.weights:
+            joined = weight.path.replace("up_proj", "gate_proj")
+            items.setdefault(joined, []).append((group, weight))
+    choices = [options_of(parts[0][1]) for parts in items.values()]
+    options = [
         [
-            Option(PlannedWeight(weight, how).nbytes, measured.cost(group, weight, how, exponent))
-            for how in options
+            Option(
+                sum(PlannedWeight(weight, how).nbytes for _, weight in parts),
+                sum(measured.cost(group, weight, how, exponent) for group, weight in parts),
+            )
+            for how in choice
         ]
-        for (group, weight), options in zip(pairs, choices, strict=True)
+        for parts, choice in zip(items.values(), choices, strict=True)
     ]
-    fixed = unquantized - sum(PlannedWeight(weight, None).nbytes for _, weight in pairs)
-    found = allocate(items, budget - fixed)
+    weights = [[weight for _, weight in parts] for parts in items.values()]
+    fixed = unquantized - sum(PlannedWeight(each, None).nbytes for part in weights for each in part)
+    found = allocate(options, budget - fixed)
     if found is None:
         raise SettingsError("--bytes: no recipe is so small.")
     modules = {
-        weight.path: options[index]
-        for (_, weight), options, index in zip(pairs, choices, found.chosen, strict=True)
+        weight.path: choice[index]
+        for part, choice, index in zip(weights, choices, found.chosen, strict=True)
+        for weight in part
     }
     return _Candidate(modules, found.nbytes + fixed, found.cost**exponent, found.bound**exponent)
 
@@ -244,28 +237,33 @@ def _verify(
 
 
 def _explain(
-    group: Group, measured: Sensitivities, modules: dict[str, QuantizedAs]
-) -> dict[str, Any]:
-    """A component's sensitivities and bits, as JSON."""
-    planned = [PlannedWeight(weight, modules.get(weight.path)) for weight in group.weights]
-    line = total(planned)
+    group: Group, measured: Sensitivities, modules: Mapping[str, QuantizedAs]
+) -> SearchedComponent:
+    """A component's sensitivities and bits."""
+
+    def kl(quantized: Mapping[str, QuantizedAs]) -> float:
+        costs = [
+            measured.cost(group, weight, quantized[weight.path], measured.exponent)
+            for weight in group.weights
+            if weight.path in quantized
+        ]
+        return float(sum(costs) ** measured.exponent)
+
+    line = total(PlannedWeight(weight, modules.get(weight.path)) for weight in group.weights)
+    paths = [weight.path for weight in group.weights]
     common = set.intersection(*(set(options_of(weight)) for weight in group.weights))
-    exponent = measured.exponent
-    own = sum(
-        measured.cost(group, weight, modules[weight.path], exponent)
-        for weight in group.weights
-        if weight.path in modules
+    options = [
+        MeasuredOption(how.bits, how.group_size, how.mode, kl=kl(dict.fromkeys(paths, how)))
+        for how in sorted(common, key=lambda how: (how.stored_bits, how.mode))
+    ]
+    at_4 = [each.kl for each in options if each.quantized == QuantizedAs(bits=4)]
+    return SearchedComponent(
+        component=group.component,
+        layers=group.layers,
+        parameters=line.parameters,
+        bits=line.bits,
+        bits_per_weight=line.bits_per_weight,
+        kl=kl(modules),
+        kl_at_4_bits=at_4[0] if at_4 else None,
+        options=options,
     )
-    options = []
-    for how in sorted(common, key=lambda how: (how.stored_bits, how.mode)):
-        cost = sum(measured.cost(group, weight, how, exponent) for weight in group.weights)
-        options.append({**msgspec.to_builtins(how), "kl": cost**exponent})
-    return {
-        "component": group.component,
-        "layers": group.layers,
-        "parameters": line.parameters,
-        "bits": line.bits,
-        "bits_per_weight": line.bits_per_weight,
-        "kl": own**exponent,
-        "options": options,
-    }

@@ -8,6 +8,8 @@ One pass over the reference does three things layer by layer, with each layer's 
   also run through the model with only this component quantised, coarsely and finely, so that its
   KL is measured.
 
+The MTP layer has no KL: its drafts are verified. Its sensitivity is the acceptance of drafts.
+
 KL would be proportional to the squared error of a smooth model; where errors make a router choose
 other experts it grows like the error itself. So KL is taken as a power of the squared error, with
 one exponent, and errors of components, which are independent, add up: the sum is of
@@ -29,8 +31,10 @@ import msgspec
 
 from glmd.checkpoint.config import QuantizedAs
 from glmd.checkpoint.layout import Component, Weight, main_weights
+from glmd.convert.recipes import DraftOption
 from glmd.errors import CheckpointError
 from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.drafts import draft_options, measure_drafts
 from glmd.evaluate.layer_pass import Arrays, LayerReader
 from glmd.evaluate.variants import VariantsRun
 from glmd.utils.files import atomic_write
@@ -79,6 +83,7 @@ class Group:
 class _Numbers(msgspec.Struct):
     kl: list[tuple[float, float]]
     errors: dict[str, list[tuple[QuantizedAs, float]]]
+    drafts: list[DraftOption]
 
 
 @dataclass
@@ -89,17 +94,19 @@ class Sensitivities:
         errors: for each matrix by path, the error of each of `OPTIONS` that fits its shape, and of
             `PROBES`.
         importance: by path, [columns] or [experts, columns].
+        drafts: of the MTP layer, with its routed experts in each of `OPTIONS` that fits.
     """
 
     groups: list[Group]
     errors: dict[str, dict[QuantizedAs, float]]
     importance: dict[str, mx.array]
+    drafts: list[DraftOption]
 
     def save(self, folder: Path) -> None:
         """Keep the result for `read_sensitivities`."""
         mx.save_safetensors(str(folder / IMPORTANCE), self.importance)
         errors = {path: list(each.items()) for path, each in self.errors.items()}
-        numbers = _Numbers([group.kl for group in self.groups], errors)
+        numbers = _Numbers([group.kl for group in self.groups], errors, self.drafts)
         atomic_write(folder / NUMBERS, msgspec.json.encode(numbers))
 
     @property
@@ -137,7 +144,7 @@ def read_sensitivities(folder: Path, reader: LayerReader, bands: int) -> Sensiti
         group.kl = kl
     errors = {path: dict(each) for path, each in kept.errors.items()}
     importance = cast(Arrays, mx.load(str(folder / IMPORTANCE)))
-    return Sensitivities(groups, errors, importance)
+    return Sensitivities(groups, errors, importance, kept.drafts)
 
 
 def groups_of(reader: LayerReader, bands: int) -> list[Group]:
@@ -216,7 +223,15 @@ def measure(
         weight.path: (*options_of(weight), *PROBES) for group in groups for weight in group.weights
     }
     run = VariantsRun(reader, text, work, probes, options=options)
-    kl = run.run(on_progress)
+    of_drafts = draft_options(reader, OPTIONS)
+    total = reader.layers + 2 + len(of_drafts)
+    kl = run.run(lambda done, stages: on_progress(done, total))
     for group, coarse, fine in zip(groups, kl[::2], kl[1::2], strict=True):
         group.kl = (coarse, fine)
-    return Sensitivities(groups, run.errors, run.importance)
+    drafts = []
+    if of_drafts:
+        drafts = measure_drafts(
+            reader, text, run.final, work, of_drafts,
+            lambda done: on_progress(reader.layers + 2 + done, total),
+        )  # fmt: skip
+    return Sensitivities(groups, run.errors, run.importance, drafts)

@@ -23,6 +23,7 @@ from glmd.checkpoint.layout import Component, Weight, main_weights
 from glmd.convert.refine import dequantize, quantize
 from glmd.convert.weights import bounded_cache
 from glmd.evaluate.corpus import TokenSet
+from glmd.evaluate.drafts import log_softmax
 from glmd.evaluate.layer_pass import (
     CACHE_BYTES,
     LOGITS_ROWS,
@@ -108,6 +109,11 @@ class VariantsRun:
             kl = self._compare(head, known=head < done)
         on_progress(head + 1, head + 1)
         return [total / len(self._text) for total in kl]
+
+    @property
+    def final(self) -> Activations:
+        """The reference's hidden states behind its last layer, after `run`."""
+        return self._base[self._reader.layers % 2]
 
     def _missing_bytes(self, variants: int) -> int:
         """Bytes of the files of hidden states that do not exist yet."""
@@ -236,9 +242,9 @@ class VariantsRun:
             scores = msgspec.json.decode(file.read_bytes(), type=_Scores)
         for start in range(scores.rows, count, LOGITS_ROWS):
             end = min(start + LOGITS_ROWS, count)
-            p = _log_softmax(head(norm(base.read(start, end))))
+            p = log_softmax(head(norm(base.read(start, end))))
             for i, (variant, own) in enumerate(zip(self._variants, heads, strict=True)):
-                q = _log_softmax(own(norm((variant.states or base).read(start, end))))
+                q = log_softmax(own(norm((variant.states or base).read(start, end))))
                 scores.kl[i] += float((mx.exp(p) * (p - q)).sum())
             scores.rows = end
             atomic_write(file, msgspec.json.encode(scores))
@@ -360,8 +366,3 @@ def _error(array: mx.array, how: QuantizedAs, importance: mx.array) -> float:
         difference = dequantize(quantize(matrix, how), how) - matrix.astype(mx.float32)
         total += float((weight * mx.square(difference)).sum())
     return total
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
