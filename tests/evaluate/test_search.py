@@ -274,6 +274,7 @@ def test_inspect_explains_the_bits_of_a_searched_recipe(
         kept = f"{result.allocation}{REFINED} (kept): mean KL"
         assert f"{kept} {min(result.measured_kl.values()):.5f} on 400 tokens" in lines
         assert result.mtp is not None
+        assert result.mtp.chosen is not None
         experts = f"MTP layer: routed experts {name_bits(result.mtp.chosen)}, others 8 bits."
         assert f"{experts} {result.mtp.chosen.acceptance:.2%} of its drafts" in done.stdout
     # The bits are those of the converted file's own table.
@@ -323,14 +324,16 @@ def test_drafts_are_measured_as_by_an_evaluation(
 
 
 def test_the_mtp_layer_gets_the_fewest_bytes_with_equal_acceptance(found: Found) -> None:
-    def option(bits: Any, loss: float) -> DraftOption:
-        return DraftOption(bits, nbytes=bits, kl=0.1, acceptance=0.5, loss=loss, loss_error=0.02)
+    def option(bits: Any, loss: float, error: float = 0.002) -> DraftOption:
+        return DraftOption(bits, nbytes=bits, kl=0.1, acceptance=0.5, loss=loss, loss_error=error)
 
-    assert choose_option([option(4, 0.03), option(5, 0.01), option(8, 0.0)]) == option(5, 0.01)
-    assert choose_option([option(4, 0.05), option(8, 0.03)]) == option(8, 0.03)
-    assert choose_option([]) is None
+    best = option(5, 0.001)
+    assert choose_option([option(4, 0.003), best, option(8, 0.0)]) == best
+    assert choose_option([option(4, 0.005), option(8, 0.003)]) == option(8, 0.003)
+    assert choose_option([option(2, 0.01, 0.02), option(8, 0.0, 0.02)]) is None
     measured = found.result.mtp
     assert measured is not None
+    assert measured.chosen is not None
     assert measured.chosen == choose_option(measured.options)
     modules = find_recipe(str(found.file)).modules
     assert modules is not None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glmd.cli.evaluate import Work, find_candidate, progress_bar, work_folder
-from glmd.convert.recipes import SearchResult, name_bits
+from glmd.convert.recipes import SearchedDrafts, SearchResult, name_bits
 from glmd.utils.text import gib
 
 app = typer.Typer(help="Search quantisation recipes. See docs/quality.md.", no_args_is_help=True)
@@ -132,10 +132,16 @@ def explain(found: SearchResult, console: Console) -> None:
         f"Predicted KL {found.predicted_kl:.5f}, no less than {found.bound:.5f} at this size."
     ]
     if found.mtp is not None:
-        chosen = found.mtp.chosen
-        sentences.append(
-            f"MTP layer: routed experts {name_bits(chosen)}, others 8 bits."
-            f" {chosen.acceptance:.2%} of its drafts are accepted, {found.mtp.reference:.2%} of"
-            f" the unquantised layer's (lower by {chosen.loss:.2%} ± {chosen.loss_error:.2%})."
-        )
+        sentences.append(_explain_drafts(found.mtp))
     console.print("\n".join(sentences), highlight=False, soft_wrap=True)
+
+
+def _explain_drafts(mtp: SearchedDrafts) -> str:
+    chosen = mtp.chosen
+    if chosen is None:
+        return "MTP layer: as in mixed-8-5, for want of tokens. Give more with --tokens."
+    return (
+        f"MTP layer: routed experts {name_bits(chosen)}, others 8 bits. {chosen.acceptance:.2%} of"
+        f" its drafts are accepted, {mtp.reference:.2%} of the unquantised layer's (lower by"
+        f" {chosen.loss:.2%} ± {chosen.loss_error:.2%})."
+    )

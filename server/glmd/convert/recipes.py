@@ -149,12 +149,13 @@ class SearchedDrafts(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Bits and sensitivity of the MTP layer.
 
     Attributes:
-        chosen: option of the routed experts.
+        chosen: option of the routed experts; None: that of `mixed-8-5`, as too few tokens were
+            measured.
         reference: acceptance of the unquantised layer's drafts.
         options: empty in a converted checkpoint.
     """
 
-    chosen: DraftOption
+    chosen: DraftOption | None
     reference: float
     options: list[DraftOption] = []
 

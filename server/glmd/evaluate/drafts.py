@@ -35,6 +35,10 @@ from glmd.utils.files import atomic_write
 OTHERS = find_recipe("mixed-8-5")
 """Recipe of the layer's matrices beside the routed experts, which are a twentieth of it."""
 
+MOST_ERROR = 0.005
+"""Standard error of a loss of acceptance, beyond which the layer gets the bits of `OTHERS`: few
+tokens must not mean few bits."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -143,12 +147,14 @@ def choose_option(options: Sequence[DraftOption]) -> DraftOption | None:
     """The fewest bytes at which acceptance is not lower, by more than the standard error.
 
     Returns:
-        the option with the least loss if acceptance is lower with each; None: there are none.
+        the option with the least loss if acceptance is lower with each; None: there is none whose
+        loss is known within `MOST_ERROR`.
     """
-    equal = [option for option in options if option.loss <= option.loss_error]
+    known = [option for option in options if option.loss_error <= MOST_ERROR]
+    equal = [option for option in known if option.loss <= option.loss_error]
     if equal:
         return min(equal, key=lambda option: (option.nbytes, option.loss))
-    return min(options, key=lambda option: option.loss, default=None)
+    return min(known, key=lambda option: option.loss, default=None)
 
 
 def measure_drafts(

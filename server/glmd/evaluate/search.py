@@ -127,10 +127,9 @@ def search(
     chosen = candidates[best]
     importance = out.with_name(f"{out.stem}.importance.safetensors")
     mx.save_safetensors(str(importance), measured.importance)
-    drafts = choose_option(measured.drafts)
-    mtp = None
-    if drafts is not None:
-        unquantised = drafts.acceptance + drafts.loss
+    drafts, mtp = choose_option(measured.drafts), None
+    if measured.drafts:
+        unquantised = measured.drafts[0].acceptance + measured.drafts[0].loss
         mtp = SearchedDrafts(chosen=drafts, reference=unquantised, options=measured.drafts)
     result = SearchResult(
         bits_per_weight=8 * chosen.nbytes / whole.parameters,
