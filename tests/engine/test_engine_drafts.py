@@ -142,11 +142,18 @@ def test_kv_in_tree_and_tails_is_that_of_one_forward_pass(mtp: int) -> None:
 
 OFF, ON = DraftPlan(0), DraftPlan(1)
 PROBE, GAPS = DraftPlan(1, sequences=1), DraftPlan(1, with_gaps=True)
+SCREEN = DraftPlan(1, sequences=2, with_gaps=True, screens=True)
 
 
 @pytest.mark.parametrize(
     "plans",
-    [[OFF], [OFF, ON], [ON, OFF, PROBE, GAPS, OFF, ON, OFF], [GAPS, OFF, PROBE, ON, PROBE, OFF]],
+    [
+        [OFF],
+        [OFF, ON],
+        [ON, OFF, PROBE, GAPS, OFF, ON, OFF],
+        [GAPS, OFF, PROBE, ON, PROBE, OFF],
+        [OFF, SCREEN, OFF, SCREEN, PROBE, SCREEN, ON, OFF],
+    ],
     ids=lambda plans: f"{len(plans)} plans",
 )
 def test_deferred_kv_is_that_of_one_forward_pass_once_caught_up(plans: list[DraftPlan]) -> None:
@@ -188,6 +195,27 @@ def test_deferred_kv_is_that_of_one_forward_pass_once_caught_up(plans: list[Draf
     for node in scheduler.tree.nodes():
         tokens, kv = _stored_prefix(node)
         _assert_same_kv(kv, _reference_kv(model, tokens))
+
+
+def test_a_screen_leaves_no_pieces_behind() -> None:
+    """A path is read in as many parts after a screen as before, or each step would pay for it."""
+    running = Run(tiny_engine(_model(), mtp="auto"))
+    engine = running.engine
+    plans = itertools.chain(
+        [OFF] * 40, [SCREEN] * 10, [OFF] * 60, [SCREEN] * 10, itertools.repeat(OFF)
+    )
+    engine._draft_controller.choose = lambda sequences: next(plans)  # type: ignore[method-assign]
+    running.submit(request("a", PROMPT, max_tokens=400, ignore_eos=True))
+    pieces = []
+    while engine.has_work:
+        running.step()
+        for sequence in engine.scheduler.running:
+            assert sequence.lease is not None
+            pieces.append(len(engine.scheduler.tree.path(sequence.lease)))
+    assert engine.stats().drafted
+    assert max(pieces) <= 2
+    assert pieces[-1] == 1
+    assert_idle(engine)
 
 
 def test_drafting_catches_up_with_what_was_deferred() -> None:

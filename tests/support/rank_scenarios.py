@@ -25,8 +25,13 @@ from glmd.ipc import GrammarSpec, PromptLogprobs
 from glmd.structured_output.compiler import build_grammar
 from glmd.structured_output.request import OutputSpec, Regex
 
-PLANS = [DraftPlan(0)] * 4 + [DraftPlan(1)] * 4 + [DraftPlan(2, with_gaps=True)] * 3
-"""What the MTP layer does, again and again: its KV is deferred, caught up, and used."""
+PLANS = [
+    *[DraftPlan(0)] * 3,
+    *[DraftPlan(1, with_gaps=True, screens=True)] * 3,
+    *[DraftPlan(1)] * 4,
+    *[DraftPlan(2, with_gaps=True)] * 3,
+]
+"""What the MTP layer does, again and again: its KV is deferred, screened, caught up, and used."""
 
 Outcome = dict[str, Any]
 

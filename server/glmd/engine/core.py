@@ -311,13 +311,15 @@ class Engine:
 
     def _step(self) -> list[SequenceOutput]:
         plan = self._draft_controller.choose(self.scheduler.num_decoding)
-        deferred = self._defers and not plan.drafts
-        switches = deferred != self.scheduler.tails.deferred
+        screening = self._defers and plan.screens
+        deferred = self._defers and (screening or not plan.drafts)
+        tails = self.scheduler.tails
+        switches = (deferred, screening) != (tails.deferred, tails.screening)
         if self.pending_step is not None and (self.scheduler.requires_sync or switches):
             self._read(self.pending_step)
             self.pending_step = None
         if switches:
-            self.scheduler.set_deferred(deferred)
+            self.scheduler.set_deferred(deferred, screening=screening)
         self._schedule_compiled()
         scheduled = self.scheduler.schedule()
         if not scheduled and self.pending_step is None and self._compiling:

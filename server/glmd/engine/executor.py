@@ -119,9 +119,10 @@ class Executor:
         """Copy the KV of rows of the step into a segment.
 
         Args:
-            caches: of each layer [N, kv_width].
+            caches: of each layer [N, kv_width], in the order of the tails.
         """
-        return Segment.copy_of(caches, start, end, deferred=self.tails.deferred)
+        kept = self.tails.for_segment(caches)
+        return Segment.copy_of(kept, start, end, deferred=self.tails.deferred)
 
     def begin_tails(self, caches: list[StoredKeys], rows: list[int], slots: list[int]) -> None:
         """Copy the KV of rows of the step to the beginning of tails."""

@@ -117,10 +117,10 @@ class ModelRunner:
 
         Args:
             previous: the step in flight; None: there is none.
-            plan: of the drafts for the next step. The tails are deferred if it has none.
+            plan: of the drafts for the next step. The tails have the MTP layer's KV if it has some.
         """
         proposer = self._proposer
-        if proposer is not None and self._tails.deferred:
+        if proposer is not None and not self._tails.has_all_kv:
             proposer.reset()
             proposer = None
         if proposer is not None:
@@ -130,7 +130,8 @@ class ModelRunner:
         step = self._sample(rows, batch, hidden, previous)
         step.prompt_scores = self._score_prompts(rows, hidden)
         if proposer is not None:
-            caches = [*caches, proposer.compute_kv(rows, batch, step.tokens, hidden)]
+            kv = proposer.compute_kv(rows, batch, step.tokens, hidden)
+            caches = self._tails.in_order(caches, kv)
         self._commit_kv(rows, caches)
         if proposer is not None and plan.drafts and rows.sampled:
             proposer.draft(step, batch, hidden, plan)
@@ -246,7 +247,7 @@ class ModelRunner:
         spans = [span for level in build_levels([path], len(rows)) for span in level]
         expanded = len(rows) >= self._model.shape.break_even_rows
         # The MTP layer computes its KV from the hidden states of all rows.
-        upkeep = self._proposer is not None and not self._tails.deferred
+        upkeep = self._proposer is not None and self._tails.has_all_kv
         hidden_rows = len(rows) if upkeep or all_hidden else rows.num_sampled
         return PrefillChunk(rows.start, rows.end, spans, expanded, hidden_rows)
 
@@ -395,7 +396,7 @@ class ModelRunner:
         A prompt's last token begins the tail where its key needs the next token.
 
         Args:
-            caches: of each layer [N, kv_width].
+            caches: of each layer [N, kv_width], in the order of the tails.
         """
         for decode in rows.decode:
             if not decode.num_inflight_tokens:

@@ -29,13 +29,15 @@ class TailPool:
     Args:
         layers: number of layers.
         width: values of a token's KV in one layer.
-        deferred_width: width of the last layer's array while the tails are deferred, as they are
-            at first; None: they never are.
+        deferred_width: width of the array that is in the place of the last layer's KV while the
+            tails are deferred, as they are at first; None: they never are.
 
     Attributes:
         slots: number of slots.
         capacity: tokens that fit into each slot.
         deferred: tails become deferred segments; see `Segment`.
+        screening: deferred tails have the last layer's KV as well, in front of that array, for
+            drafts. Segments do not get it.
     """
 
     def __init__(
@@ -48,30 +50,65 @@ class TailPool:
         deferred_width: int | None = None,
     ) -> None:
         self._bits = bits
+        self._layers = layers
+        self._width = width
+        self._deferred_width = deferred_width
         self._widths = [width] * layers
-        self._last_widths = {False: width, True: deferred_width}
         self._dtype = dtype
-        self.deferred = False
+        self.deferred = self.screening = False
+        self._pools: list[StoredKeys]
+        self.slots: int
+        self.capacity: int
         self.reset()
-        self.set_deferred(deferred_width is not None)
+        self.set_deferred(self.defers)
 
     @property
     def defers(self) -> bool:
         """Whether the tails can be deferred."""
-        return self._last_widths[True] is not None
+        return self._deferred_width is not None
 
-    def set_deferred(self, deferred: bool) -> None:
-        """Change what the last layer's array holds. The tails must be empty."""
-        width = self._last_widths[deferred]
-        assert width is not None
-        self.deferred = deferred
-        self._widths[-1] = width
-        if self._pools:
-            self._pools[-1] = mx.zeros((self.slots, self.capacity, width), self._dtype)
+    @property
+    def has_all_kv(self) -> bool:
+        """Whether the tails have the KV of all layers."""
+        return not self.deferred or self.screening
+
+    @property
+    def deferred_index(self) -> int:
+        """Index of the array for deferred segments, in place of a layer's."""
+        return len(self._widths) - 1
+
+    def set_deferred(self, deferred: bool, *, screening: bool = False) -> None:
+        """Change what the tails hold. They must be empty, unless they were screening."""
+        had, self.deferred, self.screening = self.screening, deferred, screening
+        widths = [self._width] * (self._layers - 1)
+        if self.has_all_kv:
+            widths.append(self._width)
+        if deferred:
+            assert self._deferred_width is not None
+            widths.append(self._deferred_width)
+        self._widths = widths
+        if not self._pools:
+            return
+        others = self._pools[: self._layers - 1]
+        if had:
+            self._pools = [*others, self._pools[-1 if deferred else -2]]
+        else:
+            shape = self.slots, self.capacity
+            new = [mx.zeros((*shape, width), self._dtype) for width in widths[len(others) :]]
+            self._pools = [*others, *new]
+
+    def in_order(self, caches: list[StoredKeys], last: StoredKeys) -> list[StoredKeys]:
+        """Add the last layer's KV to what the main model gives, in the order of the tails."""
+        place = self._layers - 1
+        return [*caches[:place], last, *caches[place:]]
+
+    def for_segment(self, layers: list[StoredKeys]) -> list[StoredKeys]:
+        """Leave out the last layer's KV, of arrays in the order of the tails, while screening."""
+        return [*layers[:-2], layers[-1]] if self.screening else layers
 
     def reset(self) -> None:
         """Release all slots and free the pool's memory."""
-        self._pools: list[StoredKeys] = []
+        self._pools = []
         self._free: list[int] = []
         self._used: set[int] = set()
         self.slots = 0
@@ -159,7 +196,7 @@ class TailPool:
 
     def copy_out(self, slot: int, tokens: int) -> Segment:
         """Copy the first `tokens` tokens of a tail into a segment."""
-        layers = [pool[slot] for pool in self._pools]
+        layers = [pool[slot] for pool in self.for_segment(self._pools)]
         return Segment.copy_of(layers, 0, tokens, deferred=self.deferred)
 
     def shift(self, slot: int, start: int, count: int) -> None:

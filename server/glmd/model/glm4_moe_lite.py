@@ -237,7 +237,7 @@ class Glm4MoeLiteModel:
         if batch.deferred:
             for group in batch.decode:
                 rows = h[group.start : group.end]
-                tails.write(len(caches), group.slots, group.tail_positions, rows)
+                tails.write(tails.deferred_index, group.slots, group.tail_positions, rows)
             caches.append(h)
         return inner.norm(out), caches
 

@@ -77,9 +77,9 @@ class LeadTails(TailPool):
         self._ranks = ranks
         super().__init__(*args, **options)
 
-    def set_deferred(self, deferred: bool) -> None:
-        self._ranks.record(plan.DeferTails(deferred))
-        super().set_deferred(deferred)
+    def set_deferred(self, deferred: bool, *, screening: bool = False) -> None:
+        self._ranks.record(plan.DeferTails(deferred, screening))
+        super().set_deferred(deferred, screening=screening)
 
     def reset(self) -> None:
         self._ranks.record(plan.ResetTails())

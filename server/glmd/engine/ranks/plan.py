@@ -105,6 +105,7 @@ class DeferTails(Message, frozen=True, tag="defer"):
     """`TailPool.set_deferred`"""
 
     deferred: bool
+    screening: bool
 
 
 class ShiftTail(Message, frozen=True, tag="shift"):

@@ -80,7 +80,9 @@ class Replay:
             plan.WarmUp: self._warm_up,
             plan.ResizeTails: lambda op: self.tails.resize(op.slots, op.capacity),
             plan.ResetTails: lambda _: self.tails.reset(),
-            plan.DeferTails: lambda op: self.tails.set_deferred(op.deferred),
+            plan.DeferTails: lambda op: self.tails.set_deferred(
+                op.deferred, screening=op.screening
+            ),
             plan.ShiftTail: lambda op: self.tails.shift(op.slot, op.start, op.count),
             plan.CopySlot: lambda op: self.tails.copy_slot(op.source, op.target),
             plan.CopyTail: self._copy_tail,
@@ -187,7 +189,7 @@ class Replay:
     def _compute_kv(self, _: plan.ComputeKV) -> None:
         successors = mx.zeros(self._batch.tokens.shape[0], mx.int32)
         kv = self.executor.compute_kv(successors, self._hidden, self._batch)
-        self._caches = [*self._caches, kv]
+        self._caches = self.tails.in_order(self._caches, kv)
         mx.async_eval(*arrays_of(kv), *self.tails.arrays())
 
     def _draft(self, draft: plan.Draft) -> None:

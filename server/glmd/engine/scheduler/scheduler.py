@@ -189,11 +189,12 @@ class Scheduler:
         if rest := sequence.max_tail_tokens:
             self.tails.shift(sequence.slot, end - start, rest)
 
-    def set_deferred(self, deferred: bool) -> None:
-        """Change whether new KV is deferred (`Segment`). No step may be in flight."""
-        for sequence in self.running:
-            self.flush_tail(sequence)
-        self.tails.set_deferred(deferred)
+    def set_deferred(self, deferred: bool, *, screening: bool) -> None:
+        """Change whether new KV is deferred (see `TailPool`). No step may be in flight."""
+        if not self.tails.screening:
+            for sequence in self.running:
+                self.flush_tail(sequence)
+        self.tails.set_deferred(deferred, screening=screening)
 
     def allocate_slot(self, sequence: Sequence) -> None:
         """Give a sequence a tail unless it has one."""

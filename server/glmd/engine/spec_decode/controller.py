@@ -78,6 +78,7 @@ class DraftPlan:
     Attributes:
         drafts: per sequence. 0: the layer does nothing, and its KV is deferred.
         sequences: most sequences that draft; None: all.
+        screens: the layer's KV stays deferred, and is dropped with the end of the drafts.
         with_gaps: draft at once, although KV was deferred, rather than compute it first. Fewer
             drafts are accepted, but steps take as long.
     """
@@ -85,6 +86,7 @@ class DraftPlan:
     drafts: int
     sequences: int | None = None
     with_gaps: bool = False
+    screens: bool = False
 
 
 @dataclass(slots=True)
@@ -210,7 +212,7 @@ class DraftController:
 
     def _new_choice(self) -> _Choice:
         """A batch size is tried at once if drafts pay for another, and so their KV is there."""
-        if not self.plan.drafts:
+        if not self.plan.drafts or self.plan.screens:
             return _Choice(self._steps + FIRST_TRIAL)
         choice = _Choice(self._steps)
         choice.enter(_Stage.TRIAL)
@@ -227,7 +229,7 @@ class DraftController:
             known = choice.screen_steps >= SCREEN_STEPS
             refused = choice.passed < int(choice.screened * SCREEN_SHARE)
             if not refused and not (known and choice.passed >= SCREEN_ACCEPTED):
-                return DraftPlan(1, sequences=PROBED, with_gaps=True)
+                return DraftPlan(1, sequences=PROBED, with_gaps=True, screens=True)
             self._end_screen(choice, refused=refused)
         if choice.stage is _Stage.PROBE:
             if choice.probed < PROBE_DRAFTS and self.acceptance >= HOPELESS:

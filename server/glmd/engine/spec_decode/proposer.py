@@ -75,7 +75,7 @@ class MTPProposer:
             return []
         path = self._tree.path(sequence.lease)
         nodes = [part.node for part in path if part.node.kv is not None and part.node.kv.deferred]
-        if not nodes:
+        if not nodes and not self._tails.deferred:
             self._complete.add(sequence.lease)
         return nodes
 
