@@ -1,9 +1,11 @@
-"""The disk cache on a checkpoint of random weights with GLM-4.7-Flash's attention dimensions.
+"""The disk cache, in time and in tokens.
 
-    python benchmarks/disk_cache.py [--tokens 20000] [--streams 4] [--conversations 100x4000]
+    python benchmarks/disk_cache.py [--part restart|gaps|conversations] [--tokens 20000]
+        [--streams 4] [--conversations 100x4000]
 
-In one run: the first token of a conversation after a restart beside that of computing it; gaps of
-streams alone, beside a prompt whose KV is in memory, and beside one that is restored; and
+With random weights of GLM-4.7-Flash's attention dimensions: the first token of a conversation after
+a restart beside that of computing it; gaps of streams alone, beside a prompt whose KV is in memory,
+and beside one that is restored. With the demo, since these numbers depend on no dimensions:
 conversations in turn under memory for a tenth of them, with the tokens computed, the bytes written
 and the most KV beside the least possible.
 """
@@ -19,12 +21,17 @@ from statistics import median
 import numpy as np
 
 from glmd.bench.random_checkpoint import MIDDLE, on_gpu, write_random_checkpoint
+from glmd.checkpoint.hub import DEMO
 from glmd.engine.config import EngineConfig
 from glmd.engine.core import Engine, load_engine
 from glmd.ipc import EngineRequest, SamplingParams, pack_tokens
 
 VOCABULARY = 4096
+DEMO_VOCABULARY = 400
+"""Tokens from which the demo's conversations are drawn."""
+
 BUDGET = 6 << 30
+PARTS = ["restart", "gaps", "conversations"]
 
 
 def start(folder: Path, cache: Path) -> Engine:
@@ -34,8 +41,8 @@ def start(folder: Path, cache: Path) -> Engine:
     return load_engine(folder, config, lambda done, total: None)
 
 
-def tokens(seed: int, count: int) -> list[int]:
-    made: list[int] = np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
+def tokens(seed: int, count: int, vocabulary: int = VOCABULARY) -> list[int]:
+    made: list[int] = np.random.default_rng(seed).integers(3, vocabulary, count).tolist()
     return made
 
 
@@ -83,6 +90,13 @@ def gaps(engine: Engine, streams: int, prompt: list[int] | None, steps: int) -> 
     return measured
 
 
+def save(folder: Path, cache: Path, length: int) -> None:
+    """Leave the prompt's KV on disk."""
+    engine = start(folder, cache)
+    first_token(engine, "a", tokens(1, length))
+    engine.close()
+
+
 def measure_restart(folder: Path, cache: Path, length: int) -> None:
     engine = start(folder, cache)
     first_token(engine, "warm", tokens(0, 600))
@@ -121,14 +135,14 @@ def measure_streams(folder: Path, cache: Path, length: int, streams: int) -> Non
         )
 
 
-def measure_conversations(folder: Path, cache: Path, count: int, length: int) -> None:
-    engine = start(folder, cache)
+def measure_conversations(cache: Path, count: int, length: int) -> None:
+    engine = start(DEMO, cache)
     token_bytes = engine.info.kv_bytes_per_token
     engine.scheduler.kv_budget = (count // 10) * (length + 300) * token_bytes
     most = 0
     for turn in range(2):
         for number in range(count):
-            prompt = tokens(1000 + number, length - 100 * (1 - turn))
+            prompt = tokens(1000 + number, length - 100 * (1 - turn), DEMO_VOCABULARY)
             submit(engine, f"{turn}.{number}", prompt, 1)
             while engine.has_work:
                 engine.step()
@@ -149,18 +163,26 @@ def measure_conversations(folder: Path, cache: Path, count: int, length: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="all without this option")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--conversations", default="100x4000", help="COUNTxTOKENS")
     options = parser.parse_args()
     count, length = map(int, options.conversations.split("x"))
+    parts = options.part or PARTS
     with tempfile.TemporaryDirectory(prefix="glmd-disk-") as name:
         folder = Path(name) / "model"
         changes = {"max_position_embeddings": 32_768, "vocab_size": VOCABULARY}
         write_random_checkpoint(folder, dtype="BF16" if on_gpu() else "F32", **MIDDLE | changes)
-        measure_restart(folder, Path(name) / "kv", options.tokens)
-        measure_streams(folder, Path(name) / "kv", options.tokens, options.streams)
-        measure_conversations(folder, Path(name) / "other", count, length)
+        cache = Path(name) / "kv"
+        if "restart" in parts:
+            measure_restart(folder, cache, options.tokens)
+        if "gaps" in parts:
+            if "restart" not in parts:
+                save(folder, cache, options.tokens)
+            measure_streams(folder, cache, options.tokens, options.streams)
+        if "conversations" in parts:
+            measure_conversations(Path(name) / "other", count, length)
 
 
 if __name__ == "__main__":
