@@ -323,14 +323,16 @@ def test_drafts_are_measured_as_by_an_evaluation(
     assert kl[2, 32] > kl[4, 32] > kl[8, 32] > 0
 
 
-def test_the_mtp_layer_gets_the_fewest_bytes_with_equal_acceptance(found: Found) -> None:
-    def option(bits: Any, loss: float, error: float = 0.002) -> DraftOption:
-        return DraftOption(bits, nbytes=bits, kl=0.1, acceptance=0.5, loss=loss, loss_error=error)
+def test_the_mtp_layer_gets_the_fewest_bytes_that_keep_acceptance(found: Found) -> None:
+    def option(bits: Any, loss: float, error: float = 0.0005, **mode: Any) -> DraftOption:
+        return DraftOption(
+            bits, **mode, nbytes=bits, kl=0.1, acceptance=0.5, loss=loss, loss_error=error
+        )
 
-    best = option(5, 0.001)
-    assert choose_option([option(4, 0.003), best, option(8, 0.0)]) == best
-    assert choose_option([option(4, 0.005), option(8, 0.003)]) == option(8, 0.003)
-    assert choose_option([option(2, 0.01, 0.02), option(8, 0.0, 0.02)]) is None
+    best = option(5, 0.0005)
+    assert choose_option([option(4, 0.0006), best, option(8, 0.0)]) == best
+    assert choose_option([option(4, 0.0, group_size=32, mode="mxfp4"), best]) == best
+    assert choose_option([option(2, -0.002, 0.002), option(8, 0.0, 0.002)]) is None
     measured = found.result.mtp
     assert measured is not None
     assert measured.chosen is not None

@@ -139,7 +139,10 @@ def explain(found: SearchResult, console: Console) -> None:
 def _explain_drafts(mtp: SearchedDrafts) -> str:
     chosen = mtp.chosen
     if chosen is None:
-        return "MTP layer: as in mixed-8-5, for want of tokens. Give more with --tokens."
+        return (
+            "MTP layer: as in mixed-8-5, since no option is known to keep the acceptance of drafts."
+            " More --tokens tell smaller losses from noise."
+        )
     return (
         f"MTP layer: routed experts {name_bits(chosen)}, others 8 bits. {chosen.acceptance:.2%} of"
         f" its drafts are accepted, {mtp.reference:.2%} of the unquantised layer's (lower by"

@@ -149,8 +149,8 @@ class SearchedDrafts(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Bits and sensitivity of the MTP layer.
 
     Attributes:
-        chosen: option of the routed experts; None: that of `mixed-8-5`, as too few tokens were
-            measured.
+        chosen: option of the routed experts; None: that of `mixed-8-5`, as none is known to keep
+            the acceptance.
         reference: acceptance of the unquantised layer's drafts.
         options: empty in a converted checkpoint.
     """

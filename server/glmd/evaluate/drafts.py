@@ -35,9 +35,9 @@ from glmd.utils.files import atomic_write
 OTHERS = find_recipe("mixed-8-5")
 """Recipe of the layer's matrices beside the routed experts, which are a twentieth of it."""
 
-MOST_ERROR = 0.005
-"""Standard error of a loss of acceptance, beyond which the layer gets the bits of `OTHERS`: few
-tokens must not mean few bits."""
+MOST_LOSS = 0.001
+"""Loss of acceptance, with its standard error added, that counts as none. A gain is noise and
+counts as none, too, so few tokens do not mean few bits."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -144,17 +144,17 @@ def draft_options(reader: LayerReader, options: Sequence[QuantizedAs]) -> list[Q
 
 
 def choose_option(options: Sequence[DraftOption]) -> DraftOption | None:
-    """The fewest bytes at which acceptance is not lower, by more than the standard error.
+    """The affine option of the fewest bytes that keeps the acceptance of drafts.
 
     Returns:
-        the option with the least loss if acceptance is lower with each; None: there is none whose
-        loss is known within `MOST_ERROR`.
+        None: there is none whose loss is known to be at most `MOST_LOSS`.
     """
-    known = [option for option in options if option.loss_error <= MOST_ERROR]
-    equal = [option for option in known if option.loss <= option.loss_error]
-    if equal:
-        return min(equal, key=lambda option: (option.nbytes, option.loss))
-    return min(known, key=lambda option: option.loss, default=None)
+    kept = [
+        option
+        for option in options
+        if option.mode == "affine" and max(option.loss, 0) + option.loss_error <= MOST_LOSS
+    ]
+    return min(kept, key=lambda option: (option.nbytes, option.loss), default=None)
 
 
 def measure_drafts(
