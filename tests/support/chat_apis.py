@@ -13,8 +13,8 @@ from grammars import CONTROLS
 
 Finish = Literal["stop", "length", "tool_calls"]
 
-CLOSING = {str(id): 6 for id in [*b'"}]', CONTROLS["</think>"], CONTROLS["</arg_value>"]]}
-CLOSING |= {str(CONTROLS[name]): 6 for name in ("</tool_call>", "<|observation|>")}
+CLOSING = {str(id): 12 for id in [*b'"}]', CONTROLS["</think>"], CONTROLS["</arg_value>"]]}
+CLOSING |= {str(CONTROLS[name]): 12 for name in ("</tool_call>", "<|observation|>")}
 CLOSING |= {str(ord(",")): -3}
 """Biases with which a model of random weights ends its answers soon."""
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, validators
@@ -79,12 +80,18 @@ _Validator: Any = validators.extend(Draft202012Validator, {"byType": _check_by_t
 _DEFS = {name: _by_type(schema) for name, schema in DEFS.items()}
 
 
+@cache
+def _validator(name: str) -> Any:
+    """A validator keeps the references that it has resolved."""
+    return _Validator({"$ref": f"#/$defs/{name}", "$defs": _DEFS})
+
+
 def problems(name: str, instance: Any) -> list[str]:
     """What a schema has to say against an instance."""
     checked[name] += 1
-    validator = _Validator({"$ref": f"#/$defs/{name}", "$defs": _DEFS})
     return [
-        f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(instance)
+        f"{error.json_path}: {error.message[:300]}"
+        for error in _validator(name).iter_errors(instance)
     ]
 
 
