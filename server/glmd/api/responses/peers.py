@@ -65,7 +65,11 @@ class Peers:
         response = await self._send("GET", url, request)
         if response is None or response.status_code != 200:
             return None
-        return await asyncio.to_thread(_decode, response.content)
+        try:
+            return await asyncio.to_thread(_decode, response.content)
+        except ValueError:
+            log.warning("Peer %s stores responses in the form of another version.", peer)
+            return None
 
     async def forward(self, id: str, request: Request) -> Response | None:
         """The answer to the request of the peer that stores response `id`; None: none does."""
