@@ -6,7 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,24 @@ ATTRIBUTES = {
 }
 
 
+OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+
 _compiled: dict[str, Any] = {}
 """By source."""
+
+
+@cache
+def _includes() -> Path:
+    """A folder with the shim, compiled once, and the names of Metal's own headers."""
+    folder = fresh_folder()
+    for header in ("metal_stdlib", "metal_simdgroup_matrix"):
+        (folder / header).write_text("")
+    assert COMPILER is not None
+    shim = Path(__file__).with_name("metal_shim.h")
+    (folder / "shim.h").write_text(f'#include "{shim}"\n')
+    command = [COMPILER, *OPTIONS, "-x", "c++-header", "shim.h", "-o", "shim.h.gch"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder
 
 
 def run_kernels_here(monkeypatch: pytest.MonkeyPatch, *, order: int = 1) -> None:
@@ -100,7 +116,7 @@ class ShimKernel:
         """Compile a function (buffers, shapes of inputs, threadgroups, their threads, order)."""
         names = [*self.input_names, *self.output_names]
         assert len(names) <= 31, "Metal binds at most 31 buffers"
-        lines = ['#include "metal_shim.h"', self.header]
+        lines = ['#include "shim.h"', self.header]
         lines.append(
             'extern "C" void run(void** buffers, int** shapes, uint shim_groups, int shim_threads,'
             " int shim_order)"
@@ -124,16 +140,8 @@ class ShimKernel:
             return _compiled[text]
         folder = fresh_folder()
         (folder / "kernel.cpp").write_text(text)
-        for header in ("metal_stdlib", "metal_simdgroup_matrix"):
-            (folder / header).write_text("")
         assert COMPILER is not None
-        command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
-        command += [
-            "-Wno-unknown-pragmas",
-            "-Wno-clobbered",
-            f"-I{Path(__file__).parent}",
-            f"-I{folder}",
-        ]
+        command = [COMPILER, *OPTIONS, "-shared", "-Werror", f"-I{_includes()}"]
         subprocess.run([*command, "kernel.cpp", "-o", "kernel.so"], cwd=folder, check=True)
         _compiled[text] = ctypes.CDLL(str(folder / "kernel.so")).run
         return _compiled[text]
