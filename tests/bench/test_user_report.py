@@ -17,6 +17,7 @@ def test_the_report_has_device_versions_and_a_number_in_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(user_report, "DECODING", (1, 2))
+    monkeypatch.setattr(user_report, "WINDOW", 8)
     monkeypatch.setattr(user_report, "DRAFTED_TOKENS", 32)
     file = tmp_path / "report.md"
     arguments = ["--model", "demo", "--scale", "0.02", "--repeat", "1", "--out", str(file)]

@@ -14,13 +14,13 @@ PROMPTS = [np.random.default_rng(i).integers(3, 500, 150 + 40 * i).tolist() for 
 
 def _asked(index: int) -> EngineRequest:
     return request(
-        str(index), PROMPTS[index], max_tokens=100, ignore_eos=True, temperature=2.0, seed=index
+        str(index), PROMPTS[index], max_tokens=60, ignore_eos=True, temperature=2.0, seed=index
     )
 
 
 def _alone(kv_bits: KVBits) -> list[list[int]]:
     """The answers of engines that serve one request."""
-    model = tiny_model(max_position_embeddings=700, num_nextn_predict_layers=1)
+    model = tiny_model(max_position_embeddings=400, num_nextn_predict_layers=1)
     answers = []
     for index in range(len(PROMPTS)):
         engine = tiny_engine(model, kv_bits=kv_bits, mtp=0)
@@ -30,10 +30,10 @@ def _alone(kv_bits: KVBits) -> list[list[int]]:
 
 @pytest.mark.parametrize("kv_bits", [8, 4])
 def test_batch_cache_preemption_and_drafts_change_no_answer(kv_bits: KVBits) -> None:
-    model = tiny_model(max_position_embeddings=700, num_nextn_predict_layers=1)
+    model = tiny_model(max_position_embeddings=400, num_nextn_predict_layers=1)
     expected = _alone(kv_bits)
     asked = [_asked(i) for i in range(len(PROMPTS))]
-    for mtp, kv_tokens in ((0, 700 + 256), (2, 700 + 256), (2, 10_000)):
+    for mtp, kv_tokens in ((0, 400 + 256), (2, 400 + 256), (2, 10_000)):
         engine = tiny_engine(
             model, kv_bits=kv_bits, mtp=mtp, kv_tokens=kv_tokens, max_step_tokens=100
         )
