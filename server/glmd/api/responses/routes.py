@@ -139,9 +139,9 @@ async def find_referred(
     Raises:
         RefusedBody: there is no room in memory for them.
     """
-    ids = set(referred_ids(body.new_input, body.previous_response_id))
+    ids = dict.fromkeys(referred_ids(body.new_input, body.previous_response_id))
     found = await store.find(ids)
-    if missing := ids - found.keys():
+    if missing := [id for id in ids if id not in found]:
         found |= await get_peers(http).find(missing, http)
     own = {id: stored for id, stored in found.items() if stored.owner == owner}
     memory: Reservation = http.state.body_memory

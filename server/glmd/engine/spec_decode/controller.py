@@ -78,9 +78,9 @@ class DraftPlan:
     Attributes:
         drafts: per sequence. 0: the layer does nothing, and its KV is deferred.
         sequences: most sequences that draft; None: all.
-        screens: the layer's KV stays deferred, and is dropped with the end of the drafts.
         with_gaps: draft at once, although KV was deferred, rather than compute it first. Fewer
             drafts are accepted, but steps take as long.
+        screens: segments stay deferred, and the layer's KV in tails is dropped with the last draft.
     """
 
     drafts: int
