@@ -76,15 +76,16 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Started]:
+def started(folder: Path, port: int, peers: list[int]) -> Iterator[Started]:
     """One `glmd serve` of the demo, in its own process."""
-    port, events, replay = free_ports(3)
+    events, replay = free_ports(2)
     endpoints = [f"tcp://127.0.0.1:{each}" for each in (events, replay)]
     environment = os.environ | {
         "GLMD_KV_EVENTS": endpoints[0],
         "GLMD_KV_EVENTS_REPLAY": endpoints[1],
         "GLMD_MEMORY_BUDGET": "1GiB",
         "GLMD_DISK_CACHE": "0",
+        "GLMD_PEERS": ",".join(f"http://127.0.0.1:{peer}" for peer in peers),
         "GLMD_LOG_FILE": str(folder / f"{port}.log"),
     }
     process = subprocess.Popen(
@@ -150,9 +151,13 @@ def new_tokens(ids: list[int], earlier: list[list[int]]) -> int:
 
 def test_replicas_behind_a_router(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        first, second, third = (stack.enter_context(started(tmp_path)) for _ in range(3))
+        ports = free_ports(3)
+        first, second, third = (
+            stack.enter_context(started(tmp_path, port, ports)) for port in ports
+        )
         for each in (first, second, third):
             each.wait()
+        check_continued(first, second)
         with documented_router([first.replica, second.replica]) as documented:
             check_computed(documented, [first, second], range(10, 16))
         router = Router([first.replica, second.replica])
@@ -160,6 +165,17 @@ def test_replicas_behind_a_router(tmp_path: Path) -> None:
         check_killed(router, [first, second])
         check_added(router, third)
         check_drained(router, third)
+
+
+def check_continued(first: Started, second: Started) -> None:
+    """A response that one replica stores is continued by another."""
+    body: dict[str, Any] = {"input": "Hello, I am Nora.", "max_output_tokens": 40}
+    one = first.replica.http.post("/v1/responses", json=body).json()
+    body |= {"input": "What is 17 + 25?", "previous_response_id": one["id"]}
+    two = second.replica.http.post("/v1/responses", json=body)
+    assert two.status_code == 200, two.text
+    items = second.replica.http.get(f"/v1/responses/{two.json()['id']}/input_items").json()
+    assert "I am Nora" in str(items)
 
 
 @contextmanager
