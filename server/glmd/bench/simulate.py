@@ -231,8 +231,8 @@ def simulate(
     *,
     only: str = "",
     config: EngineConfig | None = None,
-    mla_kernel: bool = False,
-    experts_kernel: bool = False,
+    mla_kernel: bool = True,
+    experts_kernel: bool = True,
 ) -> list[SimulationRow]:
     """Run all scenarios on each device.
 

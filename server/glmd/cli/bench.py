@@ -177,11 +177,15 @@ def simulate(
         ),
     ] = None,
     mla_kernel: Annotated[
-        bool, typer.Option("--mla-kernel", help="Decode attention by the MLA kernel.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Decode attention by the MLA kernel, as after a passed trial. Default: yes."
+        ),
+    ] = None,
     experts_kernel: Annotated[
-        bool, typer.Option("--experts-kernel", help="Experts of up to 63 rows by their kernels.")
-    ] = False,
+        bool | None,
+        typer.Option(help="Experts of up to 63 rows by their kernels, likewise. Default: yes."),
+    ] = None,
     model: Model = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Divide the model among so many such Macs, with --link.")
@@ -212,8 +216,11 @@ def simulate(
         raise SettingsError("--ranks, --link: give both, or none.")
     if ranks not in (1, 2, 4):
         raise SettingsError(f"--ranks: GLM-4.7-Flash cannot be divided among {ranks}. Use 2 or 4.")
-    if ranks > 1 and (only or mla_kernel or experts_kernel or calibrate is not None):
+    kernels_chosen = mla_kernel is not None or experts_kernel is not None
+    if ranks > 1 and (only or kernels_chosen or calibrate is not None):
         raise SettingsError("--ranks: has no scenarios and measures nothing. Leave the rest out.")
+    if calibrate is not None and (only or kernels_chosen):
+        raise SettingsError("--calibrate: simulates nothing. Leave all but --model out.")
     if model is not None and calibrate is None:
         raise SettingsError("--model: only --calibrate runs a model. Add --calibrate FILE.")
     if calibrate is not None:
@@ -235,8 +242,8 @@ def simulate(
                 devices,
                 on_progress,
                 only=only,
-                mla_kernel=mla_kernel,
-                experts_kernel=experts_kernel,
+                mla_kernel=mla_kernel is not False,
+                experts_kernel=experts_kernel is not False,
             )
             table = simulation_table(simulated)
     report.console().print(table)
