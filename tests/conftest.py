@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from glmd.utils.mlx_environment import prepare_mlx
+
+prepare_mlx()  # Before an import loads MLX.
+
 # No test uses models that the user has downloaded. Read when huggingface_hub is imported.
 os.environ["HF_HUB_CACHE"] = "/nonexistent/hub"
 

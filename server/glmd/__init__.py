@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from glmd.utils.mlx_environment import limit_command_buffers
+from glmd.utils.mlx_environment import prepare_mlx
 
 if TYPE_CHECKING:
     from glmd.llm import LLM, generate, load
@@ -23,6 +23,6 @@ _MODULES = {"LLM": "glmd.llm", "generate": "glmd.llm", "load": "glmd.llm"}
 def __getattr__(name: str) -> Any:
     """Import the library on first use, because the API process must not load MLX."""
     if name in _MODULES:
-        limit_command_buffers()
+        prepare_mlx()
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'glmd' has no attribute {name!r}")

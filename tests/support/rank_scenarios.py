@@ -13,6 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from glmd.utils.mlx_environment import prepare_mlx
+
+prepare_mlx()  # As in the processes of the other ranks, whose sums must be equal to the bit.
+
 import numpy as np
 import numpy.typing as npt
 from engines import Answer, Run, assert_idle, request

@@ -10,21 +10,33 @@ import pytest
 from paths import ROOT
 
 from glmd.engine.config import EngineConfig
-from glmd.engine_client.process import EngineProcessConfig
+from glmd.ipc import EXIT_REPORTED
 from glmd.utils import mlx_environment
 from glmd.utils.mlx_environment import (
     MAX_STEP_TOKENS,
     blas_threads,
     command_buffer_limits,
-    engine_environment,
-    openblas_variables,
+    find_openblas,
+    load_openblas,
 )
 
 pytestmark = pytest.mark.unit
 
 GIB = 2**30
 OPS, MB = "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"
-LIBRARY = Path("/usr/lib/libopenblas.so.0")
+
+
+def run(code: str, **variables: str) -> str:
+    """Output of a process of its own, in which MLX is not loaded."""
+    environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": str(ROOT / "server"), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def buffer_mb(gib: float, rows: int = MAX_STEP_TOKENS) -> int:
@@ -51,21 +63,18 @@ def test_default_rows_are_those_of_the_engine() -> None:
     assert EngineConfig().max_step_tokens == MAX_STEP_TOKENS
 
 
-def test_engine_process_on_macos_has_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.delenv(OPS, raising=False)
-    monkeypatch.setenv(MB, "77")
-    config = EngineProcessConfig(Path("m"), {"memory_budget": 36 * GIB, "max_step_tokens": 8192})
-    environment = config.environment
-    assert environment[OPS] == "200"
-    assert environment[MB] == "77"  # The user's own value.
-    monkeypatch.delenv(MB)
-    assert config.environment[MB] == str(buffer_mb(36, 8192))
-    assert {**config.environment, **os.environ} == config.environment
-
-
-def test_limits_are_for_metal_only() -> None:
-    assert OPS not in engine_environment(base={}, system="linux")
+def test_an_engine_process_has_limits_for_its_own_settings() -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from glmd.engine.main import run
+sys.platform = "darwin"
+config = {{"memory_budget": 36 << 30, "max_step_tokens": 8192}}
+code = run("ipc:///nonexistent/socket", Path("m"), "no_such_engine", config)
+print(code, os.environ[{OPS!r}], os.environ[{MB!r}])
+"""
+    assert run(code) == f"{EXIT_REPORTED} 200 {buffer_mb(36, 8192)}"
+    assert run(code, **{MB: "77"}) == f"{EXIT_REPORTED} 200 77"  # The user's own value.
 
 
 def test_mlx_of_this_version_reads_these_variables() -> None:
@@ -93,27 +102,58 @@ sys.platform = "darwin"
 from glmd import LLM
 print(os.environ.get({OPS!r}, ""))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "server")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == value
+    assert run(code) == value
 
 
-def test_openblas_is_preloaded_behind_the_users_own_libraries() -> None:
-    assert openblas_variables({}, None) == {}
-    added = openblas_variables({"LD_PRELOAD": "libjemalloc.so.2"}, LIBRARY)
-    assert added["LD_PRELOAD"] == f"libjemalloc.so.2:{LIBRARY}"
-    assert 1 <= int(added["OPENBLAS_NUM_THREADS"]) <= 8
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux, whose wheel has a slow BLAS")
+def test_openblas_computes_mlxs_products() -> None:
+    """MLX's product of float32 matrices is, bit for bit, that of OpenBLAS."""
+    code = """
+import ctypes, numpy as np
+from glmd.utils.mlx_environment import find_openblas, prepare_mlx
+prepare_mlx()
+import mlx.core as mx
+a, b = np.random.default_rng(0).standard_normal((2, 96, 96), np.float32)
+product = np.array(mx.array(a) @ mx.array(b))
+c, real, size = np.empty_like(a), ctypes.c_float(1), 96
+pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in (a, b, c)]
+ctypes.CDLL(str(find_openblas())).cblas_sgemm(
+    101, 111, 111, size, size, size, real, pointers[0], size, pointers[1], size,
+    ctypes.c_float(0), pointers[2], size,
+)
+print((product == c).all(), abs(product - a @ b).max() < 1e-4)
+"""
+    assert find_openblas() is not None, "apt install libopenblas0"
+    assert run(code) == "True True"
+
+
+LOADED = """
+import os
+from glmd.utils import mlx_environment
+mlx_environment.prepare_mlx()
+blas = any("openblas" in line for line in open("/proc/self/maps"))
+print(blas, os.environ.get("OPENBLAS_NUM_THREADS", ""))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux, whose wheel has a slow BLAS")
+def test_the_users_blas_and_threads_are_kept() -> None:
+    loaded, threads = run(LOADED).split()
+    assert loaded == "True"
+    assert 1 <= int(threads) <= 8
+    assert run(LOADED, OPENBLAS_NUM_THREADS="5") == "True 5"
+    assert run(LOADED, OMP_NUM_THREADS="3") == "True"
+    # A name that the dynamic linker does not find is ignored.
+    assert run(LOADED, LD_PRELOAD="/nowhere/libmkl_rt.so") == "False"
     assert [blas_threads(cores) for cores in (1, 2, 4, 64)] == [1, 1, 3, 8]
-    assert openblas_variables({"OMP_NUM_THREADS": "3"}, LIBRARY) == {"LD_PRELOAD": str(LIBRARY)}
-    assert openblas_variables({"LD_PRELOAD": "/opt/libmkl_rt.so"}, LIBRARY) == {}
 
 
-def test_openblas_is_for_linux_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlx_environment, "find_openblas", lambda: LIBRARY)
-    assert engine_environment(base={}, system="linux")["LD_PRELOAD"] == str(LIBRARY)
-    assert "LD_PRELOAD" not in engine_environment(base={}, system="darwin")
+def test_an_openblas_that_cannot_be_loaded_is_logged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "libopenblas.so.0"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(mlx_environment, "find_openblas", lambda: broken)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    load_openblas()
+    assert "OpenBLAS cannot be loaded" in caplog.text

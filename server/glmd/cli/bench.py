@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 import msgspec
 import typer
 
+from glmd.utils.mlx_environment import prepare_mlx
+
 app = typer.Typer(
     help="Measure glmd next to mlx-lm on this machine, or simulate Macs. See docs/benchmarks.md.",
     no_args_is_help=True,
@@ -33,6 +35,12 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", help="Plot the results to this file, .svg or .png.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+
+
+@app.callback()
+def prepare() -> None:
+    """Measure as the engine process runs: benchmarks load MLX in this process."""
+    prepare_mlx()
 
 
 def checkpoint_folder(model: str | None, *, mtp: bool = False) -> Path:

@@ -29,7 +29,7 @@ from glmd.config import Settings
 from glmd.config_sources import load_with_origins
 from glmd.errors import CheckpointError, ServiceError, SettingsError
 from glmd.utils.files import free_bytes
-from glmd.utils.mlx_environment import engine_environment, find_openblas
+from glmd.utils.mlx_environment import find_openblas
 from glmd.utils.text import gib
 
 if TYPE_CHECKING:
@@ -186,7 +186,6 @@ def check_device() -> tuple[Mapping[str, Any] | None, Finding]:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "glmd.engine.check_mlx"],
             capture_output=True, text=True, timeout=MLX_TIMEOUT, check=False,
-            env=engine_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, found(

@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from glmd.utils.mlx_environment import prepare_mlx
+
 if TYPE_CHECKING:
     from glmd.evaluate.model_pass import Candidate
     from glmd.evaluate.model_pass import Progress as OnProgress
@@ -104,6 +106,7 @@ def evaluate(
 
     Example: glmd evaluate ./GLM-4.7-Flash-8-5 --against zai-org/GLM-4.7-Flash --json quality.json
     """
+    prepare_mlx()
     from glmd.evaluate.corpus import read_corpus, read_files, tokenize
     from glmd.evaluate.run import evaluate as run
 

@@ -12,7 +12,7 @@ import typer
 from glmd.cli.serve import ConfigOption, ModelArgument, find_model, flag, flags_of
 from glmd.config_sources import load
 from glmd.errors import SettingsError
-from glmd.utils.mlx_environment import MAX_STEP_TOKENS, engine_environment
+from glmd.utils.mlx_environment import MAX_STEP_TOKENS, prepare_mlx
 
 RESTART_DELAY = 1.0
 """Seconds between the end of one group and the wait for the next."""
@@ -39,6 +39,8 @@ def rank(
     settings = load(flags_of({**locals(), "aliases": None, "alias": None}), config, None)
     if isinstance(settings.ranks, int):
         raise SettingsError("ranks: name the file of hosts that the server uses.")
+    budget, rows = settings.memory_budget, settings.max_step_tokens
+    prepare_mlx(budget, rows or MAX_STEP_TOKENS)  # As in the server; the worker inherits variables.
     # Imported late: it loads MLX.
     from glmd.engine.ranks.hosts import Hosts
 
@@ -47,15 +49,13 @@ def rank(
         raise SettingsError(f"{settings.ranks} has the ranks 1 to {len(hosts) - 1}, not {number}.")
     _, folder = find_model(settings)
     command = [
-        sys.executable, "-P", "-m", "glmd.engine.ranks.worker",
+        sys.executable, "-P", "-m", "glmd.engine.ranks",
         f"--lead={hosts.ips[0]}:{settings.rank_port}", f"--rank={number}", f"--model={folder}",
         f"--timeout={settings.rank_timeout}", f"--log-level={settings.log_level}",
         f"--ip={hosts.ips[number]}",
-        *([f"--budget={settings.memory_budget:d}"] if settings.memory_budget else []),
+        *([f"--budget={budget:d}"] if budget else []),
     ]  # fmt: skip
-    budget, rows = settings.memory_budget, settings.max_step_tokens
-    environment = engine_environment(budget, rows or MAX_STEP_TOKENS)  # As the server's engine.
     while True:
-        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as worker:  # noqa: S603
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:  # noqa: S603
             worker.wait()
         time.sleep(RESTART_DELAY)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from glmd.cli.evaluate import Work, find_candidate, progress_bar, work_folder
 from glmd.convert.recipes import SearchedDrafts, SearchResult, name_bits
+from glmd.utils.mlx_environment import prepare_mlx
 from glmd.utils.text import gib
 
 app = typer.Typer(help="Search quantisation recipes. See docs/quality.md.", no_args_is_help=True)
@@ -68,6 +69,7 @@ def search(
         raise typer.BadParameter("give one of --bytes and --bits.")
     size = None if nbytes is None else read_bytes(nbytes)
 
+    prepare_mlx()
     from glmd.evaluate.corpus import read_corpus, read_files, tokenize
     from glmd.evaluate.search import search as run
     from glmd.model.loader import choose_dtype

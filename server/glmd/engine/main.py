@@ -27,6 +27,7 @@ from glmd.errors import GlmdError
 from glmd.ipc import EXIT_REPORTED
 from glmd.utils.logging import LogFile, configure
 from glmd.utils.memory import freeze_gc_heap
+from glmd.utils.mlx_environment import MAX_STEP_TOKENS, prepare_mlx
 
 log = logging.getLogger("glmd.engine")
 
@@ -162,6 +163,7 @@ def exit_with_parent(folder: Path) -> None:
 def run(endpoint: str, model: Path, module: str, config: dict[str, Any]) -> int:
     """Load the engine of `module` and serve it over `endpoint`; returns the exit code."""
     channel = Channel(endpoint)
+    prepare_mlx(config.get("memory_budget"), config.get("max_step_tokens", MAX_STEP_TOKENS))
     try:
         implementation = importlib.import_module(module)
         engine: StepEngine = implementation.load_engine(

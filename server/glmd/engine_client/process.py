@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import zmq.asyncio
 
 from glmd.ipc import FromEngine, Shutdown, ToEngine, decode_from_engine, encode
 from glmd.utils.logging import LogFormat
-from glmd.utils.mlx_environment import MAX_STEP_TOKENS, engine_environment
 
 log = logging.getLogger("glmd.engine_client")
 
@@ -52,13 +52,6 @@ class EngineProcessConfig:
     log_level: str = "INFO"
     log_format: LogFormat = "text"
     log_file: Path | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Environment of the process, with what MLX reads when it is loaded."""
-        budget = self.config.get("memory_budget")
-        rows = self.config.get("max_step_tokens", MAX_STEP_TOKENS)
-        return engine_environment(None if budget is None else int(budget), int(rows))
 
 
 class EngineProcess:
@@ -109,7 +102,7 @@ class EngineProcess:
                     *([f"--log-file={config.log_file}"] if config.log_file else []),
                 ],
                 # MLX's compiler on CPUs writes there, and fails if TMPDIR is no folder.
-                env={**config.environment, "TMPDIR": str(folder.parent)},
+                env={**os.environ, "TMPDIR": str(folder.parent)},
                 stdin=subprocess.PIPE,
                 process_group=0,  # Ctrl-C in a terminal is for the server alone
             )

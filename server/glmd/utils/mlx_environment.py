@@ -1,12 +1,15 @@
-"""Environment variables that MLX and the loader read at the start of a process."""
+"""What a process sets up before it loads MLX: environment variables and OpenBLAS."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+
+log = logging.getLogger("glmd.engine")
 
 OPS_PER_BUFFER = 200
 """`MLX_MAX_OPS_PER_BUFFER`: kernel launches after which MLX commits a Metal command buffer.
@@ -62,44 +65,29 @@ MAX_BLAS_THREADS = 8
 """More threads gain nothing with the products of one step."""
 
 
-def engine_environment(
-    memory_budget: int | None = None,
-    max_step_tokens: int = MAX_STEP_TOKENS,
-    *,
-    base: Mapping[str, str] | None = None,
-    system: str | None = None,
-) -> dict[str, str]:
-    """Return the environment of an engine process; variables that are set already win.
+def prepare_mlx(memory_budget: int | None = None, max_step_tokens: int = MAX_STEP_TOKENS) -> None:
+    """Prepare this process for MLX, before MLX is loaded; later calls do nothing.
+
+    Sets MLX's limits of a command buffer on macOS, loads OpenBLAS on Linux. Variables that are set
+    already win.
 
     Args:
         memory_budget: bytes, as in `EngineConfig`. None: a share of the physical memory.
         max_step_tokens: rows of a step, as in `EngineConfig`.
-        base: environment to extend; None: this process's.
-        system: as in `sys.platform`; None: this system.
     """
-    system = system or sys.platform
-    base = os.environ if base is None else base
-    if system == "darwin":
-        return {**command_buffer_limits(memory_budget, max_step_tokens), **base}
-    if system == "linux":
-        return {**base, **openblas_variables(base, find_openblas())}
-    return dict(base)
-
-
-def limit_command_buffers() -> None:
-    """Set MLX's limits of a command buffer in this process, for the offline API.
-
-    Does nothing if MLX is loaded already, and keeps variables that are set.
-    """
-    if sys.platform == "darwin" and "mlx.core" not in sys.modules:
-        for name, value in command_buffer_limits(None, MAX_STEP_TOKENS).items():
+    if "mlx.core" in sys.modules:
+        return
+    if sys.platform == "darwin":
+        for name, value in command_buffer_limits(memory_budget, max_step_tokens).items():
             os.environ.setdefault(name, value)
+    elif sys.platform == "linux":
+        load_openblas()
 
 
 def command_buffer_limits(memory_budget: int | None, max_step_tokens: int) -> dict[str, str]:
     """Return MLX's two limits of a Metal command buffer.
 
-    Arguments as of `engine_environment`.
+    Arguments as of `prepare_mlx`.
 
     Large command buffers make decode steps faster, but hold the intermediate arrays of steps with
     many rows for longer, so less memory or more rows mean smaller ones.
@@ -115,20 +103,21 @@ def command_buffer_limits(memory_budget: int | None, max_step_tokens: int) -> di
     }
 
 
-def openblas_variables(base: Mapping[str, str], library: Path | None) -> dict[str, str]:
-    """Return variables that preload OpenBLAS before MLX's reference BLAS.
+def load_openblas() -> None:
+    """Load OpenBLAS, if it is installed, in place of the reference BLAS that MLX brings.
 
-    Args:
-        base: environment to extend. A BLAS in LD_PRELOAD and thread counts are kept.
-        library: OpenBLAS; None: not installed.
+    The dynamic linker resolves symbols of libraries that are loaded later, such as MLX's, among
+    the global ones first. A BLAS in LD_PRELOAD and thread counts are kept.
     """
-    preloaded = base.get("LD_PRELOAD", "")
+    library, preloaded = find_openblas(), os.environ.get("LD_PRELOAD", "")
     if library is None or "blas" in preloaded or "mkl" in preloaded:
-        return {}
-    variables = {"LD_PRELOAD": f"{preloaded}:{library}" if preloaded else str(library)}
-    if not base.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
-        variables["OPENBLAS_NUM_THREADS"] = str(blas_threads(usable_cores()))
-    return variables
+        return
+    if not os.environ.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
+        os.environ["OPENBLAS_NUM_THREADS"] = str(blas_threads(usable_cores()))
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        log.warning("OpenBLAS cannot be loaded; products are slow: %s", error)
 
 
 def blas_threads(cores: int) -> int:

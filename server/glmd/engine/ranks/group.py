@@ -128,7 +128,7 @@ class RankGroup:
     def _start_local(self, folder: Path, count: int, port: int) -> None:
         for rank in range(1, count):
             command = [
-                sys.executable, "-P", "-m", "glmd.engine.ranks.worker", f"--lead={LOCAL}:{port}",
+                sys.executable, "-P", "-m", "glmd.engine.ranks", f"--lead={LOCAL}:{port}",
                 f"--rank={rank}", f"--model={folder}", f"--timeout={self._timeout}",
             ]  # fmt: skip
             self._children.append(subprocess.Popen(command, stdin=subprocess.PIPE))  # noqa: S603

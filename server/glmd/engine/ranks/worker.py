@@ -308,7 +308,7 @@ def exit_with_parent() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="glmd.engine.ranks.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="glmd.engine.ranks", description=__doc__)
     parser.add_argument("--lead", required=True, help="ip:port at which rank 0 listens")
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
@@ -332,7 +332,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             link.send(plan.Failed(message))
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
