@@ -129,14 +129,14 @@ def test_the_engine_killed_mid_stream_is_an_error_event_and_the_next_request_wor
 
 def wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/health").status_code != 200:
+    while httpx.get(f"{url}/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def listens(url: str) -> bool:
     try:
-        httpx.get(f"{url}/livez")
+        httpx.get(f"{url}/livez", timeout=60)
     except httpx.ConnectError:
         return False
     return True
@@ -156,7 +156,7 @@ def engine_of(process: subprocess.Popen[str]) -> psutil.Process:
 def test_sigterm_ends_the_server_with_0_and_leaves_nothing(random_checkpoint: Path) -> None:
     with serving(str(random_checkpoint)) as (process, url):
         engine = engine_of(process)
-        assert httpx.get(f"{url}/livez").status_code == 200
+        assert httpx.get(f"{url}/livez", timeout=60).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         engine.wait(10)
@@ -181,7 +181,7 @@ def test_conversations_survive_a_restart_and_the_death_of_the_engine(
         messages.extend([{"role": "user", "content": "More."}])
 
     def disk_bytes(url: str) -> int:
-        stats = httpx.get(f"{url}/glmd/status").json()["engine"]["stats"]
+        stats = httpx.get(f"{url}/glmd/status", timeout=60).json()["engine"]["stats"]
         return int(stats["disk_bytes"])
 
     with serving(str(random_checkpoint)) as (process, url):

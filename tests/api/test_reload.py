@@ -133,7 +133,7 @@ def test_sighup_reloads_settings_and_reopens_a_renamed_log(file: Path, tmp_path:
         process.send_signal(signal.SIGHUP)
         wait(lambda: log.exists() and "changed=aliases" in log.read_text())
         url = url_in(log.with_name("log.0").read_text())
-        assert httpx.get(f"{url}/v1/models/later").status_code == 200
+        assert httpx.get(f"{url}/v1/models/later", timeout=60).status_code == 200
         process.terminate()
         assert process.wait(30) == 0
     finally:
@@ -149,7 +149,9 @@ def url_in(output: str) -> str | None:
 
 def answers(output: str) -> bool:
     try:
-        return (url := url_in(output)) is not None and httpx.get(f"{url}/livez").is_success
+        return (url := url_in(output)) is not None and httpx.get(
+            f"{url}/livez", timeout=60
+        ).is_success
     except httpx.TransportError:  # not yet, or on a busy machine not in time
         return False
 

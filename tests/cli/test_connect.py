@@ -56,7 +56,7 @@ WITH_FILE = [each.name for each in CLIENTS if each.setup(SERVER).file is not Non
 def test_address_key_and_context_length_are_the_running_servers() -> None:
     with live_server(api_key="secret-key-for-one-test") as live:
         key = {"Authorization": "Bearer secret-key-for-one-test"}
-        models = httpx.get(f"{live.url}/v1/models", headers=key).json()
+        models = httpx.get(f"{live.url}/v1/models", headers=key, timeout=60).json()
         length = models["data"][0]["max_model_len"]
         arguments = ("--url", live.url, "--key", "secret-key-for-one-test")
         for client in CLIENTS:

@@ -262,7 +262,9 @@ def test_the_commands_install_report_log_and_remove(run: CliRunner, mac: Mac) ->
     report = json.loads(done.output)
     assert report["status"] == "ready"
     assert psutil.pid_exists(report["pid"])
-    assert httpx.get(f"http://127.0.0.1:{report['port']}/health", trust_env=False).is_success
+    assert httpx.get(
+        f"http://127.0.0.1:{report['port']}/health", trust_env=False, timeout=60
+    ).is_success
     shown = run.invoke(commands.app, ["status"])
     for word in ("ready", str(report["pid"]), "GiB resident", "uptime", str(mac.agent)):
         assert word in shown.output

@@ -41,7 +41,7 @@ def test_launchd_runs_stops_and_removes_the_service() -> None:
         subprocess.run(["plutil", "-lint", manager.definition_file], check=True)
         first = report()
         assert first["status"] == "ready"
-        assert httpx.get(f"{first['url']}/health").json()["model"] == first["model"]
+        assert httpx.get(f"{first['url']}/health", timeout=60).json()["model"] == first["model"]
 
         done = glmd("install", "--port", "0")
         assert done.returncode == 0, done.stderr

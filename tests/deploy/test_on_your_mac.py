@@ -66,7 +66,11 @@ def wait_for_port(log: Path) -> int:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = re.findall(r"http://127\.0\.0\.1:(\d+)", log.read_text())
-        if found and httpx.get(f"http://127.0.0.1:{found[0]}/health").json()["status"] == "ready":
+        if (
+            found
+            and httpx.get(f"http://127.0.0.1:{found[0]}/health", timeout=60).json()["status"]
+            == "ready"
+        ):
             return int(found[0])
         time.sleep(0.1)
     raise AssertionError(log.read_text())
@@ -146,5 +150,5 @@ def test_the_first_block_leads_from_an_empty_home_to_an_answered_request(
         assert done.returncode == 0, (command, done.stdout, done.stderr)
     answer = json.loads(output)
     assert answer["type"] == "message"
-    served = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"]
+    served = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).json()["data"][0]["id"]
     assert served == RECOMMENDED

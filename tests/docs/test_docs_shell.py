@@ -133,7 +133,7 @@ class PageRunner:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health").status_code == 200
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=60).status_code == 200
         except httpx.TransportError:
             return False
 
