@@ -193,6 +193,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import pytest
+from glmd.utils.mlx_environment import prepare_mlx
+prepare_mlx()  # As in this process, so that sums are equal to the bit.
 from test_search import before_steps, search_recipe
 
 left = int(sys.argv[2])

@@ -63,14 +63,17 @@ def test_default_rows_are_those_of_the_engine() -> None:
     assert EngineConfig().max_step_tokens == MAX_STEP_TOKENS
 
 
-def test_an_engine_process_has_limits_for_its_own_settings() -> None:
+def test_an_engine_process_has_limits_for_its_own_settings(tmp_path: Path) -> None:
     code = f"""
-import os, sys
+import os, sys, zmq
 from pathlib import Path
 from glmd.engine.main import run
 sys.platform = "darwin"
 config = {{"memory_budget": 36 << 30, "max_step_tokens": 8192}}
-code = run("ipc:///nonexistent/socket", Path("m"), "no_such_engine", config)
+endpoint = "ipc://{tmp_path}/socket"
+parent = zmq.Context.instance().socket(zmq.PAIR)
+parent.bind(endpoint)
+code = run(endpoint, Path("m"), "no_such_engine", config)
 print(code, os.environ[{OPS!r}], os.environ[{MB!r}])
 """
     assert run(code) == f"{EXIT_REPORTED} 200 {buffer_mb(36, 8192)}"
