@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
+import ssl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 from glmd.utils.mlx_environment import prepare_mlx
 
 prepare_mlx()  # Before an import loads MLX.
+
+# Every HTTP client would read the certificates of all authorities anew, which takes 30 ms.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 # No test uses models that the user has downloaded. Read when huggingface_hub is imported.
 os.environ["HF_HUB_CACHE"] = "/nonexistent/hub"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import jsonschema_rs
 from jsonschema import Draft202012Validator, ValidationError, validators
 from paths import TESTS
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,8 +43,22 @@ def _tag(schema: Schema) -> str | None:
     return next(filter(None, map(_tag, schema.get("allOf", ()))), None)
 
 
+def _modern(value: Any) -> Any:
+    """A schema of the 2020-12 draft, from one with words of OpenAPI 3.0 and of the draft before."""
+    if isinstance(value, list):
+        return [_modern(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    # Of filters alone, which no answer has.
+    recursive = ("$recursiveAnchor", "$recursiveRef")
+    schema = {key: _modern(each) for key, each in value.items() if key not in recursive}
+    if schema.pop("nullable", None) is True:
+        return {"anyOf": [schema, {"type": "null"}]}
+    return schema
+
+
 def _by_type(value: Any) -> Any:
-    """A schema in which unions of tagged objects become `byType`, and `nullable` becomes a type.
+    """A schema in which unions of tagged objects become `byType`.
 
     So errors name the field of the right member, and only that member is checked.
     """
@@ -52,8 +67,6 @@ def _by_type(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     schema = {key: _by_type(each) for key, each in value.items()}
-    if schema.pop("nullable", None) is True:
-        return {"anyOf": [schema, {"type": "null"}]}
     for key in ("oneOf", "anyOf"):
         members = schema.get(key)
         if isinstance(members, list) and members and all(_tag(each) for each in members):
@@ -77,7 +90,8 @@ def _check_by_type(
 
 
 _Validator: Any = validators.extend(Draft202012Validator, {"byType": _check_by_type})
-_DEFS = {name: _by_type(schema) for name, schema in DEFS.items()}
+_MODERN_DEFS: dict[str, Schema] = _modern(DEFS)
+_DEFS: dict[str, Schema] = _by_type(_MODERN_DEFS)
 
 
 @cache
@@ -86,9 +100,17 @@ def _validator(name: str) -> Any:
     return _Validator({"$ref": f"#/$defs/{name}", "$defs": _DEFS})
 
 
+@cache
+def _fast_validator(name: str) -> jsonschema_rs.Draft202012Validator:
+    """A validator that is fifty times as fast, and says little about what is invalid."""
+    return jsonschema_rs.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": _MODERN_DEFS})
+
+
 def problems(name: str, instance: Any) -> list[str]:
     """What a schema has to say against an instance."""
     checked[name] += 1
+    if _fast_validator(name).is_valid(instance):
+        return []
     return [
         f"{error.json_path}: {error.message[:300]}"
         for error in _validator(name).iter_errors(instance)
