@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ ssl.create_default_context = functools.cache(ssl.create_default_context)  # type
 os.environ["HF_HUB_CACHE"] = "/nonexistent/hub"
 
 import httpx
+import mlx_preamble
 import pytest
 from hub import hub, published  # noqa: F401
 from hypothesis import settings
@@ -64,6 +66,20 @@ KINDS = {
     "model": "engine",
 }
 MARKERS = {"unit", *KINDS.values()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before worker processes start, which inherit PATH."""
+    if not hasattr(config, "workerinput") and not mlx_preamble.has_compiled():
+        folder = tempfile.TemporaryDirectory(prefix="glmd-header-")
+        config.add_cleanup(folder.cleanup)
+        mlx_preamble.precompile(Path(folder.name))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live until the end: spare the garbage collector to walk them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
