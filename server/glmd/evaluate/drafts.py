@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +194,15 @@ def measure_drafts(
         for how in options[len(found) :]:
             planned = [PlannedWeight(weight, _quantization(weight, how)) for weight in weights]
             drafts = Drafts(reader, head, text, reader.shape, _arrays(reader, planned))
-            parts = []
+            parts: list[Floats] = []
             for batch in text.batches(BATCH_ROWS):
                 rows = norm(final.read(batch.start, batch.end))
-                drafted = drafts.hidden(batch, rows)
-                for start in range(0, len(rows), LOGITS_ROWS):
-                    end = min(start + LOGITS_ROWS, len(rows))
-                    main = log_softmax(head(rows[start : end + 1]))
-                    span = batch.start + start, batch.start + end
-                    p = log_softmax(reference_head(expected.read(*span)))
-                    q = log_softmax(drafts.head(drafted[start:end]))
-                    kl = np.asarray((mx.exp(p) * (p - q)).sum(-1))
-                    parts.append(np.stack([kl, acceptance(p, main), acceptance(q, main)]))
+                reference = expected.read(batch.start, batch.end)
+                parts += _compare(
+                    (rows, head),
+                    (reference, reference_head),
+                    (drafts.hidden(batch, rows), drafts.head),
+                )
             del drafts
             kl, before, after = np.concatenate(parts, axis=1)[:, text.scored]
             loss, error = mean_and_error(before - after, text.sample_of[text.scored])
@@ -219,6 +216,28 @@ def measure_drafts(
             atomic_write(file, msgspec.json.encode(found))
             on_progress(len(found))
     return found
+
+
+Outputs = tuple[mx.array, Any]
+"""Hidden states, [rows, hidden], and the head that makes logits of them."""
+
+
+def _compare(main: Outputs, reference: Outputs, drafted: Outputs) -> Iterator[Floats]:
+    """Yield, for a few rows at a time, [3, rows]: the divergence of drafts from those of the
+    reference, and the acceptance of the reference's drafts and of these."""
+    for start in range(0, len(main[0]), LOGITS_ROWS):
+        end = start + LOGITS_ROWS
+        # Logits of the row behind tell whether the last draft is accepted.
+        target = _log_probabilities(main, start, end + 1)
+        p = _log_probabilities(reference, start, end)
+        q = _log_probabilities(drafted, start, end)
+        kl = np.asarray((mx.exp(p) * (p - q)).sum(-1))
+        yield np.stack([kl, acceptance(p, target), acceptance(q, target)])
+
+
+def _log_probabilities(outputs: Outputs, start: int, end: int) -> mx.array:
+    hidden, head = outputs
+    return log_softmax(head(hidden[start:end]))
 
 
 def _arrays(reader: LayerReader, planned: Sequence[PlannedWeight]) -> Arrays:
