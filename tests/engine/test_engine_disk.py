@@ -224,6 +224,40 @@ def test_requests_for_one_prefix_read_it_once(
     assert_idle(restarted)
 
 
+class LateRead(Future[HostArrays | None]):
+    """A read that ends right after the engine first asked for it."""
+
+    asked = 0
+
+    def done(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+
+def test_a_prefix_that_several_wait_for_is_in_memory_once(
+    restarted: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its file has been read between the looks of two of them."""
+    cache = tier(restarted).cache
+
+    def read(stored: StoredSegment) -> LateRead:
+        late = LateRead()
+        late.set_result(cache._read(stored))
+        return late
+
+    monkeypatch.setattr(cache, "read", read)
+    running = Run(restarted)
+    running.submit(*(request(str(n), LONG, max_tokens=3) for n in range(3)))
+    held = []
+    while not held or held[-1]:
+        running.step()
+        held.append(tier(restarted).held_bytes)
+        assert restarted.scheduler.tree.nbytes + held[-1] <= cache.index.nbytes
+    assert max(held) > 0
+    running.finish()
+    assert_idle(restarted)
+
+
 def test_a_request_that_ends_while_it_is_restored_leaves_nothing(
     restarted: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

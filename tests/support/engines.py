@@ -305,6 +305,9 @@ def assert_complete(model: LoadedModel, asked: EngineRequest, answer: Answer, co
 
 def assert_idle(engine: Engine) -> None:
     """Assert that no request and no lease is left, and that counters match the tree."""
+    disk = engine.scheduler.disk
+    while disk is not None and disk.held_bytes:
+        disk.wait(1.0)  # For the writer, which holds evicted segments.
     stats = engine.stats()
     tree, tails = engine.scheduler.tree, engine.scheduler.tails
     assert (stats.running, stats.waiting) == (0, 0)

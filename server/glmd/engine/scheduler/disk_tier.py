@@ -156,13 +156,17 @@ class DiskTier:
             streams: sequences are decoding, so that at most one file's KV is copied.
         """
         copies = 1 if streams else len(self._restores) * READ_AHEAD
-        for sequence, restore in list(self._restores.items()):
+        for sequence, restore in self._restores.items():
             extend_match(sequence)
             self._drop_passed(sequence, restore)
             while copies and (arrays := restore.next_arrays()) is not None:
                 copies -= 1
                 self._insert(sequence, restore.parts[0], arrays)
                 self._drop_passed(sequence, restore)
+        for sequence, restore in list(self._restores.items()):
+            # A later sequence may have inserted what this one waits for, or holds as read, too.
+            extend_match(sequence)
+            self._drop_passed(sequence, restore)
             if restore.parts:
                 self._read_ahead(restore, make_room)
             if not restore.parts:
