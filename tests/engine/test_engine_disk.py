@@ -248,7 +248,7 @@ def test_a_prefix_that_several_wait_for_is_in_memory_once(
     monkeypatch.setattr(cache, "read", read)
     running = Run(restarted)
     running.submit(*(request(str(n), LONG, max_tokens=3) for n in range(3)))
-    held = []
+    held: list[int] = []
     while not held or held[-1]:
         running.step()
         held.append(tier(restarted).held_bytes)
