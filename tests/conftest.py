@@ -16,7 +16,7 @@ from glmd.utils.mlx_environment import prepare_mlx
 
 prepare_mlx()  # Before an import loads MLX.
 
-# Every HTTP client would read the certificates of all authorities anew, which takes 30 ms.
+# Every HTTP client would read the certificates of all authorities again, which takes 30 ms.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 # No test uses models that the user has downloaded. Read when huggingface_hub is imported.

@@ -149,9 +149,8 @@ def url_in(output: str) -> str | None:
 
 def answers(output: str) -> bool:
     try:
-        return (url := url_in(output)) is not None and httpx.get(
-            f"{url}/livez", timeout=60
-        ).is_success
+        url = url_in(output)
+        return url is not None and httpx.get(f"{url}/livez", timeout=60).is_success
     except httpx.TransportError:  # not yet, or on a busy machine not in time
         return False
 

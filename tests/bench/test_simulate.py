@@ -152,3 +152,12 @@ def test_the_command_compares_ranks_with_one_mac(tmp_path: Path) -> None:
     assert group["kv_tokens"] > alone["kv_tokens"]
     for wrong in (["--ranks", "3", "--link", "10gbe"], ["--ranks", "2"], ["--link", "10gbe"]):
         assert CliRunner().invoke(app, [*command, *wrong]).exit_code != 0
+
+
+@pytest.mark.parametrize("option", ["--only=forks", "--no-mla-kernel", "--experts-kernel"])
+@pytest.mark.parametrize("mode", ["--ranks=2 --link=10gbe", "--calibrate=device.json"])
+def test_options_that_a_mode_would_ignore_are_refused(mode: str, option: str) -> None:
+    with pytest.raises(SettingsError, match=mode.partition("=")[0]):
+        CliRunner().invoke(
+            app, ["bench", "simulate", *mode.split(), option], catch_exceptions=False
+        )

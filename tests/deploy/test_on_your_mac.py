@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -61,16 +62,17 @@ def block() -> list[str]:
     return [line.partition("#")[0].strip() for line in found[1].splitlines()]
 
 
+def status(port: str) -> Any:
+    """Status in the server's /health."""
+    return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).json()["status"]
+
+
 def wait_for_port(log: Path) -> int:
     """Wait until a server whose log is in a file is ready; return its port."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = re.findall(r"http://127\.0\.0\.1:(\d+)", log.read_text())
-        if (
-            found
-            and httpx.get(f"http://127.0.0.1:{found[0]}/health", timeout=60).json()["status"]
-            == "ready"
-        ):
+        if found and status(found[0]) == "ready":
             return int(found[0])
         time.sleep(0.1)
     raise AssertionError(log.read_text())

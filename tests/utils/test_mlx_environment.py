@@ -23,6 +23,14 @@ from glmd.utils.mlx_environment import (
 pytestmark = pytest.mark.unit
 
 GIB = 2**30
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only on Linux, whose wheel has a slow BLAS"
+)
+with_openblas = pytest.mark.skipif(
+    sys.platform == "linux" and find_openblas() is None,
+    reason="needs OpenBLAS: apt install libopenblas0",
+)
+
 OPS, MB = "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"
 
 
@@ -108,7 +116,8 @@ print(os.environ.get({OPS!r}, ""))
     assert run(code) == value
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux, whose wheel has a slow BLAS")
+@on_linux
+@with_openblas
 def test_openblas_computes_mlxs_products() -> None:
     """MLX's product of float32 matrices is, bit for bit, that of OpenBLAS."""
     code = """
@@ -126,7 +135,6 @@ ctypes.CDLL(str(find_openblas())).cblas_sgemm(
 )
 print((product == c).all(), abs(product - a @ b).max() < 1e-4)
 """
-    assert find_openblas() is not None, "apt install libopenblas0"
     assert run(code) == "True True"
 
 
@@ -139,7 +147,8 @@ print(blas, os.environ.get("OPENBLAS_NUM_THREADS", ""))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux, whose wheel has a slow BLAS")
+@on_linux
+@with_openblas
 def test_the_users_blas_and_threads_are_kept() -> None:
     loaded, threads = run(LOADED).split()
     assert loaded == "True"

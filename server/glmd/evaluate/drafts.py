@@ -223,8 +223,11 @@ Outputs = tuple[mx.array, Any]
 
 
 def _compare(main: Outputs, reference: Outputs, drafted: Outputs) -> Iterator[Floats]:
-    """Yield, for a few rows at a time, [3, rows]: the divergence of drafts from those of the
-    reference, and the acceptance of the reference's drafts and of these."""
+    """Compare drafts with the reference's, a few rows at a time.
+
+    Yields:
+        [3, rows]: KL divergence from the reference, acceptance of its drafts, and of the drafts.
+    """
     for start in range(0, len(main[0]), LOGITS_ROWS):
         end = start + LOGITS_ROWS
         # Logits of the row behind tell whether the last draft is accepted.
